@@ -1,0 +1,53 @@
+"""Files of tensors: open any kind, read any range, write atomically. Knows nothing of merging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from ..errors import MagMaxError
+from .base import Checkpoint
+from .dtypes import Spec
+from .folder import PICKLES, open_folder
+from .memory import StateDict, open_pickle
+from .safetensors import SafetensorsFile
+
+__all__ = ["Checkpoint", "Spec", "open_checkpoint"]
+
+
+def open_checkpoint(source: Any, label: str | None = None) -> Checkpoint:
+    """Open a path, a state dict or a module as a `Checkpoint`; only headers are read.
+
+    Args:
+        source: a `.safetensors` file; a folder with (sharded) safetensors or `.bin` files; a `.pt`, `.pth` or `.bin`
+            state dict; a mapping of names to tensors or arrays; an object with `state_dict()`; a `Checkpoint`.
+        label: what messages call it; a path's own text by default.
+
+    Raises:
+        MagMaxError: nothing there, a file that is corrupt, a pickle that needs code, another kind of object.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, str | PathLike):
+        return _open_path(Path(fspath(source)), label or fspath(source))
+    if isinstance(source, Mapping):
+        return StateDict(source, label or "the state dict")
+    if hasattr(source, "state_dict"):
+        return StateDict(source.state_dict(), label or type(source).__name__)
+    raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
+
+
+def _open_path(path: Path, label: str) -> Checkpoint:
+    if path.is_dir():
+        return open_folder(path, label)
+    if not path.exists():
+        raise MagMaxError(f"{label}: there is no such file or folder")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, label)
+    if path.suffix in PICKLES:
+        return open_pickle(path, label)
+    raise MagMaxError(
+        f"{label}: expected a .safetensors, .pt, .pth or .bin file, or a folder of them, not {path.suffix or 'this name'!r}"
+    )

@@ -1,0 +1,71 @@
+"""What every kind of checkpoint can do: name its tensors and read any range of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MagMaxError
+from .dtypes import Spec
+
+
+class Checkpoint(ABC):
+    """Named tensors, read in flat ranges; nothing is held in memory beyond their names and shapes.
+
+    Attributes:
+        label: what messages call it (its path as given, or a word such as "model 2").
+        path: the file or folder, or None for a checkpoint in memory.
+        specs: key -> (dtype, shape), in the order of the file.
+        aliases: key -> the key in `specs` whose storage it shares (tied weights).
+        metadata: the header's own strings.
+    """
+
+    label: str
+    path: Path | None = None
+    specs: dict[str, Spec]
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+
+    def __init__(self, label: str, specs: dict[str, Spec]) -> None:
+        self.label, self.specs, self.aliases, self.metadata = label, specs, {}, {}
+
+    @abstractmethod
+    def read(self, key: str, start: int, stop: int) -> NDArray:
+        """Units start..stop of the flattened tensor, in `specs[key].storage`; the caller may overwrite them."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every file the tensors and their names come from."""
+
+    def header_digests(self) -> list[str]:
+        """One digest per file of `files()` of what can be known without reading tensors."""
+        return ["" for _ in self.files()]
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def spec(self, key: str) -> Spec:
+        return self.specs[self.resolve(key)]
+
+    def resolve(self, key: str) -> str:
+        """The key under which a possibly tied tensor is stored."""
+        return self.aliases.get(key, key)
+
+    def rows(self, key: str, first: int, last: int) -> NDArray:
+        """Rows first..last along dimension 0, in storage type, with the tensor's trailing shape."""
+        spec = self.spec(key)
+        if not spec.floating:
+            raise MagMaxError(f"{self.label}: {key} is {spec}; only floating tensors are read by rows")
+        row = int(np.prod(spec.shape[1:], dtype=np.int64))
+        return self.read(self.resolve(key), first * row, last * row).reshape(-1, *spec.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.label!r}, {len(self.specs)} tensors, {self.nbytes:,} bytes)"

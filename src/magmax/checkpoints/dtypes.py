@@ -1,0 +1,104 @@
+"""Element types as safetensors names them, and the one place where half precision is widened and rounded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64,
+}  # fmt: skip
+"""Bits an element, for every type a safetensors file may name."""
+
+STORAGE = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+"""The floating types that can be merged, and the numpy type that holds each (bfloat16: its bits)."""
+
+LONG_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+BYTES = np.dtype("u1")
+
+
+class Spec(NamedTuple):
+    """What a checkpoint's header says of one tensor: type (a key of `BITS`) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def floating(self) -> bool:
+        """Whether the tensor takes part in a merge; every other tensor is carried over byte by byte."""
+        return self.dtype in STORAGE
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return (self.elements * BITS[self.dtype] + 7) // 8
+
+    @property
+    def storage(self) -> np.dtype:
+        """The numpy type of one unit on disk: an element of a floating tensor, a byte of any other."""
+        return STORAGE.get(self.dtype, BYTES)
+
+    @property
+    def units(self) -> int:
+        return self.elements if self.floating else self.nbytes
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def compute_dtype(dtype: str) -> np.dtype:
+    """The type a merge computes in: float64 for float64, float32 for everything narrower."""
+    return np.dtype(np.float64) if dtype == "F64" else np.dtype(np.float32)
+
+
+def widen(stored: NDArray, dtype: str, compute: np.dtype) -> NDArray:
+    """Stored units as numbers, exactly; may return `stored` itself. bfloat16 is the upper half of a float32."""
+    if dtype != "BF16":
+        return stored.astype(compute, copy=False)
+    wide = np.empty(stored.shape, np.uint32)
+    np.copyto(wide, stored)
+    wide <<= 16
+    return wide.view(np.float32).astype(compute, copy=False)
+
+
+def narrow(values: NDArray, dtype: str) -> NDArray:
+    """Numbers as stored units, rounded once to nearest, ties to even. May return `values` itself."""
+    if dtype != "BF16":
+        with np.errstate(over="ignore"):
+            return values.astype(STORAGE[dtype], copy=False)
+    if values.dtype == np.float64:
+        values = _round_to_odd(values)
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    stored = rounded.astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():
+        stored[nan] = (bits[nan] >> 16).astype(np.uint16) | np.uint16(0x40)
+    return stored
+
+
+def _round_to_odd(values: NDArray) -> NDArray:
+    """float64 to float32 so that a second rounding, to a narrower type, gives what one rounding would."""
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float32)
+    inexact = near.astype(np.float64) != values
+    beyond = np.abs(near.astype(np.float64)) > np.abs(values)
+    bits = near.view(np.uint32)
+    bits -= (inexact & beyond).astype(np.uint32)
+    bits |= inexact.astype(np.uint32)
+    return near

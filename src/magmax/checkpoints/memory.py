@@ -1,0 +1,143 @@
+"""State dicts and modules, in memory or mapped from a `.pt` or `.bin` file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MagMaxError, listed
+from .base import Checkpoint
+from .dtypes import STORAGE, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
+    "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+"""numpy's or torch's name of a type -> safetensors' name."""
+
+
+class StateDict(Checkpoint):
+    """A mapping of names to numpy arrays or torch tensors; tensors that share storage are read once."""
+
+    def __init__(self, tensors: Mapping[str, Any], label: str, path: Path | None = None) -> None:
+        super().__init__(label, {})
+        self.path = path
+        self._tensors: dict[str, Any] = {}
+        seen: dict[tuple, str] = {}
+        problems: list[str] = []
+        for key, tensor in tensors.items():
+            try:
+                spec = spec_of(tensor)
+            except TypeError as error:
+                problems.append(f"{label}: {key} {error}")
+                continue
+            place = _place(tensor)
+            if place is not None and place in seen:
+                self.aliases[key] = seen[place]
+                continue
+            if place is not None:
+                seen[place] = key
+            self.specs[key], self._tensors[key] = spec, tensor
+        if problems:
+            raise listed(f"{label} is not a state dict", problems)
+
+    def read(self, key: str, start: int, stop: int) -> NDArray:
+        spec = self.specs[key]
+        tensor = self._tensors[key]
+        if isinstance(tensor, np.ndarray):
+            flat = np.ascontiguousarray(tensor).reshape(-1)
+            return flat.view(spec.storage)[start:stop].copy()
+        return _torch_units(tensor, spec, start, stop)
+
+    def files(self) -> list[Path]:
+        return [] if self.path is None else [self.path]
+
+
+def spec_of(tensor: Any) -> Spec:
+    """The spec of an array or tensor. Raises TypeError, saying what it is, for anything else."""
+    if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
+        raise TypeError(f"is a {type(tensor).__name__}, not a tensor")
+    if getattr(tensor, "is_meta", False):
+        raise TypeError("is on the meta device and has no values; load the model's weights first")
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in TORCH_NAMES or getattr(tensor, "is_sparse", False):
+        raise TypeError(f"has type {tensor.dtype}, which cannot be stored")
+    return Spec(TORCH_NAMES[name], tuple(int(n) for n in tensor.shape))
+
+
+def _place(tensor: Any) -> tuple | None:
+    """Where in memory a torch tensor lies; equal places are tied tensors."""
+    if isinstance(tensor, np.ndarray):
+        interface = tensor.__array_interface__
+        place = (interface["data"][0], tensor.shape, tensor.strides, tensor.dtype.str)
+    else:
+        place = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+    return place if tensor.nbytes else None
+
+
+def _torch_units(tensor: torch.Tensor, spec: Spec, start: int, stop: int) -> NDArray:
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    if spec.dtype == "BF16":
+        return flat[start:stop].cpu().view(torch.uint16).numpy().copy()
+    if spec.floating:
+        return flat[start:stop].cpu().numpy().copy()
+    return flat.cpu().contiguous().view(torch.uint8).numpy()[start:stop].copy()
+
+
+def open_pickle(path: Path, label: str) -> StateDict:
+    """A `.pt`, `.pth` or `.bin` state dict, mapped from disk; never runs code stored in the file."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise MagMaxError(f"{label}: reading {path.suffix} files needs torch: pip install 'magmax[torch]'") from error
+    try:
+        loaded = _load(torch, path)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+        raise MagMaxError(
+            f"{label}: this pickle needs code to be run, which is refused ({reason.strip() or 'weights_only'}). "
+            "Load it where you trust it and save a plain state dict: "
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        ) from error
+    except Exception as error:
+        raise MagMaxError(f"{label}: cannot be read as a torch file ({error}); is it truncated?") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
+    return StateDict(loaded, label, path)
+
+
+def _load(torch: Any, path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def as_tensor(stored: NDArray, spec: Spec, like: Any) -> Any:
+    """Stored units as an array or tensor of the kind, type and device of `like`."""
+    if isinstance(like, np.ndarray):
+        kind = stored.dtype if spec.dtype in STORAGE else like.dtype
+        return stored.view(kind).reshape(spec.shape)
+    import torch
+
+    flat = torch.from_numpy(stored)
+    wanted = {name: key for key, name in TORCH_NAMES.items()}[spec.dtype]
+    return flat.view(getattr(torch, wanted)).reshape(spec.shape).to(like.device)
+
+

@@ -1,0 +1,139 @@
+"""Safetensors files, read by range: the header is checked in full before any tensor is."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import MagMaxError
+from .base import Checkpoint
+from .dtypes import BITS, Spec
+
+HEADER_LIMIT = 100_000_000
+
+
+class SafetensorsFile(Checkpoint):
+    """One `.safetensors` file. Raises MagMaxError for a header that is malformed or lies about the file."""
+
+    path: Path
+
+    def __init__(self, path: Path, label: str | None = None) -> None:
+        super().__init__(label or str(path), {})
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise MagMaxError(f"{self.label}: cannot be opened: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._fd)
+        self._size = os.fstat(self._fd).st_size
+        header = self._header()
+        self._header_digest = xxhash.xxh3_128_hexdigest(header)
+        self._data = 8 + len(header)
+        self._offsets: dict[str, int] = {}
+        self._take(self._parse(header))
+
+    def read(self, key: str, start: int, stop: int) -> NDArray:
+        storage = self.specs[key].storage
+        out = np.empty(stop - start, storage)
+        self._fill(memoryview(out).cast("B"), self._offsets[key] + start * storage.itemsize)
+        return out
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def header_digests(self) -> list[str]:
+        return [self._header_digest]
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        while view:
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise MagMaxError(f"{self.label}: cannot be read at byte {offset}: {error.strerror}") from error
+            if not count:
+                raise self._bad(f"ends at byte {offset}, where data was promised; copy or download it again")
+            view, offset = view[count:], offset + count
+
+    def _header(self) -> bytes:
+        if self._size < 8:
+            raise self._bad(f"has {self._size} bytes, too few for a safetensors file")
+        prefix = bytearray(8)
+        self._fill(memoryview(prefix), 0)
+        length = int.from_bytes(prefix, "little")
+        if length > HEADER_LIMIT or 8 + length > self._size:
+            raise self._bad(
+                f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
+                "it is truncated or not a safetensors file"
+            )
+        header = bytearray(length)
+        self._fill(memoryview(header), 8)
+        return bytes(header)
+
+    def _parse(self, header: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(header, object_pairs_hook=self._unique)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise self._bad(f"has a header that is not JSON ({error})") from error
+        if not isinstance(parsed, dict):
+            raise self._bad("has a header that is not a JSON object")
+        return parsed
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise self._bad("names a tensor twice in its header")
+        return found
+
+    def _take(self, header: dict[str, Any]) -> None:
+        """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._bad("has __metadata__ that is not a map of strings")
+        self.metadata = metadata
+        room = self._size - self._data
+        ends: list[tuple[int, int, str]] = []
+        for key, entry in header.items():
+            spec, begin, end = self._entry(key, entry)
+            if not 0 <= begin <= end <= room:
+                raise self._bad(
+                    f"places {key} at bytes {begin:,} to {end:,}, but holds {room:,} bytes of data; "
+                    "it is truncated or corrupt: copy or download it again"
+                )
+            if end - begin != spec.nbytes:
+                raise self._bad(f"gives {key} {end - begin:,} bytes, but {spec} takes {spec.nbytes:,}")
+            self.specs[key], self._offsets[key] = spec, self._data + begin
+            ends.append((begin, end, key))
+        self._check_cover(sorted(ends), room)
+        self.aliases = {k: v for k, v in metadata.items() if v in self.specs and k not in self.specs}
+
+    def _entry(self, key: str, entry: Any) -> tuple[Spec, int, int]:
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._bad(f"describes {key} without a dtype, a shape and two data_offsets") from error
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        if not whole or not isinstance(dtype, str):
+            raise self._bad(f"describes {key} with dtype {dtype!r}, shape {shape} and offsets {begin}, {end}")
+        if dtype not in BITS:
+            raise self._bad(f"stores {key} as {dtype}, a type this version does not know")
+        return Spec(dtype, shape), begin, end
+
+    def _check_cover(self, ends: list[tuple[int, int, str]], room: int) -> None:
+        at = 0
+        for begin, end, key in ends:
+            if begin != at:
+                word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+                raise self._bad(f"places {key} at byte {begin:,}, which {word}")
+            at = end
+        if at != room:
+            raise self._bad(f"holds {room - at:,} bytes after its last tensor; it is corrupt")
+
+    def _bad(self, what: str) -> MagMaxError:
+        return MagMaxError(f"{self.label}: the file {what}")

@@ -1,0 +1,260 @@
+"""Safetensors outputs that appear all at once: written beside their final name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MagMaxError
+from .dtypes import BITS, Spec
+
+SHARD_BYTES = 5_000_000_000
+PROVENANCE = "provenance.json"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards."""
+
+    path: Path
+
+    @property
+    def folder(self) -> bool:
+        return self.path.suffix != ".safetensors"
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def journal(self) -> Path:
+        return self.path.with_name(self.path.name + ".journal")
+
+    @property
+    def old(self) -> Path:
+        return self.path.with_name(self.path.name + ".old")
+
+    def problems(self, inputs: list[Path]) -> list[str]:
+        """What forbids writing here, seen without writing: all of it."""
+        found: list[str] = []
+        path = self.path
+        if path.suffix in (".pt", ".pth", ".bin"):
+            found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
+        taken = {p.resolve() for p in inputs} | {p.resolve().parent for p in inputs if self.folder}
+        if path.resolve() in taken:
+            found.append(f"{path}: is one of the inputs; choose another place for the output")
+        if self.folder and path.is_dir() and any(path.iterdir()) and not (path / PROVENANCE).exists():
+            found.append(f"{path}: holds files that magmax did not write; remove it or choose another folder")
+        if self.folder != path.is_dir() and path.exists():
+            found.append(f"{path}: is a {'file' if self.folder else 'folder'}; choose another name")
+        above = nearest_folder(path)
+        if not os.access(above, os.W_OK | os.X_OK):
+            found.append(f"{above}: cannot be written to; choose another place for the output")
+        return found
+
+
+def nearest_folder(path: Path) -> Path:
+    """The deepest folder above `path` that exists."""
+    return next(p for p in path.absolute().parents if p.is_dir())
+
+
+class Shard:
+    """One file being filled: its header first, then any range of any tensor, in any order, from any thread."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> None:
+        self.path, self.specs = path, dict(specs)
+        self._header_bytes = _header(self.specs, metadata)
+        self._offsets: dict[str, int] = {}
+        at = len(self._header_bytes)
+        for key, spec in self.specs.items():
+            self._offsets[key], at = at, at + spec.nbytes
+        self.size = at
+        self._fd = -1
+
+    def intact(self) -> bool:
+        """Whether the file on disk is this shard, begun earlier."""
+        try:
+            with open(self.path, "rb") as file:
+                same = file.read(len(self._header_bytes)) == self._header_bytes
+                return same and os.fstat(file.fileno()).st_size == self.size
+        except OSError:
+            return False
+
+    def open(self, fresh: bool) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        self._fd = os.open(self.path, flags, 0o666)
+        if fresh:
+            self._put(memoryview(self._header_bytes), 0)
+            os.ftruncate(self._fd, self.size)
+
+    def write(self, key: str, start: int, stored: NDArray) -> None:
+        flat = memoryview(np.ascontiguousarray(stored)).cast("B")
+        self._put(flat, self._offsets[key] + start * stored.dtype.itemsize)
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def seal(self, metadata: dict[str, str]) -> None:
+        """Put the final metadata into the place its draft reserved, and wait for the disk."""
+        header = _header(self.specs, metadata)
+        if len(header) != len(self._header_bytes):
+            raise AssertionError("the final metadata must fill exactly the place reserved for it")
+        self._put(memoryview(header), 0)
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+
+class Draft:
+    """An output not yet visible under its name; `publish` makes it so in one step."""
+
+    def __init__(
+        self, target: Target, specs: Mapping[str, Spec], metadata: dict[str, str], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.target = target
+        self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS[item[1].dtype], item[0])))
+        groups = _shards(self.specs, shard_bytes) if target.folder else [list(self.specs)]
+        self._shards = [
+            Shard(self._place(number, len(groups)), {k: self.specs[k] for k in keys}, metadata)
+            for number, keys in enumerate(groups, start=1)
+        ]
+        self._holder = {key: shard for shard in self._shards for key in shard.specs}
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self._shards)
+
+    def intact(self) -> bool:
+        return all(shard.intact() for shard in self._shards)
+
+    def open(self, fresh: bool) -> None:
+        """Create the files, or with fresh=False take up those of an interrupted run."""
+        if fresh:
+            remove(self.target.partial)
+        if self.target.folder:
+            self.target.partial.mkdir(exist_ok=True)
+        for shard in self._shards:
+            shard.open(fresh)
+
+    def write(self, key: str, start: int, stored: NDArray) -> None:
+        self._holder[key].write(key, start, stored)
+
+    def sync(self) -> None:
+        for shard in self._shards:
+            shard.sync()
+
+    def publish(self, metadata: dict[str, str], companions: Mapping[str, bytes | Path]) -> None:
+        """Seal every shard, add the files that belong beside them, and rename the whole into place."""
+        for shard in self._shards:
+            shard.seal(metadata)
+            shard.close()
+        partial, path = self.target.partial, self.target.path
+        if not self.target.folder:
+            os.replace(partial, path)
+            sync_folder(path.parent)
+            return
+        if len(self._shards) > 1:
+            companions = {**companions, INDEX: self._index()}
+        for name, content in companions.items():
+            _put_file(partial / name, content)
+        sync_folder(partial)
+        if path.exists():
+            remove(self.target.old)
+            os.rename(path, self.target.old)
+        os.rename(partial, path)
+        sync_folder(path.parent)
+        remove(self.target.old)
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    def discard(self) -> None:
+        self.close()
+        remove(self.target.partial)
+
+    def _place(self, number: int, count: int) -> Path:
+        if not self.target.folder:
+            return self.target.partial
+        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        return self.target.partial / name
+
+    def _index(self) -> bytes:
+        where = {key: shard.path.name for key, shard in sorted(self._holder.items())}
+        total = sum(spec.nbytes for spec in self.specs.values())
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
+
+
+def _header(specs: Mapping[str, Spec], metadata: dict[str, str]) -> bytes:
+    """A safetensors header for tensors laid out in the order of `specs`, padded to a multiple of 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for key, spec in specs.items():
+        entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+    """Tensor names grouped so that each group takes at most `limit` bytes, or is a single tensor."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for key, spec in specs.items():
+        if groups[-1] and spec.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(key)
+        room -= spec.nbytes
+    return groups
+
+
+def _put_file(path: Path, content: bytes | Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.read_bytes() if isinstance(content, Path) else content
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    draft = path.with_name(path.name + ".partial")
+    _put_file(draft, content)
+    os.replace(draft, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

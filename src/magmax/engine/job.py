@@ -1,0 +1,215 @@
+"""A piece of work that ends in one output on disk: previewed, resumed, published or left for another try."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.journal import Journal
+from ..checkpoints.slabs import SLAB, checkpoint_digest
+from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
+from ..errors import MagMaxError, listed
+from .ledger import Ledger
+from .provenance import Provenance
+from .stream import Kernel, Pass, Progress, Sink, cores
+
+ARRAYS_A_THREAD = 10
+IMPORTS_BYTES = 45_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to work, as opposed to what to compute: none of this changes a byte of the result.
+
+    Attributes:
+        threads: chunks worked on at once; 0 means one for each processor.
+        restart: forget an interrupted run instead of resuming it.
+        progress: told of bytes read, as they are.
+        note: told of things worth knowing, such as a resumption.
+    """
+
+    threads: int = 0
+    restart: bool = False
+    progress: Progress = lambda _: None
+    note: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
+
+    path: Path
+    seconds: float
+    read_bytes: int
+    written_bytes: int
+    reused_bytes: int
+    carried: Mapping[str, str]
+    input_digests: Sequence[str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of an output.
+
+    Attributes:
+        inputs: the base and then the rest; `names` are what provenance calls them.
+        specs: the tensors to be written.
+        sinks: gives the kernel's sinks, which lead into the draft.
+        companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
+        check: called with the input digests before anything becomes visible; may refuse.
+    """
+
+    target: Target
+    inputs: Sequence[Checkpoint]
+    names: Sequence[str]
+    recipe: Mapping[str, Any]
+    specs: Mapping[str, Spec]
+    kernel: Kernel
+    carried: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
+    companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
+    check: Callable[[Sequence[str]], None] = lambda digests: None
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def read_bytes(self) -> int:
+        base = self.inputs[0]
+        return len(self.inputs) * sum(spec.nbytes for spec in base.specs.values())
+
+    def draft(self) -> Draft:
+        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes)
+
+    def preview(self, threads: int = 0) -> dict[str, int]:
+        """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
+        size = self.draft().size
+        slabs = (threads or cores()) * ARRAYS_A_THREAD * SLAB * 4
+        return {
+            "passes": 1,
+            "read_bytes": self.read_bytes,
+            "write_bytes": size,
+            "disk_needed": size - _allocated(self.target.partial),
+            "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
+            "peak_memory": IMPORTS_BYTES + slabs,
+        }
+
+    def problems(self) -> list[str]:
+        """Everything that would stop the work, as far as can be known without doing it."""
+        found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        if not found:
+            disk = self.preview()
+            if disk["disk_needed"] > disk["disk_free"]:
+                found.append(
+                    f"{self.target.path}: needs {disk['disk_needed']:,} bytes of disk, but {disk['disk_free']:,} are free"
+                )
+        return found
+
+    def run(self, settings: Settings | None = None) -> Outcome:
+        """Do the work and publish the output.
+
+        Raises:
+            MagMaxError: an input that cannot be used, a place that cannot be written, or no space left. What was finished
+                stays beside the output and the same job takes it up again.
+        """
+        settings = settings or Settings()
+        if problems := self.problems():
+            raise listed(f"{self.target.path} cannot be written", problems)
+        try:
+            self.target.path.parent.mkdir(parents=True, exist_ok=True)
+            journal = Journal(self.target.journal)
+            draft = self.draft()
+            try:
+                return self._run(draft, journal, settings)
+            except MagMaxError:
+                draft.discard()
+                journal.remove()
+                raise
+            finally:
+                draft.close()
+                journal.close()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
+        began = time.perf_counter()
+        parts = self._resumable(draft, journal, settings)
+        draft.open(fresh=not parts)
+        if not parts:
+            journal.start(self._identity())
+        work = Pass(self.inputs, self.sinks(draft), self.kernel, settings.threads, True, journal, parts)
+        reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
+        if reused:
+            settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
+        ledger = work.run(settings.progress)
+        inputs, outputs = ledger.tensors[: len(self.inputs)], ledger.tensors[len(self.inputs) :]
+        digests = [checkpoint_digest(self.inputs[0].specs, tensors) for tensors in inputs]
+        self.check(digests)
+        provenance = self._provenance(digests)
+        draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
+        journal.remove()
+        digest = checkpoint_digest(self.specs, outputs[0])
+        seconds = time.perf_counter() - began
+        return Outcome(
+            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, digests, digest
+        )
+
+    def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
+        """The finished chunks of an interrupted run of this very job on these very inputs."""
+        identity, parts = journal.load()
+        if identity is None or not parts or settings.restart:
+            return []
+        if None in (c.path for c in self.inputs):
+            settings.note("starting afresh: inputs in memory cannot be recognised")
+            return []
+        ours = self._identity()
+        changed = [name for name, now in ours.items() if identity.get(name) != now]
+        if changed or len(identity) != len(ours):
+            settings.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
+            return []
+        return parts if draft.intact() else []
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be unchanged for finished chunks to be of use."""
+        identity: dict[str, Any] = {"the recipe": dict(self._provenance().draft().as_dict())}
+        identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
+        for checkpoint in self.inputs:
+            for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
+                status = path.stat()
+                identity[str(path)] = [status.st_size, status.st_mtime_ns, header]
+        return identity
+
+    def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
+        return Provenance(self.recipe, self.names, digests or [""] * len(self.names))
+
+    def _metadata(self, provenance: Provenance) -> dict[str, str]:
+        return {"format": "pt", **self.metadata, **provenance.metadata()}
+
+    def _explained(self, error: OSError) -> MagMaxError:
+        where = error.filename or self.target.path
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(nearest_folder(self.target.path)).free
+            return MagMaxError(
+                f"{self.target.path}: no space left ({free:,} bytes free); free some and run the same command again: "
+                "it resumes where it stopped"
+            )
+        return MagMaxError(f"{where}: {error.strerror or error}")
+
+
+def _allocated(partial: Path) -> int:
+    """Bytes of disk that an unfinished output has taken already."""
+    files = partial.rglob("*") if partial.is_dir() else [partial]
+    return sum(512 * file.stat().st_blocks for file in files if file.is_file())
+
+
+def tensor_digests(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+    """The provenance file of a folder output."""
+    content = {**provenance.as_dict(), "tensors": dict(sorted(digests.items()))}
+    return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}

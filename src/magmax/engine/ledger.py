@@ -1,0 +1,32 @@
+"""The digests of a pass, gathered chunk by chunk in whatever order the chunks finish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..checkpoints import Spec
+from ..checkpoints.slabs import chunks, tensor_digest
+
+
+class Ledger:
+    """Slab digests of several streams (the inputs of a pass, then its outputs), joined into a digest per tensor.
+
+    A tensor's slab digests are held only until its last chunk is in.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], streams: int) -> None:
+        self._specs = specs
+        self._missing = {key: sum(1 for _ in chunks(key, spec)) for key, spec in specs.items()}
+        self._parts: dict[str, dict[int, Sequence[bytes]]] = {}
+        self.tensors: list[dict[str, str]] = [{} for _ in range(streams)]
+
+    def add(self, key: str, start: int, parts: Sequence[bytes]) -> None:
+        """Take the joined slab digests of one chunk: an entry per stream, empty where the stream was not touched."""
+        self._parts.setdefault(key, {})[start] = parts
+        self._missing[key] -= 1
+        if self._missing[key]:
+            return
+        in_order = [part for _, part in sorted(self._parts.pop(key).items())]
+        for stream, tensors in enumerate(self.tensors):
+            if joined := b"".join(parts[stream] for parts in in_order):
+                tensors[key] = tensor_digest(joined)

@@ -1,0 +1,233 @@
+"""Merge models into a base: files to a file or folder, state dicts to a state dict, modules to a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.dtypes import LONG_NAMES
+from ..checkpoints.memory import as_tensor
+from ..checkpoints.writer import SHARD_BYTES, Target
+from ..errors import MagMaxError
+from ..rules import Rule, as_rule, nearest
+from .arithmetic import MergeKernel, Reader
+from .companions import companions
+from .compare import Mismatch, compare
+from .job import Job, Settings, tensor_digests
+from .provenance import METADATA_KEY, Provenance, model_card
+from .stream import Pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a merge computes, beyond its rule.
+
+    Attributes:
+        scaling_factor: multiplies the merged task vector; None means the rule's own default.
+        dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
+        mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there.
+        allow_nonfinite: let NaN and infinity through instead of refusing them.
+        shard_bytes: the most a shard of a folder output may hold.
+    """
+
+    scaling_factor: float | None = None
+    dtype: str | None = None
+    mismatch: Mismatch = "strict"
+    allow_nonfinite: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    def out_specs(self, base: Checkpoint) -> dict[str, Spec]:
+        """The output's tensors. Raises MagMaxError for a dtype that is none."""
+        if self.dtype is None:
+            return dict(base.specs)
+        if self.dtype not in LONG_NAMES:
+            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest(self.dtype, list(LONG_NAMES))}")
+        wanted = LONG_NAMES[self.dtype]
+        return {key: Spec(wanted, s.shape) if s.floating else s for key, s in base.specs.items()}
+
+    def factor(self, rule: Rule) -> float:
+        factor = rule.scaling_factor if self.scaling_factor is None else float(self.scaling_factor)
+        if not np.isfinite(factor):
+            raise MagMaxError(f"scaling_factor must be a finite number, not {factor}")
+        return factor
+
+
+def merge(
+    rule: Rule | str,
+    base: Any,
+    models: Sequence[Any],
+    scaling_factor: float | None = None,
+    out: str | PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    mismatch: Mismatch = "strict",
+    allow_nonfinite: bool = False,
+    settings: Settings | None = None,
+) -> Any:
+    """base + scaling_factor * rule(task vectors of `models`).
+
+    Args:
+        rule: a rule or its name.
+        base, models: paths, state dicts or modules, in any mixture.
+        scaling_factor: by default the rule's own.
+        out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
+        dtype, mismatch, allow_nonfinite: see `Options`.
+        settings: threads, progress, restart; see `Settings`.
+
+    Returns:
+        With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of the
+        module. Tensors that share storage in `base` share it in the result.
+
+    Raises:
+        MagMaxError: models that do not fit the base, NaN or infinity, files that cannot be read or written.
+    """
+    if isinstance(models, str | PathLike | Mapping) or not isinstance(models, Sequence):
+        raise MagMaxError("models must be a list of paths, state dicts or modules")
+    rule = as_rule(rule)
+    options = Options(scaling_factor, dtype, mismatch, allow_nonfinite)
+    opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
+    labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
+    others = [open_checkpoint(m, label) for m, label in zip(models, labels, strict=True)]
+    if out is not None:
+        merge_job(rule, opened, others, Path(fspath(out)), options).run(settings)
+        return Path(fspath(out))
+    if opened.path is not None:
+        raise MagMaxError("merging files needs `out`, the path of the result")
+    tensors = merge_in_memory(rule, opened, others, options, settings or Settings())
+    return _like(base, opened, tensors, options)
+
+
+def merge_job(
+    rule: Rule,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    out: Path,
+    options: Options,
+    names: Sequence[str] | None = None,
+) -> Job:
+    """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
+    names = names or default_names([str(m.path or m.label) for m in models])
+    kernel = _kernel(rule, base, models, options)
+    folder = base.path if base.path is not None and base.path.is_dir() else None
+    wanted = LONG_NAMES[options.dtype] if options.dtype else None
+
+    def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+        dtypes = sorted({s.dtype for s in kernel.out.values() if s.floating})
+        card = model_card(provenance, dtypes, _carried(kernel)).encode()
+        files = companions(folder, wanted) if folder else {}
+        return {**files, "README.md": card, **tensor_digests(provenance, digests)}
+
+    def refuse_twins(digests: Sequence[str]) -> None:
+        seen: dict[str, str] = {}
+        for model, digest in zip(models, digests[1:], strict=True):
+            if digest in seen:
+                raise MagMaxError(f"{model.label}: holds the same tensors as {seen[digest]}; name each model once")
+            seen[digest] = model.label
+
+    return Job(
+        target=Target(out),
+        inputs=[base, *models],
+        names=["base", *names],
+        recipe=recipe_of(rule, options),
+        specs=kernel.out,
+        kernel=kernel,
+        carried=_carried(kernel),
+        metadata=kept_metadata(base),
+        companions=beside,
+        check=refuse_twins,
+        shard_bytes=options.shard_bytes,
+    )
+
+
+def recipe_of(rule: Rule, options: Options) -> dict[str, Any]:
+    """What provenance tells of a merge."""
+    told = {"rule": rule.describe(), "scaling_factor": options.factor(rule), "dtype": options.dtype or "as the base"}
+    if options.mismatch != "strict":
+        told["mismatch"] = options.mismatch
+    if options.allow_nonfinite:
+        told["allow_nonfinite"] = True
+    return told
+
+
+def kept_metadata(base: Checkpoint) -> dict[str, str]:
+    """The base's own metadata, and which names share a tensor, as safetensors' save_model notes it."""
+    kept = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
+    return kept | base.aliases
+
+
+def merge_in_memory(
+    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
+) -> dict[str, NDArray]:
+    """The merged tensors as stored units, flat, by the base's own keys."""
+    kernel = _kernel(rule, base, models, options)
+    memory = MemorySink({key: np.empty(spec.units, spec.storage) for key, spec in kernel.out.items()})
+    Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
+    return memory.tensors
+
+
+@dataclass(frozen=True)
+class MemorySink:
+    """Flat arrays to be filled by a pass."""
+
+    tensors: dict[str, NDArray]
+
+    def write(self, key: str, start: int, stored: NDArray) -> None:
+        self.tensors[key][start : start + len(stored)] = stored
+
+    def sync(self) -> None:
+        """Nothing to wait for."""
+
+
+def default_names(paths: Sequence[str]) -> list[str]:
+    """For each path the first part that tells it from the others, without its suffix."""
+    parts = [Path(path).parts for path in paths]
+    for column in range(max(map(len, parts), default=0)):
+        words = [p[min(column, len(p) - 1)] for p in parts]
+        if len(set(words)) == len(words):
+            return [w.removesuffix(".safetensors") for w in words]
+    return list(paths)
+
+
+def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> MergeKernel:
+    rule.check(len(models))
+    _refuse_same_path([base, *models])
+    carried = compare(base, models, options.mismatch)
+    reader = Reader([base, *models], options.allow_nonfinite)
+    return MergeKernel(rule=rule, tasks=len(models), reader=reader, scaling_factor=options.factor(rule),
+                       out=options.out_specs(base), carried=carried)
+
+
+def _refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
+    seen: dict[Path, str] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.path is None:
+            continue
+        real = checkpoint.path.resolve()
+        if real in seen:
+            raise MagMaxError(f"{checkpoint.label}: is the same file as {seen[real]}; name each model once")
+        seen[real] = checkpoint.label
+
+
+def _carried(kernel: MergeKernel) -> dict[str, str]:
+    return dict(kernel.carried)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray], options: Options) -> Any:
+    """The merged tensors in the shape of the thing that was given as the base."""
+    original = base if isinstance(base, Mapping) else base.state_dict()
+    specs = options.out_specs(opened)
+    made = {key: as_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
+    merged = {key: made[opened.resolve(key)] for key in original}
+    if isinstance(base, Mapping):
+        return merged
+    result = copy.deepcopy(base)
+    result.load_state_dict(merged)
+    return result

@@ -1,0 +1,78 @@
+"""What an output says of its own making: recipe, package version and a digest of every input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import __version__
+
+METADATA_KEY = "magmax"
+DIGEST_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of an output. The same work on the same inputs always gives the same provenance.
+
+    Attributes:
+        recipe: what was done, without paths, times or anything of this machine.
+        names: what the inputs are called, in order.
+        digests: an xxh3-128 of each input's tensors, in hexadecimal.
+    """
+
+    recipe: Mapping[str, Any]
+    names: Sequence[str]
+    digests: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        inputs = [{"name": n, "xxh3_128": d} for n, d in zip(self.names, self.digests, strict=True)]
+        return {"package": f"magmax {__version__}", "recipe": dict(self.recipe), "inputs": inputs}
+
+    def metadata(self) -> dict[str, str]:
+        """As it stands in a safetensors header; its length does not depend on the digests."""
+        return {METADATA_KEY: json.dumps(self.as_dict(), separators=(",", ":"))}
+
+    def draft(self) -> Provenance:
+        """The same, with zeros for the digests that are not known before the inputs are read."""
+        return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names))
+
+
+def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The provenance in a header's metadata, or None where there is none."""
+    try:
+        found = json.loads(metadata[METADATA_KEY])
+    except (KeyError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Mapping[str, str]) -> str:
+    """A README for a merged model's folder."""
+    rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
+    kept = "\n".join(f"* `{key}`: {why}" for key, why in carried.items()) or "None: every tensor was merged."
+    recipe = json.dumps(provenance.recipe, indent=2)
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- magmax
+---
+# A merged model
+
+Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rule(task vectors)`.
+
+```json
+{recipe}
+```
+
+| input | xxh3-128 of its tensors |
+|---|---|
+{rows}
+
+## Tensors taken from the base as they are
+
+{kept}
+"""

@@ -1,0 +1,151 @@
+"""One pass over checkpoints: every chunk of every tensor read, worked on, written and digested, in threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.journal import Journal
+from ..checkpoints.slabs import Chunk, chunks, slab_digest
+from .ledger import Ledger
+
+JOURNAL_SECONDS = 2.0
+
+Progress = Callable[[int], None]
+"""Called with a number of bytes read since the last call."""
+
+
+class Sink(Protocol):
+    """Where a pass puts what it makes: a draft on disk, or tensors in memory."""
+
+    def write(self, key: str, start: int, stored: NDArray) -> None: ...
+
+    def sync(self) -> None: ...
+
+
+class Slab:
+    """One slab of one tensor, as a kernel sees it."""
+
+    def __init__(self, inputs: Sequence[Checkpoint], chunk: Chunk, start: int, stop: int, digest: bool) -> None:
+        self.key, self.start, self.stop = chunk.key, start, stop
+        self._inputs, self._digest = inputs, digest
+        self.digests: dict[int, bytes] = {}
+
+    def spec(self, number: int) -> Spec:
+        return self._inputs[number].spec(self.key)
+
+    def stored(self, number: int) -> NDArray:
+        """The slab's units in input `number`, digested as they are read; the caller may overwrite them."""
+        checkpoint = self._inputs[number]
+        units = checkpoint.read(checkpoint.resolve(self.key), self.start, self.stop)
+        if self._digest:
+            self.digests[number] = slab_digest(units)
+        return units
+
+
+Kernel = Callable[[Slab], Sequence[NDArray | None]]
+"""Reads what it needs of a slab; returns the stored units for each sink, or None to leave that sink alone."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over `inputs`, of which the first names the tensors, into `sinks`.
+
+    Attributes:
+        threads: how many chunks are worked on at once; 0 means one for each processor.
+        digest: whether everything read and written is digested.
+        journal: where finished chunks are noted every few seconds.
+        parts: the journal's chunks of an interrupted run, not to be done again.
+    """
+
+    inputs: Sequence[Checkpoint]
+    sinks: Sequence[Sink]
+    kernel: Kernel
+    threads: int = 0
+    digest: bool = True
+    journal: Journal | None = None
+    parts: Sequence[Any] = ()
+
+    def run(self, progress: Progress) -> Ledger:
+        """Do every chunk that is not done yet; the first error of any thread stops them all and is raised."""
+        specs = self.inputs[0].specs
+        ledger = Ledger(specs, len(self.inputs) + len(self.sinks))
+        done = set[tuple[str, int]]()
+        for key, start, stop, digests in self.parts:
+            ledger.add(key, start, [bytes.fromhex(d) for d in digests])
+            done.add((key, start))
+            progress(self.cost(key, start, stop))
+        todo = (c for key, spec in specs.items() for c in chunks(key, spec) if (c.key, c.start) not in done)
+        pending: list[Any] = []
+        saved = time.monotonic()
+        try:
+            for chunk, digests in in_threads(self._work, todo, self.threads or cores()):
+                ledger.add(chunk.key, chunk.start, digests)
+                pending.append([*chunk, [d.hex() for d in digests]])
+                if time.monotonic() - saved > JOURNAL_SECONDS:
+                    self._save(pending)
+                    pending, saved = [], time.monotonic()
+                progress(self.cost(*chunk))
+        except BaseException:
+            with suppress(OSError):
+                self._save(pending)
+            raise
+        return ledger
+
+    def cost(self, key: str, start: int, stop: int) -> int:
+        """Bytes that a chunk reads: what progress counts."""
+        return (stop - start) * self.inputs[0].specs[key].storage.itemsize * len(self.inputs)
+
+    def _save(self, pending: list[Any]) -> None:
+        """Note finished chunks, once what they wrote is on disk."""
+        if self.journal is None:
+            return
+        for sink in self.sinks:
+            sink.sync()
+        self.journal.append(pending)
+
+    def _work(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
+        """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
+        joined = [b""] * (len(self.inputs) + len(self.sinks))
+        for start, stop in chunk.slabs(self.inputs[0].specs[chunk.key]):
+            slab = Slab(self.inputs, chunk, start, stop, self.digest)
+            made = self.kernel(slab)
+            for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
+                if stored is not None:
+                    sink.write(chunk.key, start, stored)
+                    if self.digest:
+                        slab.digests[number] = slab_digest(stored)
+            for number, digest in slab.digests.items():
+                joined[number] += digest
+        return chunk, joined
+
+
+def cores() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int) -> Iterator[Any]:
+    """Results of `work` as they come, with a bounded number under way."""
+    waiting: set[Future[Any]] = set()
+    with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
+        try:
+            for chunk in todo:
+                waiting.add(pool.submit(work, chunk))
+                if len(waiting) >= 3 * threads:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,30 @@
+"""Task arithmetic: the sum of the task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .average import add
+from .base import Address, Array, Rule, State
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Rule):
+    """The sum tau_1 + ... + tau_T, in task order; usually scaled by 0.3, or by 1/T in MagMax's own scripts.
+
+    >>> import numpy as np
+    >>> TaskArithmetic()([np.float32([1, 2]), np.float32([3, -2])])
+    array([4., 0.], dtype=float32)
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    scaling_factor: ClassVar[float] = 0.3
+    selects: ClassVar[bool] = False
+    paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
+
+    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+        return add(state, task_vector)
+
+    def finish(self, state: State, tasks: int) -> Array:
+        return state[0]
