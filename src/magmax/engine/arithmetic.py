@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,7 @@ class MergeKernel:
 
     Attributes:
         out: the specs of what is written.
-        carried: tensors copied from the base as they are.
+        carried: tensors copied from the base as they are, and why.
     """
 
     reader: Reader
@@ -79,7 +79,7 @@ class MergeKernel:
     tasks: int
     scaling_factor: float
     out: Mapping[str, Spec]
-    carried: Container[str]
+    carried: Mapping[str, str]
 
     def __call__(self, slab: Slab) -> list[NDArray]:
         if slab.key in self.carried:

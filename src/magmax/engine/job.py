@@ -52,7 +52,7 @@ class Outcome:
     reused_bytes: int
     carried: Mapping[str, str]
     input_digests: Sequence[str]
-    digest: str
+    sink_digests: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,17 @@ class Job:
             settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
         ledger = work.run(settings.progress)
         inputs, outputs = ledger.tensors[: len(self.inputs)], ledger.tensors[len(self.inputs) :]
-        digests = [checkpoint_digest(self.inputs[0].specs, tensors) for tensors in inputs]
+        digests = [
+            checkpoint_digest({key: c.spec(key) for key in tensors}, tensors)
+            for c, tensors in zip(self.inputs, inputs, strict=True)
+        ]
         self.check(digests)
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
         journal.remove()
-        digest = checkpoint_digest(self.specs, outputs[0])
+        made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
-        return Outcome(
-            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, digests, digest
-        )
+        return Outcome(self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, digests, made)
 
     def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""

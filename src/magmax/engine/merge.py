@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -102,7 +102,7 @@ def merge(
     if opened.path is not None:
         raise MagMaxError("merging files needs `out`, the path of the result")
     tensors = merge_in_memory(rule, opened, others, options, settings or Settings())
-    return _like(base, opened, tensors, options)
+    return like(base, opened, tensors, options)
 
 
 def merge_job(
@@ -116,14 +116,6 @@ def merge_job(
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
     names = names or default_names([str(m.path or m.label) for m in models])
     kernel = _kernel(rule, base, models, options)
-    folder = base.path if base.path is not None and base.path.is_dir() else None
-    wanted = LONG_NAMES[options.dtype] if options.dtype else None
-
-    def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-        dtypes = sorted({s.dtype for s in kernel.out.values() if s.floating})
-        card = model_card(provenance, dtypes, _carried(kernel)).encode()
-        files = companions(folder, wanted) if folder else {}
-        return {**files, "README.md": card, **tensor_digests(provenance, digests)}
 
     def refuse_twins(digests: Sequence[str]) -> None:
         seen: dict[str, str] = {}
@@ -139,12 +131,28 @@ def merge_job(
         recipe=recipe_of(rule, options),
         specs=kernel.out,
         kernel=kernel,
-        carried=_carried(kernel),
+        carried=kernel.carried,
         metadata=kept_metadata(base),
-        companions=beside,
+        companions=beside(base, kernel, options),
         check=refuse_twins,
         shard_bytes=options.shard_bytes,
     )
+
+
+def beside(
+    base: Checkpoint, kernel: MergeKernel, options: Options
+) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
+    """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
+    folder = base.path if base.path is not None and base.path.is_dir() else None
+    wanted = LONG_NAMES[options.dtype] if options.dtype else None
+
+    def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+        dtypes = sorted({s.dtype for s in kernel.out.values() if s.floating})
+        card = model_card(provenance, dtypes, kernel.carried).encode()
+        copied = companions(folder, wanted) if folder else {}
+        return {**copied, "README.md": card, **tensor_digests(provenance, digests)}
+
+    return files
 
 
 def recipe_of(rule: Rule, options: Options) -> dict[str, Any]:
@@ -168,16 +176,17 @@ def merge_in_memory(
 ) -> dict[str, NDArray]:
     """The merged tensors as stored units, flat, by the base's own keys."""
     kernel = _kernel(rule, base, models, options)
-    memory = MemorySink({key: np.empty(spec.units, spec.storage) for key, spec in kernel.out.items()})
+    memory = MemorySink(kernel.out)
     Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
     return memory.tensors
 
 
-@dataclass(frozen=True)
 class MemorySink:
     """Flat arrays to be filled by a pass."""
 
-    tensors: dict[str, NDArray]
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        self.specs = specs
+        self.tensors = {key: np.empty(spec.units, spec.storage) for key, spec in specs.items()}
 
     def write(self, key: str, start: int, stored: NDArray) -> None:
         self.tensors[key][start : start + len(stored)] = stored
@@ -188,6 +197,8 @@ class MemorySink:
 
 def default_names(paths: Sequence[str]) -> list[str]:
     """For each path the first part that tells it from the others, without its suffix."""
+    if len(paths) == 1:
+        return [Path(paths[0]).stem]
     parts = [Path(path).parts for path in paths]
     for column in range(max(map(len, parts), default=0)):
         words = [p[min(column, len(p) - 1)] for p in parts]
@@ -198,14 +209,15 @@ def default_names(paths: Sequence[str]) -> list[str]:
 
 def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> MergeKernel:
     rule.check(len(models))
-    _refuse_same_path([base, *models])
+    refuse_same_path([base, *models])
     carried = compare(base, models, options.mismatch)
     reader = Reader([base, *models], options.allow_nonfinite)
     return MergeKernel(rule=rule, tasks=len(models), reader=reader, scaling_factor=options.factor(rule),
                        out=options.out_specs(base), carried=carried)
 
 
-def _refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
+def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise MagMaxError if two checkpoints are one file or folder."""
     seen: dict[Path, str] = {}
     for checkpoint in checkpoints:
         if checkpoint.path is None:
@@ -216,11 +228,7 @@ def _refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
         seen[real] = checkpoint.label
 
 
-def _carried(kernel: MergeKernel) -> dict[str, str]:
-    return dict(kernel.carried)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
-def _like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray], options: Options) -> Any:
+def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray], options: Options) -> Any:
     """The merged tensors in the shape of the thing that was given as the base."""
     original = base if isinstance(base, Mapping) else base.state_dict()
     specs = options.out_specs(opened)

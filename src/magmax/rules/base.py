@@ -55,6 +55,10 @@ class Rule(ABC):
     def finish(self, state: State, tasks: int) -> Array:
         """The merged task vector of `tasks` tasks; may overwrite `state`."""
 
+    def slots(self, tasks: int) -> int:
+        """How many arrays the state of so many tasks holds."""
+        return min(tasks, 1)
+
     def check(self, tasks: int) -> None:
         """Raise MagMaxError if the rule cannot merge so many tasks."""
         if tasks < 1:

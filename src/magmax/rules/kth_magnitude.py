@@ -31,6 +31,9 @@ class KthMagnitude(Rule):
         if self.k < 1:
             raise MagMaxError(f"kth_magnitude needs k of at least 1, not {self.k}")
 
+    def slots(self, tasks: int) -> int:
+        return min(tasks, self.k)
+
     def check(self, tasks: int) -> None:
         super().check(tasks)
         if self.k > tasks:

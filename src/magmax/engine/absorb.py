@@ -1,0 +1,109 @@
+"""The arithmetic of absorbing one model into a running merge, on one slab."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
+from ..rules import Address, Rule
+from ..rules.base import bits
+from .arithmetic import MergeKernel, Reader
+from .stream import Slab
+
+
+def slot_dtype(rule: Rule, base: Spec, kinds: Sequence[str]) -> str:
+    """The type in which a slot holds a tensor of the base.
+
+    A rule that selects holds the winner's own value, in the models' type while they all have one. Any other rule
+    holds what it computes, in the type it computes in.
+    """
+    if rule.selects and len(set(kinds)) == 1:
+        return kinds[0]
+    return LONG_NAMES[compute_dtype(base.dtype).name]
+
+
+@dataclass(frozen=True)
+class AbsorbKernel:
+    """New slots from the old ones and one more model.
+
+    The inputs are the base, the old slots, the model and, if winners are mapped, the old map of winners. The sinks are
+    the new slots and the new map. For a rule that selects, a slot holds values theta whose difference from theta_0 is
+    the rule's state; a value is recovered by looking which candidate has the bits that the rule has chosen.
+    """
+
+    reader: Reader
+    rule: Rule
+    task: int
+    slots: int
+    specs: Mapping[str, Spec]
+    carried: Container[str]
+    winners: bool = False
+
+    def __call__(self, slab: Slab) -> list[NDArray | None]:
+        if slab.key in self.carried:
+            return self._nothing(slab)
+        model = self.slots + 1
+        base = self.reader.numbers(slab, 0)
+        candidates = [self.reader.numbers(slab, number) for number in range(1, model + 1)]
+        if not self.rule.selects:
+            *held, vector = candidates
+            vector -= base
+            state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+            return [narrow(s, self.specs[slab.key].dtype) for s in state]
+        vectors = [value - base for value in candidates]
+        *held, vector = (v.copy() for v in vectors)
+        state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+        made: list[NDArray | None] = [self._stored(slab, _recovered(s, candidates, vectors)) for s in state]
+        if self.winners:
+            made.append(self._winners(slab, state[0], vectors[-1]))
+        return made
+
+    def _nothing(self, slab: Slab) -> list[NDArray | None]:
+        """Slots hold merged tensors only; what is carried is read for its digest alone."""
+        spec = slab.spec(0)
+        slab.stored(0)
+        model = self.reader.inputs[self.slots + 1]
+        if model.specs.get(model.resolve(slab.key)) == spec:
+            slab.stored(self.slots + 1)
+        return [None] * (self.rule.slots(self.task) + self.winners)
+
+    def _stored(self, slab: Slab, values: NDArray) -> NDArray:
+        return narrow(values, self.specs[slab.key].dtype)
+
+    def _winners(self, slab: Slab, chosen: NDArray, newest: NDArray) -> NDArray:
+        old = slab.stored(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
+        np.copyto(old, np.uint8(self.task), where=bits(chosen) == bits(newest))
+        return old
+
+
+@dataclass(frozen=True)
+class ResultKernel:
+    """The merged tensor of one slab from the base (input 0) and the slots."""
+
+    merge: MergeKernel
+    slots: int
+
+    def __call__(self, slab: Slab) -> list[NDArray]:
+        if slab.key in self.merge.carried:
+            return [slab.stored(0)]
+        reader = self.merge.reader
+        base = reader.numbers(slab, 0)
+        read = reader.numbers if not self.merge.rule.selects else lambda s, n: reader.task_vector(s, n, base)
+        state = tuple(read(slab, number) for number in range(1, self.slots + 1))
+        return [self.merge.scaled(slab, base, self.merge.rule.finish(state, self.merge.tasks))]
+
+
+def _recovered(chosen: NDArray, candidates: Sequence[NDArray], vectors: Sequence[NDArray]) -> NDArray:
+    """The candidates' values where their task vectors have the chosen bits; the newest is preferred."""
+    *older, values = candidates
+    values = values.copy()
+    wanted = bits(chosen)
+    for value, vector in zip(older, vectors, strict=False):
+        differs = wanted != bits(vectors[-1])
+        np.copyto(values, value, where=differs & (wanted == bits(vector)))
+    return values

@@ -1,0 +1,338 @@
+"""The running merge: learn task after task with constant memory, on disk and safe against a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.slabs import chunks
+from ..checkpoints.views import PrefixedSink, PrefixedView
+from ..checkpoints.writer import Draft, Target, remove, replace_file
+from ..errors import MagMaxError
+from ..rules import Rule, as_rule, make_rule
+from .absorb import AbsorbKernel, ResultKernel, slot_dtype
+from .arithmetic import MergeKernel, Reader
+from .compare import compare
+from .job import Job, Outcome, Settings, tensor_digests
+from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
+from .stream import Pass, Sink
+
+FORMAT = 1
+WINNERS = "magmax.winner/"
+MOST_MAPPED_TASKS = 255
+
+
+def slot_prefix(number: int) -> str:
+    """How the names of slot `number` begin in a generation's files; slot 0 alone has the models' own names."""
+    return f"magmax.slot{number}/" if number else ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that was absorbed: what it is called, and the digest of its model."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots."""
+
+    number: int
+    tasks: Sequence[Task]
+    slots: Sequence[str]
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """A running merge at a glance; `shares` is the part of the elements each task supplies, where that is mapped."""
+
+    rule: Mapping[str, Any]
+    base: str | None
+    base_digest: str | None
+    current: Generation | None
+    generations: Sequence[Generation]
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+class Running:
+    """A merge that grows by one model at a time and holds the base, the rule's slots, and nothing else.
+
+    Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes generation
+    g + 1 beside generation g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled generation
+    is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be taken out of
+    the middle: restore a generation from before it and absorb the others again.
+
+    Args:
+        path: the folder of the state; made by the first `absorb`.
+        rule: needed to begin; an existing state has its own, which must be equal if one is given.
+        base: a path, state dict or module; an existing state remembers a path.
+        winners: also map which task supplied each element (a byte an element; at most 255 tasks).
+
+    Raises:
+        MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        rule: Rule | str | None = None,
+        base: Any = None,
+        *,
+        winners: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
+        self.path = Path(fspath(path))
+        self._settings = settings or Settings()
+        self._file = self.path / "state.json"
+        self._base_given = base
+        if self._file.exists():
+            self._load()
+            if rule is not None and as_rule(rule) != self.rule:
+                raise MagMaxError(f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}")
+            return
+        if self.path.exists() and any(p.name[:10] != "generation" for p in self.path.iterdir()):
+            raise MagMaxError(f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one")
+        self.rule = as_rule("magmax" if rule is None else rule)
+        self.winners = winners
+        if winners and not (self.rule.selects and self.rule.slots(2) == 1):
+            raise MagMaxError(f"the winners of {self.rule.name} cannot be mapped: its elements are not one task's own")
+        self._base_path: str | None = None
+        self._base_digest: str | None = None
+        self._current: int | None = None
+        self._generations: dict[int, Generation] = {}
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks absorbed so far, in order."""
+        return () if self._current is None else self._generations[self._current].tasks
+
+    def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> Outcome:
+        """Take in one more model: one read of base, state and model, one write of the state.
+
+        Raises:
+            MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
+        """
+        base = self._base()
+        opened = open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model")
+        carried = compare(base, [opened])
+        refuse_same_path([base, opened])
+        name = name or (default_names([str(opened.path)])[0] if opened.path else f"task {len(self.tasks) + 1}")
+        self._refuse_label(label)
+        job = self._absorb_job(base, opened, name, carried)
+        outcome = job.run(self._settings)
+        number = int(job.target.path.name.rpartition("-")[2])
+        count = self.rule.slots(len(self.tasks) + 1)
+        tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._slots()) + 1])]
+        self._base_digest = outcome.input_digests[0]
+        self._generations[number] = Generation(number, tasks, list(outcome.sink_digests[:count]), label)
+        self._current = number
+        self._save()
+        return outcome
+
+    def result(self, scaling_factor: float | None = None, out: str | PathLike[str] | None = None, **options: Any) -> Any:
+        """base + scaling_factor * the merged task vector, to `out`; without it, of the same kind as an in-memory base.
+
+        `options` are those of `magmax.merge`: dtype, allow_nonfinite.
+        """
+        base = self._base()
+        chosen = Options(scaling_factor, **options)
+        if out is not None:
+            self.result_job(Path(fspath(out)), chosen).run(self._settings)
+            return Path(fspath(out))
+        if base.path is not None:
+            raise MagMaxError("the result of merging files needs `out`, the path of the result")
+        kernel = self._result_kernel(base, chosen)
+        memory = MemorySink(kernel.merge.out)
+        Pass([base, *self._slots()], [memory], kernel, self._settings.threads, False).run(self._settings.progress)
+        return like(self._base_given, base, memory.tensors, chosen)
+
+    def result_job(self, out: Path, options: Options) -> Job:
+        """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
+        base = self._base()
+        kernel = self._result_kernel(base, options)
+        digests = [self._base_digest, *self._generations[self._current or 0].slots]
+
+        def verify(found: Sequence[str]) -> None:
+            self._verify(found, digests)
+
+        return Job(
+            target=Target(out),
+            inputs=[base, *self._slots()],
+            names=["base", *(f"slot {n}" for n in range(kernel.slots))],
+            recipe={**recipe_of(self.rule, options), "absorbed": [asdict(task) for task in self.tasks]},
+            specs=kernel.merge.out,
+            kernel=kernel,
+            carried=kernel.merge.carried,
+            metadata=kept_metadata(base),
+            companions=beside(base, kernel.merge, options),
+            check=verify,
+            shard_bytes=options.shard_bytes,
+        )
+
+    def status(self) -> Status:
+        """Where the running merge stands."""
+        current = None if self._current is None else self._generations[self._current]
+        return Status(
+            self.rule.describe(),
+            self._base_path,
+            self._base_digest,
+            current,
+            list(self._generations.values()),
+            self._shares() if self.winners and current else {},
+        )
+
+    def label(self, label: str) -> None:
+        """Name the current generation, so that it is kept."""
+        if self._current is None:
+            raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
+        self._refuse_label(label)
+        self._generations[self._current] = replace(self._generations[self._current], label=label)
+        self._save()
+
+    def restore(self, which: str | int) -> None:
+        """Go back to a generation, by its label or number. Later unlabelled ones are dropped."""
+        found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
+        if not found:
+            known = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values())
+            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
+        self._current = found[0].number
+        self._save()
+
+    def _base(self) -> Checkpoint:
+        given = self._base_given
+        if given is None:
+            if self._base_path is None:
+                raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
+            given = os.path.normpath(self.path / self._base_path)
+            if not Path(given).exists():
+                raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
+        return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
+
+    def _folder(self, number: int) -> Path:
+        return self.path / f"generation-{number:06}"
+
+    def _slots(self) -> list[Checkpoint]:
+        if self._current is None:
+            return []
+        whole = open_checkpoint(self._folder(self._current))
+        own = PrefixedView(whole, "", whole.label)
+        own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
+        count = self.rule.slots(len(self.tasks))
+        return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
+
+    def _absorb_job(self, base: Checkpoint, model: Checkpoint, name: str, carried: Mapping[str, str]) -> Job:
+        slots, task = self._slots(), len(self.tasks) + 1
+        if self.winners and task > MOST_MAPPED_TASKS:
+            raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
+        specs = {
+            key: Spec(slot_dtype(self.rule, spec, [c.spec(key).dtype for c in (*slots, model)]), spec.shape)
+            for key, spec in base.specs.items()
+            if spec.floating
+        }
+        count = self.rule.slots(task)
+        prefixes = [slot_prefix(n) for n in range(count)] + [WINNERS] * self.winners
+        written = {prefix + key: Spec("U8", s.shape) if prefix == WINNERS else s for prefix in prefixes for key, s in specs.items()}
+        inputs = [base, *slots, model]
+        names = ["base", *(f"slot {n}" for n in range(len(slots))), name]
+        if self.winners and slots:
+            whole = open_checkpoint(self._folder(self._current or 0))
+            inputs.append(PrefixedView(whole, WINNERS, whole.label))
+            names.append("winners")
+        kernel = AbsorbKernel(Reader(inputs), self.rule, task, len(slots), specs, carried, self.winners)
+
+        def sinks(draft: Draft) -> Sequence[Sink]:
+            first = PrefixedSink(draft, "")
+            return [first, *(PrefixedSink(draft, prefix) for prefix in prefixes[1:])]
+
+        def check(found: Sequence[str]) -> None:
+            recorded = [] if self._current is None else self._generations[self._current].slots
+            self._verify(found, [self._base_digest, *recorded])
+            twin = next((t for t in self.tasks if t.digest == found[len(slots) + 1]), None)
+            if twin:
+                raise MagMaxError(f"{model.label}: was absorbed already, as {twin.name!r}")
+
+        number = max(self._generations, default=0) + 1
+        recipe = {"absorb": self.rule.describe(), "task": task}
+        return Job(
+            target=Target(self._folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
+            kernel=kernel, carried=carried, sinks=sinks, companions=tensor_digests, check=check,
+        )  # fmt: skip
+
+    def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
+        self.rule.check(len(self.tasks))
+        slots = self._slots()
+        carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
+        reader = Reader([base, *slots], options.allow_nonfinite)
+        merge = MergeKernel(reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried)
+        return ResultKernel(merge, len(slots))
+
+    def _verify(self, found: Sequence[str], recorded: Sequence[str | None]) -> None:
+        """Refuse a base or a state that is not what it was when it was last read or written."""
+        for number, (now, then) in enumerate(zip(found, recorded, strict=False)):
+            if then is not None and now != then:
+                what = "the base is not the one it was begun with" if number == 0 else "its files were changed or damaged"
+                raise MagMaxError(f"{self.path}: {what} (digest {now}, expected {then})")
+
+    def _refuse_label(self, label: str | None) -> None:
+        taken = next((g for g in self._generations.values() if label is not None and g.label == label), None)
+        if taken:
+            raise MagMaxError(f"{self.path}: generation {taken.number} is labelled {label!r} already")
+        if label is not None and (not label or label.isdigit()):
+            raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
+
+    def _shares(self) -> dict[str, float]:
+        view = PrefixedView(open_checkpoint(self._folder(self._current or 0)), WINNERS, "winners")
+        counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
+        for key, spec in view.specs.items():
+            for chunk in chunks(key, spec):
+                counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
+        total = max(1, int(counts.sum()))
+        return {task.name: int(counts[n]) / total for n, task in enumerate(self.tasks, start=1)}
+
+    def _save(self) -> None:
+        """Make the current generation the one that counts, then drop those that nothing names."""
+        if self._base_given is not None and isinstance(self._base_given, str | PathLike):
+            self._base_path = os.path.relpath(fspath(self._base_given), self.path)
+        self._generations = {n: g for n, g in self._generations.items() if g.label or n == self._current}
+        content = {
+            "format": FORMAT,
+            "rule": self.rule.describe(),
+            "winners": self.winners,
+            "base": {"path": self._base_path, "digest": self._base_digest},
+            "current": self._current,
+            "generations": [asdict(g) for g in self._generations.values()],
+        }
+        replace_file(self._file, json.dumps(content, indent=2).encode() + b"\n")
+        for folder in self.path.glob("generation-*"):
+            if folder.name not in {self._folder(n).name for n in self._generations}:
+                remove(folder)
+
+    def _load(self) -> None:
+        try:
+            content = json.loads(self._file.read_text())
+            if content["format"] != FORMAT:
+                raise MagMaxError(f"{self._file}: has format {content['format']}; this magmax reads {FORMAT}")
+            ((name, options),) = content["rule"].items()
+            self.rule = make_rule(name, options)
+            self.winners = content["winners"]
+            self._base_path, self._base_digest = content["base"]["path"], content["base"]["digest"]
+            self._current = content["current"]
+            found = [Generation(**{**g, "tasks": [Task(**t) for t in g["tasks"]]}) for g in content["generations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, MagMaxError):
+                raise
+            raise MagMaxError(f"{self._file}: is not the state of a running merge ({error})") from error
+        self._generations = {g.number: g for g in found}
+        if self._current is not None and not self._folder(self._current).is_dir():
+            raise MagMaxError(f"{self.path}: its generation {self._current} is missing; the state is damaged")
