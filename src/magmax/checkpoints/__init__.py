@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import MagMaxError
 from .base import Checkpoint
@@ -33,7 +33,7 @@ def open_checkpoint(source: Any, label: str | None = None) -> Checkpoint:
     if isinstance(source, str | PathLike):
         return _open_path(Path(fspath(source)), label or fspath(source))
     if isinstance(source, Mapping):
-        return StateDict(source, label or "the state dict")
+        return StateDict(cast("Mapping[str, Any]", source), label or "the state dict")
     if hasattr(source, "state_dict"):
         return StateDict(source.state_dict(), label or type(source).__name__)
     raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
@@ -49,5 +49,5 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.suffix in PICKLES:
         return open_pickle(path, label)
     raise MagMaxError(
-        f"{label}: expected a .safetensors, .pt, .pth or .bin file, or a folder of them, not {path.suffix or 'this name'!r}"
+        f"{label}: expected a folder, or a .safetensors, .pt, .pth or .bin file, not {path.suffix or path.name!r}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ class Checkpoint(ABC):
         self.label, self.specs, self.aliases, self.metadata = label, specs, {}, {}
 
     @abstractmethod
-    def read(self, key: str, start: int, stop: int) -> NDArray:
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         """Units start..stop of the flattened tensor, in `specs[key].storage`; the caller may overwrite them."""
 
     @abstractmethod
@@ -55,7 +56,7 @@ class Checkpoint(ABC):
         """The key under which a possibly tied tensor is stored."""
         return self.aliases.get(key, key)
 
-    def rows(self, key: str, first: int, last: int) -> NDArray:
+    def rows(self, key: str, first: int, last: int) -> NDArray[Any]:
         """Rows first..last along dimension 0, in storage type, with the tensor's trailing shape."""
         spec = self.spec(key)
         if not spec.floating:

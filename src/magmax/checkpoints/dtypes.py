@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ class Spec(NamedTuple):
         return (self.elements * BITS[self.dtype] + 7) // 8
 
     @property
-    def storage(self) -> np.dtype:
+    def storage(self) -> np.dtype[Any]:
         """The numpy type of one unit on disk: an element of a floating tensor, a byte of any other."""
         return STORAGE.get(self.dtype, BYTES)
 
@@ -57,12 +57,12 @@ class Spec(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def compute_dtype(dtype: str) -> np.dtype:
+def compute_dtype(dtype: str) -> np.dtype[Any]:
     """The type a merge computes in: float64 for float64, float32 for everything narrower."""
     return np.dtype(np.float64) if dtype == "F64" else np.dtype(np.float32)
 
 
-def widen(stored: NDArray, dtype: str, compute: np.dtype) -> NDArray:
+def widen(stored: NDArray[Any], dtype: str, compute: np.dtype[Any]) -> NDArray[Any]:
     """Stored units as numbers, exactly; may return `stored` itself. bfloat16 is the upper half of a float32."""
     if dtype != "BF16":
         return stored.astype(compute, copy=False)
@@ -72,7 +72,7 @@ def widen(stored: NDArray, dtype: str, compute: np.dtype) -> NDArray:
     return wide.view(np.float32).astype(compute, copy=False)
 
 
-def narrow(values: NDArray, dtype: str) -> NDArray:
+def narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Numbers as stored units, rounded once to nearest, ties to even. May return `values` itself."""
     if dtype != "BF16":
         with np.errstate(over="ignore"):
@@ -92,7 +92,7 @@ def narrow(values: NDArray, dtype: str) -> NDArray:
     return stored
 
 
-def _round_to_odd(values: NDArray) -> NDArray:
+def _round_to_odd(values: NDArray[Any]) -> NDArray[Any]:
     """float64 to float32 so that a second rounding, to a narrower type, gives what one rounding would."""
     with np.errstate(over="ignore"):
         near = values.astype(np.float32)

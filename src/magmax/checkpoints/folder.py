@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, listed
 from .base import Checkpoint
 from .memory import open_pickle
-from .safetensors import SafetensorsFile
+from .safetensors import SafetensorsFile, is_string_map
 
 PICKLES = (".pt", ".pth", ".bin")
 
 
 class Folder(Checkpoint):
     """Several weight files as one checkpoint; `index` says which file holds which tensor, if there is one."""
-
-    path: Path
 
     def __init__(self, path: Path, label: str, shards: list[Checkpoint], index: Path | None) -> None:
         super().__init__(label, {})
@@ -35,7 +34,7 @@ class Folder(Checkpoint):
         if problems:
             raise listed(f"{label}: its files disagree", problems)
 
-    def read(self, key: str, start: int, stop: int) -> NDArray:
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._holder[key].read(key, start, stop)
 
     def files(self) -> list[Path]:
@@ -76,7 +75,7 @@ def _indexed(path: Path, label: str, index: Path) -> Folder:
     if problems:
         raise listed(f"{index} cannot be followed", problems)
     shards = [_open_file(path / name) for name in names]
-    held = {name: shard for name, shard in zip(names, shards, strict=True)}
+    held = dict(zip(names, shards, strict=True))
     problems = [
         f"{index}: places {key} in {name}, which does not hold it"
         for key, name in where.items()
@@ -95,9 +94,9 @@ def _indexed(path: Path, label: str, index: Path) -> Folder:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        where = json.loads(index.read_text())["weight_map"]
+        where: Any = json.loads(index.read_text())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+    if not is_string_map(where) or not where:
         raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
     return where

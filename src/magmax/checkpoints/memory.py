@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class StateDict(Checkpoint):
         super().__init__(label, {})
         self.path = path
         self._tensors: dict[str, Any] = {}
-        seen: dict[tuple, str] = {}
+        seen: dict[tuple[Any, ...], str] = {}
         problems: list[str] = []
         for key, tensor in tensors.items():
             try:
@@ -51,11 +51,11 @@ class StateDict(Checkpoint):
         if problems:
             raise listed(f"{label} is not a state dict", problems)
 
-    def read(self, key: str, start: int, stop: int) -> NDArray:
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
         tensor = self._tensors[key]
         if isinstance(tensor, np.ndarray):
-            flat = np.ascontiguousarray(tensor).reshape(-1)
+            flat = np.ascontiguousarray(cast("NDArray[Any]", tensor)).reshape(-1)
             return flat.view(spec.storage)[start:stop].copy()
         return _torch_units(tensor, spec, start, stop)
 
@@ -75,17 +75,16 @@ def spec_of(tensor: Any) -> Spec:
     return Spec(TORCH_NAMES[name], tuple(int(n) for n in tensor.shape))
 
 
-def _place(tensor: Any) -> tuple | None:
+def _place(tensor: Any) -> tuple[Any, ...] | None:
     """Where in memory a torch tensor lies; equal places are tied tensors."""
-    if isinstance(tensor, np.ndarray):
-        interface = tensor.__array_interface__
-        place = (interface["data"][0], tensor.shape, tensor.strides, tensor.dtype.str)
-    else:
-        place = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
-    return place if tensor.nbytes else None
+    if not tensor.nbytes:
+        return None
+    if hasattr(tensor, "__array_interface__"):
+        return tensor.__array_interface__["data"][0], tuple(tensor.shape), tensor.strides, str(tensor.dtype)
+    return str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
 
 
-def _torch_units(tensor: torch.Tensor, spec: Spec, start: int, stop: int) -> NDArray:
+def _torch_units(tensor: torch.Tensor, spec: Spec, start: int, stop: int) -> NDArray[Any]:
     import torch
 
     flat = tensor.detach().reshape(-1)
@@ -103,7 +102,7 @@ def open_pickle(path: Path, label: str) -> StateDict:
     except ModuleNotFoundError as error:
         raise MagMaxError(f"{label}: reading {path.suffix} files needs torch: pip install 'magmax[torch]'") from error
     try:
-        loaded = _load(torch, path)
+        loaded: Any = _load(torch, path)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
         raise MagMaxError(
@@ -113,11 +112,12 @@ def open_pickle(path: Path, label: str) -> StateDict:
         ) from error
     except Exception as error:
         raise MagMaxError(f"{label}: cannot be read as a torch file ({error}); is it truncated?") from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    nested = cast("Mapping[str, Any]", loaded).get("state_dict") if isinstance(loaded, Mapping) else None
+    if isinstance(nested, Mapping):
+        return StateDict(cast("Mapping[str, Any]", nested), label, path)
     if not isinstance(loaded, Mapping):
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
-    return StateDict(loaded, label, path)
+    return StateDict(cast("Mapping[str, Any]", loaded), label, path)
 
 
 def _load(torch: Any, path: Path) -> Any:
@@ -129,15 +129,15 @@ def _load(torch: Any, path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def as_tensor(stored: NDArray, spec: Spec, like: Any) -> Any:
+def as_tensor(stored: NDArray[Any], spec: Spec, like: Any) -> Any:
     """Stored units as an array or tensor of the kind, type and device of `like`."""
     if isinstance(like, np.ndarray):
-        kind = stored.dtype if spec.dtype in STORAGE else like.dtype
+        if spec.dtype == "BF16":
+            raise MagMaxError("numpy has no bfloat16; give torch tensors, or choose another dtype")
+        kind = cast("np.dtype[Any]", stored.dtype if spec.dtype in STORAGE else like.dtype)
         return stored.view(kind).reshape(spec.shape)
     import torch
 
-    flat = torch.from_numpy(stored)
+    flat: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     wanted = {name: key for key, name in TORCH_NAMES.items()}[spec.dtype]
     return flat.view(getattr(torch, wanted)).reshape(spec.shape).to(like.device)
-
-

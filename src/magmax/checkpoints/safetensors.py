@@ -6,7 +6,7 @@ import json
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import xxhash
@@ -21,8 +21,6 @@ HEADER_LIMIT = 100_000_000
 
 class SafetensorsFile(Checkpoint):
     """One `.safetensors` file. Raises MagMaxError for a header that is malformed or lies about the file."""
-
-    path: Path
 
     def __init__(self, path: Path, label: str | None = None) -> None:
         super().__init__(label or str(path), {})
@@ -39,14 +37,14 @@ class SafetensorsFile(Checkpoint):
         self._offsets: dict[str, int] = {}
         self._take(self._parse(header))
 
-    def read(self, key: str, start: int, stop: int) -> NDArray:
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         storage = self.specs[key].storage
         out = np.empty(stop - start, storage)
-        self._fill(memoryview(out).cast("B"), self._offsets[key] + start * storage.itemsize)
+        self._fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize)
         return out
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return [] if self.path is None else [self.path]
 
     def header_digests(self) -> list[str]:
         return [self._header_digest]
@@ -78,12 +76,12 @@ class SafetensorsFile(Checkpoint):
 
     def _parse(self, header: bytes) -> dict[str, Any]:
         try:
-            parsed = json.loads(header, object_pairs_hook=self._unique)
+            parsed: Any = json.loads(header, object_pairs_hook=self._unique)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise self._bad(f"has a header that is not JSON ({error})") from error
         if not isinstance(parsed, dict):
             raise self._bad("has a header that is not a JSON object")
-        return parsed
+        return cast("dict[str, Any]", parsed)
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -93,8 +91,8 @@ class SafetensorsFile(Checkpoint):
 
     def _take(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
-        metadata = header.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        metadata: Any = header.pop("__metadata__", None) or {}
+        if not is_string_map(metadata):
             raise self._bad("has __metadata__ that is not a map of strings")
         self.metadata = metadata
         room = self._size - self._data
@@ -137,3 +135,8 @@ class SafetensorsFile(Checkpoint):
 
     def _bad(self, what: str) -> MagMaxError:
         return MagMaxError(f"{self.label}: the file {what}")
+
+
+def is_string_map(value: Any) -> TypeGuard[dict[str, str]]:
+    """Whether parsed JSON is an object whose values are all strings."""
+    return isinstance(value, dict) and all(type(v) is str for v in cast("dict[str, Any]", value).values())

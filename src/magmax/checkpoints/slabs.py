@@ -6,7 +6,7 @@ A slab is as many whole rows (along dimension 0) as fit in `SLAB` elements; a lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import xxhash
@@ -60,7 +60,7 @@ def tensor_digest(slab_digests: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(slab_digests)
 
 
-def checkpoint_digest(specs: dict[str, Spec], digests: dict[str, str]) -> str:
+def checkpoint_digest(specs: Mapping[str, Spec], digests: Mapping[str, str]) -> str:
     """One digest for named tensors, whatever the file or shards they lie in and in whatever order."""
     total = xxhash.xxh3_128()
     for key in sorted(digests):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -14,10 +14,12 @@ from .dtypes import Spec
 
 
 class Writable(Protocol):
+    """What a draft and a view of a draft have in common."""
+
     @property
     def specs(self) -> Mapping[str, Spec]: ...
 
-    def write(self, key: str, start: int, stored: NDArray) -> None: ...
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -29,7 +31,7 @@ class PrefixedView(Checkpoint):
         super().__init__(label, unprefixed(whole.specs, prefix))
         self.path, self._whole, self._prefix = whole.path, whole, prefix
 
-    def read(self, key: str, start: int, stop: int) -> NDArray:
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._whole.read(self._prefix + key, start, stop)
 
     def files(self) -> list[Path]:
@@ -50,7 +52,7 @@ class PrefixedSink:
     def specs(self) -> Mapping[str, Spec]:
         return unprefixed(self.sink.specs, self.prefix)
 
-    def write(self, key: str, start: int, stored: NDArray) -> None:
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
         self.sink.write(self.prefix + key, start, stored)
 
     def sync(self) -> None:

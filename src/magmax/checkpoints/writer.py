@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError
 from .dtypes import BITS, Spec
 
 SHARD_BYTES = 5_000_000_000
@@ -95,8 +95,8 @@ class Shard:
             self._put(memoryview(self._header_bytes), 0)
             os.ftruncate(self._fd, self.size)
 
-    def write(self, key: str, start: int, stored: NDArray) -> None:
-        flat = memoryview(np.ascontiguousarray(stored)).cast("B")
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
+        flat = np.ascontiguousarray(stored).view(np.uint8).data
         self._put(flat, self._offsets[key] + start * stored.dtype.itemsize)
 
     def sync(self) -> None:
@@ -152,7 +152,7 @@ class Draft:
         for shard in self._shards:
             shard.open(fresh)
 
-    def write(self, key: str, start: int, stored: NDArray) -> None:
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
         self._holder[key].write(key, start, stored)
 
     def sync(self) -> None:

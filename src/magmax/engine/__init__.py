@@ -1,0 +1,1 @@
+"""Where files and rules meet: merging, the running merge, sweeps and surveys."""

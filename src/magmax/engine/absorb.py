@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec
+from ..checkpoints import Spec
 from ..checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
 from ..rules import Address, Rule
 from ..rules.base import bits
@@ -44,7 +45,7 @@ class AbsorbKernel:
     carried: Container[str]
     winners: bool = False
 
-    def __call__(self, slab: Slab) -> list[NDArray | None]:
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.carried:
             return self._nothing(slab)
         model = self.slots + 1
@@ -58,12 +59,12 @@ class AbsorbKernel:
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
         state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-        made: list[NDArray | None] = [self._stored(slab, _recovered(s, candidates, vectors)) for s in state]
+        made: list[NDArray[Any] | None] = [self._stored(slab, _recovered(s, candidates, vectors)) for s in state]
         if self.winners:
             made.append(self._winners(slab, state[0], vectors[-1]))
         return made
 
-    def _nothing(self, slab: Slab) -> list[NDArray | None]:
+    def _nothing(self, slab: Slab) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
         spec = slab.spec(0)
         slab.stored(0)
@@ -72,10 +73,10 @@ class AbsorbKernel:
             slab.stored(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
 
-    def _stored(self, slab: Slab, values: NDArray) -> NDArray:
+    def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:
         return narrow(values, self.specs[slab.key].dtype)
 
-    def _winners(self, slab: Slab, chosen: NDArray, newest: NDArray) -> NDArray:
+    def _winners(self, slab: Slab, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
         old = slab.stored(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
         np.copyto(old, np.uint8(self.task), where=bits(chosen) == bits(newest))
         return old
@@ -88,17 +89,22 @@ class ResultKernel:
     merge: MergeKernel
     slots: int
 
-    def __call__(self, slab: Slab) -> list[NDArray]:
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
             return [slab.stored(0)]
         reader = self.merge.reader
         base = reader.numbers(slab, 0)
-        read = reader.numbers if not self.merge.rule.selects else lambda s, n: reader.task_vector(s, n, base)
-        state = tuple(read(slab, number) for number in range(1, self.slots + 1))
+        numbers = range(1, self.slots + 1)
+        if self.merge.rule.selects:
+            state = tuple(reader.task_vector(slab, number, base) for number in numbers)
+        else:
+            state = tuple(reader.numbers(slab, number) for number in numbers)
         return [self.merge.scaled(slab, base, self.merge.rule.finish(state, self.merge.tasks))]
 
 
-def _recovered(chosen: NDArray, candidates: Sequence[NDArray], vectors: Sequence[NDArray]) -> NDArray:
+def _recovered(
+    chosen: NDArray[Any], candidates: Sequence[NDArray[Any]], vectors: Sequence[NDArray[Any]]
+) -> NDArray[Any]:
     """The candidates' values where their task vectors have the chosen bits; the newest is preferred."""
     *older, values = candidates
     values = values.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,13 @@ class Reader:
     inputs: Sequence[Checkpoint]
     allow_nonfinite: bool = False
 
-    def numbers(self, slab: Slab, number: int) -> NDArray:
+    def numbers(self, slab: Slab, number: int) -> NDArray[Any]:
         stored, dtype = slab.stored(number), slab.spec(number).dtype
         if not self.allow_nonfinite and not finite(stored, dtype):
             raise self._error(number, slab.key)
         return widen(stored, dtype, compute_dtype(slab.spec(0).dtype))
 
-    def task_vector(self, slab: Slab, number: int, base: NDArray) -> NDArray:
+    def task_vector(self, slab: Slab, number: int, base: NDArray[Any]) -> NDArray[Any]:
         vector = self.numbers(slab, number)
         with np.errstate(over="ignore", invalid="ignore"):
             vector -= base
@@ -51,14 +52,14 @@ class Reader:
         )
 
 
-def finite(stored: NDArray, dtype: str) -> bool:
+def finite(stored: NDArray[Any], dtype: str) -> bool:
     """Whether no stored unit is NaN or infinite."""
     if dtype == "BF16":
         return int((stored & np.uint16(0x7F80)).max()) < 0x7F80
     return bool(np.isfinite(stored).all())
 
 
-def nonfinite(stored: NDArray, dtype: str) -> NDArray[np.bool_]:
+def nonfinite(stored: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
     """Which stored units are NaN or infinite."""
     if dtype == "BF16":
         return (stored & np.uint16(0x7F80)) == np.uint16(0x7F80)
@@ -81,17 +82,21 @@ class MergeKernel:
     out: Mapping[str, Spec]
     carried: Mapping[str, str]
 
-    def __call__(self, slab: Slab) -> list[NDArray]:
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:
-            return [self._carry(slab)]
+            return [self.carry(slab)]
         base = self.reader.numbers(slab, 0)
+        return [self.scaled(slab, base, self.task_vector(slab, base))]
+
+    def task_vector(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
+        """The rule's merge of the models' task vectors, unscaled."""
         state = ()
         at = Address(slab.key, slab.start)
         for task in range(1, self.tasks + 1):
             state = self.rule.step(state, self.reader.task_vector(slab, task, base), task, at)
-        return [self.scaled(slab, base, self.rule.finish(state, self.tasks))]
+        return self.rule.finish(state, self.tasks)
 
-    def scaled(self, slab: Slab, base: NDArray, merged: NDArray) -> NDArray:
+    def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
         dtype = self.out[slab.key].dtype
         with np.errstate(over="ignore", invalid="ignore"):
@@ -102,7 +107,8 @@ class MergeKernel:
             raise MagMaxError(f"{slab.key}: the merged values overflow {dtype}; choose a wider --dtype")
         return stored
 
-    def _carry(self, slab: Slab) -> NDArray:
+    def carry(self, slab: Slab) -> NDArray[Any]:
+        """The base's own tensor; the models' are read where they can be, for their digests alone."""
         base = slab.stored(0)
         spec = slab.spec(0)
         for task in range(1, self.tasks + 1):

@@ -11,7 +11,7 @@ NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64":
 
 
 def companions(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
-    """Name -> content or source of each file to copy from the base's folder; `dtype` is put into config.json if given."""
+    """Name -> content or source of each file to copy from the base's folder; config.json gets `dtype`, if given."""
     found: dict[str, bytes | Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

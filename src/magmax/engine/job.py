@@ -16,7 +16,6 @@ from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, listed
-from .ledger import Ledger
 from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
@@ -64,6 +63,7 @@ class Job:
         specs: the tensors to be written.
         sinks: gives the kernel's sinks, which lead into the draft.
         companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
+        origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
     """
 
@@ -73,11 +73,12 @@ class Job:
     recipe: Mapping[str, Any]
     specs: Mapping[str, Spec]
     kernel: Kernel
-    carried: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict[str, str])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
     companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
     check: Callable[[Sequence[str]], None] = lambda digests: None
+    origin: Provenance | None = None
     shard_bytes: int = SHARD_BYTES
 
     @property
@@ -108,7 +109,8 @@ class Job:
             disk = self.preview()
             if disk["disk_needed"] > disk["disk_free"]:
                 found.append(
-                    f"{self.target.path}: needs {disk['disk_needed']:,} bytes of disk, but {disk['disk_free']:,} are free"
+                    f"{self.target.path}: needs {disk['disk_needed']:,} bytes of disk, "
+                    f"but {disk['disk_free']:,} are free"
                 )
         return found
 
@@ -116,8 +118,8 @@ class Job:
         """Do the work and publish the output.
 
         Raises:
-            MagMaxError: an input that cannot be used, a place that cannot be written, or no space left. What was finished
-                stays beside the output and the same job takes it up again.
+            MagMaxError: an input that cannot be used, a place that cannot be written, or no space left. After the last,
+                what was finished stays beside the output and the same job takes it up again.
         """
         settings = settings or Settings()
         if problems := self.problems():
@@ -179,7 +181,7 @@ class Job:
 
     def _identity(self) -> dict[str, Any]:
         """What must be unchanged for finished chunks to be of use."""
-        identity: dict[str, Any] = {"the recipe": dict(self._provenance().draft().as_dict())}
+        identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
         for checkpoint in self.inputs:
             for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
@@ -188,7 +190,7 @@ class Job:
         return identity
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
-        return Provenance(self.recipe, self.names, digests or [""] * len(self.names))
+        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names))
 
     def _metadata(self, provenance: Provenance) -> dict[str, str]:
         return {"format": "pt", **self.metadata, **provenance.metadata()}

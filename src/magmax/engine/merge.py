@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,13 +83,13 @@ def merge(
         settings: threads, progress, restart; see `Settings`.
 
     Returns:
-        With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of the
-        module. Tensors that share storage in `base` share it in the result.
+        With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of
+        the module. Tensors that share storage in `base` share it in the result.
 
     Raises:
         MagMaxError: models that do not fit the base, NaN or infinity, files that cannot be read or written.
     """
-    if isinstance(models, str | PathLike | Mapping) or not isinstance(models, Sequence):
+    if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
     rule = as_rule(rule)
     options = Options(scaling_factor, dtype, mismatch, allow_nonfinite)
@@ -173,7 +173,7 @@ def kept_metadata(base: Checkpoint) -> dict[str, str]:
 
 def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
     kernel = _kernel(rule, base, models, options)
     memory = MemorySink(kernel.out)
@@ -188,7 +188,7 @@ class MemorySink:
         self.specs = specs
         self.tensors = {key: np.empty(spec.units, spec.storage) for key, spec in specs.items()}
 
-    def write(self, key: str, start: int, stored: NDArray) -> None:
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
         self.tensors[key][start : start + len(stored)] = stored
 
     def sync(self) -> None:
@@ -212,8 +212,14 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
     refuse_same_path([base, *models])
     carried = compare(base, models, options.mismatch)
     reader = Reader([base, *models], options.allow_nonfinite)
-    return MergeKernel(rule=rule, tasks=len(models), reader=reader, scaling_factor=options.factor(rule),
-                       out=options.out_specs(base), carried=carried)
+    return MergeKernel(
+        rule=rule,
+        tasks=len(models),
+        reader=reader,
+        scaling_factor=options.factor(rule),
+        out=options.out_specs(base),
+        carried=carried,
+    )
 
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
@@ -228,9 +234,9 @@ def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
         seen[real] = checkpoint.label
 
 
-def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray], options: Options) -> Any:
+def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: Options) -> Any:
     """The merged tensors in the shape of the thing that was given as the base."""
-    original = base if isinstance(base, Mapping) else base.state_dict()
+    original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
     specs = options.out_specs(opened)
     made = {key: as_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
     merged = {key: made[opened.resolve(key)] for key in original}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .. import __version__
 
@@ -43,10 +43,10 @@ class Provenance:
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The provenance in a header's metadata, or None where there is none."""
     try:
-        found = json.loads(metadata[METADATA_KEY])
+        found: Any = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
 def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Mapping[str, str]) -> str:

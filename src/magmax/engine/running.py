@@ -62,16 +62,16 @@ class Status:
     base_digest: str | None
     current: Generation | None
     generations: Sequence[Generation]
-    shares: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class Running:
     """A merge that grows by one model at a time and holds the base, the rule's slots, and nothing else.
 
     Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes generation
-    g + 1 beside generation g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled generation
-    is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be taken out of
-    the middle: restore a generation from before it and absorb the others again.
+    g + 1 beside generation g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled
+    generation is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be
+    taken out of the middle: restore a generation from before it and absorb the others again.
 
     Args:
         path: the folder of the state; made by the first `absorb`.
@@ -95,14 +95,18 @@ class Running:
         self.path = Path(fspath(path))
         self._settings = settings or Settings()
         self._file = self.path / "state.json"
-        self._base_given = base
+        self._base_given: Any = base
         if self._file.exists():
             self._load()
             if rule is not None and as_rule(rule) != self.rule:
-                raise MagMaxError(f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}")
+                raise MagMaxError(
+                    f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
+                )
             return
         if self.path.exists() and any(p.name[:10] != "generation" for p in self.path.iterdir()):
-            raise MagMaxError(f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one")
+            raise MagMaxError(
+                f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
+            )
         self.rule = as_rule("magmax" if rule is None else rule)
         self.winners = winners
         if winners and not (self.rule.selects and self.rule.slots(2) == 1):
@@ -140,7 +144,9 @@ class Running:
         self._save()
         return outcome
 
-    def result(self, scaling_factor: float | None = None, out: str | PathLike[str] | None = None, **options: Any) -> Any:
+    def result(
+        self, scaling_factor: float | None = None, out: str | PathLike[str] | None = None, **options: Any
+    ) -> Any:
         """base + scaling_factor * the merged task vector, to `out`; without it, of the same kind as an in-memory base.
 
         `options` are those of `magmax.merge`: dtype, allow_nonfinite.
@@ -204,7 +210,9 @@ class Running:
         """Go back to a generation, by its label or number. Later unlabelled ones are dropped."""
         found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
         if not found:
-            known = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values())
+            known = ", ".join(
+                f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values()
+            )
             raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
         self._current = found[0].number
         self._save()
@@ -242,7 +250,11 @@ class Running:
         }
         count = self.rule.slots(task)
         prefixes = [slot_prefix(n) for n in range(count)] + [WINNERS] * self.winners
-        written = {prefix + key: Spec("U8", s.shape) if prefix == WINNERS else s for prefix in prefixes for key, s in specs.items()}
+        written = {
+            prefix + key: Spec("U8", s.shape) if prefix == WINNERS else s
+            for prefix in prefixes
+            for key, s in specs.items()
+        }
         inputs = [base, *slots, model]
         names = ["base", *(f"slot {n}" for n in range(len(slots))), name]
         if self.winners and slots:
@@ -256,7 +268,7 @@ class Running:
             return [first, *(PrefixedSink(draft, prefix) for prefix in prefixes[1:])]
 
         def check(found: Sequence[str]) -> None:
-            recorded = [] if self._current is None else self._generations[self._current].slots
+            recorded: Sequence[str] = [] if self._current is None else self._generations[self._current].slots
             self._verify(found, [self._base_digest, *recorded])
             twin = next((t for t in self.tasks if t.digest == found[len(slots) + 1]), None)
             if twin:
@@ -274,14 +286,18 @@ class Running:
         slots = self._slots()
         carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
         reader = Reader([base, *slots], options.allow_nonfinite)
-        merge = MergeKernel(reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried)
+        merge = MergeKernel(
+            reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried
+        )
         return ResultKernel(merge, len(slots))
 
     def _verify(self, found: Sequence[str], recorded: Sequence[str | None]) -> None:
         """Refuse a base or a state that is not what it was when it was last read or written."""
         for number, (now, then) in enumerate(zip(found, recorded, strict=False)):
             if then is not None and now != then:
-                what = "the base is not the one it was begun with" if number == 0 else "its files were changed or damaged"
+                what = (
+                    "the base is not the one it was begun with" if number == 0 else "its files were changed or damaged"
+                )
                 raise MagMaxError(f"{self.path}: {what} (digest {now}, expected {then})")
 
     def _refuse_label(self, label: str | None) -> None:
@@ -302,8 +318,9 @@ class Running:
 
     def _save(self) -> None:
         """Make the current generation the one that counts, then drop those that nothing names."""
-        if self._base_given is not None and isinstance(self._base_given, str | PathLike):
-            self._base_path = os.path.relpath(fspath(self._base_given), self.path)
+        if self._base_given is not None:
+            given = self._base().path
+            self._base_path = None if given is None else os.path.relpath(given, self.path)
         self._generations = {n: g for n, g in self._generations.items() if g.label or n == self._current}
         content = {
             "format": FORMAT,
@@ -328,7 +345,10 @@ class Running:
             self.winners = content["winners"]
             self._base_path, self._base_digest = content["base"]["path"], content["base"]["digest"]
             self._current = content["current"]
-            found = [Generation(**{**g, "tasks": [Task(**t) for t in g["tasks"]]}) for g in content["generations"]]
+            found = [
+                Generation(g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"])
+                for g in content["generations"]
+            ]
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, MagMaxError):
                 raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Sink(Protocol):
     @property
     def specs(self) -> Mapping[str, Spec]: ...
 
-    def write(self, key: str, start: int, stored: NDArray) -> None: ...
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None: ...
 
     def sync(self) -> None: ...
 
@@ -46,7 +46,7 @@ class Slab:
     def spec(self, number: int) -> Spec:
         return self._inputs[number].spec(self.key)
 
-    def stored(self, number: int) -> NDArray:
+    def stored(self, number: int) -> NDArray[Any]:
         """The slab's units in input `number`, digested as they are read; the caller may overwrite them."""
         checkpoint = self._inputs[number]
         units = checkpoint.read(checkpoint.resolve(self.key), self.start, self.stop)
@@ -55,7 +55,7 @@ class Slab:
         return units
 
 
-Kernel = Callable[[Slab], Sequence[NDArray | None]]
+Kernel = Callable[[Slab], Sequence[NDArray[Any] | None]]
 """Reads what it needs of a slab; returns the stored units for each sink, or None to leave that sink alone."""
 
 

@@ -14,8 +14,8 @@ class MagMax(Rule):
 
         m <- where(|tau_t| >= |m|, tau_t, m)
 
-    The fold is idempotent, and associative but for the order of ties. NaN, where it is allowed in at all, counts as larger
-    than every number, so it is never lost. Equal to the bit to the authors' code and to FusionBench's on float32.
+    The fold is idempotent, and associative but for the order of ties. NaN, where it is allowed in at all, counts as
+    larger than every number, so it is never lost. On float32, equal to the bit to the authors' code and FusionBench's.
 
     >>> import numpy as np
     >>> MagMax()([np.float32([1, -3, 2]), np.float32([-2, 1, -2])])

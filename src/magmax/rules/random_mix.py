@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ class RandomMix(Rule):
             return (task_vector,)
         (held,) = state
         xp = array_namespace(held)
-        drawn = draws(self.seed, at, task, int(np.prod(held.shape)))
+        drawn = draws(self.seed, at, task, math.prod(held.shape))
         width = np.int64 if held.dtype.itemsize == 8 else np.int32
         keep = -(drawn >= (1 << 32) // task).astype(width)
         place, new = bits(held), bits(task_vector)

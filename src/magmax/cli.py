@@ -1,0 +1,508 @@
+"""The command line: parse, call, print. Results go to stdout, progress and notes to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from . import __version__
+from .errors import MagMaxError
+
+if TYPE_CHECKING:
+    from .engine.job import Job, Outcome, Settings
+    from .engine.running import Running
+    from .recipe import Plan
+
+app = App(
+    name="magmax",
+    version=__version__,
+    help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
+)
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
+Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
+DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
+Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]
+
+
+@app.command
+def merge(
+    *models: str,
+    base: str | None = None,
+    out: str | None = None,
+    rule: str | None = None,
+    scaling_factor: float | None = None,
+    dtype: Dtype | None = None,
+    mismatch: Literal["strict", "base"] | None = None,
+    allow_nonfinite: Nonfinite = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Merge fine-tuned models into their base.
+
+    Parameters
+    ----------
+    models
+        The fine-tuned models: .safetensors files, folders, or .pt/.bin state dicts. Or one recipe (.yaml). Then
+        assignments such as scaling_factor=0.7 or rule.k=2.
+    base
+        The model that all of them were fine-tuned from.
+    out
+        A .safetensors file, or a folder for shards with the base's config and tokenizer beside them.
+    rule
+        magmax, average, task_arithmetic, random_mix, kth_magnitude; with options, "{kth_magnitude: {k: 2}}".
+    scaling_factor
+        Multiplies the merged task vector. The rule's own by default.
+    dtype
+        The output's floating type. The base's by default.
+    mismatch
+        Where a model's tensors are not the base's: refuse (strict) or keep the base's (base).
+    """
+    flags = {
+        "base": base,
+        "out": out,
+        "rule": rule,
+        "scaling_factor": scaling_factor,
+        "dtype": dtype,
+        "mismatch": mismatch,
+        "allow_nonfinite": allow_nonfinite or None,
+    }
+    plan = _plan(models, flags)
+    job = plan.job()
+    if dry_run:
+        _print_preview(job, threads)
+        return
+    with _settings(job.read_bytes, f"merging {len(plan.models)} models", threads, restart) as settings:
+        outcome = job.run(settings)
+    _print_outcome(f"merged {len(plan.models)} models with {plan.rule.name}", outcome)
+
+
+@app.command
+def sweep(
+    recipe: str,
+    *assignments: str,
+    evaluate: Annotated[str | None, Parameter(name="--eval")] = None,
+    out: str | None = None,
+    keep: Annotated[bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")] = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Merge once, then write or evaluate the result at many scaling factors.
+
+    Parameters
+    ----------
+    recipe
+        A merge recipe (.yaml).
+    assignments
+        scaling_factor=first:last:step, both ends included, or scaling_factor=a,b,c; other assignments as in merge.
+    evaluate
+        A command that is given the path of a result and prints a JSON number as its last line. Each result is deleted
+        once it is scored, so that one at a time takes disk.
+    out
+        Where results go, with the factor put into the name; the recipe's out by default.
+    """
+    from pathlib import Path
+
+    from .checkpoints import open_checkpoint
+    from .checkpoints.writer import remove
+    from .engine.sweep import Sweep, factors
+    from .recipe import load
+
+    ranges = [a.partition("=")[2] for a in assignments if a.startswith(("scaling_factor=", "method.scaling_factor="))]
+    if len(ranges) != 1:
+        raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
+    plan = load(recipe, [a for a in assignments if "scaling_factor=" not in a])
+    where = out or plan.out
+    if where is None:
+        raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
+    base, models = open_checkpoint(plan.base), [open_checkpoint(m) for m in plan.models]
+    chosen = factors(ranges[0])
+    rows: list[tuple[str, ...]] = []
+    passes = len(models) + 1 + 2 * len(chosen)
+    with _settings(base.nbytes * passes, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
+        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, settings)
+        with work.merged() as scaler:
+            for factor in chosen:
+                path = scaler.write(factor)
+                if evaluate is None:
+                    rows.append((f"{factor:g}", str(path)))
+                    continue
+                try:
+                    rows.append((f"{factor:g}", f"{_score(evaluate, str(path)):g}"))
+                finally:
+                    if not keep:
+                        remove(path)
+    _print_table(["scaling_factor", "score" if evaluate else "path"], rows)
+
+
+@app.command
+def absorb(
+    state: str,
+    model: str,
+    *,
+    base: str | None = None,
+    rule: str | None = None,
+    name: str | None = None,
+    label: str | None = None,
+    winners: Annotated[bool, Parameter(negative="")] = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Add one more model to a running merge, in constant memory and disk.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder; made by the first absorb.
+    model
+        The next task's fine-tuned model.
+    base
+        The model that training started from; needed once, and again only if it moved.
+    rule
+        The merge rule; needed at most once. magmax by default.
+    name
+        What to call the task; by default the model's file name.
+    label
+        Name the new generation, so that it is kept and can be restored.
+    winners
+        From the start, also map which task supplied each element.
+    """
+    from .checkpoints import open_checkpoint
+
+    size = open_checkpoint(model).nbytes
+    with _settings(3 * size, f"absorbing {model}", threads, restart) as settings:
+        running = _running(state, base, rule, winners=winners, settings=settings)
+        outcome = running.absorb(model, name, label)
+    _print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
+
+
+@app.command
+def result(
+    state: str,
+    *,
+    out: str,
+    base: str | None = None,
+    scaling_factor: float | None = None,
+    dtype: Dtype | None = None,
+    allow_nonfinite: Nonfinite = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Write the merged model of a running merge.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    out
+        A .safetensors file, or a folder.
+    base
+        The base, if it moved.
+    scaling_factor
+        Multiplies the merged task vector. The rule's own by default.
+    dtype
+        The output's floating type. The base's by default.
+    """
+    from pathlib import Path
+
+    from .engine.merge import Options
+
+    running = _running(state, base, None)
+    job = running.result_job(Path(out), Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
+    if dry_run:
+        _print_preview(job, threads)
+        return
+    with _settings(job.read_bytes, "writing the result", threads, restart) as settings:
+        outcome = job.run(settings)
+    _print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
+
+
+@app.command
+def status(state: str) -> None:
+    """Show a running merge: its rule, its tasks, its generations.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    """
+    found = _running(state, None, None).status()
+    ((name, options),) = found.rule.items()
+    print(f"rule   {name} {options or ''}".rstrip())
+    print(f"base   {found.base or 'in memory'}  {found.base_digest or ''}")
+    tasks = found.current.tasks if found.current else []
+    shares = [f"{found.shares[t.name]:.1%}" if found.shares else "" for t in tasks]
+    header = ["task", "name", "digest", *(["supplies"] if found.shares else [])]
+    rows = [
+        (str(n), t.name, t.digest, *([s] if s else [])) for n, (t, s) in enumerate(zip(tasks, shares, strict=True), 1)
+    ]
+    _print_table(header, rows)
+    current = found.current.number if found.current else None
+    listed = [
+        (f"{g.number}{' (current)' * (g.number == current)}", g.label or "", str(len(g.tasks)))
+        for g in found.generations
+    ]
+    _print_table(["generation", "label", "tasks"], listed)
+
+
+@app.command
+def label(state: str, label: str) -> None:
+    """Name the current generation of a running merge, so that it is kept.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    label
+        The name to give.
+    """
+    running = _running(state, None, None)
+    running.label(label)
+    print(f"labelled the state after {len(running.tasks)} tasks {label!r}")
+
+
+@app.command
+def restore(state: str, which: str) -> None:
+    """Go back to a generation of a running merge.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    which
+        A generation's label or number.
+    """
+    running = _running(state, None, None)
+    running.restore(which)
+    print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
+
+
+@app.command
+def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """List the tensors of a checkpoint and where it comes from; only headers are read.
+
+    Parameters
+    ----------
+    checkpoint
+        A file or folder.
+    as_json
+        Print JSON instead of a table.
+    """
+    from .checkpoints import open_checkpoint
+    from .engine.survey import provenance_of
+
+    opened = open_checkpoint(checkpoint)
+    origin = provenance_of(opened)
+    if as_json:
+        tensors = {key: {"dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes} for key, s in opened.specs.items()}
+        _print_json(
+            {
+                "path": checkpoint,
+                "bytes": opened.nbytes,
+                "tensors": tensors,
+                "tied": opened.aliases,
+                "provenance": origin,
+            }
+        )
+        return
+    rows = [(key, s.dtype, "x".join(map(str, s.shape)) or "scalar", _size(s.nbytes)) for key, s in opened.specs.items()]
+    _print_table(["tensor", "dtype", "shape", "size"], rows)
+    for key, kept in opened.aliases.items():
+        print(f"{key} is tied to {kept}")
+    elements = sum(s.elements for s in opened.specs.values())
+    print(f"{len(opened.specs)} tensors, {elements:,} elements, {_size(opened.nbytes)}")
+    print("provenance: none" if origin is None else f"provenance: {origin['package']}, {_compact(origin['recipe'])}")
+    for source in (origin or {}).get("inputs", []):
+        print(f"  {source['name']}  {source['xxh3_128']}")
+
+
+@app.command
+def diff(
+    base: str,
+    model: str,
+    *,
+    top: int = 10,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Show how far a model moved from its base, tensor by tensor.
+
+    Parameters
+    ----------
+    base
+        The base.
+    model
+        The fine-tuned model.
+    top
+        How many of the largest movers to show; 0 shows every tensor, in the order of the base.
+    as_json
+        Print JSON instead of a table.
+    """
+    from dataclasses import asdict
+
+    from .checkpoints import open_checkpoint
+    from .engine.survey import diff as measure
+
+    start, end = open_checkpoint(base), open_checkpoint(model)
+    with _settings(2 * start.nbytes, "comparing", threads, False) as settings:
+        found = measure(start, end, threads, settings.progress)
+    if as_json:
+        _print_json({"norm": found.norm, "tensors": [asdict(m) for m in found.movements], "apart": found.apart})
+        return
+    movers = sorted(found.movements, key=lambda m: -m.norm)[:top] if top else found.movements
+    rows = [(m.key, f"{m.norm:.6g}", f"{m.relative:.3g}", f"{m.changed:.1%}") for m in movers]
+    _print_table(["tensor", "norm", "of the base's", "changed"], rows)
+    for reason in found.apart.values():
+        print(f"not compared: {reason}")
+    print(f"task vector: L2 norm {found.norm:.6g} over {len(found.movements)} tensors")
+
+
+def main() -> None:
+    """The `magmax` command: exit code 0, or 2 for input that cannot be used, 130 for an interruption."""
+    try:
+        app(exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except MagMaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+
+
+def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
+    """The recipe that the command line names or spells out; flags stand above the recipe."""
+    import os
+
+    from .recipe import build, is_override, load, merged_overrides
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    assigned = [w for w in words if is_override(w) and not os.path.exists(w)]
+    paths = [w for w in words if w not in assigned]
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        here = os.path.dirname(paths[0])
+        for key in ("base", "out"):
+            if key in given:
+                given[key] = os.path.relpath(given[key], here or ".")
+        return load(paths[0], assigned, given)
+    if "base" not in given:
+        raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
+    return build(merged_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
+
+
+def _running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:
+    from pathlib import Path
+
+    from .engine.running import Running
+    from .recipe import parse_rule
+
+    new = not (Path(state) / "state.json").exists()
+    if new and "settings" not in options:
+        raise MagMaxError(f"{state}: is not a running merge (it has no state.json); magmax absorb makes one")
+    return Running(state, parse_rule(rule)[0] if rule else None, base, **options)
+
+
+@contextmanager
+def _settings(total: int, words: str, threads: int, restart: bool) -> Generator[Settings]:
+    """Settings whose progress is a bar on stderr, where stderr is a terminal."""
+    from .engine.job import Settings
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    if not sys.stderr.isatty():
+        yield Settings(threads, restart, note=note)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield Settings(threads, restart, lambda count: bar.advance(task, count), note)
+
+
+def _score(command: str, path: str) -> float:
+    """Run the user's evaluation on a result and read the number it prints."""
+    done = subprocess.run([*shlex.split(command), path], stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.strip().splitlines()
+    try:
+        score: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    except ValueError:
+        score = None
+    if type(score) not in (int, float):
+        raise MagMaxError(f"{command} {path}: exit code {done.returncode}, and no JSON number as its last line")
+    return float(score)
+
+
+def _print_preview(job: Job, threads: int) -> None:
+    cost = job.preview(threads)
+    print(f"passes        {cost['passes']}")
+    print(f"bytes to read {cost['read_bytes']:,}")
+    print(f"bytes written {cost['write_bytes']:,}")
+    print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
+    print(f"peak memory   about {_size(cost['peak_memory'])}")
+    _print_carried(job.carried)
+    if problems := job.problems():
+        from .errors import listed
+
+        raise listed("this would stop the merge", problems)
+    print("no problem found; nothing was written")
+
+
+def _print_outcome(words: str, outcome: Outcome) -> None:
+    _print_carried(outcome.carried)
+    print(
+        f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {_size(outcome.read_bytes - outcome.reused_bytes)} read, "
+        f"{_size(outcome.written_bytes)} written)"
+    )
+
+
+def _print_carried(carried: Any) -> None:
+    if carried:
+        print(f"{len(carried)} tensors are the base's own:")
+        for key, why in carried.items():
+            print(f"  {key}: {why}")
+
+
+def _print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:
+    """Plain columns, so that other programs can read them."""
+    widths = [max(len(row[n]) for row in [tuple(header), *rows]) for n in range(len(header))]
+    for row in [tuple(header), *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def _compact(content: Any) -> str:
+    return json.dumps(content, separators=(", ", ": "))
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.4g} {unit}"
+        amount /= 1000
+    return f"{amount:.4g} TB"

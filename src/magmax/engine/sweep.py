@@ -1,0 +1,143 @@
+"""Many scaling factors from one merge: the merged task vector is computed once and then only scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.dtypes import LONG_NAMES, compute_dtype
+from ..checkpoints.writer import Target, remove
+from ..errors import MagMaxError
+from ..rules import Rule
+from .arithmetic import MergeKernel
+from .job import Job, Outcome, Settings
+from .merge import Options, beside, merge_job, recipe_of
+from .provenance import Provenance
+from .stream import Slab
+
+
+@dataclass(frozen=True)
+class VectorKernel:
+    """The merged task vector itself, unscaled, in the type it is computed in."""
+
+    merge: MergeKernel
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+        if slab.key in self.merge.carried:
+            self.merge.carry(slab)
+            return [None]
+        return [self.merge.task_vector(slab, self.merge.reader.numbers(slab, 0))]
+
+
+@dataclass(frozen=True)
+class ScaleKernel:
+    """base (input 0) + scaling_factor * merged task vector (input 1)."""
+
+    merge: MergeKernel
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+        if slab.key in self.merge.carried:
+            return [self.merge.carry(slab)]
+        base = self.merge.reader.numbers(slab, 0)
+        return [self.merge.scaled(slab, base, self.merge.reader.numbers(slab, 1))]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A merge to be written at several scaling factors; each file equals, byte for byte, a merge at that factor."""
+
+    rule: Rule
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    names: Sequence[str]
+    out: Path
+    options: Options
+    settings: Settings
+
+    def path(self, factor: float) -> Path:
+        """Where the result at a factor goes: OUT with the factor put before its suffix."""
+        suffix = ".safetensors" if not Target(self.out).folder else ""
+        return self.out.with_name(f"{self.out.name.removesuffix(suffix)}-{factor:g}{suffix}")
+
+    @contextmanager
+    def merged(self) -> Generator[Scaler]:
+        """Merge once; the merged task vector lies beside the outputs until the block is left."""
+        whole = self._job(self.out)
+        vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
+        specs = {
+            key: Spec(LONG_NAMES[compute_dtype(spec.dtype).name], spec.shape)
+            for key, spec in self.base.specs.items()
+            if key not in whole.carried
+        }
+        job = replace(
+            whole, target=Target(vector), specs=specs, kernel=VectorKernel(self._kernel(whole)), companions=_none
+        )
+        outcome = job.run(self.settings)
+        try:
+            yield Scaler(self, outcome, open_checkpoint(vector))
+        finally:
+            remove(vector)
+
+    def _job(self, out: Path) -> Job:
+        return merge_job(self.rule, self.base, self.models, out, self.options, self.names)
+
+    @staticmethod
+    def _kernel(job: Job) -> MergeKernel:
+        assert isinstance(job.kernel, MergeKernel)
+        return job.kernel
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Writes the result at one factor after another."""
+
+    sweep: Sweep
+    outcome: Outcome
+    vector: Checkpoint
+
+    def write(self, factor: float) -> Path:
+        """Write base + factor * merged task vector to the sweep's path for it, and return that path."""
+        sweep = self.sweep
+        options = replace(sweep.options, scaling_factor=factor)
+        whole = merge_job(sweep.rule, sweep.base, sweep.models, sweep.path(factor), options, sweep.names)
+        assert isinstance(whole.kernel, MergeKernel)
+        inputs = [sweep.base, self.vector]
+        kernel = replace(whole.kernel, tasks=0, reader=replace(whole.kernel.reader, inputs=inputs))
+        origin = Provenance(recipe_of(sweep.rule, options), whole.names, self.outcome.input_digests)
+        job = replace(
+            whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
+            check=_unchecked, companions=beside(sweep.base, kernel, options),
+        )  # fmt: skip
+        return job.run(sweep.settings).path
+
+
+def _none(provenance: Provenance, digests: object) -> dict[str, bytes | Path]:
+    return {}
+
+
+def _unchecked(digests: Sequence[str]) -> None:
+    """The inputs were checked when they were merged."""
+
+
+def factors(text: str) -> list[float]:
+    """The numbers of "first:last:step" (both ends included) or of "a,b,c"."""
+    try:
+        if ":" not in text:
+            return [float(Decimal(part)) for part in text.split(",")]
+        first, last, step = (Decimal(part) for part in text.split(":"))
+        count = int((last - first) / step) + 1
+        found = [float(first + step * n) for n in range(count)]
+    except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:
+        raise MagMaxError(
+            f"cannot read {text!r} as numbers; write first:last:step, such as 0.1:1.0:0.1, or a,b,c"
+        ) from error
+    if not found:
+        raise MagMaxError(f"{text!r} holds no number; write first:last:step, such as 0.1:1.0:0.1")
+    return found

@@ -1,0 +1,232 @@
+"""Recipes: a merge as a YAML file, validated before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import path as os_path
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from .checkpoints import open_checkpoint
+from .engine.job import Job
+from .engine.merge import Options, default_names, merge_job
+from .errors import MagMaxError, listed
+from .rules import Rule, make_rule, nearest
+
+FUSION_BENCH = "MagMaxAlgorithm"
+
+
+class Model(BaseModel):
+    """A model of a recipe: where it is, and what it is called."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    name: str | None = None
+
+
+class Recipe(BaseModel):
+    """A merge in words. Paths are relative to the recipe's folder.
+
+    Attributes:
+        base: the model that training started from.
+        models: the fine-tuned models, as paths or as {path, name}.
+        rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
+        scaling_factor: by default the rule's own.
+        dtype: the output's floating type; by default the base's.
+        mismatch: "strict" or "base".
+        allow_nonfinite: let NaN and infinity through.
+        out: a `.safetensors` file or a folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    base: str
+    models: list[str | Model]
+    rule: str | dict[str, Any] | list[Any] = "magmax"
+    scaling_factor: float | None = None
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    mismatch: Literal["strict", "base"] = "strict"
+    allow_nonfinite: bool = False
+    out: str | None = None
+
+    @field_validator("models")
+    @classmethod
+    def _some(cls, models: list[str | Model]) -> list[str | Model]:
+        if not models:
+            raise ValueError("names no model")
+        return models
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe made ready: what `magmax.merge` would be given."""
+
+    rule: Rule
+    base: str
+    models: Sequence[str]
+    names: Sequence[str]
+    options: Options
+    out: str | None
+
+    def job(self, out: str | None = None) -> Job:
+        """Open every input and check it. Raises MagMaxError for all that does not fit."""
+        where = out or self.out
+        if where is None:
+            raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
+        base, models = open_checkpoint(self.base), [open_checkpoint(m) for m in self.models]
+        return merge_job(self.rule, base, models, Path(where), self.options, self.names)
+
+
+def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
+    """Read, override and validate a recipe.
+
+    Args:
+        file: the YAML file.
+        overrides: assignments such as "scaling_factor=0.7" or "rule.k=2"; FusionBench's "method." stands for "rule.".
+        flags: keys that stand above the file and the overrides.
+
+    Raises:
+        MagMaxError: YAML that cannot be read, unknown keys (with line and nearest key), values of the wrong kind.
+    """
+    try:
+        text = Path(file).read_text()
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
+    content = {**merged_overrides(content, overrides), **(flags or {})}
+    return build(content, file, _lines(tree), os_path.dirname(file))
+
+
+def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
+    """A plan from a recipe's content; `lines` says where each key stands, for messages."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise listed(f"{file} is not a recipe", [_explained(file, lines, e) for e in error.errors()]) from error
+    rule, factor = parse_rule(recipe.rule, folder)
+    paths = [os_path.join(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
+    given = [m.name if isinstance(m, Model) else None for m in recipe.models]
+    names = [name or default for name, default in zip(given, default_names(paths), strict=True)]
+    if len(set(names)) < len(names):
+        raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
+    scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
+    options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    out = os_path.join(folder, recipe.out) if recipe.out is not None else None
+    return Plan(rule, os_path.join(folder, recipe.base), paths, names, options, out)
+
+
+def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
+    """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
+    if isinstance(given, list):
+        if len(given) != 1:
+            raise MagMaxError(f"a chain needs exactly one merge rule; this one has {len(given)}: {given}")
+        return parse_rule(given[0], folder)
+    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+        return parse_rule(_method_file(os_path.join(folder, given)), folder)
+    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+        return parse_rule(yaml.safe_load(given), folder)
+    if isinstance(given, str):
+        return make_rule(given), None
+    if isinstance(given, dict) and "_target_" in given:
+        return _fusion_bench(given)
+    if isinstance(given, dict) and len(given) == 1:
+        ((name, options),) = given.items()
+        if options is None or isinstance(options, dict):
+            return make_rule(str(name), options), None
+    raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {given!r}")
+
+
+def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
+    """FusionBench's method YAML: its target, scaling_factor and inplace (which files have no use for)."""
+    target = str(method["_target_"])
+    if target.rpartition(".")[2] != FUSION_BENCH:
+        raise MagMaxError(f"of FusionBench's methods only {FUSION_BENCH} is understood, not {target}")
+    known = ["_target_", "scaling_factor", "inplace"]
+    for key in method:
+        if key not in known:
+            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest(key, known)}")
+    factor = method.get("scaling_factor", 0.5)
+    if type(factor) not in (int, float):
+        raise MagMaxError(f"scaling_factor must be a number, not {factor!r}")
+    return make_rule("magmax"), float(factor)
+
+
+def _method_file(file: str) -> Any:
+    try:
+        return yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MagMaxError(f"{file}: cannot be read as a rule: {error}") from error
+
+
+def is_override(word: str) -> bool:
+    """Whether a command-line word is an assignment such as `rule.k=2`."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
+
+
+def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe's content with assignments put in; values are read as YAML."""
+    result = dict(content)
+    for word in overrides:
+        name, _, text = word.partition("=")
+        head, *rest = name.split(".")
+        if head == "method" and rest:
+            head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
+            rest = [] if head == "scaling_factor" else rest
+        value = yaml.safe_load(text)
+        if not rest:
+            result[head] = value
+        elif head == "rule" and len(rest) == 1:
+            result["rule"] = _with_option(result.get("rule", "magmax"), rest[0], value)
+        else:
+            raise MagMaxError(f"cannot set {name}; write KEY=VALUE or rule.OPTION=VALUE")
+    return result
+
+
+def _with_option(rule: Any, option: str, value: Any) -> Any:
+    if isinstance(rule, list) and len(rule) == 1:
+        return [_with_option(rule[0], option, value)]
+    if isinstance(rule, str):
+        return {rule: {option: value}}
+    if isinstance(rule, dict) and "_target_" in rule:
+        return {**rule, option: value}
+    if isinstance(rule, dict) and len(rule) == 1:
+        ((name, options),) = rule.items()
+        return {name: {**(options or {}), option: value}}
+    raise MagMaxError(f"cannot set the option {option} of {rule!r}")
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """The line of every key of a YAML tree, by its dotted name."""
+    found: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            found[name] = key.start_mark.line + 1
+            found |= _lines(value, f"{name}.")
+    if isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            found[f"{prefix}{place}"] = item.start_mark.line + 1
+            found |= _lines(item, f"{prefix}{place}.")
+    return found
+
+
+def _explained(file: str, lines: Mapping[str, int], error: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints, with the line it is about and the nearest valid key."""
+    parts = [str(p) for p in error["loc"] if str(p) not in ("str", "Model")]
+    name = ".".join(parts)
+    line = next((lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None)
+    where = f"{file}, line {line}" if line else file
+    if error["type"] == "extra_forbidden":
+        known = list((Recipe if len(parts) == 1 else Model).model_fields)
+        return f"{where}: unknown key {name!r}; {nearest(parts[-1], known)}"
+    if error["type"] == "missing":
+        return f"{where}: {name} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {error['input']!r}"
