@@ -370,7 +370,7 @@ def diff(
 def main() -> None:
     """The `magmax` command: exit code 0, or 2 for input that cannot be used, 130 for an interruption."""
     try:
-        app(exit_on_error=False, print_error=True)
+        app(sys.argv[1:], exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(2)
     except MagMaxError as error:

@@ -1,0 +1,64 @@
+"""A sweep's files are the merges at each factor, and its numbers are read without binary noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import magmax
+from magmax import MagMaxError, open_checkpoint
+from magmax.engine.job import Settings
+from magmax.engine.merge import Options
+from magmax.engine.sweep import Sweep, factors
+from magmax.rules import as_rule
+
+
+@pytest.mark.parametrize("rule", ["magmax", "average"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_swept_file_is_the_merge_at_that_factor_byte_for_byte(rule, dtype, files, tmp_path):
+    base, tasks = files
+    opened = [open_checkpoint(t) for t in tasks]
+    names = ["one", "two", "three", "four"]
+    sweep = Sweep(
+        as_rule(rule),
+        open_checkpoint(base),
+        opened,
+        names,
+        tmp_path / "out.safetensors",
+        Options(dtype=dtype),
+        Settings(),
+    )
+    with sweep.merged() as scaler:
+        swept = {factor: scaler.write(factor) for factor in (0.3, 1.0)}
+    for factor, path in swept.items():
+        merge_named(rule, base, tasks, names, factor, dtype, tmp_path / "single.safetensors")
+        assert path.read_bytes() == (tmp_path / "single.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out-0.3.safetensors", "out-1.safetensors"]
+
+
+def merge_named(
+    rule: str, base: Path, tasks: list[Path], names: list[str], factor: float, dtype: str | None, out: Path
+) -> None:
+    opened = [open_checkpoint(t) for t in tasks]
+    options = Options(factor, dtype)
+    magmax.engine.merge.merge_job(as_rule(rule), open_checkpoint(base), opened, out, options, names).run()
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.1:1.0:0.1", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
+        ("0.5", [0.5]),
+        ("0.3,0.55", [0.3, 0.55]),
+        ("1:0:-0.5", [1.0, 0.5, 0.0]),
+    ],
+)
+def test_a_range_includes_both_ends_exactly(text, numbers):
+    assert factors(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:0.1:2", "nan:1:1"])
+def test_what_is_no_range_is_an_error(text):
+    with pytest.raises(MagMaxError, match=r"0\.1:1\.0:0\.1"):
+        factors(text)

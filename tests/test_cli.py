@@ -1,0 +1,210 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.models import loaded, same_bytes, saved, small_model
+
+import magmax
+from magmax import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def command(*words: object):
+        monkeypatch.setattr(sys, "argv", ["magmax", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_merge_writes_what_the_library_merges(run, files, tmp_path):
+    base, tasks = files
+    code, out, _ = run("merge", "--base", base, *tasks, "--out", tmp_path / "cli.safetensors")
+    library = magmax.merge("magmax", base, tasks, out=tmp_path / "library.safetensors")
+    assert code == 0
+    assert "merged 4 models with magmax" in out
+    assert "position_ids: I64 is not merged" in out
+    assert (tmp_path / "cli.safetensors").read_bytes() == library.read_bytes()
+
+
+def test_a_rule_with_options_and_assignments(run, files, tmp_path):
+    base, tasks = files
+    words = ["--base", base, *tasks, "--out", tmp_path / "a.safetensors", "--scaling-factor", "0.7"]
+    assert run("merge", *words, "--rule", "kth_magnitude", "rule.k=2")[0] == 0
+    words[-3] = tmp_path / "b.safetensors"
+    assert run("merge", *words, "--rule", "{kth_magnitude: {k: 2}}")[0] == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_recipe_with_assignments_and_flags(run, files, tmp_path):
+    base, tasks = files
+    recipe = tmp_path / "in" / "recipe.yaml"
+    recipe.write_text(f"base: {base.name}\nmodels: [{', '.join(t.name for t in tasks)}]\nout: ../one.safetensors\n")
+    assert run("merge", recipe, "scaling_factor=0.7")[0] == 0
+    assert run("merge", recipe, "--scaling-factor", "0.7", "--out", tmp_path / "two.safetensors")[0] == 0
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_a_dry_run_prints_the_cost_and_writes_nothing(run, files, tmp_path):
+    base, tasks = files
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    code, out, _ = run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors", "--dry-run")
+    assert code == 0
+    for word in ("passes        1", "bytes to read", "bytes written", "disk needed", "peak memory", "no problem found"):
+        assert word in out
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_reports_problems_with_exit_code_2(run, files, tmp_path):
+    base, tasks = files
+    code, _, err = run("merge", "--base", base, *tasks, "--out", tasks[0], "--dry-run")
+    assert code == 2
+    assert "is one of the inputs" in err
+
+
+def test_absorb_status_result_label_restore(run, files, tmp_path):
+    base, tasks = files
+    state = tmp_path / "state"
+    assert run("absorb", state, tasks[0], "--base", base, "--winners")[0] == 0
+    assert run("absorb", state, tasks[1], "--name", "second", "--label", "two")[0] == 0
+    assert run("absorb", state, tasks[2])[0] == 0
+    code, out, _ = run("status", state)
+    assert code == 0
+    for word in ("rule   magmax", "second", "3 (current)", "two", "%"):
+        assert word in out
+    assert run("result", state, "--out", tmp_path / "ours.safetensors")[0] == 0
+    theirs = magmax.merge("magmax", base, tasks[:3], out=tmp_path / "theirs.safetensors")
+    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+    assert run("restore", state, "two")[0] == 0
+    assert run("label", state, "again")[0] == 0
+    assert "again" in run("status", state)[1]
+
+
+@pytest.mark.parametrize("verb", ["status", "label", "restore", "result"])
+def test_a_folder_that_is_no_state_is_refused_and_not_made(verb, run, tmp_path):
+    words = {"label": ["x"], "restore": ["x"], "result": ["--out", tmp_path / "o.safetensors"]}.get(verb, [])
+    code, _, err = run(verb, tmp_path / "nowhere", *words)
+    assert code == 2
+    assert "is not a running merge" in err
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_inspect_shows_tensors_and_provenance(run, files, tmp_path):
+    base, tasks = files
+    run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors")
+    _, out, _ = run("inspect", tmp_path / "out.safetensors")
+    for word in ("embed.weight", "130x24", "F32", '"magmax"', "task4"):
+        assert word in out
+    told = json.loads(run("inspect", tmp_path / "out.safetensors", "--json")[1])
+    assert told["tensors"]["layer.weight"] == {"dtype": "F32", "shape": [48, 33], "bytes": 48 * 33 * 4}
+    assert told["provenance"]["recipe"]["scaling_factor"] == 0.5
+    assert "provenance: none" in run("inspect", base)[1]
+
+
+def test_diff_measures_the_task_vector(run, tmp_path):
+    start, end = small_model(0), small_model(1)
+    end["layer.bias"] = start["layer.bias"].clone()
+    end["extra"] = end["scale"].clone()
+    base, model = saved(start, tmp_path / "base.safetensors"), saved(end, tmp_path / "model.safetensors")
+    told = json.loads(run("diff", base, model, "--json")[1])
+    norms = {m["key"]: m["norm"] for m in told["tensors"]}
+    for key in ("embed.weight", "wide.weight"):
+        assert norms[key] == pytest.approx((end[key].double() - start[key].double()).norm().item(), rel=1e-12)
+    assert norms["layer.bias"] == 0
+    _, out, _ = run("diff", base, model, "--top", "1")
+    assert "wide.weight" in out
+    assert "embed.weight" not in out
+    assert "not compared" in out
+    assert "extra" in out
+
+
+def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
+    base, tasks = files
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {base}\nmodels: [{', '.join(map(str, tasks))}]\nout: merged.safetensors\n")
+    code, out, _ = run("sweep", recipe, "scaling_factor=0.5:1.0:0.5")
+    assert code == 0
+    assert "merged-0.5.safetensors" in out
+    assert same_bytes(
+        loaded(tmp_path / "merged-1.safetensors"),
+        loaded(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "m.safetensors")),
+    )
+    score = tmp_path / "score.py"
+    score.write_text("import os, sys\nprint('some words')\nprint(os.path.getsize(sys.argv[1]))\n")
+    code, out, _ = run("sweep", recipe, "scaling_factor=0.2,0.4", "--eval", f"{sys.executable} {score}")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["scaling_factor", "0.2", "0.4"]
+    assert not list(tmp_path.glob("merged-0.2*"))
+    code, _, err = run("sweep", recipe, "scaling_factor=0.2", "--eval", "false")
+    assert code == 2
+    assert "exit code 1" in err
+    assert not list(tmp_path.glob("merged-0.2*"))
+    assert not list(tmp_path.glob("*task-vector*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "a.safetensors"], "needs --base"),
+        (["merge", "--base", "nowhere.safetensors", "b.safetensors", "--out", "o.safetensors"], "no such file"),
+        (["merge", "--bass", "x"], "--bass"),
+        (["merge", "--base", "b", "--dtype", "int4"], "int4"),
+        (["inspect", "nowhere"], "no such file"),
+        (["sweep", "r.yaml"], "needs one range"),
+        (["mrge"], "mrge"),
+    ],
+)
+def test_bad_words_end_with_exit_code_2(words, message, run):
+    code, out, err = run(*words)
+    assert code == 2
+    assert message in out + err
+
+
+def test_help_is_quick_to_come_because_nothing_heavy_is_imported():
+    heavy = "('torch', 'numpy', 'pydantic', 'transformers')"
+    script = f"import sys; from magmax import cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_merging_safetensors_needs_no_torch(files, tmp_path):
+    base, tasks = files
+    hidden = (
+        "import sys; sys.modules['torch'] = None; sys.modules['safetensors'] = None\n"
+        "from magmax import cli; cli.main()\n"
+    )
+    words = ["merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors"]
+    subprocess.run([sys.executable, "-c", hidden, *map(str, words)], check=True, capture_output=True)
+    assert same_bytes(
+        loaded(tmp_path / "out.safetensors"),
+        loaded(magmax.merge("magmax", base, tasks, out=tmp_path / "o.safetensors")),
+    )
+
+
+def test_every_verb_explains_itself(run):
+    for verb in ("merge", "sweep", "absorb", "result", "status", "label", "restore", "inspect", "diff"):
+        code, out, _ = run(verb, "--help")
+        assert code == 0
+        assert "Usage: magmax " + verb in out
+
+
+def test_inputs_are_never_changed(run, files, tmp_path):
+    base, tasks = files
+    before = [Path(p).read_bytes() for p in (base, *tasks)]
+    run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors")
+    run("absorb", tmp_path / "state", tasks[0], "--base", base)
+    assert [Path(p).read_bytes() for p in (base, *tasks)] == before
