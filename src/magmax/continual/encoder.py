@@ -1,0 +1,84 @@
+"""Encoders: a model that turns items into unit feature vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from magmax.continual.progress import Tell, silent
+
+
+class Encoder(Protocol):
+    """What training and evaluation need: the module whose weights are merged, and features for items."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def __call__(self, items: Sequence[Any]) -> Tensor:
+        """Features of n items: shape (n, width), each row of length 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1."""
+
+    model: nn.Module
+    tokenizer: Any
+    max_tokens: int
+
+    @classmethod
+    def load(cls, folder: Path, max_tokens: int) -> TextEncoder:
+        """The encoder in a folder in the Hugging Face layout; the network is never asked."""
+        with _quiet_loading():
+            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
+
+    def tokenize(self, texts: Sequence[str], tell: Tell = silent, chunk: int = 500) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut to max_tokens."""
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), chunk):
+            # A word is at least one token, so words beyond max_tokens cannot matter.
+            short = [" ".join(text.split()[: self.max_tokens]) for text in texts[start : start + chunk]]
+            ids += self.tokenizer(short, truncation=True, max_length=self.max_tokens)["input_ids"]
+            tell(len(ids), len(texts))
+        return ids
+
+    def __call__(self, items: Sequence[Sequence[int]]) -> Tensor:
+        """Features of n texts given as token ids: shape (n, width), each row of length 1."""
+        longest = max(len(ids) for ids in items)
+        tokens = torch.full((len(items), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for row, ids in enumerate(items):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        where = next(self.model.parameters()).device
+        tokens, mask = tokens.to(where), mask.to(where)
+        states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(states.dtype)
+        return nn.functional.normalize((states * weights).sum(1), dim=-1)
+
+    def freeze_word_embeddings(self) -> None:
+        """Keeps the word embeddings out of training (half of a small encoder's weights)."""
+        embeddings: nn.Module = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        embeddings.requires_grad_(False)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' own bar, which would draw over ours; as it was afterwards."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,60 @@
+"""Progress, told by the functions that work and drawn by whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Tell(Protocol):
+    """What a working function calls now and then: so many of so many are done, and a short note."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+NewBar = Callable[[str], Tell]
+"""Opens a bar with this title and returns what moves it."""
+
+
+def silent(done: int, total: int, note: str = "") -> None:
+    """Draws nothing."""
+
+
+def no_bars(title: str) -> Tell:
+    """Opens nothing."""
+    return silent
+
+
+@contextmanager
+def bars() -> Iterator[NewBar]:
+    """Bars on stderr with the time left; where stderr is no terminal, a line for each finished one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=14),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def new_bar(title: str) -> Tell:
+            began = time.monotonic()
+            bar = progress.add_task(title, total=None, note="")
+
+            def tell(done: int, total: int, note: str = "") -> None:
+                progress.update(bar, completed=done, total=total, note=note)
+                if done == total and not console.is_terminal:
+                    seconds = time.monotonic() - began
+                    console.print(f"{title}: {seconds:.0f} s {note}".rstrip(), highlight=False)
+
+            return tell
+
+        yield new_bar
