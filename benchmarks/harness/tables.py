@@ -1,0 +1,79 @@
+"""Tables for the terminal and for results/*.md, from the same rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str]]
+
+
+def number(name: str, digits: int) -> Callable[[Record], str]:
+    def cell(record: Record) -> str:
+        value = record.get(name)
+        return "-" if value is None else f"{value:,.{digits}f}"
+
+    return cell
+
+
+def _bits(record: Record) -> str:
+    share = record.get("differing")
+    if share is None:
+        return ""
+    if isinstance(share, str):
+        return share
+    return "same bits" if share == 0 else f"{share:.2%} differ"
+
+
+def _whole(record: Record) -> str:
+    return record["failure"] or number("whole_s", 2)(record)
+
+
+METHODS: list[Column] = [
+    ("method", lambda record: record["method"]),
+    ("whole s", _whole),
+    ("inner s", number("inner_s", 2)),
+    ("x floor", number("times_floor", 2)),
+    ("whole / ours", number("whole_over_ours", 2)),
+    ("inner / ours", number("inner_over_ours", 2)),
+    ("peak RSS MB", number("peak_rss_mb", 0)),
+    ("anonymous MB", number("peak_anonymous_mb", 0)),
+    ("above imports MB", number("anonymous_above_imports_mb", 0)),
+    ("against ours", _bits),
+    ("runs", lambda record: str(record["runs"])),
+]
+MEMORY: list[Column] = [
+    ("parameters", number("parameters", 0)),
+    ("dtype", lambda record: record["dtype"]),
+    ("models", lambda record: str(record["models"])),
+    ("inner s", lambda record: record["failure"] or number("inner_s", 2)(record)),
+    ("peak RSS MB", number("peak_rss_mb", 0)),
+    ("anonymous MB", number("peak_anonymous_mb", 1)),
+    ("above imports MB", number("anonymous_above_imports_mb", 1)),
+]
+ABSORB: list[Column] = [
+    ("model", lambda record: record["model"]),
+    ("whole s", _whole),
+    ("read MB", number("read_mb", 1)),
+    ("written MB", number("written_mb", 1)),
+    ("reads / (base + state + model)", number("reads", 3)),
+    ("writes / state", number("writes", 3)),
+]
+
+
+def show(title: str, columns: list[Column], records: list[Record]) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, (name, _) in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for record in records:
+        table.add_row(*(cell(record) for _, cell in columns))
+    Console(width=None if Console().is_terminal else 180).print(table)
+
+
+def markdown(columns: list[Column], records: list[Record]) -> str:
+    names = [name for name, _ in columns]
+    lines = [names, ["---", *["---:"] * (len(names) - 1)]]
+    lines += [[cell(record).replace("|", "/") for _, cell in columns] for record in records]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
