@@ -16,7 +16,7 @@ from .checkpoints import open_checkpoint
 from .engine.job import Job
 from .engine.merge import Options, default_names, merge_job
 from .errors import MagMaxError, listed
-from .rules import Rule, make_rule, nearest
+from .rules import Rule, make_rule, nearest, rule_from
 
 FUSION_BENCH = "MagMaxAlgorithm"
 
@@ -124,23 +124,13 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
 
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
-    if isinstance(given, list):
-        if len(given) != 1:
-            raise MagMaxError(f"a chain needs exactly one merge rule; this one has {len(given)}: {given}")
-        return parse_rule(given[0], folder)
     if isinstance(given, str) and given.endswith((".yaml", ".yml")):
         return parse_rule(_method_file(os_path.join(folder, given)), folder)
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
         return parse_rule(yaml.safe_load(given), folder)
-    if isinstance(given, str):
-        return make_rule(given), None
     if isinstance(given, dict) and "_target_" in given:
         return _fusion_bench(given)
-    if isinstance(given, dict) and len(given) == 1:
-        ((name, options),) = given.items()
-        if options is None or isinstance(options, dict):
-            return make_rule(str(name), options), None
-    raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {given!r}")
+    return rule_from(given), None
 
 
 def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:

@@ -11,9 +11,8 @@ from hypothesis.extra import numpy as hnp
 from tests import models as reference
 
 from magmax import MagMaxError
-from magmax.rules import Average, KthMagnitude, MagMax, RandomMix, TaskArithmetic
-from magmax.rules.base import Address
-from magmax.rules.random_mix import draws
+from magmax.rules import Address, Average, KthMagnitude, MagMax, RandomMix, TaskArithmetic
+from magmax.rules.chance import draws
 
 RULES = [
     (MagMax(), reference.magmax),
@@ -111,13 +110,13 @@ def test_random_mix_draws_every_task_equally_often():
 
 
 def test_random_draws_depend_on_the_place_alone():
-    whole = draws(7, Address("w", 0), 2, 1000)
+    whole = draws("mix", 7, 2, Address("w", 0), 1000)
     for start in (0, 1, 7, 8, 13, 500):
-        assert (draws(7, Address("w", start), 2, 100) == whole[start : start + 100]).all()
+        assert (draws("mix", 7, 2, Address("w", start), 100) == whole[start : start + 100]).all()
     others = [
-        draws(8, Address("w", 0), 2, 1000),
-        draws(7, Address("v", 0), 2, 1000),
-        draws(7, Address("w", 0), 3, 1000),
+        draws("mix", 8, 2, Address("w", 0), 1000),
+        draws("mix", 7, 2, Address("v", 0), 1000),
+        draws("mix", 7, 3, Address("w", 0), 1000),
     ]
     assert all((other != whole).mean() > 0.99 for other in others)
 

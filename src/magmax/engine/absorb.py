@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Spec
 from ..checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
-from ..rules import Address, Rule
+from ..rules import Address, StreamingRule
 from ..rules.base import bits
-from .arithmetic import MergeKernel, Reader
-from .stream import Slab
+from .arithmetic import MergeKernel
+from .reader import Reader
+from .stream import Kernel, Slab
 
 
-def slot_dtype(rule: Rule, base: Spec, kinds: Sequence[str]) -> str:
+def slot_dtype(rule: StreamingRule, base: Spec, kinds: Sequence[str]) -> str:
     """The type in which a slot holds a tensor of the base.
 
     A rule that selects holds the winner's own value, in the models' type while they all have one. Any other rule
@@ -29,7 +30,7 @@ def slot_dtype(rule: Rule, base: Spec, kinds: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class AbsorbKernel:
+class AbsorbKernel(Kernel):
     """New slots from the old ones and one more model.
 
     The inputs are the base, the old slots, the model and, if winners are mapped, the old map of winners. The sinks are
@@ -38,7 +39,7 @@ class AbsorbKernel:
     """
 
     reader: Reader
-    rule: Rule
+    rule: StreamingRule
     task: int
     slots: int
     specs: Mapping[str, Spec]
@@ -83,23 +84,24 @@ class AbsorbKernel:
 
 
 @dataclass(frozen=True)
-class ResultKernel:
+class ResultKernel(Kernel):
     """The merged tensor of one slab from the base (input 0) and the slots."""
 
     merge: MergeKernel
+    rule: StreamingRule
     slots: int
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
             return [slab.stored(0)]
-        reader = self.merge.reader
+        reader, rule = self.merge.reader, self.rule
         base = reader.numbers(slab, 0)
         numbers = range(1, self.slots + 1)
-        if self.merge.rule.selects:
+        if rule.selects:
             state = tuple(reader.task_vector(slab, number, base) for number in numbers)
         else:
             state = tuple(reader.numbers(slab, number) for number in numbers)
-        return [self.merge.scaled(slab, base, self.merge.rule.finish(state, self.merge.tasks))]
+        return [self.merge.scaled(slab, base, rule.finish(state, self.merge.tasks))]
 
 
 def _recovered(

@@ -63,6 +63,7 @@ class Job:
         specs: the tensors to be written.
         sinks: gives the kernel's sinks, which lead into the draft.
         companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
+        extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
     """
@@ -79,6 +80,7 @@ class Job:
     companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
     check: Callable[[Sequence[str]], None] = lambda digests: None
     origin: Provenance | None = None
+    extra_passes: int = 0
     shard_bytes: int = SHARD_BYTES
 
     @property
@@ -94,8 +96,8 @@ class Job:
         size = self.draft().size
         slabs = (threads or cores()) * ARRAYS_A_THREAD * SLAB * 4
         return {
-            "passes": 1,
-            "read_bytes": self.read_bytes,
+            "passes": 1 + self.extra_passes,
+            "read_bytes": self.read_bytes * (1 + self.extra_passes),
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
@@ -146,7 +148,8 @@ class Job:
         draft.open(fresh=not parts)
         if not parts:
             journal.start(self._identity())
-        work = Pass(self.inputs, self.sinks(draft), self.kernel, settings.threads, True, journal, parts)
+        kernel = self.kernel.prepared(settings.threads, settings.progress)
+        work = Pass(self.inputs, self.sinks(draft), kernel, settings.threads, True, journal, parts)
         reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
         if reused:
             settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")

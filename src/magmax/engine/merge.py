@@ -18,11 +18,12 @@ from ..checkpoints.memory import as_tensor
 from ..checkpoints.writer import SHARD_BYTES, Target
 from ..errors import MagMaxError
 from ..rules import Rule, as_rule, nearest
-from .arithmetic import MergeKernel, Reader
+from .arithmetic import MergeKernel
 from .companions import companions
 from .compare import Mismatch, compare
 from .job import Job, Settings, tensor_digests
 from .provenance import METADATA_KEY, Provenance, model_card
+from .reader import Reader
 from .stream import Pass
 
 
@@ -54,7 +55,7 @@ class Options:
         return {key: Spec(wanted, s.shape) if s.floating else s for key, s in base.specs.items()}
 
     def factor(self, rule: Rule) -> float:
-        factor = rule.scaling_factor if self.scaling_factor is None else float(self.scaling_factor)
+        factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
         if not np.isfinite(factor):
             raise MagMaxError(f"scaling_factor must be a finite number, not {factor}")
         return factor
@@ -135,6 +136,7 @@ def merge_job(
         metadata=kept_metadata(base),
         companions=beside(base, kernel, options),
         check=refuse_twins,
+        extra_passes=rule.passes,
         shard_bytes=options.shard_bytes,
     )
 
@@ -177,6 +179,7 @@ def merge_in_memory(
     """The merged tensors as stored units, flat, by the base's own keys."""
     kernel = _kernel(rule, base, models, options)
     memory = MemorySink(kernel.out)
+    kernel = kernel.prepared(settings.threads, settings.progress)
     Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
     return memory.tensors
 

@@ -17,12 +17,13 @@ from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove, replace_file
 from ..errors import MagMaxError
-from ..rules import Rule, as_rule, make_rule
+from ..rules import Rule, StreamingRule, as_rule, rule_from
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
-from .arithmetic import MergeKernel, Reader
+from .arithmetic import MergeKernel
 from .compare import compare
 from .job import Job, Outcome, Settings, tensor_digests
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
+from .reader import Reader
 from .stream import Pass, Sink
 
 FORMAT = 1
@@ -107,7 +108,7 @@ class Running:
             raise MagMaxError(
                 f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
             )
-        self.rule = as_rule("magmax" if rule is None else rule)
+        self.rule = _streaming(as_rule("magmax" if rule is None else rule))
         self.winners = winners
         if winners and not (self.rule.selects and self.rule.slots(2) == 1):
             raise MagMaxError(f"the winners of {self.rule.name} cannot be mapped: its elements are not one task's own")
@@ -289,7 +290,7 @@ class Running:
         merge = MergeKernel(
             reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried
         )
-        return ResultKernel(merge, len(slots))
+        return ResultKernel(merge, self.rule, len(slots))
 
     def _verify(self, found: Sequence[str], recorded: Sequence[str | None]) -> None:
         """Refuse a base or a state that is not what it was when it was last read or written."""
@@ -341,7 +342,7 @@ class Running:
             if content["format"] != FORMAT:
                 raise MagMaxError(f"{self._file}: has format {content['format']}; this magmax reads {FORMAT}")
             ((name, options),) = content["rule"].items()
-            self.rule = make_rule(name, options)
+            self.rule = _streaming(rule_from({name: options}))
             self.winners = content["winners"]
             self._base_path, self._base_digest = content["base"]["path"], content["base"]["digest"]
             self._current = content["current"]
@@ -356,3 +357,12 @@ class Running:
         self._generations = {g.number: g for g in found}
         if self._current is not None and not self._folder(self._current).is_dir():
             raise MagMaxError(f"{self.path}: its generation {self._current} is missing; the state is damaged")
+
+
+def _streaming(rule: Rule) -> StreamingRule:
+    if isinstance(rule, StreamingRule):
+        return rule
+    raise MagMaxError(
+        f"{rule.name} looks at all models at once, so it cannot run in constant memory over tasks; "
+        "magmax, average, task_arithmetic, random_mix and kth_magnitude can"
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from ..checkpoints.slabs import Chunk, chunks, slab_digest
 from .ledger import Ledger
 
 JOURNAL_SECONDS = 2.0
+SYNC_BYTES = 64_000_000
+"""How much is written before the disk is told to take it: waiting for it then overlaps with work on what follows."""
+CHUNKS_AHEAD = 64
 
 Progress = Callable[[int], None]
 """Called with a number of bytes read since the last call."""
@@ -55,8 +59,16 @@ class Slab:
         return units
 
 
-Kernel = Callable[[Slab], Sequence[NDArray[Any] | None]]
-"""Reads what it needs of a slab; returns the stored units for each sink, or None to leave that sink alone."""
+class Kernel(ABC):
+    """What a pass does to each slab."""
+
+    @abstractmethod
+    def __call__(self, slab: Slab) -> Sequence[NDArray[Any] | None]:
+        """Read what is needed of the slab; return the stored units for each sink, or None to leave that sink alone."""
+
+    def prepared(self, threads: int, progress: Progress) -> Self:
+        """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -90,15 +102,17 @@ class Pass:
         hold_freed_memory()
         todo = (c for key, spec in specs.items() for c in chunks(key, spec) if (c.key, c.start) not in done)
         pending: list[Any] = []
-        saved = time.monotonic()
+        saved, unsaved = time.monotonic(), 0
         try:
             for chunk, digests in in_threads(self._work, todo, self.threads or cores()):
                 ledger.add(chunk.key, chunk.start, digests)
                 pending.append([*chunk, [d.hex() for d in digests]])
-                if time.monotonic() - saved > JOURNAL_SECONDS:
+                cost = self.cost(*chunk)
+                unsaved += cost // len(self.inputs)
+                if unsaved > SYNC_BYTES or time.monotonic() - saved > JOURNAL_SECONDS:
                     self._save(pending)
-                    pending, saved = [], time.monotonic()
-                progress(self.cost(*chunk))
+                    pending, saved, unsaved = [], time.monotonic(), 0
+                progress(cost)
         except BaseException:
             with suppress(OSError):
                 self._save(pending)
@@ -154,7 +168,7 @@ def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int
         try:
             for chunk in todo:
                 waiting.add(pool.submit(work, chunk))
-                if len(waiting) >= 3 * threads:
+                if len(waiting) >= threads + CHUNKS_AHEAD:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             while waiting:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
-from .arithmetic import Reader
 from .compare import compare
 from .provenance import read_provenance
-from .stream import Pass, Progress, Slab
+from .reader import Reader
+from .stream import Kernel, Pass, Progress, Slab
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,36 @@ class Difference:
         return math.sqrt(math.fsum(m.norm**2 for m in self.movements))
 
 
+@dataclass(frozen=True)
+class Measure(Kernel):
+    """Sums of squares of the task vector and of the base, and counts of changes, slab by slab."""
+
+    reader: Reader
+    apart: Mapping[str, str]
+    sums: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict[str, list[tuple[float, float, int]]])
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+        if slab.key not in self.apart:
+            start = self.reader.numbers(slab, 0).astype("f8")
+            vector = self.reader.numbers(slab, 1) - start
+            parts = (float(vector @ vector), float(start @ start), int(np.count_nonzero(vector)))
+            self.sums.setdefault(slab.key, []).append(parts)
+        return []
+
+
 def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> Difference:
     """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
     apart = compare(base, [model], "base")
-    sums: dict[str, list[tuple[int, float, float, int]]] = {}
-    reader = Reader([base, model], allow_nonfinite=True)
-
-    def measure(slab: Slab) -> list[NDArray[Any] | None]:
-        if slab.key in apart:
-            return []
-        start = reader.numbers(slab, 0).astype("f8")
-        vector = reader.numbers(slab, 1) - start
-        sums.setdefault(slab.key, []).append(
-            (slab.start, float(vector @ vector), float(start @ start), int((vector != 0).sum()))
-        )
-        return []
-
-    Pass([base, model], [], measure, threads, digest=False).run(progress)
+    kernel = Measure(Reader([base, model], allow_nonfinite=True), apart)
+    Pass([base, model], [], kernel, threads, digest=False).run(progress)
+    sums = kernel.sums
     movements = [
         Movement(
             key=key,
             elements=base.specs[key].elements,
-            norm=math.sqrt(math.fsum(part[1] for part in parts)),
-            base_norm=math.sqrt(math.fsum(part[2] for part in parts)),
-            changed=sum(part[3] for part in parts) / base.specs[key].elements,
+            norm=math.sqrt(math.fsum(part[0] for part in parts)),
+            base_norm=math.sqrt(math.fsum(part[1] for part in parts)),
+            changed=sum(part[2] for part in parts) / base.specs[key].elements,
         )
         for key, parts in sums.items()
     ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from numpy.typing import NDArray
 
@@ -20,14 +20,17 @@ from .arithmetic import MergeKernel
 from .job import Job, Outcome, Settings
 from .merge import Options, beside, merge_job, recipe_of
 from .provenance import Provenance
-from .stream import Slab
+from .stream import Kernel, Progress, Slab
 
 
 @dataclass(frozen=True)
-class VectorKernel:
+class VectorKernel(Kernel):
     """The merged task vector itself, unscaled, in the type it is computed in."""
 
     merge: MergeKernel
+
+    def prepared(self, threads: int, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepared(threads, progress))
 
     def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.merge.carried:
@@ -37,7 +40,7 @@ class VectorKernel:
 
 
 @dataclass(frozen=True)
-class ScaleKernel:
+class ScaleKernel(Kernel):
     """base (input 0) + scaling_factor * merged task vector (input 1)."""
 
     merge: MergeKernel

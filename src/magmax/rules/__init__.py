@@ -5,19 +5,44 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError
 from .average import Average
-from .base import Address, Array, Rule, State
+from .base import Rule, State, StreamingRule
+from .before import Before
+from .chain import chain
+from .dare import Dare
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
+from .plan import Address, Array, Block
+from .prune import Prune
 from .random_mix import RandomMix
 from .task_arithmetic import TaskArithmetic
+from .ties import Ties
 
-__all__ = ["Address", "Array", "Average", "KthMagnitude", "MagMax", "RandomMix", "Rule", "State", "TaskArithmetic"]
+__all__ = [
+    "Address",
+    "Array",
+    "Average",
+    "Before",
+    "Block",
+    "Dare",
+    "KthMagnitude",
+    "MagMax",
+    "Prune",
+    "RandomMix",
+    "Rule",
+    "State",
+    "StreamingRule",
+    "TaskArithmetic",
+    "Ties",
+    "chain",
+]
 
-BUILT_IN: dict[str, type[Rule]] = {r.name: r for r in (MagMax, Average, TaskArithmetic, RandomMix, KthMagnitude)}
+RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude)
+TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
+BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
 
 
@@ -27,8 +52,8 @@ def nearest(word: str, words: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"
 
 
-def find_rule(name: str) -> type[Rule]:
-    """The rule of that name, built in or of an installed package. Raises MagMaxError with the nearest name."""
+def find_part(name: str) -> type[Rule] | type[Before]:
+    """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -37,20 +62,53 @@ def find_rule(name: str) -> type[Rule]:
     raise MagMaxError(f"there is no rule {name!r}; {nearest(name, sorted([*BUILT_IN, *others]))}")
 
 
-def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
-    """Build a rule from its name and options, each checked against the rule's own fields."""
-    kind = find_rule(name)
+def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before:
+    """Build a rule or transform from its name and options, each checked against its own fields."""
+    kind = find_part(name)
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     for option, value in (options or {}).items():
         if option not in known:
             hint = nearest(option, known) if known else "it takes none"
             raise MagMaxError(f"the rule {name} has no option {option!r}; {hint}")
-        if type(value) is not hints[option] and not (hints[option] is float and type(value) is int):
-            raise MagMaxError(f"the rule {name} needs {option} to be {hints[option].__name__}, not {value!r}")
+        problem = _unfit(value, hints[option])
+        if problem:
+            raise MagMaxError(f"the rule {name} needs {option} to be {problem}, not {value!r}")
     return kind(**(options or {}))
+
+
+def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
+    """Build a merge rule from its name and options."""
+    return chain(make_part(name, options))
+
+
+def rule_from(content: Any) -> Rule:
+    """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain."""
+    return chain(*_parts(content))
+
+
+def _parts(content: Any) -> list[Rule | Before]:
+    if isinstance(content, str):
+        return [make_part(content)]
+    if isinstance(content, list):
+        return [part for item in cast("list[Any]", content) for part in _parts(item)]
+    if isinstance(content, dict) and len(cast("dict[Any, Any]", content)) == 1:
+        ((name, options),) = cast("dict[Any, Any]", content).items()
+        if name == "chain":
+            return _parts(options)
+        if options is None or isinstance(options, dict):
+            return [make_part(str(name), cast("dict[str, Any] | None", options))]
+    raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {content!r}")
 
 
 def as_rule(rule: Rule | str) -> Rule:
     """A rule given as an object or by name."""
     return make_rule(rule) if isinstance(rule, str) else rule
+
+
+def _unfit(value: Any, hint: Any) -> str | None:
+    """What an option should be, in words, if this value is not it."""
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    fits = type(value) is hint or (hint is float and type(value) is int)
+    return None if fits else hint.__name__

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Address, Array, Rule, State
+from .base import State, StreamingRule
+from .plan import Address, Array
 
 
 @dataclass(frozen=True)
-class Average(Rule):
+class Average(StreamingRule):
     """The mean of the task vectors, (tau_1 + ... + tau_T) / T, summed in task order.
 
     The MagMax authors' own `Average` divides by a constant; this one divides by T.

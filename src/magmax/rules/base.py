@@ -1,63 +1,61 @@
-"""What a merge rule is: a left fold over task vectors, written for numpy and torch arrays alike."""
+"""What a merge rule is: a pure function of blocks of task vectors, written for numpy and torch arrays alike."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
 
 from ..errors import MagMaxError
-
-Array = Any
-"""A numpy array or a torch tensor of float32 or float64; a rule uses what the array API standard gives both."""
+from .plan import Address, Answer, Array, Block, Plan, Scope, Span, answered
 
 State = tuple[Array, ...]
-"""What a fold remembers of the tasks so far: arrays of one block's shape."""
-
-
-class Address(NamedTuple):
-    """Where a block lies: its tensor, and the offset of its first element in the flattened tensor."""
-
-    key: str
-    offset: int
+"""What a fold over tasks remembers: arrays of one block's shape."""
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """A way to merge task vectors tau_t = theta_t - theta_0 into one, element by element.
+    """A way to merge task vectors tau_t = theta_t - theta_0 into one.
 
-    A rule is a fold: `step` takes one task vector after another, `finish` turns what is remembered into the merged
-    task vector. The merge of files, the merge of modules and the running merge all call exactly these two.
+    A rule is a pure function of blocks. It may first ask questions of all blocks (`plan`); the answer goes into the
+    merge of each.
 
     Attributes:
         name: the word for it in recipes and on the command line.
         scaling_factor: what multiplies the merged task vector where the user names nothing else.
-        selects: whether every remembered element is some task's own element, verbatim.
         paper: where the rule comes from.
     """
 
     name: ClassVar[str]
     scaling_factor: ClassVar[float]
-    selects: ClassVar[bool]
     paper: ClassVar[str]
 
+    @property
+    def passes(self) -> int:
+        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        return 0
+
+    @property
+    def default_factor(self) -> float:
+        """`scaling_factor`, or what it is for the rule at the end of a chain."""
+        return self.scaling_factor
+
+    @property
+    def questions_span(self) -> Span:
+        """Over what the plan's questions range."""
+        return Span.MODEL
+
+    def plan(self, scope: Scope) -> Plan:
+        """Ask what the merge must know; the number of yields is the number of extra passes. By default, none."""
+        yield from ()
+
     @abstractmethod
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        """Take in the task vector of task number `task` (from 1). `state` is () at first.
-
-        Both `state` and `task_vector` belong to the rule from here on: it may overwrite them.
-        """
-
-    @abstractmethod
-    def finish(self, state: State, tasks: int) -> Array:
-        """The merged task vector of `tasks` tasks; may overwrite `state`."""
-
-    def slots(self, tasks: int) -> int:
-        """How many arrays the state of so many tasks holds."""
-        return min(tasks, 1)
+    def merge(self, block: Block, answer: Answer) -> Array:
+        """The merged task vector of a block; may overwrite the block's arrays."""
 
     def check(self, tasks: int) -> None:
         """Raise MagMaxError if the rule cannot merge so many tasks."""
@@ -77,10 +75,44 @@ class Rule(ABC):
         xp = array_namespace(*task_vectors)
         dtype = task_vectors[0].dtype
         compute = xp.float64 if dtype == xp.float64 else xp.float32
+        block = Block(Address(key, offset), [xp.asarray(v, dtype=compute, copy=True) for v in task_vectors])
+        scope = Scope(len(task_vectors), math.prod(task_vectors[0].shape), dtype == xp.float64)
+        return xp.astype(self.merge(block, answered(self.plan(scope), block)), dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class StreamingRule(Rule):
+    """A rule that asks nothing and takes one task vector after another, in memory that does not grow with tasks.
+
+    `step` takes a task vector in, `finish` turns what is remembered into the merged task vector. The merge of files,
+    the merge of modules and the running merge all call exactly these two.
+
+    Attributes:
+        selects: whether every remembered element is some task's own element, verbatim.
+    """
+
+    selects: ClassVar[bool]
+
+    @abstractmethod
+    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+        """Take in the task vector of task number `task` (from 1). `state` is () at first.
+
+        Both `state` and `task_vector` belong to the rule from here on: it may overwrite them.
+        """
+
+    @abstractmethod
+    def finish(self, state: State, tasks: int) -> Array:
+        """The merged task vector of `tasks` tasks; may overwrite `state`."""
+
+    def slots(self, tasks: int) -> int:
+        """How many arrays the state of so many tasks holds."""
+        return min(tasks, 1)
+
+    def merge(self, block: Block, answer: Answer) -> Array:
         state: State = ()
-        for task, vector in enumerate(task_vectors, start=1):
-            state = self.step(state, xp.asarray(vector, dtype=compute, copy=True), task, Address(key, offset))
-        return xp.astype(self.finish(state, len(task_vectors)), dtype, copy=False)
+        for task, vector in enumerate(block.deltas, start=1):
+            state = self.step(state, vector, task, block.at)
+        return self.finish(state, len(block.deltas))
 
 
 def bits(values: Array) -> Array:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .base import Address, Array, Rule, State, bits, keeps
+from .base import State, StreamingRule, bits, keeps
+from .plan import Address, Array
 
 
 @dataclass(frozen=True)
-class KthMagnitude(Rule):
+class KthMagnitude(StreamingRule):
     """Element by element, the task vector that is k-th in the order of (|tau_t|, t), largest and latest first.
 
     k = 1 is MagMax. The fold remembers the k largest so far, each newcomer sinking past those that it does not beat.

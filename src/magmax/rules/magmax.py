@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Address, Array, Rule, State, bits, keeps
+from .base import State, StreamingRule, bits, keeps
+from .plan import Address, Array
 
 
 @dataclass(frozen=True)
-class MagMax(Rule):
+class MagMax(StreamingRule):
     """Element by element, the task vector of largest magnitude, with its sign; a later task wins ties.
 
         m <- where(|tau_t| >= |m|, tau_t, m)

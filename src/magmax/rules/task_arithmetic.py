@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .average import add
-from .base import Address, Array, Rule, State
+from .base import State, StreamingRule
+from .plan import Address, Array
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(Rule):
+class TaskArithmetic(StreamingRule):
     """The sum tau_1 + ... + tau_T, in task order; usually scaled by 0.3, or by 1/T in MagMax's own scripts.
 
     >>> import numpy as np

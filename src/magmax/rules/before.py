@@ -1,0 +1,44 @@
+"""What can be done to task vectors before they are merged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from .plan import Address, Answer, Array, Plan, Scope, Span
+
+
+@dataclass(frozen=True)
+class Before(ABC):
+    """A transform of one task vector at a time, which may first ask questions of all blocks.
+
+    Attributes:
+        name: the word for it in recipes and on the command line.
+        paper: where it comes from.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    def passes(self) -> int:
+        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        return 0
+
+    @property
+    def questions_span(self) -> Span | None:
+        """Over what the plan's questions range; None if it asks none."""
+        return None
+
+    def plan(self, scope: Scope) -> Plan:
+        """Ask what `apply` must know. By default, nothing."""
+        yield from ()
+
+    @abstractmethod
+    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
+        """The transformed task vector of task number `task` (from 1); may overwrite `delta`."""
+
+    def describe(self) -> dict[str, Any]:
+        """The transform as a recipe writes it: {name: {option: value}}."""
+        return {self.name: asdict(self)}

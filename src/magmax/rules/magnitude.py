@@ -1,0 +1,167 @@
+"""The exact k-th largest magnitude over any number of blocks, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from .plan import Address, Array, Block, Counts, Fold, Scope
+
+BINS = 1 << 16
+SAMPLE = 1 << 11
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which entries of one task vector are its k largest: those above a magnitude, and of those equal to it the first.
+
+    Attributes:
+        code: the magnitude, as the integer its bits spell.
+        last: the block in which the last of the equal entries to keep lies; None means that all of them are kept.
+        first: how many of the equal entries in that block are kept.
+        wide: whether `code` is of float64.
+    """
+
+    code: int
+    last: Address | None = None
+    first: int = 0
+    wide: bool = False
+
+    def mask(self, delta: Array, at: Address) -> Array:
+        """All ones (as signed integers) where an entry is kept, all zeros elsewhere."""
+        codes = magnitude_codes(delta, self.wide)
+        least = self.code if self.last is None or at <= self.last else self.code + 1
+        surplus = np.flatnonzero(np.asarray(codes) == self.code)[self.first :] if at == self.last else ()
+        codes *= -1
+        codes += least - 1
+        codes >>= 63 if self.wide else 31
+        if len(surplus):
+            codes[surplus] = 0
+        return codes
+
+
+def apply_mask(values: Array, mask: Array, invert: bool = False) -> None:
+    """Zero, in place, the bits `values` wherever the mask is zero (or, inverted, is not), whatever its width."""
+    values &= array_namespace(mask).astype(~mask if invert else mask, values.dtype, copy=False)
+
+
+def magnitude_codes(delta: Array, wide: bool) -> Array:
+    """Magnitudes as integers of the same order: the bits of |delta|, of float64 if `wide`, else of float32."""
+    xp = array_namespace(delta)
+    if wide:
+        return xp.astype(delta, xp.float64, copy=False).view(xp.int64) & ((1 << 63) - 1)
+    return delta.view(xp.int32) & ((1 << 31) - 1)
+
+
+@dataclass(frozen=True)
+class Window(Fold):
+    """Per task: how many magnitudes lie above a window of codes, and a histogram of those within it."""
+
+    lows: Sequence[int]
+    shift: int
+    wide: bool
+    sample: int = 0
+
+    def zeros(self) -> Counts:
+        return np.zeros((len(self.lows), 1 + BINS), np.int64)
+
+    def count(self, block: Block, into: Counts) -> None:
+        reach = BINS << self.shift
+        for low, delta, counts in zip(self.lows, block.deltas, into, strict=True):
+            above = np.asarray(magnitude_codes(delta, self.wide)).reshape(-1)
+            above -= above.dtype.type(low)
+            inside = above.view(f"u{above.itemsize}") < reach
+            places = above[inside] >> self.shift
+            if len(places) < BINS:
+                np.add.at(counts, places + 1, 1)
+            else:
+                counts[1:] += np.bincount(places, minlength=BINS)
+            counts[0] += np.count_nonzero(above >= 0) - len(places)
+
+
+@dataclass(frozen=True)
+class Equals(Fold):
+    """Per task: how many magnitudes are exactly its code, block by block."""
+
+    codes: Sequence[int]
+    wide: bool
+    apart: bool = True
+
+    def zeros(self) -> Counts:
+        return np.zeros(len(self.codes), np.int64)
+
+    def count(self, block: Block, into: Counts) -> None:
+        for task, (code, delta) in enumerate(zip(self.codes, block.deltas, strict=True)):
+            into[task] += np.count_nonzero(np.asarray(magnitude_codes(delta, self.wide)) == code)
+
+
+def largest(keep: int, scope: Scope) -> Generator[Fold, Any, list[Cut]]:
+    """Find each task vector's `keep` entries of largest magnitude, exactly; equal ones go by tensor name, then offset.
+
+    A sample says where to look; one pass over everything counts what lies above and in a narrow window there, and as a
+    rule the k-th magnitude is in it. Where it is not, the whole range is counted and narrowed. Two passes, mostly:
+    where more entries are equal to the k-th than are to be kept, a third finds the last one.
+    """
+    top = (1 << (63 if scope.wide else 31)) - 1
+    if keep >= scope.elements:
+        return [Cut(0, wide=scope.wide)] * scope.tasks
+    if keep <= 0:
+        return [Cut(top, Address("", 0), wide=scope.wide)] * scope.tasks
+    found = yield from _ranked(keep, scope)
+    if all(wanted == equal for _, wanted, equal in found):
+        return [Cut(code, wide=scope.wide) for code, _, _ in found]
+    places: Mapping[Address, Counts] = yield Equals([code for code, _, _ in found], scope.wide)
+    order = sorted(places)
+    cuts: list[Cut] = []
+    for task, (code, wanted, _) in enumerate(found):
+        counts = np.array([int(places[at][task]) for at in order])
+        last = int(np.searchsorted(np.cumsum(counts), wanted))
+        cuts.append(Cut(code, order[last], wanted - int(counts[:last].sum()), scope.wide))
+    return cuts
+
+
+def _ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[tuple[int, int, int]]]:
+    """Per task: the code of the k-th largest magnitude, how many entries of it to keep, and how many there are."""
+    widest, narrow = (47, 29) if scope.wide else (15, 0)
+    everywhere = [0] * scope.tasks
+    sampled: NDArray[np.int64] = yield Window(everywhere, widest, scope.wide, SAMPLE)
+    share = keep / scope.elements
+    shift = narrow
+    lows = [max(0, _quantile(counts[1:], share, widest) - (BINS // 2 << shift)) for counts in sampled]
+    while True:
+        counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
+        located = [_locate(counts, keep) for counts in counted]
+        if None in located:
+            lows, shift = everywhere, widest
+            continue
+        bins = [place for place in located if place is not None]
+        lows = [low + (place << shift) for low, (place, _, _) in zip(lows, bins, strict=True)]
+        if shift == 0:
+            return [(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+        shift = max(0, shift - 16)
+
+
+def _locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
+    """The bin of the k-th largest, how many are wanted of it, and how many it holds; None if it is outside."""
+    wanted = keep - int(counts[0])
+    downward = np.cumsum(counts[:0:-1])
+    if wanted <= 0 or wanted > downward[-1]:
+        return None
+    steps = int(np.searchsorted(downward, wanted))
+    place = BINS - 1 - steps
+    held = int(counts[1 + place])
+    return place, wanted - (int(downward[steps]) - held), held
+
+
+def _quantile(histogram: NDArray[np.int64], share: float, shift: int) -> int:
+    """The code above which about this share of the sample lies, interpolated within its bin."""
+    downward = np.cumsum(histogram[::-1])
+    target = share * downward[-1]
+    steps = int(np.searchsorted(downward, target))
+    part = (int(downward[steps]) - target) / max(1, int(histogram[BINS - 1 - steps]))
+    return int((BINS - 1 - steps + part) * (1 << shift))

@@ -1,0 +1,92 @@
+"""What a rule can ask before it merges: questions to every block, whose answers are counts added up."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any
+"""A numpy array or a torch tensor of float32 or float64; a rule uses what the array API standard gives both."""
+
+Counts = NDArray[np.int64]
+
+
+class Address(NamedTuple):
+    """Where a block lies: its tensor, and the offset of its first element in the flattened tensor."""
+
+    key: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The same place in all task vectors: its address and one array per task."""
+
+    at: Address
+    deltas: Sequence[Array]
+
+
+class Span(Enum):
+    """Over what the questions of a plan range: one tensor after another, or all tensors together."""
+
+    TENSOR = "tensor"
+    MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a plan knows before it asks.
+
+    Attributes:
+        tasks: the number of task vectors.
+        elements: how many elements of each are merged, over the span.
+        wide: whether any of them is float64, so that magnitudes must be compared in that type.
+    """
+
+    tasks: int
+    elements: int
+    wide: bool = False
+
+
+class Fold(ABC):
+    """A question to every block: integer counts, added up, so that no order or schedule can change the answer.
+
+    Attributes:
+        sample: how many elements of each block to look at; 0 means all of them.
+        apart: answer with the counts of each block, by its address, instead of their sum.
+    """
+
+    sample: int = 0
+    apart: bool = False
+
+    @abstractmethod
+    def zeros(self) -> Counts:
+        """Counters at rest."""
+
+    @abstractmethod
+    def count(self, block: Block, into: Counts) -> None:
+        """Add what the block has to say; may overwrite the block's arrays."""
+
+
+Answer = Any
+Plan = Generator[Fold, Any, Answer]
+"""Yields folds, is sent their sums (or, of one that is `apart`, a map of addresses to counts), returns the answer."""
+
+
+def answered(plan: Plan, block: Block) -> Answer:
+    """The answer to a plan over a single block."""
+    reply: Any = None
+    while True:
+        try:
+            fold = plan.send(reply)
+        except StopIteration as end:
+            return end.value
+        counts = fold.zeros()
+        fold.count(Block(block.at, [delta + 0 for delta in block.deltas]), counts)
+        reply = {block.at: counts} if fold.apart else counts

@@ -1,0 +1,55 @@
+"""Prune: keep a part of every task vector, zero the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..errors import MagMaxError
+from .base import bits
+from .before import Before
+from .chance import masked_at_random
+from .magnitude import apply_mask, largest
+from .plan import Address, Answer, Array, Plan, Scope, Span
+
+
+@dataclass(frozen=True)
+class Prune(Before):
+    """Keep the fraction `keep` of each task vector's entries: the largest, the smallest, or some at random.
+
+    Exactly round(keep * n) entries of largest (or smallest) magnitude are kept of the n in the span; equal magnitudes
+    go by tensor name, then flat offset. At random, each entry is kept with probability `keep`, by a draw that depends
+    on (seed, tensor name, flat offset, task) alone.
+    """
+
+    name: ClassVar[str] = "prune"
+    paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322, the retention analysis"
+
+    keep: float = 0.2
+    which: Literal["top", "bottom", "random"] = "top"
+    span: Literal["model", "tensor"] = "model"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep <= 1:
+            raise MagMaxError(f"prune needs keep from 0 to 1, not {self.keep}")
+
+    @property
+    def passes(self) -> int:
+        return 0 if self.which == "random" else 3
+
+    @property
+    def questions_span(self) -> Span | None:
+        return None if self.which == "random" else Span(self.span)
+
+    def plan(self, scope: Scope) -> Plan:
+        if self.which == "random":
+            return None
+        keep = round(self.keep * scope.elements)
+        return (yield from largest(keep if self.which == "top" else scope.elements - keep, scope))
+
+    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
+        if self.which == "random":
+            return masked_at_random(delta, self.keep, "prune", self.seed, task, at)
+        apply_mask(bits(delta), answer[task - 1].mask(delta, at), invert=self.which == "bottom")
+        return delta
