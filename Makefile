@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/python examples/newsgroups.py
+	OMP_WAIT_POLICY=passive $(BIN)/python examples/newsgroups.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

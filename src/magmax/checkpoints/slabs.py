@@ -13,8 +13,8 @@ import xxhash
 
 from .dtypes import Spec
 
-SLAB = 1 << 17
-SLABS_A_CHUNK = 16
+SLAB = 1 << 18
+SLABS_A_CHUNK = 8
 
 
 class Chunk(NamedTuple):

@@ -43,9 +43,9 @@ class KthMagnitude(StreamingRule):
     def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
         sinking = bits(task_vector)
         for ranked in state:
-            exchanged = ~keeps(ranked, task_vector)
-            exchanged &= bits(ranked) ^ sinking
             place = bits(ranked)
+            exchanged = ~keeps(place, sinking)
+            exchanged &= place ^ sinking
             place ^= exchanged
             sinking ^= exchanged
         return (*state, task_vector) if len(state) < self.k else state

@@ -32,8 +32,8 @@ class MagMax(StreamingRule):
         if not state:
             return (task_vector,)
         (winner,) = state
-        keep = keeps(winner, task_vector)
         held, new = bits(winner), bits(task_vector)
+        keep = keeps(held, new)
         held ^= new
         held &= keep
         held ^= new

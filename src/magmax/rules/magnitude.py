@@ -132,7 +132,7 @@ def _ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[tuple[int, int
     sampled: NDArray[np.int64] = yield Window(everywhere, widest, scope.wide, SAMPLE)
     share = keep / scope.elements
     shift = narrow
-    lows = [max(0, _quantile(counts[1:], share, widest) - (BINS // 2 << shift)) for counts in sampled]
+    lows = [max(0, _quantile(sampled[task, 1:], share, widest) - (BINS // 2 << shift)) for task in range(scope.tasks)]
     while True:
         counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
         located = [_locate(counts, keep) for counts in counted]
@@ -160,8 +160,8 @@ def _locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None
 
 def _quantile(histogram: NDArray[np.int64], share: float, shift: int) -> int:
     """The code above which about this share of the sample lies, interpolated within its bin."""
-    downward = np.cumsum(histogram[::-1])
-    target = share * downward[-1]
+    downward: NDArray[np.int64] = np.cumsum(histogram[::-1])
+    target = share * int(downward[-1])
     steps = int(np.searchsorted(downward, target))
     part = (int(downward[steps]) - target) / max(1, int(histogram[BINS - 1 - steps]))
     return int((BINS - 1 - steps + part) * (1 << shift))
