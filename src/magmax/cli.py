@@ -26,6 +26,9 @@ app = App(
     help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
 )
 
+recipes = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
+app.command(recipes)
+
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
@@ -59,7 +62,7 @@ def merge(
     out
         A .safetensors file, or a folder for shards with the base's config and tokenizer beside them.
     rule
-        magmax, average, task_arithmetic, random_mix, kth_magnitude; with options, "{kth_magnitude: {k: 2}}".
+        A name, or with options "{kth_magnitude: {k: 2}}", or a chain "[{dare: {drop: 0.9}}, magmax]": see magmax rules.
     scaling_factor
         Multiplies the merged task vector. The rule's own by default.
     dtype
@@ -365,6 +368,79 @@ def diff(
     for reason in found.apart.values():
         print(f"not compared: {reason}")
     print(f"task vector: L2 norm {found.norm:.6g} over {len(found.movements)} tensors")
+
+
+@app.command
+def rules() -> None:
+    """List the merge rules and the transforms that can stand before them in a chain."""
+    import dataclasses
+
+    from .rules import Rule, StreamingRule, all_parts
+
+    rows: list[tuple[str, ...]] = []
+    for name, kind in all_parts().items():
+        part = kind()
+        options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
+        factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else "(transform)"
+        memory = "a block" if isinstance(part, StreamingRule) or not isinstance(part, Rule) else "a block a model"
+        rows.append((name, options, factor, str(part.passes), memory, kind.paper))
+    header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
+    _print_table(header, rows)
+
+
+@recipes.command
+def ls() -> None:
+    """List the shipped recipes."""
+    from .recipe import shipped
+
+    rows = [(path.stem, path.read_text().splitlines()[0].removeprefix("# ")) for path in shipped()]
+    _print_table(["recipe", "what it does"], rows)
+
+
+@recipes.command
+def cp(name: str, to: str | None = None) -> None:
+    """Copy a shipped recipe here, to be edited.
+
+    Parameters
+    ----------
+    name
+        A recipe's name, as in ls.
+    to
+        The new file; NAME.yaml in this folder by default. An existing file is never overwritten.
+    """
+    from pathlib import Path
+
+    from .recipe import shipped
+    from .rules import nearest
+
+    known = {path.stem: path for path in shipped()}
+    if name not in known:
+        raise MagMaxError(f"there is no recipe {name!r}; {nearest(name, list(known))}")
+    target = Path(to or f"{name}.yaml")
+    try:
+        with target.open("x") as file:
+            file.write(known[name].read_text())
+    except FileExistsError as error:
+        raise MagMaxError(f"{target}: exists already; name another file") from error
+    except OSError as error:
+        raise MagMaxError(f"{target}: cannot be written: {error.strerror}") from error
+    print(f"copied {name} to {target}; put in your paths, then: magmax merge {target}")
+
+
+@recipes.command
+def check(recipe: str, *assignments: str) -> None:
+    """Check a recipe and all that it names, without doing anything.
+
+    Parameters
+    ----------
+    recipe
+        The recipe (.yaml).
+    assignments
+        As in merge: scaling_factor=0.7, rule.k=2.
+    """
+    from .recipe import load
+
+    _print_preview(load(recipe, assignments).job(), 0)
 
 
 def main() -> None:

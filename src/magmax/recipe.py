@@ -104,6 +104,11 @@ def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | No
     return build(content, file, _lines(tree), os_path.dirname(file))
 
 
+def shipped() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted((Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
 def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
     """A plan from a recipe's content; `lines` says where each key stands, for messages."""
     try:

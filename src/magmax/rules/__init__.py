@@ -52,6 +52,11 @@ def nearest(word: str, words: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"
 
 
+def all_parts() -> dict[str, type[Rule] | type[Before]]:
+    """Every rule and transform by name: the built-in ones, then those of installed packages."""
+    return BUILT_IN | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+
+
 def find_part(name: str) -> type[Rule] | type[Before]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
     if name in BUILT_IN:
