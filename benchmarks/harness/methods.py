@@ -11,7 +11,7 @@ from harness.rivals import FUSION_BENCH, MERGEKIT, Rival
 from harness.workloads import Workload, weight_files
 
 MAGMAX = str(Path(sys.executable).parent / "magmax")
-RULES = ("magmax", "average", "task_arithmetic")
+RULES = ("magmax", "average", "task_arithmetic", "ties")
 LIMIT_S = 300.0
 
 

@@ -55,8 +55,8 @@ def merge(
     Parameters
     ----------
     models
-        The fine-tuned models: .safetensors files, folders, or .pt/.bin state dicts. Or one recipe (.yaml). Then
-        assignments such as scaling_factor=0.7 or rule.k=2.
+        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, or folders of PEFT LoRA adapters (of
+        the base, or BASE+ADAPTER). Or one recipe (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
     base
         The model that all of them were fine-tuned from.
     out
@@ -127,7 +127,8 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base, models = open_checkpoint(plan.base), [open_checkpoint(m) for m in plan.models]
+    base = open_checkpoint(plan.base)
+    models = [open_checkpoint(m, base=base) for m in plan.models]
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     passes = len(models) + 1 + 2 * len(chosen)
@@ -179,9 +180,7 @@ def absorb(
     winners
         From the start, also map which task supplied each element.
     """
-    from .checkpoints import open_checkpoint
-
-    size = open_checkpoint(model).nbytes
+    size = _running(state, base, rule, winners=winners, settings=None).opened(model).nbytes
     with _settings(3 * size, f"absorbing {model}", threads, restart) as settings:
         running = _running(state, base, rule, winners=winners, settings=settings)
         outcome = running.absorb(model, name, label)
@@ -356,7 +355,8 @@ def diff(
     from .checkpoints import open_checkpoint
     from .engine.survey import diff as measure
 
-    start, end = open_checkpoint(base), open_checkpoint(model)
+    start = open_checkpoint(base)
+    end = open_checkpoint(model, base=start)
     with _settings(2 * start.nbytes, "comparing", threads, False) as settings:
         found = measure(start, end, threads, settings.progress)
     if as_json:
@@ -457,6 +457,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
+    except OSError as error:
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import path as os_path
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from .checkpoints import open_checkpoint
+from .checkpoints.lora import base_and_adapter, within
 from .engine.job import Job
 from .engine.merge import Options, default_names, merge_job
 from .errors import MagMaxError, listed
@@ -34,7 +36,7 @@ class Recipe(BaseModel):
 
     Attributes:
         base: the model that training started from.
-        models: the fine-tuned models, as paths or as {path, name}.
+        models: the fine-tuned models, as paths or as {path, name}; a LoRA adapter is its folder, or BASE+ADAPTER.
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
         scaling_factor: by default the rule's own.
         dtype: the output's floating type; by default the base's.
@@ -77,7 +79,8 @@ class Plan:
         where = out or self.out
         if where is None:
             raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
-        base, models = open_checkpoint(self.base), [open_checkpoint(m) for m in self.models]
+        base = open_checkpoint(self.base)
+        models = [open_checkpoint(m, base=base) for m in self.models]
         return merge_job(self.rule, base, models, Path(where), self.options, self.names)
 
 
@@ -92,12 +95,8 @@ def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | No
     Raises:
         MagMaxError: YAML that cannot be read, unknown keys (with line and nearest key), values of the wrong kind.
     """
-    try:
-        text = Path(file).read_text()
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
+    text = _text(file)
+    content, tree = _yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(content, dict):
         raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
     content = {**merged_overrides(content, overrides), **(flags or {})}
@@ -116,15 +115,16 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     except ValidationError as error:
         raise listed(f"{file} is not a recipe", [_explained(file, lines, e) for e in error.errors()]) from error
     rule, factor = parse_rule(recipe.rule, folder)
-    paths = [os_path.join(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
+    paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
+    own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
     given = [m.name if isinstance(m, Model) else None for m in recipe.models]
-    names = [name or default for name, default in zip(given, default_names(paths), strict=True)]
+    names = [name or default for name, default in zip(given, default_names(own), strict=True)]
     if len(set(names)) < len(names):
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None
-    return Plan(rule, os_path.join(folder, recipe.base), paths, names, options, out)
+    return Plan(rule, within(folder, recipe.base), paths, names, options, out)
 
 
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
@@ -132,7 +132,7 @@ def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
     if isinstance(given, str) and given.endswith((".yaml", ".yml")):
         return parse_rule(_method_file(os_path.join(folder, given)), folder)
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
-        return parse_rule(yaml.safe_load(given), folder)
+        return parse_rule(_yaml(given, f"the rule {given!r}"), folder)
     if isinstance(given, dict) and "_target_" in given:
         return _fusion_bench(given)
     return rule_from(given), None
@@ -148,16 +148,35 @@ def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
         if key not in known:
             raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest(key, known)}")
     factor = method.get("scaling_factor", 0.5)
-    if type(factor) not in (int, float):
-        raise MagMaxError(f"scaling_factor must be a number, not {factor!r}")
+    if type(factor) not in (int, float) or not abs(factor) < 1e300:
+        raise MagMaxError(f"scaling_factor must be a finite number, not {reprlib.repr(factor)}")
     return make_rule("magmax"), float(factor)
 
 
 def _method_file(file: str) -> Any:
+    content = _yaml(_text(file), file)
+    if not isinstance(content, dict):
+        raise MagMaxError(f"{file}: is not a rule; FusionBench's method YAML has a _target_")
+    return content
+
+
+def _text(file: str) -> str:
     try:
-        return yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MagMaxError(f"{file}: cannot be read as a rule: {error}") from error
+        return Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
+
+
+def _yaml(text: str, what: str) -> Any:
+    """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise MagMaxError(f"{what}: has an alias (*name); write its value out")
+        return yaml.safe_load(text)
+    except MagMaxError:
+        raise
+    except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim
+        raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
 
 
 def is_override(word: str) -> bool:
@@ -174,7 +193,7 @@ def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> di
         if head == "method" and rest:
             head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
             rest = [] if head == "scaling_factor" else rest
-        value = yaml.safe_load(text)
+        value = _yaml(text, word)
         if not rest:
             result[head] = value
         elif head == "rule" and len(rest) == 1:
@@ -193,7 +212,8 @@ def _with_option(rule: Any, option: str, value: Any) -> Any:
         return {**rule, option: value}
     if isinstance(rule, dict) and len(rule) == 1:
         ((name, options),) = rule.items()
-        return {name: {**(options or {}), option: value}}
+        if options is None or isinstance(options, dict):
+            return {name: {**(options or {}), option: value}}
     raise MagMaxError(f"cannot set the option {option} of {rule!r}")
 
 
@@ -224,4 +244,4 @@ def _explained(file: str, lines: Mapping[str, int], error: Mapping[str, Any]) ->
     if error["type"] == "missing":
         return f"{where}: {name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {error['input']!r}"
+    return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {reprlib.repr(error['input'])}"

@@ -11,19 +11,22 @@ from ..errors import MagMaxError
 from .base import Checkpoint
 from .dtypes import Spec
 from .folder import PICKLES, open_folder
+from .lora import LoraModel, base_and_adapter, is_adapter
 from .memory import StateDict, open_pickle
 from .safetensors import SafetensorsFile
 
 __all__ = ["Checkpoint", "Spec", "open_checkpoint"]
 
 
-def open_checkpoint(source: Any, label: str | None = None) -> Checkpoint:
+def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | None = None) -> Checkpoint:
     """Open a path, a state dict or a module as a `Checkpoint`; only headers are read.
 
     Args:
         source: a `.safetensors` file; a folder with (sharded) safetensors or `.bin` files; a `.pt`, `.pth` or `.bin`
-            state dict; a mapping of names to tensors or arrays; an object with `state_dict()`; a `Checkpoint`.
+            state dict; the folder of a PEFT LoRA adapter, or BASE+ADAPTER; a mapping of names to tensors or arrays; an
+            object with `state_dict()`; a `Checkpoint`.
         label: what messages call it; a path's own text by default.
+        base: what an adapter is applied to where the source does not say it.
 
     Raises:
         MagMaxError: nothing there, a file that is corrupt, a pickle that needs code, another kind of object.
@@ -31,7 +34,10 @@ def open_checkpoint(source: Any, label: str | None = None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, str | PathLike):
-        return _open_path(Path(fspath(source)), label or fspath(source))
+        try:
+            return _open_path(fspath(source), label or fspath(source), base)
+        except OSError as error:
+            raise MagMaxError(f"{label or fspath(source)}: cannot be read: {error.strerror}") from error
     if isinstance(source, Mapping):
         return StateDict(cast("Mapping[str, Any]", source), label or "the state dict")
     if hasattr(source, "state_dict"):
@@ -39,7 +45,14 @@ def open_checkpoint(source: Any, label: str | None = None) -> Checkpoint:
     raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
 
 
-def _open_path(path: Path, label: str) -> Checkpoint:
+def _open_path(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
+    if halves := base_and_adapter(text):
+        return LoraModel(Path(halves[1]), _open_path(halves[0], halves[0], None), label)
+    path = Path(text)
+    if path.is_dir() and is_adapter(path):
+        if base is None:
+            raise MagMaxError(f"{label}: is an adapter, which is a model only with its base: write BASE+{text}")
+        return LoraModel(path, base, label)
     if path.is_dir():
         return open_folder(path, label)
     if not path.exists():

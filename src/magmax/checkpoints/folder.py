@@ -26,11 +26,11 @@ class Folder(Checkpoint):
         problems: list[str] = []
         for shard in shards:
             self.metadata |= shard.metadata
-            self.aliases |= shard.aliases
             for key, spec in shard.specs.items():
                 if key in self._holder:
                     problems.append(f"{label}: {key} is in both {self._holder[key].label} and {shard.label}")
                 self._holder[key], self.specs[key] = shard, spec
+        self.aliases = {k: v for shard in shards for k, v in shard.aliases.items() if k not in self.specs}
         if problems:
             raise listed(f"{label}: its files disagree", problems)
 
@@ -71,7 +71,8 @@ def _indexed(path: Path, label: str, index: Path) -> Folder:
     names = sorted(set(where.values()))
     problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
     if not problems:
-        problems = [f"{index}: names {n}, which is not there" for n in names if not (path / n).is_file()]
+        there = {file.name for file in path.iterdir()}
+        problems = [f"{index}: names {n}, which is not there" for n in names if n not in there]
     if problems:
         raise listed(f"{index} cannot be followed", problems)
     shards = [_open_file(path / name) for name in names]
@@ -94,7 +95,7 @@ def _indexed(path: Path, label: str, index: Path) -> Folder:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        where: Any = json.loads(index.read_text())["weight_map"]
+        where: Any = json.loads(index.read_text("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
     if not is_string_map(where) or not where:

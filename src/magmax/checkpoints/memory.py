@@ -38,6 +38,8 @@ class StateDict(Checkpoint):
         for key, tensor in tensors.items():
             try:
                 spec = spec_of(tensor)
+                if type(key) is not str:
+                    raise TypeError("is not a string, as a tensor's name must be")
             except TypeError as error:
                 problems.append(f"{label}: {key} {error}")
                 continue
@@ -111,13 +113,19 @@ def open_pickle(path: Path, label: str) -> StateDict:
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
         ) from error
     except Exception as error:
-        raise MagMaxError(f"{label}: cannot be read as a torch file ({error}); is it truncated?") from error
+        raise MagMaxError(
+            f"{label}: cannot be read as a torch file ({_first_line(error)}); is it truncated?"
+        ) from error
     nested = cast("Mapping[str, Any]", loaded).get("state_dict") if isinstance(loaded, Mapping) else None
     if isinstance(nested, Mapping):
         return StateDict(cast("Mapping[str, Any]", nested), label, path)
     if not isinstance(loaded, Mapping):
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
     return StateDict(cast("Mapping[str, Any]", loaded), label, path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
 def _load(torch: Any, path: Path) -> Any:

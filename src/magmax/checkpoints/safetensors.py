@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import weakref
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -17,6 +18,8 @@ from .base import Checkpoint
 from .dtypes import BITS, Spec
 
 HEADER_LIMIT = 100_000_000
+LENGTH_LIMIT = 2**63
+MOST_DIMENSIONS = 64
 
 
 class SafetensorsFile(Checkpoint):
@@ -76,9 +79,11 @@ class SafetensorsFile(Checkpoint):
 
     def _parse(self, header: bytes) -> dict[str, Any]:
         try:
-            parsed: Any = json.loads(header, object_pairs_hook=self._unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise self._bad(f"has a header that is not JSON ({error})") from error
+            parsed: Any = json.loads(header.decode(), object_pairs_hook=self._unique)
+        except MagMaxError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise self._bad(f"has a header that is not JSON ({error}); it is corrupt") from error
         if not isinstance(parsed, dict):
             raise self._bad("has a header that is not a JSON object")
         return cast("dict[str, Any]", parsed)
@@ -87,11 +92,13 @@ class SafetensorsFile(Checkpoint):
         found = dict(pairs)
         if len(found) != len(pairs):
             raise self._bad("names a tensor twice in its header")
+        "".join([*found, *(v for v in found.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
         return found
 
     def _take(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
-        metadata: Any = header.pop("__metadata__", None) or {}
+        metadata: Any = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not is_string_map(metadata):
             raise self._bad("has __metadata__ that is not a map of strings")
         self.metadata = metadata
@@ -113,15 +120,22 @@ class SafetensorsFile(Checkpoint):
 
     def _entry(self, key: str, entry: Any) -> tuple[Spec, int, int]:
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise self._bad(f"describes {key} without a dtype, a shape and two data_offsets") from error
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        lengths = cast("list[int]", shape) if isinstance(shape, list) else [-1]
+        whole = len(lengths) <= MOST_DIMENSIONS and all(
+            type(n) is int and 0 <= n < LENGTH_LIMIT for n in (*lengths, begin, end)
+        )
         if not whole or not isinstance(dtype, str):
-            raise self._bad(f"describes {key} with dtype {dtype!r}, shape {shape} and offsets {begin}, {end}")
+            told = reprlib.repr(cast("object", entry))
+            raise self._bad(f"describes {key} by a dtype, a shape or offsets that cannot be: {told}")
         if dtype not in BITS:
             raise self._bad(f"stores {key} as {dtype}, a type this version does not know")
-        return Spec(dtype, shape), begin, end
+        spec = Spec(dtype, tuple(lengths))
+        if spec.elements >= LENGTH_LIMIT:
+            raise self._bad(f"describes {key} with more elements than any file can hold")
+        return spec, begin, end
 
     def _check_cover(self, ends: list[tuple[int, int, str]], room: int) -> None:
         at = 0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import MagMaxError
 from .dtypes import BITS, Spec
 
 SHARD_BYTES = 5_000_000_000
@@ -40,17 +41,21 @@ class Target:
 
     @property
     def old(self) -> Path:
-        return self.path.with_name(self.path.name + ".old")
+        return self.path.with_name(self.path.name + ".magmax-old")
 
     def problems(self, inputs: list[Path]) -> list[str]:
         """What forbids writing here, seen without writing: all of it."""
-        found: list[str] = []
         path = self.path
+        if path.name in ("", ".."):
+            return [f"{path}: names no new file or folder; give the output a name of its own"]
+        found: list[str] = []
         if path.suffix in (".pt", ".pth", ".bin"):
             found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
-        taken = {p.resolve() for p in inputs} | {p.resolve().parent for p in inputs if self.folder}
-        if path.resolve() in taken:
-            found.append(f"{path}: is one of the inputs; choose another place for the output")
+        real, taken = path.resolve(), {p.resolve() for p in inputs}
+        if real in taken or (self.folder and any(real in p.parents for p in taken)):
+            found.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
+        elif inside := next((p for p in taken if p in real.parents), None):
+            found.append(f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output")
         if self.folder and path.is_dir() and any(path.iterdir()) and not (path / PROVENANCE).exists():
             found.append(f"{path}: holds files that magmax did not write; remove it or choose another folder")
         if self.folder != path.is_dir() and path.exists():
@@ -238,9 +243,14 @@ def _put_file(path: Path, content: bytes | Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     draft = path.with_name(path.name + ".partial")
-    _put_file(draft, content)
-    os.replace(draft, path)
-    sync_folder(path.parent)
+    try:
+        _put_file(draft, content)
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MagMaxError(
+            f"{path}: cannot be written: {error.strerror}; mend that and run the command again"
+        ) from error
 
 
 def sync_folder(path: Path) -> None:

@@ -124,9 +124,9 @@ class Job:
                 what was finished stays beside the output and the same job takes it up again.
         """
         settings = settings or Settings()
-        if problems := self.problems():
-            raise listed(f"{self.target.path} cannot be written", problems)
         try:
+            if problems := self.problems():
+                raise listed(f"{self.target.path} cannot be written", problems)
             self.target.path.parent.mkdir(parents=True, exist_ok=True)
             journal = Journal(self.target.journal)
             draft = self.draft()
@@ -145,9 +145,9 @@ class Job:
     def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
         began = time.perf_counter()
         parts = self._resumable(draft, journal, settings)
-        draft.open(fresh=not parts)
         if not parts:
-            journal.start(self._identity())
+            journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
+        draft.open(fresh=not parts)
         kernel = self.kernel.prepared(settings.threads, settings.progress)
         work = Pass(self.inputs, self.sinks(draft), kernel, settings.threads, True, journal, parts)
         reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
@@ -211,8 +211,11 @@ class Job:
 
 def _allocated(partial: Path) -> int:
     """Bytes of disk that an unfinished output has taken already."""
-    files = partial.rglob("*") if partial.is_dir() else [partial]
-    return sum(512 * file.stat().st_blocks for file in files if file.is_file())
+    try:
+        files = partial.rglob("*") if partial.is_dir() else [partial]
+        return sum(512 * file.stat().st_blocks for file in files if file.is_file())
+    except FileNotFoundError:  # another process has just finished or given up this output
+        return 0
 
 
 def tensor_digests(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:

@@ -77,7 +77,7 @@ def merge(
 
     Args:
         rule: a rule or its name.
-        base, models: paths, state dicts or modules, in any mixture.
+        base, models: paths, state dicts or modules, in any mixture; a model may be a LoRA adapter of the base.
         scaling_factor: by default the rule's own.
         out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
         dtype, mismatch, allow_nonfinite: see `Options`.
@@ -96,7 +96,7 @@ def merge(
     options = Options(scaling_factor, dtype, mismatch, allow_nonfinite)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
-    others = [open_checkpoint(m, label) for m, label in zip(models, labels, strict=True)]
+    others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
     if out is not None:
         merge_job(rule, opened, others, Path(fspath(out)), options).run(settings)
         return Path(fspath(out))
@@ -202,7 +202,7 @@ def default_names(paths: Sequence[str]) -> list[str]:
     """For each path the first part that tells it from the others, without its suffix."""
     if len(paths) == 1:
         return [Path(paths[0]).stem]
-    parts = [Path(path).parts for path in paths]
+    parts = [Path(path).parts or ("",) for path in paths]
     for column in range(max(map(len, parts), default=0)):
         words = [p[min(column, len(p) - 1)] for p in parts]
         if len(set(words)) == len(words):

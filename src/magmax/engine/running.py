@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.journal import held
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove, replace_file
@@ -104,7 +106,9 @@ class Running:
                     f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
                 )
             return
-        if self.path.exists() and any(p.name[:10] != "generation" for p in self.path.iterdir()):
+        ours = ("generation", "state.json")
+        strange = not self.path.is_dir() or any(p.name[:10] not in ours for p in self.path.iterdir())
+        if self.path.exists() and strange:
             raise MagMaxError(
                 f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
             )
@@ -122,14 +126,22 @@ class Running:
         """The tasks absorbed so far, in order."""
         return () if self._current is None else self._generations[self._current].tasks
 
+    def opened(self, model: Any, name: str | None = None) -> Checkpoint:
+        """A model as `absorb` will read it; an adapter is applied to the base."""
+        return open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model", self._base())
+
     def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> Outcome:
         """Take in one more model: one read of base, state and model, one write of the state.
 
         Raises:
             MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
         """
+        with self._alone():
+            return self._absorb(model, name, label)
+
+    def _absorb(self, model: Any, name: str | None, label: str | None) -> Outcome:
         base = self._base()
-        opened = open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model")
+        opened = self.opened(model, name)
         carried = compare(base, [opened])
         refuse_same_path([base, opened])
         name = name or (default_names([str(opened.path)])[0] if opened.path else f"task {len(self.tasks) + 1}")
@@ -201,22 +213,24 @@ class Running:
 
     def label(self, label: str) -> None:
         """Name the current generation, so that it is kept."""
-        if self._current is None:
-            raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
-        self._refuse_label(label)
-        self._generations[self._current] = replace(self._generations[self._current], label=label)
-        self._save()
+        with self._alone():
+            if self._current is None:
+                raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
+            self._refuse_label(label)
+            self._generations[self._current] = replace(self._generations[self._current], label=label)
+            self._save()
 
     def restore(self, which: str | int) -> None:
         """Go back to a generation, by its label or number. Later unlabelled ones are dropped."""
-        found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
-        if not found:
-            known = ", ".join(
-                f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values()
-            )
-            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
-        self._current = found[0].number
-        self._save()
+        with self._alone():
+            found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
+            if not found:
+                known = ", ".join(
+                    f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values()
+                )
+                raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
+            self._current = found[0].number
+            self._save()
 
     def _base(self) -> Checkpoint:
         given = self._base_given
@@ -261,6 +275,8 @@ class Running:
         if self.winners and slots:
             whole = open_checkpoint(self._folder(self._current or 0))
             inputs.append(PrefixedView(whole, WINNERS, whole.label))
+            if not inputs[-1].specs.keys() >= specs.keys():
+                raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
         kernel = AbsorbKernel(Reader(inputs), self.rule, task, len(slots), specs, carried, self.winners)
 
@@ -340,7 +356,7 @@ class Running:
         try:
             content = json.loads(self._file.read_text())
             if content["format"] != FORMAT:
-                raise MagMaxError(f"{self._file}: has format {content['format']}; this magmax reads {FORMAT}")
+                raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT}")
             ((name, options),) = content["rule"].items()
             self.rule = _streaming(rule_from({name: options}))
             self.winners = content["winners"]
@@ -350,13 +366,31 @@ class Running:
                 Generation(g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"])
                 for g in content["generations"]
             ]
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, MagMaxError):
-                raise
+            self._generations = {g.number: g for g in found}
+            if not all(map(self._sound, found)) or self._current not in (None, *self._generations):
+                raise ValueError("its entries do not fit together")
+            if type(self.winners) is not bool or type(self._base_path) not in (str, type(None)):
+                raise ValueError("its entries are not of their types")
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise MagMaxError(f"{self._file}: is not the state of a running merge ({error})") from error
-        self._generations = {g.number: g for g in found}
         if self._current is not None and not self._folder(self._current).is_dir():
             raise MagMaxError(f"{self.path}: its generation {self._current} is missing; the state is damaged")
+
+    def _sound(self, generation: Generation) -> bool:
+        digests = [*generation.slots, *(t.digest for t in generation.tasks)]
+        return (
+            type(generation.number) is int
+            and all(type(d) is str for d in digests)
+            and len(generation.slots) == self.rule.slots(len(generation.tasks))
+        )
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Hold the state against other processes, having seen what they did since it was opened."""
+        with held(self.path):
+            if self._file.exists():
+                self._load()
+            yield
 
 
 def _streaming(rule: Rule) -> StreamingRule:

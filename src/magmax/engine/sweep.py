@@ -22,6 +22,8 @@ from .merge import Options, beside, merge_job, recipe_of
 from .provenance import Provenance
 from .stream import Kernel, Progress, Slab
 
+MOST_FACTORS = 10_000
+
 
 @dataclass(frozen=True)
 class VectorKernel(Kernel):
@@ -136,6 +138,8 @@ def factors(text: str) -> list[float]:
             return [float(Decimal(part)) for part in text.split(",")]
         first, last, step = (Decimal(part) for part in text.split(":"))
         count = int((last - first) / step) + 1
+        if count > MOST_FACTORS:
+            raise ValueError(f"{count} factors")
         found = [float(first + step * n) for n in range(count)]
     except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:
         raise MagMaxError(
@@ -143,4 +147,6 @@ def factors(text: str) -> list[float]:
         ) from error
     if not found:
         raise MagMaxError(f"{text!r} holds no number; write first:last:step, such as 0.1:1.0:0.1")
+    if len({f"{factor:g}" for factor in found}) < len(found):
+        raise MagMaxError(f"{text!r} holds factors that are equal to six digits, which would have one name")
     return found

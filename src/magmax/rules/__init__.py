@@ -48,7 +48,7 @@ ENTRY_POINTS = "magmax.rules"
 
 def nearest(word: str, words: list[str]) -> str:
     """A hint for a word that is none of those known."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"
 
 

@@ -1,0 +1,289 @@
+"""Processes that die, or whose disk fails, at a chosen call; and what then lies on the disk.
+
+A nursery is a lean process that forks a child for each piece of work. In the child every call that changes the disk is
+counted, and a fault may befall one of them. What was written before a kill stays, as it does for a real process: the
+kernel keeps it. Waiting for the disk (fsync) is therefore counted, but not done.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock
+from typing import Any, Literal
+
+import numpy as np
+
+from magmax.checkpoints import slabs, writer
+from magmax.engine import stream
+from magmax.errors import MagMaxError
+from magmax.rules import MagMax
+
+SECONDS = 60
+WRITING = os.O_WRONLY | os.O_RDWR
+CHANGES = ("ftruncate", "mkdir", "rename", "replace", "rmdir", "unlink")
+WRITES = ("pwrite", "write")
+WAITS = ("fdatasync", "fsync")
+
+Call = tuple[Any, ...]
+"""A call that changes the disk: its name, the path it is about, and its arguments, a length in place of content."""
+
+Tree = Mapping[str, bytes]
+Moment = Literal["before", "torn", "after"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls no call at all; the base of what does."""
+
+    def before(self, number: int, call: Call) -> None:
+        """Called before the call with that number, which counts from 1."""
+
+    def after(self, number: int, call: Call) -> None:
+        """Called after it, even if it raised."""
+
+    def most(self, number: int, call: Call) -> int | None:
+        """How many bytes a write may take; None for all."""
+        return None
+
+
+@dataclass(frozen=True)
+class Kill(Fault):
+    """The process dies just before call `number`, just after it, or after half of what it writes."""
+
+    number: int
+    moment: Moment
+
+    def before(self, number: int, call: Call) -> None:
+        if (number, "before") == (self.number, self.moment):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(self, number: int, call: Call) -> None:
+        if number == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def most(self, number: int, call: Call) -> int | None:
+        return call[-1] // 2 if (number, "torn") == (self.number, self.moment) else None
+
+
+@dataclass(frozen=True)
+class Failure(Fault):
+    """Call `number`, and every later one of the same name, fails with that error of the system."""
+
+    number: int
+    name: str
+    code: int
+
+    def before(self, number: int, call: Call) -> None:
+        if number >= self.number and call[0] == self.name:
+            raise OSError(self.code, os.strerror(self.code))
+
+
+@dataclass(frozen=True)
+class ShortWrites(Fault):
+    """Every write takes at most so many bytes, as the system is free to do."""
+
+    bytes: int
+
+    def most(self, number: int, call: Call) -> int | None:
+        return self.bytes
+
+
+@dataclass
+class Disk:
+    """The calls of this process that change the disk, in order, and the fault that befalls one of them."""
+
+    fault: Fault
+    log: list[Call] = field(default_factory=list)
+    paths: dict[int, str] = field(default_factory=dict)
+    _lock: Any = field(default_factory=RLock)
+
+    def install(self) -> None:
+        """Watch every call from now on. There is no way back: this is for a child alone."""
+        for name in CHANGES:
+            setattr(os, name, self._watched(name, getattr(os, name)))
+        for name in WRITES:
+            setattr(os, name, self._watched_write(name, getattr(os, name)))
+        for name in WAITS:
+            setattr(os, name, self._watched(name, lambda *_: None))
+        opened, creating = os.open, self._watched("open", os.open)
+
+        def watched_open(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            fd = (creating if flags & WRITING else opened)(path, flags, *rest, **more)
+            self.paths[fd] = str(path)
+            return fd
+
+        vars(os)["open"] = watched_open
+        vars(writer)["open"] = _whole_file
+
+    def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **more: Any) -> Any:
+            with self._lock:
+                number, call = self._begin(name, *args)
+                try:
+                    return real(*args, **more)
+                finally:
+                    self.fault.after(number, call)
+
+        return watched
+
+    def _watched_write(self, name: str, real: Callable[..., int]) -> Callable[..., int]:
+        def watched(fd: int, content: Any, *rest: Any) -> int:
+            with self._lock:
+                number, call = self._begin(name, fd, *rest, len(content))
+                try:
+                    return real(fd, content[: self.fault.most(number, call)], *rest)
+                finally:
+                    self.fault.after(number, call)
+
+        return watched
+
+    def _begin(self, name: str, first: Any, *rest: Any) -> tuple[int, Call]:
+        call = (name, self.paths[first] if type(first) is int else str(first), *rest)
+        self.log.append(call)
+        self.fault.before(len(self.log), call)
+        return len(self.log), call
+
+
+def _whole_file(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+    """The writer's own `open`: what it writes goes to the disk by calls of `os`, without a buffer."""
+    if mode != "wb":
+        return builtins.open(path, mode, *rest, **more)
+    return _WholeFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+
+
+class _WholeFile:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> _WholeFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def write(self, content: bytes) -> None:
+        while content:
+            content = content[os.write(self._fd, content) :]
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+@dataclass(frozen=True)
+class End:
+    """How a child ended: killed, or with a result, or with the words of a MagMaxError; and its calls, if it lived."""
+
+    killed: bool
+    result: Any = None
+    refusal: str = ""
+    log: Sequence[Call] = ()
+
+
+class Nursery:
+    """Forks children from a process that has neither torch nor threads. Works must be functions of a module."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "from tests.crash.harness import serve; serve()"]
+        root = Path(__file__).parents[2]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+
+    def __call__(self, work: Callable[..., Any], *given: Any, fault: Fault | None = None, threads: bool = False) -> End:
+        """Do the work in a child; any end but a result, a MagMaxError or a kill that was asked for fails here."""
+        assert self._process.stdin
+        assert self._process.stdout
+        pickle.dump((work, given, fault or Fault(), threads), self._process.stdin)
+        self._process.stdin.flush()
+        kind, *content = pickle.load(self._process.stdout)
+        assert kind != "crash", content[0]
+        assert kind != "killed" or (isinstance(fault, Kill) and content[0] == signal.SIGKILL), content
+        return End(killed=True) if kind == "killed" else End(False, *content)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve() -> None:
+    """The nursery's own work: a child for each request, until the requests end."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    MagMax()([np.zeros(1), np.ones(1)])  # whatever a rule imports when it is first used
+    gc.freeze()
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        pickle.dump(_raise_child(*request), answers)
+        answers.flush()
+
+
+def _raise_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        write = os.write
+        said = pickle.dumps(_be_the_child(work, given, fault, threads))
+        while said:
+            said = said[write(theirs, said) :]
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.close(theirs)
+    with builtins.open(ours, "rb") as pipe:
+        said = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    return pickle.loads(said) if said else ("killed", os.WTERMSIG(status))
+
+
+def _be_the_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
+    signal.alarm(SECONDS)
+    disk = Disk(fault)
+    try:
+        small_slabs()
+        if not threads:
+            vars(stream)["in_threads"] = in_turn
+        disk.install()
+        return "end", work(*given), "", disk.log
+    except MagMaxError as error:
+        return "end", None, str(error), disk.log
+    except BaseException:
+        return "crash", traceback.format_exc()
+
+
+def small_slabs() -> None:
+    """Cut small tensors into many chunks, and note each of them in the journal at once."""
+    slabs.SLAB, slabs.SLABS_A_CHUNK = 32, 2
+    stream.JOURNAL_SECONDS = -1.0
+
+
+def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int) -> Iterator[Any]:
+    """What `stream.in_threads` does, in one thread, so that the calls always come in one order."""
+    return map(work, todo)
+
+
+def every_kill(log: Sequence[Call]) -> Iterator[Kill]:
+    """A kill before, amid and after each call of an undisturbed run; just after one is just before the next."""
+    for number, call in enumerate(log, start=1):
+        yield Kill(number, "before")
+        if call[0] in WRITES:
+            yield Kill(number, "torn")
+    yield Kill(len(log), "after")
+
+
+def tree(path: Path) -> Tree | None:
+    """The content of a file (under "") or of every file in a folder, or None where there is nothing."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    if not path.exists():
+        return None
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}

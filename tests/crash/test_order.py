@@ -1,0 +1,58 @@
+"""What is shown is on the disk already: a loss of power does no more harm than a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.crash.harness import Call, Nursery
+from tests.crash.scenarios import SCENARIOS, Scenario, absorb, state_of_two
+from tests.crash.test_kills import completed, prepared
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, child: Nursery, tmp_path: Path) -> None:
+    _, _, undisturbed = prepared(child, tmp_path, scenario.prepare, scenario.work, scenario.out)
+    replay(undisturbed.log)
+
+
+def test_a_generation_is_on_the_disk_before_the_state_names_it(child: Nursery, tmp_path: Path) -> None:
+    completed(child(state_of_two, tmp_path))
+    replay(completed(child(absorb, tmp_path, 3)).log)
+
+
+@dataclass
+class Unsafe:
+    """Files and folders with changes that a loss of power could still undo."""
+
+    files: set[Path] = field(default_factory=set)
+    folders: set[Path] = field(default_factory=set)
+
+    def within(self, path: Path) -> list[Path]:
+        return [p for p in self.files | self.folders if p == path or path in p.parents]
+
+
+def replay(log: Sequence[Call]) -> None:
+    """Follow the calls, and see at each what a loss of power would undo."""
+    unsafe = Unsafe()
+    for name, text, *rest in log:
+        path = Path(text)
+        if name in ("fsync", "fdatasync"):
+            unsafe.files.discard(path)
+            unsafe.folders.discard(path)
+        elif name in ("pwrite", "write", "ftruncate"):
+            notes_a_part = path.suffix == ".journal" and name == "write" and path not in unsafe.files
+            assert not (notes_a_part and unsafe.files), f"{path} notes what is not on the disk: {unsafe.files}"
+            unsafe.files.add(path)
+        elif name in ("rename", "replace"):
+            assert not unsafe.within(path), f"{path} gets its final name before its content is on the disk"
+            unsafe.folders |= {path.parent, Path(rest[0]).parent}
+        elif name == "unlink":
+            unsafe.files.discard(path)
+        elif name == "rmdir":
+            assert path.parent not in unsafe.folders, f"{path} is deleted before what replaces it is on the disk"
+        elif name == "open":
+            unsafe.folders.add(path.parent)
+    assert not unsafe.files

@@ -1,0 +1,59 @@
+"""Try many mutated inputs.
+
+    python -m tests.fuzz.run 10000            that many cases of every kind
+    python -m tests.fuzz.run 10000 header     of one kind: header, index, recipe or state
+    python -m tests.fuzz.run 1 header 4711    that one case again, with its traceback
+
+The law: a MagMaxError or a right answer; never another exception, a hang, or a crash. Each new way to break it is
+printed with its kind and seed; the exit code is 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections import Counter
+
+from tests.fuzz.laws import KINDS, case
+
+SECONDS = 10
+
+
+def main(words: list[str]) -> int:
+    count = int(words[0]) if words else 1000
+    kinds = words[1:2] or list(KINDS)
+    first = int(words[2]) if len(words) > 2 else 0
+    signal.signal(signal.SIGALRM, _too_long)
+    broken: Counter[str] = Counter()
+    for kind in kinds:
+        for seed in range(first, first + count):
+            signal.alarm(SECONDS)
+            try:
+                case(kind, seed)
+            except Exception as error:
+                words_of_it = f"{type(error).__name__} at {_place(error)}"
+                broken[words_of_it] += 1
+                if broken[words_of_it] == 1:
+                    print(f"{kind} {seed}: {words_of_it}: {str(error)[:300]}")
+                    if count == 1:
+                        traceback.print_exc()
+            finally:
+                signal.alarm(0)
+        print(f"{kind}: {count} cases from seed {first}")
+    for name, times in broken.most_common():
+        print(f"{times:6} x {name}")
+    return 1 if broken else 0
+
+
+def _too_long(signum: int, frame: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} seconds")
+
+
+def _place(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename.rpartition('/')[2]}:{last.lineno}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""Where an output may go: never onto, into or around what it is made from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.robustness.files import model, read, write
+
+import magmax
+from magmax.checkpoints.writer import Target
+
+Refusal = Callable[..., str]
+
+
+def merge(base: Path, model: Path, out: Path | str) -> None:
+    magmax.merge("magmax", base, [model], out=out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model in a folder."""
+    write(tmp_path / "folder" / "model.safetensors", model(2))
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+@pytest.mark.parametrize("way", ["itself", "link", "link to its folder", "detour"])
+def test_an_input_is_never_overwritten(
+    way: str, which: str, base: Path, tuned: Path, refused: Refusal, tmp_path: Path
+) -> None:
+    victim = {"base": base, "tuned": tuned}[which]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(victim)
+    (tmp_path / "aside").symlink_to(tmp_path)
+    (tmp_path / "deep").mkdir()
+    out = {
+        "itself": victim,
+        "link": link,
+        "link to its folder": tmp_path / "aside" / victim.name,
+        "detour": tmp_path / "deep" / ".." / victim.name,
+    }[way]
+    assert f"{out}: is one of the inputs" in refused(merge, base, tuned, out)
+
+
+def test_an_input_is_never_overwritten_through_a_hard_link(base: Path, tuned: Path, tmp_path: Path) -> None:
+    """The output is a new file under the link's name; the input keeps its own."""
+    link = tmp_path / "hard.safetensors"
+    os.link(base, link)
+    before = base.read_bytes()
+    merge(base, tuned, link)
+    assert base.read_bytes() == before
+    assert read(link).keys() == read(base).keys()
+
+
+def test_a_folder_of_an_input_is_never_overwritten(base: Path, tuned: Path, folder: Path, refused: Refusal) -> None:
+    assert "is one of the inputs" in refused(merge, folder, tuned, folder)
+    assert "is one of the inputs" in refused(merge, folder / "model.safetensors", tuned, folder)
+    (folder / "provenance.json").write_text("{}")
+    assert "is one of the inputs" in refused(merge, folder, tuned, folder)
+
+
+def test_a_folder_above_an_input_is_never_overwritten(tuned: Path, tmp_path: Path, refused: Refusal) -> None:
+    """Even if it looks like an earlier output, which may be replaced."""
+    deep = write(tmp_path / "models" / "deep" / "base.safetensors", model(0))
+    (tmp_path / "models" / "provenance.json").write_text("{}")
+    assert "holds one" in refused(merge, deep, tuned, tmp_path / "models")
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "sub/out.safetensors", "out"])
+def test_nothing_is_put_into_a_folder_that_is_an_input(name: str, tuned: Path, folder: Path, refused: Refusal) -> None:
+    """It would change the model that the folder is."""
+    assert f"is inside {folder}" in refused(merge, folder, tuned, folder / name)
+
+
+def test_an_output_beside_an_input_file_is_fine(base: Path, tuned: Path, tmp_path: Path) -> None:
+    merge(base, tuned, tmp_path / "out.safetensors")
+    merge(base, tuned, tmp_path / "out")
+
+
+def test_a_folder_that_magmax_did_not_write_is_left_alone(
+    base: Path, tuned: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.txt").write_text("precious")
+    assert "holds files that magmax did not write" in refused(merge, base, tuned, tmp_path / "thesis")
+
+
+def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(
+    base: Path, tuned: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert "is a file" in refused(merge, base, tuned, tmp_path / "out")
+    (tmp_path / "out.safetensors").mkdir()
+    assert "is a folder" in refused(merge, base, tuned, tmp_path / "out.safetensors")
+
+
+def test_a_folder_below_a_file_is_refused(base: Path, tuned: Path, tmp_path: Path, refused: Refusal) -> None:
+    assert str(tuned) in refused(merge, base, tuned, tuned / "out.safetensors")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "./"])
+def test_a_place_without_a_name_of_its_own_is_refused(
+    out: str, base: Path, tuned: Path, refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert "name" in refused(merge, base, tuned, out)
+
+
+def test_a_name_longer_than_names_can_be_is_refused(base: Path, tuned: Path, tmp_path: Path, refused: Refusal) -> None:
+    assert "too long" in refused(merge, base, tuned, tmp_path / ("x" * 300)).lower()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".pth"])
+def test_only_safetensors_are_written(suffix: str, base: Path, tuned: Path, tmp_path: Path, refused: Refusal) -> None:
+    assert "only safetensors" in refused(merge, base, tuned, tmp_path / f"out{suffix}")
+
+
+def test_a_users_own_backup_of_an_output_survives_the_next_merge(base: Path, tuned: Path, tmp_path: Path) -> None:
+    out, backup = tmp_path / "out", tmp_path / "out.old"
+    merge(base, tuned, out)
+    shutil.copytree(out, backup)
+    kept = {path.name: path.read_bytes() for path in backup.iterdir()}
+    write(tuned, model(3))
+    merge(base, tuned, out)
+    assert {path.name: path.read_bytes() for path in backup.iterdir()} == kept
+
+
+def test_an_output_can_be_merged_anew_and_nothing_is_left_beside_it(base: Path, tuned: Path, tmp_path: Path) -> None:
+    for name in ("out.safetensors", "out"):
+        merge(base, tuned, tmp_path / name)
+        write(tuned, model(3))
+        merge(base, tuned, tmp_path / name)
+        target = Target(tmp_path / name)
+        assert not any(path.exists() for path in (target.partial, target.journal, target.old))
+
+
+def test_more_than_the_disk_holds_is_refused_before_any_work(
+    base: Path, tuned: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used._replace(free=100))
+    words = refused(merge, base, tuned, tmp_path / "out.safetensors")
+    assert "bytes of disk, but 100 are free" in words
