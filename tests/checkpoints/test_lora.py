@@ -1,0 +1,459 @@
+"""LoRA adapters in PEFT's layout, against the dense definition: bit for bit in float32, closely in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.models import Tensors, loaded, raw, same_bytes, saved
+
+from magmax import MagMaxError, Running, merge
+from magmax.checkpoints import open_checkpoint, slabs
+from magmax.checkpoints.lora import base_and_adapter
+from magmax.cli import main
+from magmax.engine.job import Settings
+from magmax.recipe import build, load
+
+RANK = 3
+PREFIX = "base_model.model."
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> Tensors:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        "m.q.weight": (20, 12),
+        "m.q.bias": (20,),
+        "m.square.weight": (16, 16),
+        "m.across.weight": (10, 14),
+        "m.embed.weight": (31, 8),
+        "m.conv.weight": (6, 4, 3, 5),
+        "m.wide.weight": (2, 300_000),
+        "m.deep.weight": (3000, 130),
+        "m.norm.weight": (12,),
+        "head.weight": (5, 12),
+    }
+    made = {key: torch.randn(shape, generator=draw).to(dtype) for key, shape in shapes.items()}
+    return {**made, "m.steps": torch.arange(4)}
+
+
+def pair(
+    module: str, a: tuple[int, ...], b: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Tensors:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        f"{PREFIX}{module}.lora_A.weight": torch.randn(a, generator=draw).to(dtype),
+        f"{PREFIX}{module}.lora_B.weight": torch.randn(b, generator=draw).to(dtype),
+    }
+
+
+def linear(module: str, out: int, into: int, rank: int = RANK, **options: Any) -> Tensors:
+    return pair(module, (rank, into), (out, rank), **options)
+
+
+def adapter(folder: Path, tensors: Tensors, **settings: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 7, "bias": "none", "fan_in_fan_out": False}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def folded(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s * (B A), dense, each product and sum rounded on its own, k = 0, 1, ... in order."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    b, a = b.to(wide), a.to(wide)
+    total = b[:, :1] * a[:1]
+    for k in range(1, len(a)):
+        total = total + b[:, k : k + 1] * a[k : k + 1]
+    return weight.to(wide) + torch.tensor(scale, dtype=wide) * total.reshape(weight.shape)
+
+
+def presented(source: Any, base: Path | None = None) -> Tensors:
+    """Every tensor of a checkpoint, read in canonical slabs."""
+    model = open_checkpoint(source, base=None if base is None else open_checkpoint(base))
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    found: Tensors = {}
+    for key, spec in model.specs.items():
+        parts = [model.read(key, *cut) for chunk in slabs.chunks(key, spec) for cut in chunk.slabs(spec)]
+        units = torch.from_numpy(np.concatenate(parts))
+        found[key] = units.view(types.get(spec.dtype, torch.int64)).reshape(spec.shape)
+    return found
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved(base_model(), tmp_path / "base.safetensors")
+
+
+ALL = {
+    **linear("m.q", 20, 12),
+    **linear("m.across", 14, 10),
+    **linear("m.wide", 2, 300_000),
+    **linear("m.deep", 3000, 130),
+}
+
+
+@pytest.mark.parametrize("half", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_every_element_is_the_fold_of_the_definition(tmp_path, dtype, half):
+    model = base_model(dtype)
+    del model["m.across.weight"]
+    tensors = {key: t.to(half) for key, t in ALL.items() if "across" not in key}
+    folder = adapter(tmp_path / "task", tensors)
+    path = saved(model, tmp_path / "base.safetensors")
+    if half == torch.float64 != dtype:
+        with pytest.raises(MagMaxError, match="these types do not go together"):
+            open_checkpoint(f"{path}+{folder}")
+        return
+    found = presented(f"{path}+{folder}")
+    assert found.keys() == model.keys()
+    for key, weight in model.items():
+        name = PREFIX + key.removesuffix("weight")
+        if name + "lora_A.weight" not in tensors:
+            assert raw(found[key]) == raw(weight)
+            assert found[key].dtype == weight.dtype
+            continue
+        b, a = tensors[name + "lora_B.weight"], tensors[name + "lora_A.weight"]
+        expected = folded(weight, b, a, 7 / RANK)
+        assert found[key].dtype == expected.dtype
+        assert raw(found[key]) == raw(expected)
+        dense = weight.double() + 7 / RANK * (b.double() @ a.double())
+        torch.testing.assert_close(found[key].double(), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_any_range_is_a_part_of_the_whole(base, tmp_path):
+    model = open_checkpoint(f"{base}+{adapter(tmp_path / 'task', ALL)}")
+    draw = np.random.default_rng(0)
+    for key in ("m.q.weight", "m.across.weight", "m.wide.weight", "m.deep.weight"):
+        units = model.spec(key).units
+        whole = model.read(key, 0, units)
+        for _ in range(8):
+            start, stop = sorted(draw.integers(0, units + 1, 2).tolist())
+            assert model.read(key, start, stop).tobytes() == whole[start:stop].tobytes()
+        assert not len(model.read(key, 3, 3))
+        model.read(key, 0, 9)[:] = 0
+        assert model.read(key, 0, units).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("slab", [1 << 8, 1 << 13, 1 << 20])
+@pytest.mark.parametrize("tile", [1 << 7, 1 << 16])
+def test_slabs_tiles_and_threads_change_no_byte(base, tmp_path, monkeypatch, slab, tile):
+    folder = adapter(tmp_path / "task", {**ALL, **embedding()})
+    whole = presented(f"{base}+{folder}")
+    merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", settings=Settings(threads=1))
+    monkeypatch.setattr("magmax.checkpoints.slabs.SLAB", slab)
+    monkeypatch.setattr("magmax.checkpoints.lora.TILE", tile)
+    assert same_bytes(presented(f"{base}+{folder}"), whole)
+    merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", settings=Settings(threads=4))
+    assert same_bytes(loaded(tmp_path / "four.safetensors"), loaded(tmp_path / "one.safetensors"))
+
+
+def embedding(module: str = "m.embed", count: int = 31, width: int = 8) -> Tensors:
+    draw = torch.Generator().manual_seed(2)
+    return {
+        f"{PREFIX}{module}.lora_embedding_A": torch.randn(RANK, count, generator=draw),
+        f"{PREFIX}{module}.lora_embedding_B": torch.randn(width, RANK, generator=draw),
+    }
+
+
+def test_embeddings_are_transposed(base, tmp_path):
+    tensors = embedding()
+    a, b = tensors.values()
+    found = presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=True), base)
+    assert raw(found["m.embed.weight"]) == raw(folded(base_model()["m.embed.weight"], a.T, b.T, 7 / RANK))
+
+
+def test_a_saved_embedding_is_what_its_update_is_added_to(base, tmp_path):
+    resized = torch.randn(31, 8)
+    tensors = {**embedding(), PREFIX + "m.embed.base_layer.weight": resized}
+    a, b = embedding().values()
+    found = presented(adapter(tmp_path / "task", tensors), base)
+    assert raw(found["m.embed.weight"]) == raw(folded(resized, a.T, b.T, 7 / RANK))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_weights_stored_transposed(base, tmp_path, flag):
+    tensors = linear("m.square", 16, 16) | (linear("m.across", 14, 10) if flag else linear("m.q", 20, 12))
+    a, b = (tensors[f"{PREFIX}m.square.lora_{side}.weight"] for side in "AB")
+    found = presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=flag), base)
+    left, right = (a.T, b.T) if flag else (b, a)
+    assert raw(found["m.square.weight"]) == raw(folded(base_model()["m.square.weight"], left, right, 7 / RANK))
+    if flag:
+        a, b = linear("m.across", 14, 10).values()
+        assert raw(found["m.across.weight"]) == raw(folded(base_model()["m.across.weight"], a.T, b.T, 7 / RANK))
+
+
+def test_a_square_weight_among_contradicting_ones_is_refused(base, tmp_path):
+    tensors = linear("m.square", 16, 16) | linear("m.q", 20, 12)
+    with pytest.raises(MagMaxError, match=r"m\.square\.weight is square.*fan_in_fan_out is true.*for m\.q\.weight"):
+        presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=True), base)
+
+
+def test_convolutions(base, tmp_path):
+    tensors = pair("m.conv", (RANK, 4, 3, 5), (6, RANK, 1, 1))
+    a, b = tensors.values()
+    found = presented(adapter(tmp_path / "task", tensors), base)["m.conv.weight"]
+    weight = base_model()["m.conv.weight"]
+    assert raw(found) == raw(folded(weight, b.reshape(6, RANK), a.reshape(RANK, -1), 7 / RANK))
+    dense = torch.nn.functional.conv2d(a.double().transpose(0, 1), b.double()).transpose(0, 1)
+    torch.testing.assert_close(found.double(), weight.double() + 7 / RANK * dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_ranks_and_alphas_by_pattern(base, tmp_path, stabilised):
+    tensors = linear("m.q", 20, 12, rank=5) | linear("m.square", 16, 16)
+    settings = {"rank_pattern": {"q": 5}, "alpha_pattern": {"^m.squ.*": 2.5}, "use_rslora": stabilised}
+    found = presented(adapter(tmp_path / "task", tensors, **settings), base)
+    for key, rank, alpha in (("m.q", 5, 7), ("m.square", RANK, 2.5)):
+        a, b = (tensors[f"{PREFIX}{key}.lora_{side}.weight"] for side in "AB")
+        scale = alpha / (math.sqrt(rank) if stabilised else rank)
+        assert raw(found[f"{key}.weight"]) == raw(folded(base_model()[f"{key}.weight"], b, a, scale))
+
+
+def test_modules_and_biases_saved_in_full_stand_in_the_place_of_the_base(base, tmp_path):
+    head, bias, norm = torch.randn(5, 12), torch.randn(20), torch.randn(12)
+    tensors = {
+        **linear("m.q", 20, 12),
+        PREFIX + "head.weight": head,
+        PREFIX + "m.q.base_layer.bias": bias,
+        PREFIX + "m.norm.modules_to_save.weight": norm,
+        PREFIX + "m.norm.original_module.weight": torch.zeros(12),
+    }
+    folder = adapter(tmp_path / "task", tensors, bias="all", modules_to_save=["head", "norm"])
+    found = presented(folder, base)
+    assert [raw(found[k]) for k in ("head.weight", "m.q.bias", "m.norm.weight")] == [raw(head), raw(bias), raw(norm)]
+
+
+def test_a_saved_module_that_the_base_has_not_is_an_extra_tensor(base, tmp_path):
+    tensors = {**linear("m.q", 20, 12), PREFIX + "score.weight": torch.ones(2, 12)}
+    folder = adapter(tmp_path / "task", tensors, modules_to_save=["score"])
+    with pytest.raises(MagMaxError, match=r"has a tensor score\.weight(.|\n)*--mismatch base"):
+        merge("magmax", base, [folder], out=tmp_path / "out.safetensors")
+    merge("magmax", base, [folder], out=tmp_path / "out.safetensors", mismatch="base")
+    assert loaded(tmp_path / "out.safetensors").keys() == base_model().keys()
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_names_are_found_with_a_leading_part_more_or_fewer(tmp_path, drop):
+    model = {"h.q.weight": torch.randn(20, 12), "h.q.bias": torch.zeros(20)}
+    model = model if drop else {f"bert.{key}": tensor for key, tensor in model.items()}
+    base = saved(model, tmp_path / "base.safetensors")
+    module = "bert.h.q" if drop else "h.q"
+    tensors = {
+        **linear(module, 20, 12),
+        f"{PREFIX}{module}.bias": torch.ones(20),
+        PREFIX + "score.weight": torch.ones(1),
+    }
+    found = presented(adapter(tmp_path / "task", tensors), base)
+    assert found.keys() == {*model, "score.weight"}
+    key, bias = model
+    a, b = linear(module, 20, 12).values()
+    assert raw(found[key]) == raw(folded(model[key], b, a, 7 / RANK))
+    assert raw(found[bias]) == raw(torch.ones(20))
+
+
+def test_tied_weights_are_tuned_once(tmp_path):
+    model = {"embed.weight": torch.randn(31, 8)}
+    model["head.weight"] = model["embed.weight"]
+    opened = open_checkpoint(model)
+    folder = adapter(tmp_path / "task", linear("head", 31, 8))
+    tuned = open_checkpoint(folder, base=opened)
+    assert (list(tuned.specs), tuned.aliases) == (["embed.weight"], {"head.weight": "embed.weight"})
+    adapter(tmp_path / "task", {**linear("head", 31, 8), **embedding("embed")})
+    with pytest.raises(MagMaxError, match=r"targets embed\.weight.*twice"):
+        open_checkpoint(folder, base=opened)
+
+
+Q = linear("m.q", 20, 12)
+HALF = dict([next(iter(Q.items()))])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "words"),
+    [
+        (Q, {"use_dora": True}, r"adapter_config\.json: use_dora is True.*merge_and_unload"),
+        (Q, {"peft_type": "LOHA"}, r"adapter_config\.json: peft_type is 'LOHA'.*only 'LORA'"),
+        (Q, {"target_parameters": ["w"]}, "target_parameters is"),
+        (Q, {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base"),
+        (Q, {"r": 0}, r"the rank r of m\.q is 0"),
+        (Q, {"r": True}, r"the rank r of m\.q is True"),
+        (Q, {"lora_alpha": "big"}, r"lora_alpha of m\.q is 'big'"),
+        (Q, {"lora_alpha": math.inf}, r"lora_alpha of m\.q is inf"),
+        (Q, {"rank_pattern": {"(": 3}}, r"rank_pattern has a bad expression '\('"),
+        (Q, {"rank_pattern": 3}, "rank_pattern is 3; it must be a map"),
+        (Q, {"r": 4}, r"F32 \[3, 12\].*F32 \[20, 3\].*F32 \[20, 12\].*at rank 4.*do not fit"),
+        (HALF, {}, r"holds base_model\.model\.m\.q\.lora_A\.weight, but not the lora_B to it"),
+        (linear("m.nothing", 20, 12), {}, r"targets m\.nothing, but .*base\.safetensors has no tensor m\.nothing\.wei"),
+        (linear("m.q", 20, 13), {}, r"F32 \[3, 13\].*m\.q\.weight, F32 \[20, 12\] in .*do not fit"),
+        (linear("m.norm", 12, 12), {}, r"m\.norm\.weight, F32 \[12\]"),
+        (pair("m.conv", (RANK, 4, 3, 5), (6, 1, 1, 1)), {}, "do not fit"),
+        (embedding("m.embed", 8, 31), {}, "do not fit"),
+        ({**Q, PREFIX + "m.q.lora_magnitude_vector": torch.ones(20)}, {}, "lora_magnitude_vector is of a kind that is"),
+        ({**Q, PREFIX + "m.q.lora_B.bias": torch.ones(20)}, {}, r"lora_B\.bias is of a kind that is"),
+        ({**Q, PREFIX + "m.e.token_adapter.trainable_tokens_delta": torch.ones(2)}, {}, "is of a kind that is"),
+        ({}, {}, "holds no tensor of an adapter"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused(base, tmp_path, tensors, settings, words):
+    with pytest.raises(MagMaxError, match=words):
+        open_checkpoint(f"{base}+{adapter(tmp_path / 'task', tensors, **settings)}")
+
+
+def test_all_problems_are_listed_at_once(base, tmp_path):
+    folder = adapter(tmp_path / "task", {**HALF, **linear("m.other", 2, 2)})
+    with pytest.raises(MagMaxError, match=r"\(2 problems\)"):
+        open_checkpoint(f"{base}+{folder}")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"peft_type": ["LORA"]}', "\udcff"])
+def test_settings_that_are_none(base, tmp_path, text):
+    folder = adapter(tmp_path / "task", Q)
+    (folder / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(MagMaxError, match=r"adapter_config\.json: "):
+        open_checkpoint(f"{base}+{folder}")
+
+
+def test_an_adapter_without_tensors_or_base(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    with pytest.raises(MagMaxError, match=r"task: is an adapter.*write BASE\+.*task"):
+        open_checkpoint(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(MagMaxError, match=r"has adapter_config\.json, but no adapter_model\.safetensors"):
+        open_checkpoint(folder, base=open_checkpoint(base))
+
+
+def test_adapters_saved_as_pickles(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    expected = presented(folder, base)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(Q, folder / "adapter_model.bin")
+    assert same_bytes(presented(folder, base), expected)
+
+
+def test_a_folder_with_weights_of_its_own_is_a_model(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    assert list(open_checkpoint(folder, base=open_checkpoint(base)).specs) == sorted(Q)
+
+
+def test_a_plus_is_a_join_only_where_no_file_has_that_name(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "task+1", Q)
+    assert base_and_adapter("base.safetensors+task+1") == ("base.safetensors", "task+1")
+    assert base_and_adapter("task+1") is None
+    assert base_and_adapter("base.safetensors+") is None
+    with pytest.raises(MagMaxError, match=r"there is no such file"):
+        open_checkpoint("base.safetensors+nowhere")
+    saved(base_model(), tmp_path / "base.safetensors+task+1")
+    assert base_and_adapter("base.safetensors+task+1") is None
+
+
+def test_an_interrupted_merge_is_known_by_the_files_of_both(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    model = open_checkpoint(f"{base}+{folder}")
+    assert model.files() == [base, folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    before = model.header_digests()
+    assert len(before) == 3
+    adapter(tmp_path / "task", Q, lora_alpha=8)
+    after = open_checkpoint(f"{base}+{folder}").header_digests()
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    """Two adapters and a full model."""
+    tasks = [adapter(tmp_path / f"task{n}", linear("m.q", 20, 12, seed=n) | embedding()) for n in (1, 2)]
+    full = {key: t + 1 if t.is_floating_point() else t for key, t in base_model().items()}
+    return [*tasks, saved(full, tmp_path / "full" / "model.safetensors")]
+
+
+def test_adapters_and_models_merge_as_their_dense_equals(base, tmp_path, three):
+    dense = [saved(presented(t, base), tmp_path / f"dense{n}.safetensors") for n, t in enumerate(three[:2])]
+    for rule in ("magmax", "average", "ties"):
+        merge(rule, base, three, 0.5, tmp_path / "ours.safetensors")
+        merge(rule, base, [*dense, three[2]], 0.5, tmp_path / "dense.safetensors")
+        assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(tmp_path / "dense.safetensors"))
+
+
+def test_a_half_precision_base_is_tuned_in_float32(tmp_path):
+    model = base_model(torch.bfloat16)
+    base = saved(model, tmp_path / "base.safetensors")
+    folders = [adapter(tmp_path / f"task{n}", linear("m.q", 20, 12, seed=n)) for n in (1, 2)]
+    merge("average", base, folders, 1.0, tmp_path / "out.safetensors")
+    weight = model["m.q.weight"]
+    vectors = [
+        folded(weight, *reversed(linear("m.q", 20, 12, seed=n).values()), 7 / RANK) - weight.float() for n in (1, 2)
+    ]
+    expected = (weight.float() + (vectors[0] + vectors[1]) / 2).bfloat16()
+    assert raw(loaded(tmp_path / "out.safetensors")["m.q.weight"]) == raw(expected)
+
+
+def test_absorbed_one_by_one_they_are_the_batch(base, tmp_path, three):
+    merge("magmax", base, three, 0.5, tmp_path / "batch.safetensors")
+    running = Running(tmp_path / "state", "magmax", base)
+    for model in three:
+        running.absorb(model)
+    running.result(0.5, tmp_path / "running.safetensors")
+    assert [task.name for task in running.tasks] == ["task1", "task2", "model"]
+    assert same_bytes(loaded(tmp_path / "running.safetensors"), loaded(tmp_path / "batch.safetensors"))
+
+
+def test_names_and_the_same_adapter_twice(base, tmp_path, three):
+    with pytest.raises(MagMaxError, match="same file"):
+        merge("magmax", base, [three[0], f"{base}+{three[0]}"], out=tmp_path / "out.safetensors")
+    again = adapter(tmp_path / "copy", linear("m.q", 20, 12, seed=1) | embedding())
+    with pytest.raises(MagMaxError, match="same tensors"):
+        merge("magmax", base, [three[0], again], out=tmp_path / "out.safetensors")
+
+
+def test_recipes_find_both_halves_beside_themselves(base, tmp_path, three, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(
+        "base: base.safetensors\nmodels: [task1, base.safetensors+task2]\nscaling_factor: 0.5\nout: ours.safetensors\n"
+    )
+    plan = load(str(tmp_path / "recipe.yaml"))
+    assert list(plan.names) == ["task1", "task2"]
+    plan.job().run()
+    merge("magmax", base, three[:2], 0.5, tmp_path / "plain.safetensors")
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    content = {"base": "base.safetensors", "models": ["base.safetensors+task1", "task2"]}
+    assert list(build(content, "here", {}, "").names) == ["task1", "task2"]
+
+
+def test_an_in_memory_base_and_an_adapter(tmp_path, three):
+    model = base_model()
+    result = merge("average", model, [three[0]], 1.0)
+    tuned = presented(three[0], saved(model, tmp_path / "again.safetensors"))["m.q.weight"]
+    torch.testing.assert_close(result["m.q.weight"], tuned)
+
+
+def test_on_the_command_line(base, tmp_path, three, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def magmax(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["magmax", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    magmax("merge", "task1", "base.safetensors+task2", "--base", "base.safetensors", "--out", "cli.safetensors")
+    merge("magmax", base, three[:2], out=tmp_path / "plain.safetensors")
+    assert Path("cli.safetensors").read_bytes() == Path("plain.safetensors").read_bytes()
+
+    magmax("absorb", "state", "task1", "--base", "base.safetensors")
+    magmax("absorb", "state", "task2")
+    magmax("result", "state", "--out", "running.safetensors")
+    assert same_bytes(loaded(Path("running.safetensors")), loaded(Path("plain.safetensors")))
+
+    assert "m.q.weight" in magmax("diff", "base.safetensors", "task1")
+    assert "m.q.weight" in magmax("inspect", "base.safetensors+task1")
+    Path("sweep.yaml").write_text("base: base.safetensors\nmodels: [task1, task2]\nout: swept.safetensors\n")
+    magmax("sweep", "sweep.yaml", "scaling_factor=0.5,1")
+    merge("magmax", base, three[:2], 1.0, tmp_path / "plain.safetensors")
+    assert same_bytes(loaded(Path("swept-1.safetensors")), loaded(Path("plain.safetensors")))
