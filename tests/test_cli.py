@@ -156,6 +156,20 @@ def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
     assert not list(tmp_path.glob("*task-vector*"))
 
 
+def test_a_sweep_never_touches_what_is_there(run, files, tmp_path):
+    base, tasks = files
+    kept = saved(small_model(7), tmp_path / "m-1.safetensors")
+    before = kept.read_bytes()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {base}\nmodels: [{kept}, {tasks[0]}]\nout: m.safetensors\n")
+    code, _, err = run("sweep", recipe, "scaling_factor=1,2")
+    assert (code, "is one of the inputs" in err) == (2, True)
+    recipe.write_text(f"base: {base}\nmodels: [{tasks[0]}]\nout: m.safetensors\n")
+    code, _, err = run("sweep", recipe, "scaling_factor=1,2", "--eval", "true")
+    assert (code, "is there already" in err) == (2, True)
+    assert kept.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

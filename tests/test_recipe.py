@@ -92,6 +92,7 @@ def test_fusion_benchs_method_file_is_a_rule(tmp_path):
             "only MagMaxAlgorithm is understood, not x.SlerpAlgorithm",
         ),
         ("base: b\nmodels: [m, m]\n", "two models have one name"),
+        ("base: b\nmodels: [m]\nout: x\nout: y\n", "line 4: out is given twice"),
         ("- a\n- b\n", "a recipe is a map"),
         ("base: [b\n", "cannot be read as YAML"),
         ("base: b\nmodels: [{path: m, name: x}, {path: n, name: x}]\n", "two models have one name; the names are x, x"),

@@ -16,6 +16,8 @@ from . import __version__
 from .errors import MagMaxError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .engine.job import Job, Outcome, Settings
     from .engine.running import Running
     from .recipe import Plan
@@ -116,14 +118,13 @@ def sweep(
     from pathlib import Path
 
     from .checkpoints import open_checkpoint
-    from .checkpoints.writer import remove
     from .engine.sweep import Sweep, factors
     from .recipe import load
 
     ranges = [a.partition("=")[2] for a in assignments if a.startswith(("scaling_factor=", "method.scaling_factor="))]
     if len(ranges) != 1:
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
-    plan = load(recipe, [a for a in assignments if "scaling_factor=" not in a])
+    plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
@@ -131,21 +132,22 @@ def sweep(
     models = [open_checkpoint(m, base=base) for m in plan.models]
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
-    passes = len(models) + 1 + 2 * len(chosen)
-    with _settings(base.nbytes * passes, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
-        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, settings)
-        with work.merged() as scaler:
-            for factor in chosen:
-                path = scaler.write(factor)
-                if evaluate is None:
-                    rows.append((f"{factor:g}", str(path)))
-                    continue
-                try:
-                    rows.append((f"{factor:g}", f"{_score(evaluate, str(path)):g}"))
-                finally:
-                    if not keep:
-                        remove(path)
-    _print_table(["scaling_factor", "score" if evaluate else "path"], rows)
+    total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
+    with _settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
+        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
+        if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
+            raise MagMaxError(
+                f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
+            )
+        try:
+            with work.merged() as scaler:
+                for factor in chosen:
+                    path = scaler.write(factor)
+                    told = str(path) if evaluate is None else _scored(evaluate, path, keep)
+                    rows.append((f"{factor:g}", told))
+        finally:
+            if rows:
+                _print_table(["scaling_factor", "score" if evaluate else "path"], rows)
 
 
 @app.command
@@ -243,7 +245,7 @@ def status(state: str) -> None:
     print(f"rule   {name} {options or ''}".rstrip())
     print(f"base   {found.base or 'in memory'}  {found.base_digest or ''}")
     tasks = found.current.tasks if found.current else []
-    shares = [f"{found.shares[t.name]:.1%}" if found.shares else "" for t in tasks]
+    shares = [f"{share:.1%}" for share in found.shares] or [""] * len(tasks)
     header = ["task", "name", "digest", *(["supplies"] if found.shares else [])]
     rows = [
         (str(n), t.name, t.digest, *([s] if s else [])) for n, (t, s) in enumerate(zip(tasks, shares, strict=True), 1)
@@ -285,7 +287,8 @@ def restore(state: str, which: str) -> None:
         A generation's label or number.
     """
     running = _running(state, None, None)
-    running.restore(which)
+    for dropped in running.restore(which):
+        print(f"dropped generation {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
     print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
 
 
@@ -520,20 +523,33 @@ def _settings(total: int, words: str, threads: int, restart: bool) -> Generator[
         yield Settings(threads, restart, lambda count: bar.advance(task, count), note)
 
 
-def _score(command: str, path: str) -> float:
-    """Run the user's evaluation on a result and read the number it prints."""
-    done = subprocess.run([*shlex.split(command), path], stdout=subprocess.PIPE, text=True)
-    lines = done.stdout.strip().splitlines()
+def _scored(command: str, path: Path, keep: bool) -> str:
+    """Run the user's evaluation on a result, and delete the result unless it is to be kept; the number it printed."""
+    from .checkpoints.writer import remove
+
     try:
+        done = subprocess.run([*shlex.split(command), path], stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.strip().splitlines()
         score: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
-    except ValueError:
-        score = None
-    if type(score) not in (int, float):
-        raise MagMaxError(f"{command} {path}: exit code {done.returncode}, and no JSON number as its last line")
-    return float(score)
+        if type(score) not in (int, float):
+            raise MagMaxError(f"{command} {path}: exit code {done.returncode}, and no JSON number as its last line")
+        return f"{score:g}"
+    except ValueError as error:
+        if isinstance(error, MagMaxError):
+            raise
+        raise MagMaxError(
+            f"{command} {path}: no JSON number as its last line, or unbalanced quotes ({error})"
+        ) from error
+    finally:
+        if not keep:
+            remove(path)
 
 
 def _print_preview(job: Job, threads: int) -> None:
+    if problems := job.problems():
+        from .errors import listed
+
+        raise listed("this would stop the merge", problems)
     cost = job.preview(threads)
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
@@ -541,10 +557,6 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {_size(cost['peak_memory'])}")
     _print_carried(job.carried)
-    if problems := job.problems():
-        from .errors import listed
-
-        raise listed("this would stop the merge", problems)
     print("no problem found; nothing was written")
 
 
@@ -558,7 +570,7 @@ def _print_outcome(words: str, outcome: Outcome) -> None:
 
 def _print_carried(carried: Any) -> None:
     if carried:
-        print(f"{len(carried)} tensors are the base's own:")
+        print(f"{len(carried)} tensors were not merged:")
         for key, why in carried.items():
             print(f"  {key}: {why}")
 

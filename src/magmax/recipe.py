@@ -223,6 +223,8 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
+            if name in found:
+                raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
             found[name] = key.start_mark.line + 1
             found |= _lines(value, f"{name}.")
     if isinstance(node, yaml.SequenceNode):

@@ -399,7 +399,7 @@ def test_absorbed_one_by_one_they_are_the_batch(base, tmp_path, three):
     for model in three:
         running.absorb(model)
     running.result(0.5, tmp_path / "running.safetensors")
-    assert [task.name for task in running.tasks] == ["task1", "task2", "model"]
+    assert [task.name for task in running.tasks] == ["task1", "task2", "full"]
     assert same_bytes(loaded(tmp_path / "running.safetensors"), loaded(tmp_path / "batch.safetensors"))
 
 

@@ -268,7 +268,7 @@ def small_slabs() -> None:
 
 def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int) -> Iterator[Any]:
     """What `stream.in_threads` does, in one thread, so that the calls always come in one order."""
-    return map(work, todo)
+    yield from map(work, todo)
 
 
 def every_kill(log: Sequence[Call]) -> Iterator[Kill]:

@@ -180,6 +180,47 @@ def test_nonfinite_values_pass_where_they_are_allowed(bad):
     assert reference.raw(merged["w"]) == reference.raw(task["w"])
 
 
+def test_a_tensor_kept_from_the_base_is_checked_like_any_other():
+    base, task = {"w": torch.zeros(1), "x": torch.tensor([1e6])}, {"w": torch.ones(1)}
+    with pytest.raises(MagMaxError, match="x: the merged values overflow F16"):
+        magmax.merge("magmax", base, [task], dtype="float16", mismatch="base")
+
+
+def test_base_and_model_exchanged_are_another_work_than_the_interrupted_one(files, tmp_path):
+    one, other = open_checkpoint(files[0]), open_checkpoint(files[1][0])
+    jobs = [
+        merge_job(make_rule("magmax"), base, [model], tmp_path / "out", Options(), ["x"])
+        for base, model in ((one, other), (other, one))
+    ]
+    identities = [job._identity() for job in jobs]
+    assert identities[0] != identities[1]
+
+
+def test_every_tensor_that_is_not_merged_is_reported(tmp_path):
+    base = saved({"w": torch.zeros(1)}, tmp_path / "base.safetensors")
+    task = saved({"w": torch.ones(1), "extra": torch.ones(2)}, tmp_path / "task.safetensors")
+    job = merge_job(
+        make_rule("magmax"), open_checkpoint(base), [open_checkpoint(task)], tmp_path / "out", Options(mismatch="base")
+    )
+    assert "extra" in job.run().carried
+    assert "`extra`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_module_takes_the_dtype_it_is_merged_to():
+    merged = magmax.merge("magmax", torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], dtype="bfloat16")
+    assert merged.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_that_was_added_to_is_not_replaced(files, tmp_path):
+    base, tasks = files
+    out = magmax.merge("magmax", base, tasks, out=tmp_path / "out")
+    magmax.merge("average", base, tasks, out=out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(MagMaxError, match=r"did not write \(notes\.txt\)"):
+        magmax.merge("magmax", base, tasks, out=out)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_mismatched_tensors_can_be_the_bases():
     base, task = small_model(0), small_model(1)
     task["layer.bias"], task["extra"] = torch.zeros(5), torch.zeros(2)

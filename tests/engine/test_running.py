@@ -64,7 +64,7 @@ def test_the_map_of_winners_says_which_task_supplies_each_element(tmp_path):
     latest_largest = len(tasks) - np.argmax(sizes[::-1], axis=0)
     assert (mapped == latest_largest).all()
     shares = running.status().shares
-    assert sum(shares.values()) == pytest.approx(1)
+    assert sum(shares) == pytest.approx(1)
 
 
 def test_a_labelled_generation_is_kept_and_restored(files, tmp_path):
@@ -120,3 +120,21 @@ def test_labels_must_be_new_and_not_look_like_numbers(files, tmp_path):
             running.label(label)
     with pytest.raises(MagMaxError, match=r"no generation 'two'; it has 1 \(one\)"):
         running.restore("two")
+
+
+def test_a_base_other_than_the_one_it_was_begun_with_is_refused_in_memory_too(tmp_path):
+    base, task = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    Running(tmp_path / "state", "magmax", base).absorb(task)
+    for other, words in [
+        ({"w": torch.full((2,), 100.0)}, "not the one it was begun with"),
+        ({"v": base["w"]}, "other tensors"),
+    ]:
+        with pytest.raises(MagMaxError, match=words):
+            Running(tmp_path / "state", base=other).result()
+
+
+def test_two_tasks_of_one_name_keep_their_own_shares(tmp_path):
+    running = Running(tmp_path / "state", "magmax", {"w": torch.zeros(4)}, winners=True)
+    running.absorb({"w": torch.tensor([3.0, 3, 3, 1])}, "same")
+    running.absorb({"w": torch.tensor([1.0, 1, 1, 3])}, "same")
+    assert running.status().shares == [0.75, 0.25]

@@ -27,6 +27,7 @@ def test_a_swept_file_is_the_merge_at_that_factor_byte_for_byte(rule, dtype, fil
         names,
         tmp_path / "out.safetensors",
         Options(dtype=dtype),
+        [0.3, 1.0],
         Settings(),
     )
     with sweep.merged() as scaler:

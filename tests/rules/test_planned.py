@@ -196,3 +196,16 @@ def test_what_makes_no_sense_is_an_error(make):
 def test_parts_of_a_chain_that_ask_over_different_spans_are_refused():
     with pytest.raises(MagMaxError, match="over one span"):
         chain(Prune(span="tensor"), Ties(span="model"))
+
+
+def test_arrays_of_any_shape_are_pruned_as_they_lie_in_memory():
+    square = np.float32([[1, 1], [0, 0], [0, 5], [5, 5]])
+    for rule in (chain(Prune(keep=0.5), MagMax()), Ties(density=0.5)):
+        assert (rule([square]) == rule([square.reshape(-1)]).reshape(4, 2)).all()
+        assert np.count_nonzero(rule([square])) == 4
+
+
+def test_the_same_transform_twice_would_draw_the_same_numbers_and_is_refused():
+    with pytest.raises(MagMaxError, match="twice"):
+        chain(Dare(drop=0.5), Dare(drop=0.5), MagMax())
+    chain(Dare(drop=0.5), Dare(drop=0.5, seed=1), MagMax())

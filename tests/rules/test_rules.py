@@ -130,3 +130,9 @@ def test_nothing_to_merge_and_unlike_shapes_are_errors(vectors):
 def test_more_ranks_than_tasks_is_an_error():
     with pytest.raises(MagMaxError, match="k = 3 needs at least 3 models; 2 given"):
         KthMagnitude(k=3)([np.zeros(2, np.float32)] * 2)
+
+
+def test_mixed_types_are_merged_in_the_wider_one_and_integers_refused():
+    assert Average()([np.float32([1]), np.float64([2])]).dtype == np.float64
+    with pytest.raises(MagMaxError, match="must be floating, not int64"):
+        Average()([np.array([1]), np.array([2])])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError
 from .dtypes import Spec
 
 
@@ -46,23 +43,12 @@ class Checkpoint(ABC):
         """One digest per file of `files()` of what can be known without reading tensors."""
         return ["" for _ in self.files()]
 
-    def keys(self) -> Iterator[str]:
-        return iter(self.specs)
-
     def spec(self, key: str) -> Spec:
         return self.specs[self.resolve(key)]
 
     def resolve(self, key: str) -> str:
         """The key under which a possibly tied tensor is stored."""
         return self.aliases.get(key, key)
-
-    def rows(self, key: str, first: int, last: int) -> NDArray[Any]:
-        """Rows first..last along dimension 0, in storage type, with the tensor's trailing shape."""
-        spec = self.spec(key)
-        if not spec.floating:
-            raise MagMaxError(f"{self.label}: {key} is {spec}; only floating tensors are read by rows")
-        row = int(np.prod(spec.shape[1:], dtype=np.int64))
-        return self.read(self.resolve(key), first * row, last * row).reshape(-1, *spec.shape[1:])
 
     @property
     def nbytes(self) -> int:

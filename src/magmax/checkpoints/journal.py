@@ -13,6 +13,11 @@ from typing import Any
 from ..errors import MagMaxError
 
 
+def fdatasync(fd: int) -> None:
+    """Wait until what was written is on disk; where the system has no fdatasync, its fsync does that and more."""
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
 class Journal:
     """Lines of JSON: first the identity of the work, then one line per finished part.
 
@@ -53,7 +58,7 @@ class Journal:
         try:
             while lines:
                 lines = lines[os.write(self._fd, lines) :]
-            os.fdatasync(self._fd)
+            fdatasync(self._fd)
         except OSError:
             os.ftruncate(self._fd, end)
             raise

@@ -13,8 +13,8 @@ from .base import Checkpoint
 from .dtypes import Spec
 
 
-class Writable(Protocol):
-    """What a draft and a view of a draft have in common."""
+class Sink(Protocol):
+    """Where tensors go, in any order: a draft on disk, a view of one, or arrays in memory."""
 
     @property
     def specs(self) -> Mapping[str, Spec]: ...
@@ -45,7 +45,7 @@ class PrefixedView(Checkpoint):
 class PrefixedSink:
     """Writes tensors under their names with a prefix."""
 
-    sink: Writable
+    sink: Sink
     prefix: str
 
     @property

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 from .dtypes import BITS, Spec
+from .journal import fdatasync
 
 SHARD_BYTES = 5_000_000_000
 PROVENANCE = "provenance.json"
+CONTENTS = ".magmax-contents"
+"""The names of all files of a folder output, by which files added since are told apart."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -56,14 +59,24 @@ class Target:
             found.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
         elif inside := next((p for p in taken if p in real.parents), None):
             found.append(f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output")
-        if self.folder and path.is_dir() and any(path.iterdir()) and not (path / PROVENANCE).exists():
-            found.append(f"{path}: holds files that magmax did not write; remove it or choose another folder")
+        if self.folder and path.is_dir() and (strangers := _strangers(path)):
+            told = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+            found.append(f"{path}: holds files that magmax did not write ({told}); move them or choose another folder")
         if self.folder != path.is_dir() and path.exists():
             found.append(f"{path}: is a {'file' if self.folder else 'folder'}; choose another name")
         above = nearest_folder(path)
         if not os.access(above, os.W_OK | os.X_OK):
             found.append(f"{above}: cannot be written to; choose another place for the output")
         return found
+
+
+def _strangers(folder: Path) -> list[str]:
+    """The files in a folder that are not part of an output put there before."""
+    listing = folder / CONTENTS
+    ours = {CONTENTS, *(listing.read_text().splitlines() if listing.is_file() else ())}
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and str(p.relative_to(folder)) not in ours
+    )
 
 
 def nearest_folder(path: Path) -> Path:
@@ -105,7 +118,7 @@ class Shard:
         self._put(flat, self._offsets[key] + start * stored.dtype.itemsize)
 
     def sync(self) -> None:
-        os.fdatasync(self._fd)
+        fdatasync(self._fd)
 
     def seal(self, metadata: dict[str, str]) -> None:
         """Put the final metadata into the place its draft reserved, and wait for the disk."""
@@ -176,6 +189,8 @@ class Draft:
             return
         if len(self._shards) > 1:
             companions = {**companions, INDEX: self._index()}
+        names = sorted([*companions, *(shard.path.name for shard in self._shards)])
+        companions = {**companions, CONTENTS: "".join(f"{name}\n" for name in names).encode()}
         for name, content in companions.items():
             _put_file(partial / name, content)
         sync_folder(partial)
@@ -233,9 +248,12 @@ def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
 
 def _put_file(path: Path, content: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.read_bytes() if isinstance(content, Path) else content
     with open(path, "wb") as file:
-        file.write(data)
+        if isinstance(content, Path):
+            with open(content, "rb") as source:
+                shutil.copyfileobj(source, file)
+        else:
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

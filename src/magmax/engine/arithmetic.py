@@ -39,7 +39,7 @@ class MergeKernel(Kernel):
 
     def prepared(self, threads: int, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
-        if not self.rule.passes:
+        if isinstance(self.rule, StreamingRule):
             return self
         merged = [key for key in self.reader.inputs[0].specs if key not in self.carried]
         return replace(self, answers=ask(self.rule, self.reader, self.tasks, merged, threads, progress))
@@ -64,14 +64,10 @@ class MergeKernel(Kernel):
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
-        dtype = self.out[slab.key].dtype
         with np.errstate(over="ignore", invalid="ignore"):
             merged *= merged.dtype.type(self.scaling_factor)
             merged += base
-        stored = narrow(merged, dtype)
-        if not self.reader.allow_nonfinite and not finite(stored, dtype):
-            raise MagMaxError(f"{slab.key}: the merged values overflow {dtype}; choose a wider --dtype")
-        return stored
+        return self._stored(slab, merged)
 
     def carry(self, slab: Slab) -> NDArray[Any]:
         """The base's own tensor; the models' are read where they can be, for their digests alone."""
@@ -80,5 +76,18 @@ class MergeKernel(Kernel):
         for task in range(1, self.tasks + 1):
             if self.reader.inputs[task].specs.get(self.reader.inputs[task].resolve(slab.key)) == spec:
                 slab.stored(task)
+        if not spec.floating or self.out[slab.key].dtype == spec.dtype:
+            return base
+        return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))
+
+    def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:
+        """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
         dtype = self.out[slab.key].dtype
-        return base if dtype == spec.dtype else narrow(widen(base, spec.dtype, compute_dtype(spec.dtype)), dtype)
+        stored = narrow(values, dtype)
+        if not self.reader.allow_nonfinite and not finite(stored, dtype):
+            if np.isfinite(values).all():
+                raise MagMaxError(f"{slab.key}: the merged values overflow {dtype}; choose a wider dtype")
+            raise MagMaxError(
+                f"{slab.key}: the merged values overflow {values.dtype}, the type merged in; convert the base"
+            )
+        return stored

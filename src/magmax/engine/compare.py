@@ -13,7 +13,7 @@ Mismatch = Literal["strict", "base"]
 
 
 def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> dict[str, str]:
-    """The tensors that will be carried over from the base unmerged: key -> why.
+    """The tensors that will not be merged, key -> why: those of the base are carried over as they are.
 
     Raises:
         MagMaxError: under "strict", one error that lists every key that is missing, extra, or of another shape or kind
@@ -24,8 +24,7 @@ def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch =
     for model in models:
         for key, problem in _differences(base, model).items():
             problems.append(problem)
-            if key in base.specs:
-                carried[key] = problem
+            carried[key] = problem
     if problems and mismatch == "strict":
         problems.append("to keep the base's tensor wherever a model has no match: --mismatch base")
         raise listed(f"the models do not match {base.label}", problems)

@@ -39,6 +39,10 @@ class Settings:
     progress: Progress = lambda _: None
     note: Callable[[str], None] = lambda _: None
 
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise MagMaxError(f"threads must be 0 (one for each processor) or more, not {self.threads}")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -85,8 +89,8 @@ class Job:
 
     @property
     def read_bytes(self) -> int:
-        base = self.inputs[0]
-        return len(self.inputs) * sum(spec.nbytes for spec in base.specs.values())
+        """Bytes that all passes read, at the usual most."""
+        return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
 
     def draft(self) -> Draft:
         return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes)
@@ -94,10 +98,12 @@ class Job:
     def preview(self, threads: int = 0) -> dict[str, int]:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
-        slabs = (threads or cores()) * ARRAYS_A_THREAD * SLAB * 4
+        widest = max((spec.storage.itemsize for spec in self.specs.values()), default=4)
+        arrays = ARRAYS_A_THREAD + (2 * len(self.inputs) if self.extra_passes else 0)
+        slabs = (threads or cores()) * arrays * SLAB * max(4, widest)
         return {
             "passes": 1 + self.extra_passes,
-            "read_bytes": self.read_bytes * (1 + self.extra_passes),
+            "read_bytes": self.read_bytes,
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
@@ -154,11 +160,8 @@ class Job:
         if reused:
             settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
         ledger = work.run(settings.progress)
-        inputs, outputs = ledger.tensors[: len(self.inputs)], ledger.tensors[len(self.inputs) :]
-        digests = [
-            checkpoint_digest({key: c.spec(key) for key in tensors}, tensors)
-            for c, tensors in zip(self.inputs, inputs, strict=True)
-        ]
+        outputs = ledger.tensors[len(self.inputs) :]
+        digests = ledger.digests(self.inputs)
         self.check(digests)
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
@@ -186,6 +189,7 @@ class Job:
         """What must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
+        identity["the order of the inputs"] = [[str(path) for path in c.files()] for c in self.inputs]
         for checkpoint in self.inputs:
             for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
                 status = path.stat()
@@ -218,7 +222,7 @@ def _allocated(partial: Path) -> int:
         return 0
 
 
-def tensor_digests(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+def provenance_file(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
     """The provenance file of a folder output."""
     content = {**provenance.as_dict(), "tensors": dict(sorted(digests.items()))}
     return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..checkpoints import Spec
-from ..checkpoints.slabs import chunks, tensor_digest
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.slabs import checkpoint_digest, chunks, tensor_digest
 
 
 class Ledger:
@@ -19,6 +19,13 @@ class Ledger:
         self._missing = {key: sum(1 for _ in chunks(key, spec)) for key, spec in specs.items()}
         self._parts: dict[str, dict[int, Sequence[bytes]]] = {}
         self.tensors: list[dict[str, str]] = [{} for _ in range(streams)]
+
+    def digests(self, inputs: Sequence[Checkpoint]) -> list[str]:
+        """One digest for each input, which are the first streams."""
+        return [
+            checkpoint_digest({key: checkpoint.spec(key) for key in tensors}, tensors)
+            for checkpoint, tensors in zip(inputs, self.tensors, strict=False)
+        ]
 
     def add(self, key: str, start: int, parts: Sequence[bytes]) -> None:
         """Take the joined slab digests of one chunk: an entry per stream, empty where the stream was not touched."""

@@ -21,10 +21,14 @@ from ..rules import Rule, as_rule, nearest
 from .arithmetic import MergeKernel
 from .companions import companions
 from .compare import Mismatch, compare
-from .job import Job, Settings, tensor_digests
+from .job import Job, Settings, provenance_file
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import Reader
 from .stream import Pass
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+COMMON_NAMES = {"model", "pytorch_model", "adapter_model", "diffusion_pytorch_model"}
+"""File names that say nothing of the model."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def beside(
         dtypes = sorted({s.dtype for s in kernel.out.values() if s.floating})
         card = model_card(provenance, dtypes, kernel.carried).encode()
         copied = companions(folder, wanted) if folder else {}
-        return {**copied, "README.md": card, **tensor_digests(provenance, digests)}
+        return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
     return files
 
@@ -200,14 +204,22 @@ class MemorySink:
 
 def default_names(paths: Sequence[str]) -> list[str]:
     """For each path the first part that tells it from the others, without its suffix."""
-    if len(paths) == 1:
-        return [Path(paths[0]).stem]
     parts = [Path(path).parts or ("",) for path in paths]
+    if len(paths) == 1:
+        names = [_plain(part) for part in reversed(parts[0])]
+        return [next((name for name in names if name not in COMMON_NAMES), names[0])]
     for column in range(max(map(len, parts), default=0)):
         words = [p[min(column, len(p) - 1)] for p in parts]
         if len(set(words)) == len(words):
-            return [w.removesuffix(".safetensors") for w in words]
-    return list(paths)
+            return [_plain(word) for word in words]
+    longest = max(map(len, parts), default=0)
+    first = next((c for c in range(longest) if len({p[min(c, len(p) - 1)] for p in parts}) > 1), 0)
+    return [_plain("/".join(p[first:] or p[-1:])) for p in parts]
+
+
+def _plain(name: str) -> str:
+    """A file's name without the suffix that says it holds weights."""
+    return next((name.removesuffix(s) for s in WEIGHT_SUFFIXES if name.endswith(s)), name)
 
 
 def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> MergeKernel:
@@ -246,5 +258,9 @@ def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], opt
     if isinstance(base, Mapping):
         return merged
     result = copy.deepcopy(base)
+    if options.dtype is not None:
+        import torch
+
+        result = result.to(getattr(torch, options.dtype))
     result.load_state_dict(merged)
     return result

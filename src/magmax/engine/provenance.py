@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,10 +49,10 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
-def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Mapping[str, str]) -> str:
+def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str]) -> str:
     """A README for a merged model's folder."""
     rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
-    kept = "\n".join(f"* `{key}`: {why}" for key, why in carried.items()) or "None: every tensor was merged."
+    kept = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
     recipe = json.dumps(provenance.recipe, indent=2)
     return f"""---
 library_name: transformers
@@ -72,7 +72,7 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 |---|---|
 {rows}
 
-## Tensors taken from the base as they are
+## Tensors that were not merged
 
 {kept}
 """

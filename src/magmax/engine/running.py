@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..rules import Rule, StreamingRule, as_rule, rule_from
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import compare
-from .job import Job, Outcome, Settings, tensor_digests
+from .job import Job, Outcome, Settings, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from .reader import Reader
 from .stream import Pass, Sink
@@ -65,7 +65,7 @@ class Status:
     base_digest: str | None
     current: Generation | None
     generations: Sequence[Generation]
-    shares: Mapping[str, float] = field(default_factory=dict[str, float])
+    shares: Sequence[float] = ()
 
 
 class Running:
@@ -101,6 +101,8 @@ class Running:
         self._base_given: Any = base
         if self._file.exists():
             self._load()
+            if winners and not self.winners:
+                raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
             if rule is not None and as_rule(rule) != self.rule:
                 raise MagMaxError(
                     f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
@@ -136,8 +138,17 @@ class Running:
         Raises:
             MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
         """
-        with self._alone():
-            return self._absorb(model, name, label)
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
+        try:
+            with self._alone():
+                return self._absorb(model, name, label)
+        finally:
+            if new and not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def _absorb(self, model: Any, name: str | None, label: str | None) -> Outcome:
         base = self._base()
@@ -146,9 +157,9 @@ class Running:
         refuse_same_path([base, opened])
         name = name or (default_names([str(opened.path)])[0] if opened.path else f"task {len(self.tasks) + 1}")
         self._refuse_label(label)
-        job = self._absorb_job(base, opened, name, carried)
+        number = max(self._generations, default=0) + 1
+        job = self._absorb_job(number, base, opened, name, carried)
         outcome = job.run(self._settings)
-        number = int(job.target.path.name.rpartition("-")[2])
         count = self.rule.slots(len(self.tasks) + 1)
         tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._slots()) + 1])]
         self._base_digest = outcome.input_digests[0]
@@ -173,17 +184,19 @@ class Running:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
-        Pass([base, *self._slots()], [memory], kernel, self._settings.threads, False).run(self._settings.progress)
+        inputs = [base, *self._slots()]
+        ledger = Pass(inputs, [memory], kernel, self._settings.threads).run(self._settings.progress)
+        self._verify(ledger.digests(inputs), self._recorded())
         return like(self._base_given, base, memory.tensors, chosen)
 
     def result_job(self, out: Path, options: Options) -> Job:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._base()
         kernel = self._result_kernel(base, options)
-        digests = [self._base_digest, *self._generations[self._current or 0].slots]
+        recorded = self._recorded()
 
         def verify(found: Sequence[str]) -> None:
-            self._verify(found, digests)
+            self._verify(found, recorded)
 
         return Job(
             target=Target(out),
@@ -208,7 +221,7 @@ class Running:
             self._base_digest,
             current,
             list(self._generations.values()),
-            self._shares() if self.winners and current else {},
+            self._shares() if self.winners and current else (),
         )
 
     def label(self, label: str) -> None:
@@ -220,9 +233,10 @@ class Running:
             self._generations[self._current] = replace(self._generations[self._current], label=label)
             self._save()
 
-    def restore(self, which: str | int) -> None:
-        """Go back to a generation, by its label or number. Later unlabelled ones are dropped."""
+    def restore(self, which: str | int) -> Sequence[Generation]:
+        """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
         with self._alone():
+            before = list(self._generations.values())
             found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
             if not found:
                 known = ", ".join(
@@ -231,6 +245,7 @@ class Running:
                 raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
             self._current = found[0].number
             self._save()
+            return [generation for generation in before if generation.number not in self._generations]
 
     def _base(self) -> Checkpoint:
         given = self._base_given
@@ -254,8 +269,11 @@ class Running:
         count = self.rule.slots(len(self.tasks))
         return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
 
-    def _absorb_job(self, base: Checkpoint, model: Checkpoint, name: str, carried: Mapping[str, str]) -> Job:
+    def _absorb_job(
+        self, number: int, base: Checkpoint, model: Checkpoint, name: str, carried: Mapping[str, str]
+    ) -> Job:
         slots, task = self._slots(), len(self.tasks) + 1
+        self._same_tensors(base, slots)
         if self.winners and task > MOST_MAPPED_TASKS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
         specs = {
@@ -285,28 +303,37 @@ class Running:
             return [first, *(PrefixedSink(draft, prefix) for prefix in prefixes[1:])]
 
         def check(found: Sequence[str]) -> None:
-            recorded: Sequence[str] = [] if self._current is None else self._generations[self._current].slots
-            self._verify(found, [self._base_digest, *recorded])
+            self._verify(found, self._recorded())
             twin = next((t for t in self.tasks if t.digest == found[len(slots) + 1]), None)
             if twin:
                 raise MagMaxError(f"{model.label}: was absorbed already, as {twin.name!r}")
 
-        number = max(self._generations, default=0) + 1
         recipe = {"absorb": self.rule.describe(), "task": task}
         return Job(
             target=Target(self._folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
-            kernel=kernel, carried=carried, sinks=sinks, companions=tensor_digests, check=check,
+            kernel=kernel, carried=carried, sinks=sinks, companions=provenance_file, check=check,
         )  # fmt: skip
 
     def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._slots()
+        self._same_tensors(base, slots)
         carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
         reader = Reader([base, *slots], options.allow_nonfinite)
         merge = MergeKernel(
             reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried
         )
         return ResultKernel(merge, self.rule, len(slots))
+
+    def _recorded(self) -> list[str | None]:
+        """The digests of the base and of the slots as they were last seen."""
+        return [self._base_digest, *(self._generations[self._current].slots if self._current is not None else ())]
+
+    def _same_tensors(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
+        """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
+        merged = {key: spec.shape for key, spec in base.specs.items() if spec.floating}
+        if any({key: spec.shape for key, spec in slot.specs.items()} != merged for slot in slots):
+            raise MagMaxError(f"{self.path}: the base is not the one it was begun with: {base.label} has other tensors")
 
     def _verify(self, found: Sequence[str], recorded: Sequence[str | None]) -> None:
         """Refuse a base or a state that is not what it was when it was last read or written."""
@@ -324,14 +351,14 @@ class Running:
         if label is not None and (not label or label.isdigit()):
             raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
 
-    def _shares(self) -> dict[str, float]:
+    def _shares(self) -> list[float]:
         view = PrefixedView(open_checkpoint(self._folder(self._current or 0)), WINNERS, "winners")
         counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
         for key, spec in view.specs.items():
             for chunk in chunks(key, spec):
                 counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
         total = max(1, int(counts.sum()))
-        return {task.name: int(counts[n]) / total for n, task in enumerate(self.tasks, start=1)}
+        return [int(counts[number]) / total for number in range(1, len(self.tasks) + 1)]
 
     def _save(self) -> None:
         """Make the current generation the one that counts, then drop those that nothing names."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import Chunk, chunks, slab_digest
+from ..checkpoints.views import Sink
 from .ledger import Ledger
 
 JOURNAL_SECONDS = 2.0
@@ -26,17 +27,6 @@ CHUNKS_AHEAD = 64
 
 Progress = Callable[[int], None]
 """Called with a number of bytes read since the last call."""
-
-
-class Sink(Protocol):
-    """Where a pass puts what it makes: a draft on disk, or tensors in memory."""
-
-    @property
-    def specs(self) -> Mapping[str, Spec]: ...
-
-    def write(self, key: str, start: int, stored: NDArray[Any]) -> None: ...
-
-    def sync(self) -> None: ...
 
 
 class Slab:
@@ -103,8 +93,9 @@ class Pass:
         todo = (c for key, spec in specs.items() for c in chunks(key, spec) if (c.key, c.start) not in done)
         pending: list[Any] = []
         saved, unsaved = time.monotonic(), 0
+        results = in_threads(self._work, todo, self.threads or cores())
         try:
-            for chunk, digests in in_threads(self._work, todo, self.threads or cores()):
+            for chunk, digests in results:
                 ledger.add(chunk.key, chunk.start, digests)
                 pending.append([*chunk, [d.hex() for d in digests]])
                 cost = self.cost(*chunk)
@@ -114,6 +105,7 @@ class Pass:
                     pending, saved, unsaved = [], time.monotonic(), 0
                 progress(cost)
         except BaseException:
+            results.close()
             with suppress(OSError):
                 self._save(pending)
             raise
@@ -149,7 +141,7 @@ class Pass:
 
 def cores() -> int:
     """The processors this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hold_freed_memory() -> None:
@@ -161,8 +153,8 @@ def hold_freed_memory() -> None:
     np.empty(24 << 20, np.uint8)
 
 
-def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int) -> Iterator[Any]:
-    """Results of `work` as they come, with a bounded number under way."""
+def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int) -> Generator[Any]:
+    """Results of `work` as they come, with a bounded number under way; closing it waits for those that run."""
     waiting: set[Future[Any]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
         try:

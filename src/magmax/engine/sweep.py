@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.dtypes import LONG_NAMES, compute_dtype
 from ..checkpoints.writer import Target, remove
-from ..errors import MagMaxError
+from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
 from .job import Job, Outcome, Settings
@@ -64,6 +64,7 @@ class Sweep:
     names: Sequence[str]
     out: Path
     options: Options
+    factors: Sequence[float]
     settings: Settings
 
     def path(self, factor: float) -> Path:
@@ -75,6 +76,9 @@ class Sweep:
     def merged(self) -> Generator[Scaler]:
         """Merge once; the merged task vector lies beside the outputs until the block is left."""
         whole = self._job(self.out)
+        problems = [problem for factor in self.factors for problem in self._job(self.path(factor)).problems()]
+        if problems:
+            raise listed("the results cannot be written", problems)
         vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
         specs = {
             key: Spec(LONG_NAMES[compute_dtype(spec.dtype).name], spec.shape)
@@ -135,12 +139,13 @@ def factors(text: str) -> list[float]:
     """The numbers of "first:last:step" (both ends included) or of "a,b,c"."""
     try:
         if ":" not in text:
-            return [float(Decimal(part)) for part in text.split(",")]
-        first, last, step = (Decimal(part) for part in text.split(":"))
-        count = int((last - first) / step) + 1
-        if count > MOST_FACTORS:
-            raise ValueError(f"{count} factors")
-        found = [float(first + step * n) for n in range(count)]
+            found = [float(Decimal(part)) for part in text.split(",")]
+        else:
+            first, last, step = (Decimal(part) for part in text.split(":"))
+            count = int((last - first) / step) + 1
+            if count > MOST_FACTORS:
+                raise ValueError(f"{count} factors")
+            found = [float(first + step * n) for n in range(count)]
     except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:
         raise MagMaxError(
             f"cannot read {text!r} as numbers; write first:last:step, such as 0.1:1.0:0.1, or a,b,c"

@@ -54,7 +54,7 @@ def nearest(word: str, words: list[str]) -> str:
 
 def all_parts() -> dict[str, type[Rule] | type[Before]]:
     """Every rule and transform by name: the built-in ones, then those of installed packages."""
-    return BUILT_IN | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+    return BUILT_IN | {p.name: p.load() for p in entry_points(group=ENTRY_POINTS) if p.name not in BUILT_IN}
 
 
 def find_part(name: str) -> type[Rule] | type[Before]:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from array_api_compat import array_namespace
-
 from ..errors import MagMaxError
-from .plan import Address, Answer, Array, Block, Plan, Scope, Span, answered
+from .plan import Address, Answer, Array, Block, Plan, Scope, Span, answered, namespace
 
 State = tuple[Array, ...]
 """What a fold over tasks remembers: arrays of one block's shape."""
@@ -72,12 +70,16 @@ class Rule(ABC):
         shapes = sorted({tuple(v.shape) for v in task_vectors})
         if len(shapes) > 1:
             raise MagMaxError(f"task vectors must have one shape; these have {', '.join(map(str, shapes))}")
-        xp = array_namespace(*task_vectors)
-        dtype = task_vectors[0].dtype
+        xp = namespace(task_vectors[0])
+        dtype = xp.result_type(*task_vectors)
+        if not xp.isdtype(dtype, "real floating"):
+            raise MagMaxError(f"task vectors must be floating, not {dtype}; convert them")
         compute = xp.float64 if dtype == xp.float64 else xp.float32
-        block = Block(Address(key, offset), [xp.asarray(v, dtype=compute, copy=True) for v in task_vectors])
+        flat = [xp.reshape(xp.asarray(v, dtype=compute, copy=True), (-1,)) for v in task_vectors]
+        block = Block(Address(key, offset), flat)
         scope = Scope(len(task_vectors), math.prod(task_vectors[0].shape), dtype == xp.float64)
-        return xp.astype(self.merge(block, answered(self.plan(scope), block)), dtype, copy=False)
+        merged = self.merge(block, answered(self.plan(scope), block))
+        return xp.reshape(xp.astype(merged, dtype, copy=False), task_vectors[0].shape)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def bits(values: Array) -> Array:
     """The same memory as signed integers of the same width."""
     kind = _SIGNED.get(values.dtype)
     if kind is None:
-        xp = array_namespace(values)
+        xp = namespace(values)
         kind = _SIGNED[values.dtype] = xp.int64 if values.dtype == xp.float64 else xp.int32
     return values.view(kind)
 

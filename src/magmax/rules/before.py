@@ -29,7 +29,7 @@ class Before(ABC):
     @property
     def questions_span(self) -> Span | None:
         """Over what the plan's questions range; None if it asks none."""
-        return None
+        return None if type(self).plan is Before.plan else Span.MODEL
 
     def plan(self, scope: Scope) -> Plan:
         """Ask what `apply` must know. By default, nothing."""

@@ -25,6 +25,8 @@ def chain(*parts: Before | Rule) -> Rule:
     if not isinstance(rule, Rule) or len(befores) < len(before):
         names = ", ".join(getattr(p, "name", repr(p)) for p in parts) or "nothing"
         raise MagMaxError(f"a chain is transforms and then one merge rule; this one is {names}")
+    if len(set(befores)) < len(befores):
+        raise MagMaxError("a chain has the same transform twice; give each a seed, or another option, of its own")
     if not befores:
         return rule
     if isinstance(rule, StreamingRule) and all(b.questions_span is None for b in befores):

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import xxhash
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from .base import bits
-from .plan import Address, Array
+from .plan import Address, Array, namespace
 
 WORDS_A_COUNT = 8
 """32-bit words that Philox makes from one value of its counter."""
@@ -27,7 +26,7 @@ def draws(purpose: str, seed: int, stream: int, at: Address, count: int) -> NDAr
 
 def chance_mask(like: Array, probability: float, purpose: str, seed: int, stream: int, at: Address) -> Array:
     """Signed integers of the width of `like`: all ones with the given probability (exact to 2^-32), else all zeros."""
-    xp = array_namespace(like)
+    xp = namespace(like)
     drawn = draws(purpose, seed, stream, at, math.prod(like.shape))
     width = np.int64 if like.dtype.itemsize == 8 else np.int32
     mask = -(drawn < round(probability * (1 << 32))).astype(width)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from .plan import Address, Array, Block, Counts, Fold, Scope
+from .plan import Address, Array, Block, Counts, Fold, Scope, namespace
 
 BINS = 1 << 16
 SAMPLE = 1 << 11
@@ -47,12 +46,12 @@ class Cut:
 
 def apply_mask(values: Array, mask: Array, invert: bool = False) -> None:
     """Zero, in place, the bits `values` wherever the mask is zero (or, inverted, is not), whatever its width."""
-    values &= array_namespace(mask).astype(~mask if invert else mask, values.dtype, copy=False)
+    values &= namespace(mask).astype(~mask if invert else mask, values.dtype, copy=False)
 
 
 def magnitude_codes(delta: Array, wide: bool) -> Array:
     """Magnitudes as integers of the same order: the bits of |delta|, of float64 if `wide`, else of float32."""
-    xp = array_namespace(delta)
+    xp = namespace(delta)
     if wide:
         return xp.astype(delta, xp.float64, copy=False).view(xp.int64) & ((1 << 63) - 1)
     return delta.view(xp.int32) & ((1 << 31) - 1)

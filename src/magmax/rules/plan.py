@@ -9,12 +9,18 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 Array = Any
 """A numpy array or a torch tensor of float32 or float64; a rule uses what the array API standard gives both."""
 
 Counts = NDArray[np.int64]
+
+
+def namespace(array: Array) -> Any:
+    """The array API functions for an array: numpy is its own, torch's come through array-api-compat."""
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else array_namespace(array)
 
 
 class Address(NamedTuple):

@@ -17,9 +17,9 @@ from .plan import Address, Answer, Array, Plan, Scope, Span
 class Prune(Before):
     """Keep the fraction `keep` of each task vector's entries: the largest, the smallest, or some at random.
 
-    Exactly round(keep * n) entries of largest (or smallest) magnitude are kept of the n in the span; equal magnitudes
-    go by tensor name, then flat offset. At random, each entry is kept with probability `keep`, by a draw that depends
-    on (seed, tensor name, flat offset, task) alone.
+    Exactly round(keep * n) entries of largest (or smallest) magnitude are kept of the n in the span; of equal
+    magnitudes those first by tensor name, then flat offset, count as larger. At random, each entry is kept with
+    probability `keep`, by a draw that depends on (seed, tensor name, flat offset, task) alone.
     """
 
     name: ClassVar[str] = "prune"
@@ -31,6 +31,10 @@ class Prune(Before):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.which not in ("top", "bottom", "random"):
+            raise MagMaxError(f"prune needs which to be top, bottom or random, not {self.which!r}")
+        if self.span not in ("model", "tensor"):
+            raise MagMaxError(f"prune needs span to be model or tensor, not {self.span!r}")
         if not 0 <= self.keep <= 1:
             raise MagMaxError(f"prune needs keep from 0 to 1, not {self.keep}")
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from ..errors import MagMaxError
 from .base import Rule, bits
 from .magnitude import Cut, apply_mask, largest
-from .plan import Answer, Array, Block, Counts, Fold, Plan, Scope, Span
+from .plan import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace
 
 
 class Trimmed(NamedTuple):
@@ -46,6 +45,8 @@ class Ties(Rule):
     span: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
+        if self.span not in ("model", "tensor"):
+            raise MagMaxError(f"ties needs span to be model or tensor, not {self.span!r}")
         if not 0 <= self.density <= 1:
             raise MagMaxError(f"ties needs a density from 0 to 1, not {self.density}")
 
@@ -66,7 +67,7 @@ class Ties(Rule):
         trimmed: Trimmed = answer
         _trim(block, trimmed.cuts)
         elected = _sum(block.deltas)
-        xp = array_namespace(elected)
+        xp = namespace(elected)
         if trimmed.mostly_negative:
             elected = xp.where(elected == 0, xp.asarray(-1, dtype=elected.dtype), elected)
         count = xp.zeros_like(bits(elected))
