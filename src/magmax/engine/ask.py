@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from ..checkpoints.slabs import Chunk, chunks
 from ..rules import Address, Block, Rule
-from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span
+from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span, carried_out
 from .reader import Reader
 from .stream import Progress, Slab, cores, hold_freed_memory, in_threads
 
@@ -44,13 +45,7 @@ class Questions:
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
-        reply: Any = None
-        while True:
-            try:
-                fold = plan.send(reply)
-            except StopIteration as end:
-                return end.value
-            reply = self._apart(fold) if fold.apart else self._summed(fold)
+        return carried_out(plan, lambda fold: self._apart(fold) if fold.apart else self._summed(fold))
 
     def _summed(self, fold: Fold) -> Counts:
         """Each thread counts for itself; integers can be added in any order."""
@@ -86,11 +81,12 @@ class Questions:
 
     def _each(self, work: Any, fold: Fold) -> None:
         todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec))
-        done = map(work, todo) if self._threads == 1 else in_threads(work, todo, self._threads)
-        for chunk in done:
-            if not fold.sample:
-                size = self._specs[chunk.key].storage.itemsize
-                self._progress((chunk.stop - chunk.start) * size * len(self._reader.inputs))
+        one_by_one = (work(chunk) for chunk in todo)
+        with closing(one_by_one if self._threads == 1 else in_threads(work, todo, self._threads)) as done:
+            for chunk in done:
+                if not fold.sample:
+                    size = self._specs[chunk.key].storage.itemsize
+                    self._progress((chunk.stop - chunk.start) * size * len(self._reader.inputs))
 
     def _blocks(self, chunk: Chunk, sample: int) -> Any:
         for start, stop in chunk.slabs(self._specs[chunk.key]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,18 +16,18 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.journal import held
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
-from ..checkpoints.writer import Draft, Target, remove, replace_file
+from ..checkpoints.writer import Draft, Target, remove
 from ..errors import MagMaxError
-from ..rules import Rule, StreamingRule, as_rule, rule_from
+from ..rules import Rule, StreamingRule, as_rule
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import compare
 from .job import Job, Outcome, Settings, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from .reader import Reader
+from .state import Generation, State, Task, read_state, streaming
 from .stream import Pass, Sink
 
-FORMAT = 1
 WINNERS = "magmax.winner/"
 MOST_MAPPED_TASKS = 255
 
@@ -36,24 +35,6 @@ MOST_MAPPED_TASKS = 255
 def slot_prefix(number: int) -> str:
     """How the names of slot `number` begin in a generation's files; slot 0 alone has the models' own names."""
     return f"magmax.slot{number}/" if number else ""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task that was absorbed: what it is called, and the digest of its model."""
-
-    name: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots."""
-
-    number: int
-    tasks: Sequence[Task]
-    slots: Sequence[str]
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,19 +95,24 @@ class Running:
             raise MagMaxError(
                 f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
             )
-        self.rule = _streaming(as_rule("magmax" if rule is None else rule))
-        self.winners = winners
+        self._state = State(streaming(as_rule("magmax" if rule is None else rule)), winners)
         if winners and not (self.rule.selects and self.rule.slots(2) == 1):
             raise MagMaxError(f"the winners of {self.rule.name} cannot be mapped: its elements are not one task's own")
-        self._base_path: str | None = None
-        self._base_digest: str | None = None
-        self._current: int | None = None
-        self._generations: dict[int, Generation] = {}
+
+    @property
+    def rule(self) -> StreamingRule:
+        """The rule that the merge was begun with."""
+        return self._state.rule
+
+    @property
+    def winners(self) -> bool:
+        """Whether it maps which task supplied each element."""
+        return self._state.winners
 
     @property
     def tasks(self) -> Sequence[Task]:
         """The tasks absorbed so far, in order."""
-        return () if self._current is None else self._generations[self._current].tasks
+        return self._state.tasks
 
     def opened(self, model: Any, name: str | None = None) -> Checkpoint:
         """A model as `absorb` will read it; an adapter is applied to the base."""
@@ -157,14 +143,14 @@ class Running:
         refuse_same_path([base, opened])
         name = name or (default_names([str(opened.path)])[0] if opened.path else f"task {len(self.tasks) + 1}")
         self._refuse_label(label)
-        number = max(self._generations, default=0) + 1
+        number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, carried)
         outcome = job.run(self._settings)
         count = self.rule.slots(len(self.tasks) + 1)
         tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._slots()) + 1])]
-        self._base_digest = outcome.input_digests[0]
-        self._generations[number] = Generation(number, tasks, list(outcome.sink_digests[:count]), label)
-        self._current = number
+        self._state.base_digest = outcome.input_digests[0]
+        self._state.generations[number] = Generation(number, tasks, list(outcome.sink_digests[:count]), label)
+        self._state.current = number
         self._save()
         return outcome
 
@@ -214,45 +200,46 @@ class Running:
 
     def status(self) -> Status:
         """Where the running merge stands."""
-        current = None if self._current is None else self._generations[self._current]
+        current = self._state.generation
         return Status(
             self.rule.describe(),
-            self._base_path,
-            self._base_digest,
+            self._state.base_path,
+            self._state.base_digest,
             current,
-            list(self._generations.values()),
+            list(self._state.generations.values()),
             self._shares() if self.winners and current else (),
         )
 
     def label(self, label: str) -> None:
         """Name the current generation, so that it is kept."""
         with self._alone():
-            if self._current is None:
+            current = self._state.generation
+            if current is None:
                 raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
             self._refuse_label(label)
-            self._generations[self._current] = replace(self._generations[self._current], label=label)
+            self._state.generations[current.number] = replace(current, label=label)
             self._save()
 
     def restore(self, which: str | int) -> Sequence[Generation]:
         """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
         with self._alone():
-            before = list(self._generations.values())
-            found = [g for g in self._generations.values() if which in (g.label, g.number, str(g.number))]
+            before = list(self._state.generations.values())
+            found = [g for g in self._state.generations.values() if which in (g.label, g.number, str(g.number))]
             if not found:
                 known = ", ".join(
-                    f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._generations.values()
+                    f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._state.generations.values()
                 )
                 raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
-            self._current = found[0].number
+            self._state.current = found[0].number
             self._save()
-            return [generation for generation in before if generation.number not in self._generations]
+            return [generation for generation in before if generation.number not in self._state.generations]
 
     def _base(self) -> Checkpoint:
         given = self._base_given
         if given is None:
-            if self._base_path is None:
+            if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = os.path.normpath(self.path / self._base_path)
+            given = os.path.normpath(self.path / self._state.base_path)
             if not Path(given).exists():
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
@@ -261,9 +248,9 @@ class Running:
         return self.path / f"generation-{number:06}"
 
     def _slots(self) -> list[Checkpoint]:
-        if self._current is None:
+        if self._state.current is None:
             return []
-        whole = open_checkpoint(self._folder(self._current))
+        whole = open_checkpoint(self._folder(self._state.current))
         own = PrefixedView(whole, "", whole.label)
         own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
         count = self.rule.slots(len(self.tasks))
@@ -291,7 +278,7 @@ class Running:
         inputs = [base, *slots, model]
         names = ["base", *(f"slot {n}" for n in range(len(slots))), name]
         if self.winners and slots:
-            whole = open_checkpoint(self._folder(self._current or 0))
+            whole = open_checkpoint(self._folder(self._state.current or 0))
             inputs.append(PrefixedView(whole, WINNERS, whole.label))
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
@@ -327,7 +314,8 @@ class Running:
 
     def _recorded(self) -> list[str | None]:
         """The digests of the base and of the slots as they were last seen."""
-        return [self._base_digest, *(self._generations[self._current].slots if self._current is not None else ())]
+        current = self._state.generation
+        return [self._state.base_digest, *(current.slots if current else ())]
 
     def _same_tensors(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
@@ -345,14 +333,14 @@ class Running:
                 raise MagMaxError(f"{self.path}: {what} (digest {now}, expected {then})")
 
     def _refuse_label(self, label: str | None) -> None:
-        taken = next((g for g in self._generations.values() if label is not None and g.label == label), None)
+        taken = next((g for g in self._state.generations.values() if label is not None and g.label == label), None)
         if taken:
             raise MagMaxError(f"{self.path}: generation {taken.number} is labelled {label!r} already")
         if label is not None and (not label or label.isdigit()):
             raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
 
     def _shares(self) -> list[float]:
-        view = PrefixedView(open_checkpoint(self._folder(self._current or 0)), WINNERS, "winners")
+        view = PrefixedView(open_checkpoint(self._folder(self._state.current or 0)), WINNERS, "winners")
         counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
         for key, spec in view.specs.items():
             for chunk in chunks(key, spec):
@@ -364,52 +352,20 @@ class Running:
         """Make the current generation the one that counts, then drop those that nothing names."""
         if self._base_given is not None:
             given = self._base().path
-            self._base_path = None if given is None else os.path.relpath(given, self.path)
-        self._generations = {n: g for n, g in self._generations.items() if g.label or n == self._current}
-        content = {
-            "format": FORMAT,
-            "rule": self.rule.describe(),
-            "winners": self.winners,
-            "base": {"path": self._base_path, "digest": self._base_digest},
-            "current": self._current,
-            "generations": [asdict(g) for g in self._generations.values()],
+            self._state.base_path = None if given is None else os.path.relpath(given, self.path)
+        self._state.generations = {
+            n: g for n, g in self._state.generations.items() if g.label or n == self._state.current
         }
-        replace_file(self._file, json.dumps(content, indent=2).encode() + b"\n")
+        self._state.write(self._file)
         for folder in self.path.glob("generation-*"):
-            if folder.name not in {self._folder(n).name for n in self._generations}:
+            if folder.name not in {self._folder(n).name for n in self._state.generations}:
                 remove(folder)
 
     def _load(self) -> None:
-        try:
-            content = json.loads(self._file.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT}")
-            ((name, options),) = content["rule"].items()
-            self.rule = _streaming(rule_from({name: options}))
-            self.winners = content["winners"]
-            self._base_path, self._base_digest = content["base"]["path"], content["base"]["digest"]
-            self._current = content["current"]
-            found = [
-                Generation(g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"])
-                for g in content["generations"]
-            ]
-            self._generations = {g.number: g for g in found}
-            if not all(map(self._sound, found)) or self._current not in (None, *self._generations):
-                raise ValueError("its entries do not fit together")
-            if type(self.winners) is not bool or type(self._base_path) not in (str, type(None)):
-                raise ValueError("its entries are not of their types")
-        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-            raise MagMaxError(f"{self._file}: is not the state of a running merge ({error})") from error
-        if self._current is not None and not self._folder(self._current).is_dir():
-            raise MagMaxError(f"{self.path}: its generation {self._current} is missing; the state is damaged")
-
-    def _sound(self, generation: Generation) -> bool:
-        digests = [*generation.slots, *(t.digest for t in generation.tasks)]
-        return (
-            type(generation.number) is int
-            and all(type(d) is str for d in digests)
-            and len(generation.slots) == self.rule.slots(len(generation.tasks))
-        )
+        self._state = read_state(self._file)
+        current = self._state.current
+        if current is not None and not self._folder(current).is_dir():
+            raise MagMaxError(f"{self.path}: its generation {current} is missing; the state is damaged")
 
     @contextmanager
     def _alone(self) -> Generator[None]:
@@ -418,12 +374,3 @@ class Running:
             if self._file.exists():
                 self._load()
             yield
-
-
-def _streaming(rule: Rule) -> StreamingRule:
-    if isinstance(rule, StreamingRule):
-        return rule
-    raise MagMaxError(
-        f"{rule.name} looks at all models at once, so it cannot run in constant memory over tasks; "
-        "magmax, average, task_arithmetic, random_mix and kth_magnitude can"
-    )

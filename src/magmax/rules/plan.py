@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -85,14 +85,23 @@ Plan = Generator[Fold, Any, Answer]
 """Yields folds, is sent their sums (or, of one that is `apart`, a map of addresses to counts), returns the answer."""
 
 
-def answered(plan: Plan, block: Block) -> Answer:
-    """The answer to a plan over a single block."""
+def carried_out(plan: Plan, ask: Callable[[Fold], Any]) -> Answer:
+    """Put each question of a plan to `ask`, and return what the plan makes of the replies."""
     reply: Any = None
     while True:
         try:
             fold = plan.send(reply)
         except StopIteration as end:
             return end.value
+        reply = ask(fold)
+
+
+def answered(plan: Plan, block: Block) -> Answer:
+    """The answer to a plan over a single block."""
+
+    def ask(fold: Fold) -> Any:
         counts = fold.zeros()
         fold.count(Block(block.at, [delta + 0 for delta in block.deltas]), counts)
-        reply = {block.at: counts} if fold.apart else counts
+        return {block.at: counts} if fold.apart else counts
+
+    return carried_out(plan, ask)
