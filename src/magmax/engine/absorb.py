@@ -50,32 +50,27 @@ class AbsorbKernel(Kernel):
         if slab.key in self.carried:
             return self._nothing(slab)
         model = self.slots + 1
+        dtype = self.specs[slab.key].dtype
         base = self.reader.numbers(slab, 0)
         candidates = [self.reader.numbers(slab, number) for number in range(1, model + 1)]
         if not self.rule.selects:
             *held, vector = candidates
             vector -= base
             state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-            return [narrow(s, self.specs[slab.key].dtype) for s in state]
+            return [narrow(s, dtype) for s in state]
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
         state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-        made: list[NDArray[Any] | None] = [self._stored(slab, _recovered(s, candidates, vectors)) for s in state]
+        made: list[NDArray[Any] | None] = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
         if self.winners:
             made.append(self._winners(slab, state[0], vectors[-1]))
         return made
 
     def _nothing(self, slab: Slab) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
-        spec = slab.spec(0)
         slab.stored(0)
-        model = self.reader.inputs[self.slots + 1]
-        if model.specs.get(model.resolve(slab.key)) == spec:
-            slab.stored(self.slots + 1)
+        slab.digest_alike(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
-
-    def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:
-        return narrow(values, self.specs[slab.key].dtype)
 
     def _winners(self, slab: Slab, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
         old = slab.stored(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)

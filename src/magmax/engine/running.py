@@ -170,7 +170,7 @@ class Running:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
-        inputs = [base, *self._slots()]
+        inputs = kernel.merge.reader.inputs
         ledger = Pass(inputs, [memory], kernel, self._settings.threads).run(self._settings.progress)
         self._verify(ledger.digests(inputs), self._recorded())
         return like(self._base_given, base, memory.tensors, chosen)
@@ -186,7 +186,7 @@ class Running:
 
         return Job(
             target=Target(out),
-            inputs=[base, *self._slots()],
+            inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={**recipe_of(self.rule, options), "absorbed": [asdict(task) for task in self.tasks]},
             specs=kernel.merge.out,
@@ -286,8 +286,7 @@ class Running:
         kernel = AbsorbKernel(Reader(inputs), self.rule, task, len(slots), specs, carried, self.winners)
 
         def sinks(draft: Draft) -> Sequence[Sink]:
-            first = PrefixedSink(draft, "")
-            return [first, *(PrefixedSink(draft, prefix) for prefix in prefixes[1:])]
+            return [PrefixedSink(draft, prefix) for prefix in prefixes]
 
         def check(found: Sequence[str]) -> None:
             self._verify(found, self._recorded())
@@ -305,7 +304,7 @@ class Running:
         self.rule.check(len(self.tasks))
         slots = self._slots()
         self._same_tensors(base, slots)
-        carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
+        carried = compare(base, [])
         reader = Reader([base, *slots], options.allow_nonfinite)
         merge = MergeKernel(
             reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried

@@ -18,7 +18,7 @@ from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
 from .job import Job, Outcome, Settings
-from .merge import Options, beside, merge_job, recipe_of
+from .merge import Options, merge_job
 from .provenance import Provenance
 from .stream import Kernel, Progress, Slab
 
@@ -75,8 +75,9 @@ class Sweep:
     @contextmanager
     def merged(self) -> Generator[Scaler]:
         """Merge once; the merged task vector lies beside the outputs until the block is left."""
-        whole = self._job(self.out)
-        problems = [problem for factor in self.factors for problem in self._job(self.path(factor)).problems()]
+        whole = self.job(self.out, self.options)
+        jobs = (self.job(self.path(factor), self.options) for factor in self.factors)
+        problems = [problem for job in jobs for problem in job.problems()]
         if problems:
             raise listed("the results cannot be written", problems)
         vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
@@ -85,22 +86,17 @@ class Sweep:
             for key, spec in self.base.specs.items()
             if key not in whole.carried
         }
-        job = replace(
-            whole, target=Target(vector), specs=specs, kernel=VectorKernel(self._kernel(whole)), companions=_none
-        )
+        kernel = VectorKernel(_merge_kernel(whole))
+        job = replace(whole, target=Target(vector), specs=specs, kernel=kernel, companions=_none)
         outcome = job.run(self.settings)
         try:
             yield Scaler(self, outcome, open_checkpoint(vector))
         finally:
             remove(vector)
 
-    def _job(self, out: Path) -> Job:
-        return merge_job(self.rule, self.base, self.models, out, self.options, self.names)
-
-    @staticmethod
-    def _kernel(job: Job) -> MergeKernel:
-        assert isinstance(job.kernel, MergeKernel)
-        return job.kernel
+    def job(self, out: Path, options: Options) -> Job:
+        """The whole merge, as if it were the only one."""
+        return merge_job(self.rule, self.base, self.models, out, options, self.names)
 
 
 @dataclass(frozen=True)
@@ -115,16 +111,20 @@ class Scaler:
         """Write base + factor * merged task vector to the sweep's path for it, and return that path."""
         sweep = self.sweep
         options = replace(sweep.options, scaling_factor=factor)
-        whole = merge_job(sweep.rule, sweep.base, sweep.models, sweep.path(factor), options, sweep.names)
-        assert isinstance(whole.kernel, MergeKernel)
-        inputs = [sweep.base, self.vector]
-        kernel = replace(whole.kernel, tasks=0, reader=replace(whole.kernel.reader, inputs=inputs))
-        origin = Provenance(recipe_of(sweep.rule, options), whole.names, self.outcome.input_digests)
+        whole = sweep.job(sweep.path(factor), options)
+        inputs, kernel = [sweep.base, self.vector], _merge_kernel(whole)
+        kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
+        origin = Provenance(whole.recipe, whole.names, self.outcome.input_digests)
         job = replace(
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
-            check=_unchecked, companions=beside(sweep.base, kernel, options),
+            check=_unchecked, extra_passes=0,
         )  # fmt: skip
         return job.run(sweep.settings).path
+
+
+def _merge_kernel(job: Job) -> MergeKernel:
+    assert isinstance(job.kernel, MergeKernel)
+    return job.kernel
 
 
 def _none(provenance: Provenance, digests: object) -> dict[str, bytes | Path]:
