@@ -42,7 +42,8 @@ class MergeKernel(Kernel):
         if isinstance(self.rule, StreamingRule):
             return self
         merged = [key for key in self.reader.inputs[0].specs if key not in self.carried]
-        return replace(self, answers=ask(self.rule, self.reader, self.tasks, merged, threads, progress))
+        answers = ask(self.rule, self.reader, self.tasks, merged, threads, progress)
+        return replace(self, answers=answers.found, reader=answers.reader)
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..checkpoints.slabs import Chunk, chunks
 from ..rules import Address, Block, Rule
@@ -15,31 +16,45 @@ from .reader import Reader
 from .stream import Progress, Slab, cores, hold_freed_memory, in_threads
 
 
-def ask(
-    rule: Rule, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress
-) -> dict[str | None, Answer]:
-    """The answers to the rule's plan, by tensor; under None where it asks of the whole model."""
+class Answers(NamedTuple):
+    """What a rule asked.
+
+    Attributes:
+        found: the answers by tensor; under None where the rule asks of the whole model.
+        reader: the reader, which need not check again what was read to answer.
+    """
+
+    found: Mapping[str | None, Answer]
+    reader: Reader
+
+
+def ask(rule: Rule, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> Answers:
+    """Carry out the rule's plan over the tensors `keys` of all models."""
     specs = reader.inputs[0].specs
     wide = any(specs[key].dtype == "F64" for key in keys)
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
         elements = sum(specs[key].elements for key in keys)
         questions = Questions(reader, tasks, keys, threads or cores(), progress)
-        return {None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}
+        return Answers({None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}, questions.reader)
 
-    def one(key: str) -> tuple[str, Answer]:
+    def one(key: str) -> tuple[Answer, bool]:
         scope = Scope(tasks, specs[key].elements, specs[key].dtype == "F64")
-        return key, Questions(reader, tasks, [key], 1, progress).answer(rule.plan(scope))
+        questions = Questions(reader, tasks, [key], 1, progress)
+        return questions.answer(rule.plan(scope)), questions.reader.checked
 
+    asked = [key for key in keys if specs[key].elements]
     with ThreadPoolExecutor(threads or cores()) as pool:
-        return dict(pool.map(one, [key for key in keys if specs[key].elements]))
+        replies = list(pool.map(one, asked))
+    found: dict[str | None, Answer] = {key: answer for key, (answer, _) in zip(asked, replies, strict=True)}
+    return Answers(found, replace(reader, checked=all(checked for _, checked in replies)))
 
 
 class Questions:
     """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
 
     def __init__(self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> None:
-        self._reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
+        self.reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
         specs = reader.inputs[0].specs
         self._specs = {key: specs[key] for key in keys}
 
@@ -56,7 +71,7 @@ class Questions:
             if not hasattr(own, "counts"):
                 own.counts = fold.zeros()
                 everyones.append(own.counts)
-            for block in self._blocks(chunk, fold.sample):
+            for block in self._blocks(chunk, fold):
                 fold.count(block, own.counts)
             return chunk
 
@@ -70,7 +85,7 @@ class Questions:
         found: dict[Address, Counts] = {}
 
         def work(chunk: Chunk) -> Chunk:
-            for block in self._blocks(chunk, fold.sample):
+            for block in self._blocks(chunk, fold):
                 counts = fold.zeros()
                 fold.count(block, counts)
                 found[block.at] = counts
@@ -80,18 +95,23 @@ class Questions:
         return found
 
     def _each(self, work: Any, fold: Fold) -> None:
+        whole = not fold.sample and fold.only is None
         todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec))
         one_by_one = (work(chunk) for chunk in todo)
         with closing(one_by_one if self._threads == 1 else in_threads(work, todo, self._threads)) as done:
             for chunk in done:
-                if not fold.sample:
+                if whole:
                     size = self._specs[chunk.key].storage.itemsize
-                    self._progress((chunk.stop - chunk.start) * size * len(self._reader.inputs))
+                    self._progress((chunk.stop - chunk.start) * size * len(self.reader.inputs))
+        if whole:
+            self.reader = replace(self.reader, checked=True)
 
-    def _blocks(self, chunk: Chunk, sample: int) -> Any:
+    def _blocks(self, chunk: Chunk, fold: Fold) -> Iterator[Block]:
         for start, stop in chunk.slabs(self._specs[chunk.key]):
-            end = min(stop, start + sample) if sample else stop
-            slab = Slab(self._reader.inputs, chunk, start, end, digest=False)
-            base = self._reader.numbers(slab, 0)
-            deltas = [self._reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
+            if fold.only is not None and Address(chunk.key, start) not in fold.only:
+                continue
+            end = min(stop, start + fold.sample) if fold.sample else stop
+            slab = Slab(self.reader.inputs, chunk, start, end, digest=False)
+            base = self.reader.numbers(slab, 0)
+            deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
             yield Block(Address(chunk.key, start), deltas)

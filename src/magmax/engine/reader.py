@@ -18,14 +18,19 @@ from .stream import Slab
 
 @dataclass(frozen=True)
 class Reader:
-    """Slabs as numbers in the base's compute type, refusing NaN and infinity unless they are allowed."""
+    """Slabs as numbers in the base's compute type, refusing NaN and infinity unless they are allowed.
+
+    Attributes:
+        checked: whether all that is to be merged was read once already, and found finite.
+    """
 
     inputs: Sequence[Checkpoint]
     allow_nonfinite: bool = False
+    checked: bool = False
 
     def numbers(self, slab: Slab, number: int) -> NDArray[Any]:
         stored, dtype = slab.stored(number), slab.spec(number).dtype
-        if not self.allow_nonfinite and not finite(stored, dtype):
+        if not self.allow_nonfinite and not self.checked and not finite(stored, dtype):
             raise self._error(number, slab.key)
         return widen(stored, dtype, compute_dtype(slab.spec(0).dtype))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -143,6 +143,10 @@ class Through(Fold):
     @property
     def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.fold.apart
+
+    @property
+    def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.fold.only
 
     def zeros(self) -> Counts:
         return self.fold.zeros()

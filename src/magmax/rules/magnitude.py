@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,20 @@ from .plan import Address, Array, Block, Counts, Fold, Scope, namespace
 
 BINS = 1 << 16
 SAMPLE = 1 << 11
+
+
+class Rank(NamedTuple):
+    """The k-th largest magnitude of one task vector.
+
+    Attributes:
+        code: the magnitude, as the integer its bits spell.
+        wanted: how many of the entries equal to it are among the k largest.
+        equal: how many there are.
+    """
+
+    code: int
+    wanted: int
+    equal: int
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,15 @@ class Cut:
         codes = magnitude_codes(delta, self.wide)
         least = self.code if self.last is None or at <= self.last else self.code + 1
         surplus = np.flatnonzero(np.asarray(codes) == self.code)[self.first :] if at == self.last else ()
-        codes *= -1
-        codes += least - 1
-        codes >>= 63 if self.wide else 31
+        mask = (least - 1) - codes
+        mask >>= 63 if self.wide else 31
         if len(surplus):
-            codes[surplus] = 0
-        return codes
+            mask[surplus] = 0
+        return mask
+
+    def drops(self, at: Address, equal: int) -> bool:
+        """Whether not all of a block's `equal` entries of just this magnitude are kept."""
+        return equal > 0 and self.last is not None and (at > self.last or (at == self.last and equal > self.first))
 
 
 def apply_mask(values: Array, mask: Array, invert: bool = False) -> None:
@@ -102,30 +119,40 @@ class Equals(Fold):
 def largest(keep: int, scope: Scope) -> Generator[Fold, Any, list[Cut]]:
     """Find each task vector's `keep` entries of largest magnitude, exactly; equal ones go by tensor name, then offset.
 
+    One pass over everything, mostly, as of `ranked`; where more entries are equal to the k-th than are to be kept,
+    another finds the last of them.
+    """
+    ranks = yield from ranked(keep, scope)
+    if all(rank.wanted == rank.equal for rank in ranks):
+        return [Cut(rank.code, wide=scope.wide) for rank in ranks]
+    return exact_cuts(ranks, (yield Equals([rank.code for rank in ranks], scope.wide)), scope.wide)
+
+
+def exact_cuts(ranks: Sequence[Rank], equals: Mapping[Address, Counts], wide: bool) -> list[Cut]:
+    """Which entries are the largest, given how many entries of each block equal each task's k-th."""
+    order = sorted(equals)
+    found: list[Cut] = []
+    for task, (code, wanted, equal) in enumerate(ranks):
+        if wanted == equal:
+            found.append(Cut(code, wide=wide))
+            continue
+        counts = np.array([int(equals[at][task]) for at in order])
+        last = int(np.searchsorted(np.cumsum(counts), wanted))
+        found.append(Cut(code, order[last], wanted - int(counts[:last].sum()), wide))
+    return found
+
+
+def ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[Rank]]:
+    """Find each task vector's `keep`-th largest magnitude, exactly.
+
     A sample says where to look; one pass over everything counts what lies above and in a narrow window there, and as a
-    rule the k-th magnitude is in it. Where it is not, the whole range is counted and narrowed. Two passes, mostly:
-    where more entries are equal to the k-th than are to be kept, a third finds the last one.
+    rule the magnitude is in it. Where it is not, the whole range is counted and narrowed.
     """
     top = (1 << (63 if scope.wide else 31)) - 1
     if keep >= scope.elements:
-        return [Cut(0, wide=scope.wide)] * scope.tasks
+        return [Rank(0, 0, 0)] * scope.tasks
     if keep <= 0:
-        return [Cut(top, Address("", 0), wide=scope.wide)] * scope.tasks
-    found = yield from _ranked(keep, scope)
-    if all(wanted == equal for _, wanted, equal in found):
-        return [Cut(code, wide=scope.wide) for code, _, _ in found]
-    places: Mapping[Address, Counts] = yield Equals([code for code, _, _ in found], scope.wide)
-    order = sorted(places)
-    cuts: list[Cut] = []
-    for task, (code, wanted, _) in enumerate(found):
-        counts = np.array([int(places[at][task]) for at in order])
-        last = int(np.searchsorted(np.cumsum(counts), wanted))
-        cuts.append(Cut(code, order[last], wanted - int(counts[:last].sum()), scope.wide))
-    return cuts
-
-
-def _ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[tuple[int, int, int]]]:
-    """Per task: the code of the k-th largest magnitude, how many entries of it to keep, and how many there are."""
+        return [Rank(top + 1, 0, 0)] * scope.tasks
     widest, narrow = (47, 29) if scope.wide else (15, 0)
     everywhere = [0] * scope.tasks
     sampled: NDArray[np.int64] = yield Window(everywhere, widest, scope.wide, SAMPLE)
@@ -141,7 +168,7 @@ def _ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[tuple[int, int
         bins = [place for place in located if place is not None]
         lows = [low + (place << shift) for low, (place, _, _) in zip(lows, bins, strict=True)]
         if shift == 0:
-            return [(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+            return [Rank(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
         shift = max(0, shift - 16)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -66,10 +66,12 @@ class Fold(ABC):
     Attributes:
         sample: how many elements of each block to look at; 0 means all of them.
         apart: answer with the counts of each block, by its address, instead of their sum.
+        only: the blocks to ask; None means all of them.
     """
 
     sample: int = 0
     apart: bool = False
+    only: Collection[Address] | None = None
 
     @abstractmethod
     def zeros(self) -> Counts:
@@ -101,7 +103,8 @@ def answered(plan: Plan, block: Block) -> Answer:
 
     def ask(fold: Fold) -> Any:
         counts = fold.zeros()
-        fold.count(Block(block.at, [delta + 0 for delta in block.deltas]), counts)
+        if fold.only is None or block.at in fold.only:
+            fold.count(Block(block.at, [delta + 0 for delta in block.deltas]), counts)
         return {block.at: counts} if fold.apart else counts
 
     return carried_out(plan, ask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import MagMaxError
 from .base import Rule, bits
-from .magnitude import Cut, apply_mask, largest
-from .plan import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace
+from .magnitude import Cut, Equals, apply_mask, exact_cuts, ranked
+from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace
 
 
 class Trimmed(NamedTuple):
@@ -52,31 +52,43 @@ class Ties(Rule):
 
     @property
     def passes(self) -> int:
-        return 4
+        return 3
 
     @property
     def questions_span(self) -> Span:
         return Span(self.span)
 
     def plan(self, scope: Scope) -> Plan:
-        cuts = yield from largest(round(self.density * scope.elements), scope)
-        votes: Counts = yield Votes(cuts)
-        return Trimmed(cuts, int(votes[0]) < 0)
+        ranks = yield from ranked(round(self.density * scope.elements), scope)
+        everything = [Cut(rank.code, wide=scope.wide) for rank in ranks]
+        tallies: Mapping[Address, Counts] = yield Tally([rank.code for rank in ranks], scope.wide, everything)
+        exact = exact_cuts(ranks, tallies, scope.wide)
+        recount = {
+            at
+            for at, (*equals, _) in tallies.items()
+            if any(cut.drops(at, int(equal)) for cut, equal in zip(exact, equals, strict=True))
+        }
+        votes = sum(int(tally[-1]) for at, tally in tallies.items() if at not in recount)
+        if recount:
+            votes += int((yield Votes(exact, recount))[0])
+        return Trimmed(exact, votes < 0)
 
     def merge(self, block: Block, answer: Answer) -> Array:
         trimmed: Trimmed = answer
         _trim(block, trimmed.cuts)
-        elected = _sum(block.deltas)
+        elected = bits(_sum(block.deltas))
+        # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
+        opposite = ~(elected - int(trimmed.mostly_negative))
         xp = namespace(elected)
-        if trimmed.mostly_negative:
-            elected = xp.where(elected == 0, xp.asarray(-1, dtype=elected.dtype), elected)
-        count = xp.zeros_like(bits(elected))
+        merged = xp.zeros_like(block.deltas[0])
+        count = xp.zeros_like(elected, dtype=xp.int16)
         for delta in block.deltas:
-            disagrees = (bits(delta) ^ bits(elected)) >> (8 * delta.dtype.itemsize - 1)
-            kept = bits(delta)
-            kept &= ~disagrees
-            count += xp.astype(delta != 0, count.dtype)
-        merged = _sum(block.deltas)
+            agreeing = bits(delta) ^ opposite
+            agreeing >>= 8 * delta.dtype.itemsize - 1
+            agreeing &= bits(delta)
+            kept = agreeing.view(delta.dtype)
+            merged += kept
+            count += xp.astype(kept != 0, count.dtype)
         merged /= xp.astype(xp.maximum(count, xp.ones_like(count)), merged.dtype)
         return merged
 
@@ -86,6 +98,7 @@ class Votes(Fold):
     """How many more elements elect a positive sign than a negative one."""
 
     cuts: Sequence[Cut]
+    only: Collection[Address] | None = None
 
     def zeros(self) -> Counts:
         return np.zeros(1, np.int64)
@@ -94,6 +107,23 @@ class Votes(Fold):
         _trim(block, self.cuts)
         total = np.asarray(_sum(block.deltas))
         into[0] += np.count_nonzero(total > 0) - np.count_nonzero(total < 0)
+
+
+@dataclass(frozen=True)
+class Tally(Fold):
+    """Per task, how many magnitudes are exactly its code; and the votes, if all of these are kept."""
+
+    codes: Sequence[int]
+    wide: bool
+    cuts: Sequence[Cut]
+    apart: bool = True
+
+    def zeros(self) -> Counts:
+        return np.zeros(len(self.codes) + 1, np.int64)
+
+    def count(self, block: Block, into: Counts) -> None:
+        Equals(self.codes, self.wide).count(block, into[:-1])
+        Votes(self.cuts).count(block, into[-1:])
 
 
 def _trim(block: Block, cuts: Sequence[Cut]) -> None:
