@@ -43,6 +43,8 @@ def compare(w: Workload, runs: int, with_ours: bool, with_rivals: bool, limit_s:
     assert isinstance(floor_s, float), floor.failure
     reference = next((row for row in rows if row.method.kind == "ours"), None)
     records = [row.summary(floor_s, reference) for row in [floor, *rows]]
+    for record in records:
+        record["ns_per_element"] = 1e9 * record["inner_s"] / w.parameters() if record["inner_s"] else None
     environments = {rival.package: versions(rival) for rival in (MERGEKIT, FUSION_BENCH)} if with_rivals else {}
     found = entry(title(w), records, load, notes=[floor_note(lowest, floor)])
     found["versions"] |= environments

@@ -19,9 +19,9 @@ OPTIONS = MergeOptions(copy_tokenizer=False, quiet=True)
 
 def recipe(task: dict[str, Any]) -> dict[str, Any]:
     parameters = {"weight": 1.0} | ({"density": task["density"]} if "density" in task else {})
-    return {
+    base = {} if task["rule"] == "linear" else {"base_model": task["base"]}
+    return base | {
         "merge_method": task["rule"],
-        "base_model": task["base"],
         "models": [{"model": model, "parameters": parameters} for model in task["models"]],
         "dtype": task["dtype"],
     }

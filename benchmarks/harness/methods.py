@@ -9,6 +9,7 @@ from typing import Literal
 from harness.places import CHILDREN
 from harness.rivals import FUSION_BENCH, MERGEKIT, Rival
 from harness.workloads import Workload, weight_files
+from magmax.rules import make_rule
 
 MAGMAX = str(Path(sys.executable).parent / "magmax")
 RULES = ("magmax", "average", "task_arithmetic", "ties")
@@ -19,7 +20,8 @@ LIMIT_S = 300.0
 class Method:
     """One line of the table: a process timed whole, and one that times itself without its imports.
 
-    They may be the same. `rival` is the environment it needs; `comparable` says that it computes MagMax.
+    They may be the same. `rival` is the environment it needs; `comparable` says that it computes MagMax; `passes` is
+    how often it reads the inputs, at the usual most, where that is known.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Method:
     out: Path
     rival: Rival | None = None
     comparable: bool = False
+    passes: int | None = None
 
 
 def script(python: str, child: str, job: dict[str, object]) -> list[str]:
@@ -48,7 +51,7 @@ def floor(w: Workload, out: Path) -> Method:
         "out": str(out),
     }
     command = script(sys.executable, "floor.py", job)
-    return Method("floor", "floor", command, command, out)
+    return Method("floor", "floor", command, command, out, passes=1)
 
 
 def ours_inner(w: Workload, out: Path, rule: str, models: int | None = None) -> list[str]:
@@ -69,6 +72,7 @@ def ours(w: Workload, out: Path) -> list[Method]:
             ours_inner(w, out, rule),
             out,
             comparable=rule == "magmax",
+            passes=1 + make_rule(rule).passes,
         )
         for rule in RULES
     ]
@@ -84,7 +88,7 @@ def rivals(w: Workload, out: Path) -> list[Method]:
     if w.name == "a":
         found.append(_rival("FusionBench magmax_merge", FUSION_BENCH, "fusion_bench_function.py", job))
     dtype = "float32" if w.dtype == "F32" else "bfloat16"
-    parameters: dict[str, dict[str, object]] = {"task_arithmetic": {}, "ties": {"density": 0.2}}
+    parameters: dict[str, dict[str, object]] = {"linear": {}, "task_arithmetic": {}, "ties": {"density": 0.2}}
     for name, more in parameters.items():
         job = merge_job(w, out.with_suffix(""), **more, rule=name, dtype=dtype)
         found.append(_rival(f"mergekit {name}", MERGEKIT, "mergekit_recipe.py", job))

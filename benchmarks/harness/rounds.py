@@ -47,6 +47,7 @@ class Row:
             "whole_s": whole,
             "inner_s": inner,
             "times_floor": _ratio(inner, floor_s),
+            "passes": self.method.passes,
             "whole_over_ours": _ratio(whole, _middle(ours.whole, "whole_s")) if ours else None,
             "inner_over_ours": _ratio(inner, _middle(ours.inner, "inner_s")) if ours else None,
             "peak_rss_mb": max((run.peak_rss_mb for run in self.whole), default=None),

@@ -36,6 +36,8 @@ METHODS: list[Column] = [
     ("whole s", _whole),
     ("inner s", number("inner_s", 2)),
     ("x floor", number("times_floor", 2)),
+    ("passes", number("passes", 0)),
+    ("ns / element", number("ns_per_element", 1)),
     ("whole / ours", number("whole_over_ours", 2)),
     ("inner / ours", number("inner_over_ours", 2)),
     ("peak RSS MB", number("peak_rss_mb", 0)),
