@@ -121,6 +121,7 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     names = [name or default for name, default in zip(given, default_names(own), strict=True)]
     if len(set(names)) < len(names):
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
+    rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None

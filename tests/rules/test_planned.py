@@ -109,7 +109,7 @@ def split(models):
 def test_the_k_largest_are_found_exactly_in_any_blocks(values, keep, wide):
     vector = np.array(values, np.float64 if wide else np.float32)
     blocks = [Block(Address(f"{n:02}", 0), [part]) for n, part in enumerate(np.array_split(vector, 7)) if len(part)]
-    (cut,) = answer(magnitude.largest(keep, Scope(1, len(vector), wide)), blocks)
+    (cut,) = answer(magnitude.largest([keep], Scope(1, len(vector), wide)), blocks)
     kept = np.concatenate([cut.mask(block.deltas[0], block.at) for block in blocks]) != 0
     assert (np.where(kept, vector, 0) == top(vector, keep)).all()
     assert kept.sum() == min(keep, len(vector))

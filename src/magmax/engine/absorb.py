@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..checkpoints import Spec
 from ..checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
 from ..rules import Address, StreamingRule
 from ..rules.base import bits
-from .arithmetic import MergeKernel
+from .arithmetic import MergeKernel, placed
 from .reader import Reader
 from .stream import Kernel, Slab
 
@@ -46,21 +47,26 @@ class AbsorbKernel(Kernel):
     carried: Container[str]
     winners: bool = False
 
+    @cached_property
+    def rules(self) -> Mapping[str, StreamingRule]:
+        """The rule as it is for each tensor."""
+        return placed(self.rule, self.reader.inputs[0].specs)
+
     def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.carried:
             return self._nothing(slab)
-        model = self.slots + 1
+        model, rule = self.slots + 1, self.rules[slab.key]
         dtype = self.specs[slab.key].dtype
         base = self.reader.numbers(slab, 0)
         candidates = [self.reader.numbers(slab, number) for number in range(1, model + 1)]
         if not self.rule.selects:
             *held, vector = candidates
             vector -= base
-            state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+            state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
             return [narrow(s, dtype) for s in state]
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
-        state = self.rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+        state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
         made: list[NDArray[Any] | None] = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
         if self.winners:
             made.append(self._winners(slab, state[0], vectors[-1]))
@@ -86,10 +92,15 @@ class ResultKernel(Kernel):
     rule: StreamingRule
     slots: int
 
+    @cached_property
+    def rules(self) -> Mapping[str, StreamingRule]:
+        """The rule as it is for each tensor."""
+        return placed(self.rule, self.merge.reader.inputs[0].specs)
+
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
             return [slab.stored(0)]
-        reader, rule = self.merge.reader, self.rule
+        reader, rule = self.merge.reader, self.rules[slab.key]
         base = reader.numbers(slab, 0)
         numbers = range(1, self.slots + 1)
         if rule.selects:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 from ..checkpoints import Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
-from ..rules import Address, Block, Rule, StreamingRule
+from ..rules import Address, Block, Rule, StreamingRule, places
 from ..rules.plan import Answer
 from .ask import ask
 from .reader import Reader, finite
 from .stream import Kernel, Progress, Slab
+
+AnyRule = TypeVar("AnyRule", bound=Rule)
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,25 @@ class MergeKernel(Kernel):
     carried: Mapping[str, str]
     answers: Mapping[str | None, Answer] = field(default_factory=dict[str | None, Any])
 
+    @cached_property
+    def rules(self) -> Mapping[str, Rule]:
+        """The rule as it is for each tensor."""
+        return placed(self.rule, self.reader.inputs[0].specs)
+
+    def check_placed(self) -> None:
+        """Raise MagMaxError if the rule cannot merge with the numbers it has for some tensor."""
+        for key, rule in self.rules.items() if self.rule.varies else ():
+            try:
+                rule.check(self.tasks)
+            except MagMaxError as error:
+                raise MagMaxError(f"{key}: {error}") from error
+
     def prepared(self, threads: int, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
         merged = [key for key in self.reader.inputs[0].specs if key not in self.carried]
-        answers = ask(self.rule, self.reader, self.tasks, merged, threads, progress)
+        answers = ask(self.rule, self.rules, self.reader, self.tasks, merged, threads, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
@@ -54,14 +70,14 @@ class MergeKernel(Kernel):
     def task_vector(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
         """The rule's merge of the models' task vectors, unscaled."""
         at = Address(slab.key, slab.start)
-        numbers = range(1, self.tasks + 1)
-        if isinstance(self.rule, StreamingRule):
+        rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
+        if isinstance(rule, StreamingRule):
             state = ()
             for task in numbers:
-                state = self.rule.step(state, self.reader.task_vector(slab, task, base), task, at)
-            return self.rule.finish(state, self.tasks)
+                state = rule.step(state, self.reader.task_vector(slab, task, base), task, at)
+            return rule.finish(state, self.tasks)
         block = Block(at, [self.reader.task_vector(slab, task, base) for task in numbers])
-        return self.rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
+        return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
@@ -91,3 +107,14 @@ class MergeKernel(Kernel):
                 f"{slab.key}: the merged values overflow {values.dtype}, the type merged in; convert the base"
             )
         return stored
+
+
+def placed(rule: AnyRule, names: Iterable[str]) -> dict[str, AnyRule]:
+    """The rule as it is for each of a model's tensors, its numbers resolved."""
+    found: dict[str, AnyRule] = {}
+    for name, place in places(names).items():
+        try:
+            found[name] = rule.at(place)
+        except MagMaxError as error:
+            raise MagMaxError(f"{name}: {error}") from error
+    return found

@@ -28,8 +28,16 @@ class Answers(NamedTuple):
     reader: Reader
 
 
-def ask(rule: Rule, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> Answers:
-    """Carry out the rule's plan over the tensors `keys` of all models."""
+def ask(
+    rule: Rule,
+    placed: Mapping[str, Rule],
+    reader: Reader,
+    tasks: int,
+    keys: Sequence[str],
+    threads: int,
+    progress: Progress,
+) -> Answers:
+    """Carry out the plan over the tensors `keys` of all models: the rule's, or a tensor's of the rule as `placed`."""
     specs = reader.inputs[0].specs
     wide = any(specs[key].dtype == "F64" for key in keys)
     hold_freed_memory()
@@ -41,7 +49,7 @@ def ask(rule: Rule, reader: Reader, tasks: int, keys: Sequence[str], threads: in
     def one(key: str) -> tuple[Answer, bool]:
         scope = Scope(tasks, specs[key].elements, specs[key].dtype == "F64")
         questions = Questions(reader, tasks, [key], 1, progress)
-        return questions.answer(rule.plan(scope)), questions.reader.checked
+        return questions.answer(placed[key].plan(scope)), questions.reader.checked
 
     asked = [key for key in keys if specs[key].elements]
     with ThreadPoolExecutor(threads or cores()) as pool:

@@ -227,7 +227,7 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
     refuse_same_path([base, *models])
     carried = compare(base, models, options.mismatch)
     reader = Reader([base, *models], options.allow_nonfinite)
-    return MergeKernel(
+    kernel = MergeKernel(
         rule=rule,
         tasks=len(models),
         reader=reader,
@@ -235,6 +235,8 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
         out=options.out_specs(base),
         carried=carried,
     )
+    kernel.check_placed()
+    return kernel
 
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:

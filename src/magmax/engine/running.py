@@ -309,6 +309,7 @@ class Running:
         merge = MergeKernel(
             reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried
         )
+        merge.check_placed()
         return ResultKernel(merge, self.rule, len(slots))
 
     def _recorded(self) -> list[str | None]:

@@ -93,6 +93,11 @@ def read_state(file: Path) -> State:
 
 def streaming(rule: Rule) -> StreamingRule:
     """The rule, if it can run over tasks; else an error that names rules that can."""
+    if rule.per_model:
+        raise MagMaxError(
+            f"a running merge does not know how many models will come, so {rule.name} cannot have a number for each; "
+            "give one number for all"
+        )
     if isinstance(rule, StreamingRule):
         return rule
     raise MagMaxError(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, nearest
 from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .chain import chain
 from .dare import Dare
+from .elect import Elect, ElectSum
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
+from .places import Place, places
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
+from .values import Filters, Layers, Number, Numbers, PerModel, read
 
 __all__ = [
     "Address",
@@ -28,8 +30,16 @@ __all__ = [
     "Before",
     "Block",
     "Dare",
+    "Elect",
+    "ElectSum",
+    "Filters",
     "KthMagnitude",
+    "Layers",
     "MagMax",
+    "Number",
+    "Numbers",
+    "PerModel",
+    "Place",
     "Prune",
     "RandomMix",
     "Rule",
@@ -38,18 +48,16 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "chain",
+    "nearest",
+    "places",
 ]
 
-RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude)
+RULES: tuple[type[Rule], ...] = (
+    MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, RandomMix, KthMagnitude,
+)  # fmt: skip
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """A hint for a word that is none of those known."""
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"
 
 
 def all_parts() -> dict[str, type[Rule] | type[Before]]:
@@ -72,14 +80,16 @@ def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before
     kind = find_part(name)
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
+    ready: dict[str, Any] = {}
     for option, value in (options or {}).items():
         if option not in known:
             hint = nearest(option, known) if known else "it takes none"
             raise MagMaxError(f"the rule {name} has no option {option!r}; {hint}")
-        problem = _unfit(value, hints[option])
-        if problem:
-            raise MagMaxError(f"the rule {name} needs {option} to be {problem}, not {value!r}")
-    return kind(**(options or {}))
+        try:
+            ready[option] = _fit(value, hints[option])
+        except MagMaxError as error:
+            raise MagMaxError(f"the rule {name} needs {option} to be {error}") from error
+    return kind(**ready)
 
 
 def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
@@ -111,9 +121,14 @@ def as_rule(rule: Rule | str) -> Rule:
     return make_rule(rule) if isinstance(rule, str) else rule
 
 
-def _unfit(value: Any, hint: Any) -> str | None:
-    """What an option should be, in words, if this value is not it."""
+def _fit(value: Any, hint: Any) -> Any:
+    """An option's value. Raises MagMaxError, in words that follow "needs it to be", for one that does not fit."""
+    if hint in (Number, Numbers):
+        return read(value, per_model=hint == Numbers)
     if get_origin(hint) is Literal:
-        return None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
-    fits = type(value) is hint or (hint is float and type(value) is int)
-    return None if fits else hint.__name__
+        wanted = None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    else:
+        wanted = None if type(value) is hint or (hint is float and type(value) is int) else hint.__name__
+    if wanted:
+        raise MagMaxError(f"{wanted}, not {value!r}")
+    return value

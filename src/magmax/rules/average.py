@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import MagMaxError
 from .base import State, StreamingRule
 from .plan import Address, Array
+from .values import Numbers, each, need, one
 
 
 @dataclass(frozen=True)
 class Average(StreamingRule):
-    """The mean of the task vectors, (tau_1 + ... + tau_T) / T, summed in task order.
+    """The mean of the task vectors, (tau_1 + ... + tau_T) / T, summed in task order; or their weighted mean.
 
-    The MagMax authors' own `Average` divides by a constant; this one divides by T.
+        m = sum_t w_t tau_t / sum_t w_t
+
+    The MagMax authors' own `Average` divides by a constant; this one divides by T. Weighted, it is mergekit's `linear`
+    of the models without their base.
 
     >>> import numpy as np
     >>> Average()([np.float32([1, 2]), np.float32([3, -2])])
@@ -25,17 +30,29 @@ class Average(StreamingRule):
     selects: ClassVar[bool] = False
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
 
+    weights: Numbers = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.name, "weights", self.weights)
+
+    def check(self, tasks: int) -> None:
+        super().check(tasks)
+        if not self.varies and sum(each(self.weights, tasks)) == 0:
+            raise MagMaxError("the weights of average sum to zero, so it has no mean; task_arithmetic needs none")
+
     def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        return add(state, task_vector)
+        return add(state, task_vector, one(self.weights, task))
 
     def finish(self, state: State, tasks: int) -> Array:
         (total,) = state
-        total /= tasks
+        total /= sum(each(self.weights, tasks))
         return total
 
 
-def add(state: State, task_vector: Array) -> State:
-    """One more summand to a running sum."""
+def add(state: State, task_vector: Array, weight: float) -> State:
+    """One more summand, times its weight, to a running sum."""
+    if weight != 1:
+        task_vector *= weight
     if not state:
         return (task_vector,)
     (total,) = state

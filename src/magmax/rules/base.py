@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import MagMaxError
+from .part import Part
+from .places import Place
 from .plan import Address, Answer, Array, Block, Plan, Scope, Span, answered, namespace
 
 State = tuple[Array, ...]
@@ -16,21 +18,17 @@ State = tuple[Array, ...]
 
 
 @dataclass(frozen=True)
-class Rule(ABC):
+class Rule(Part):
     """A way to merge task vectors tau_t = theta_t - theta_0 into one.
 
     A rule is a pure function of blocks. It may first ask questions of all blocks (`plan`); the answer goes into the
     merge of each.
 
     Attributes:
-        name: the word for it in recipes and on the command line.
         scaling_factor: what multiplies the merged task vector where the user names nothing else.
-        paper: where the rule comes from.
     """
 
-    name: ClassVar[str]
     scaling_factor: ClassVar[float]
-    paper: ClassVar[str]
 
     @property
     def passes(self) -> int:
@@ -59,14 +57,21 @@ class Rule(ABC):
         """Raise MagMaxError if the rule cannot merge so many tasks."""
         if tasks < 1:
             raise MagMaxError(f"{self.name} needs at least one model to merge; none was given")
+        self.check_numbers(tasks)
+        if self.varies and self.passes and self.questions_span is Span.MODEL:
+            raise MagMaxError(
+                f"{self.name} asks of the whole model, so its numbers must be the same for all tensors; "
+                "use span: tensor"
+            )
 
-    def describe(self) -> dict[str, Any]:
-        """The rule as a recipe writes it: {name: {option: value}}."""
-        return {self.name: asdict(self)}
+    def __call__(self, task_vectors: Sequence[Array], key: str = "", offset: int = 0, depth: float = 0) -> Array:
+        """Merge bare arrays of one shape (numpy or torch; half precision is computed in float32, rounded once).
 
-    def __call__(self, task_vectors: Sequence[Array], key: str = "", offset: int = 0) -> Array:
-        """Merge bare arrays of one shape (numpy or torch; half precision is computed in float32, rounded once)."""
+        `key` and `offset` are where random draws start; `key` and `depth` are the place of numbers that depend on it.
+        """
         self.check(len(task_vectors))
+        if self.varies:
+            return self.at(Place(key, depth))(task_vectors, key, offset)
         shapes = sorted({tuple(v.shape) for v in task_vectors})
         if len(shapes) > 1:
             raise MagMaxError(f"task vectors must have one shape; these have {', '.join(map(str, shapes))}")

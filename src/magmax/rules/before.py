@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
 
+from .part import Part
 from .plan import Address, Answer, Array, Plan, Scope, Span
 
 
 @dataclass(frozen=True)
-class Before(ABC):
-    """A transform of one task vector at a time, which may first ask questions of all blocks.
-
-    Attributes:
-        name: the word for it in recipes and on the command line.
-        paper: where it comes from.
-    """
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
+class Before(Part):
+    """A transform of one task vector at a time, which may first ask questions of all blocks."""
 
     @property
     def passes(self) -> int:
@@ -38,7 +30,3 @@ class Before(ABC):
     @abstractmethod
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
         """The transformed task vector of task number `task` (from 1); may overwrite `delta`."""
-
-    def describe(self) -> dict[str, Any]:
-        """The transform as a recipe writes it: {name: {option: value}}."""
-        return {self.name: asdict(self)}

@@ -68,6 +68,7 @@ class Chain(Rule):
 
     def check(self, tasks: int) -> None:
         self.rule.check(tasks)
+        super().check(tasks)
 
     def describe(self) -> dict[str, Any]:
         return {"chain": [part.describe() for part in (*self.before, self.rule)]}
@@ -112,6 +113,7 @@ class StreamingChain(StreamingRule):
 
     def check(self, tasks: int) -> None:
         self.rule.check(tasks)
+        super().check(tasks)
 
     def slots(self, tasks: int) -> int:
         return self.rule.slots(tasks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from ..errors import MagMaxError
 from .before import Before
 from .chance import masked_at_random
 from .plan import Address, Answer, Array
+from .values import Numbers, need, numbers, one
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Dare(Before):
     name: ClassVar[str] = "dare"
     paper: ClassVar[str] = "Yu et al., Language Models are Super Mario, ICML 2024, arXiv 2311.03099"
 
-    drop: float = 0.9
+    drop: Numbers = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1 or not math.isfinite(self.drop):
-            raise MagMaxError(f"dare needs drop of at least 0 and below 1, not {self.drop}")
+        need(self.name, "drop", self.drop, 0, 1)
+        if 1 in numbers(self.drop):
+            raise MagMaxError("dare needs drop below 1; at 1 nothing would be left to rescale")
 
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
-        kept = masked_at_random(delta, 1 - self.drop, "dare", self.seed, task, at)
-        kept /= 1 - self.drop
+        keep = 1 - one(self.drop, task)
+        kept = masked_at_random(delta, keep, "dare", self.seed, task, at)
+        kept /= keep
         return kept

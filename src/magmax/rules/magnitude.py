@@ -116,13 +116,15 @@ class Equals(Fold):
             into[task] += np.count_nonzero(np.asarray(magnitude_codes(delta, self.wide)) == code)
 
 
-def largest(keep: int, scope: Scope) -> Generator[Fold, Any, list[Cut]]:
-    """Find each task vector's `keep` entries of largest magnitude, exactly; equal ones go by tensor name, then offset.
+def largest(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Cut]]:
+    """Find each task vector's entries of largest magnitude, exactly as many as `keeps` says of it.
+
+    Equal ones go by tensor name, then offset.
 
     One pass over everything, mostly, as of `ranked`; where more entries are equal to the k-th than are to be kept,
     another finds the last of them.
     """
-    ranks = yield from ranked(keep, scope)
+    ranks = yield from ranked(keeps, scope)
     if all(rank.wanted == rank.equal for rank in ranks):
         return [Cut(rank.code, wide=scope.wide) for rank in ranks]
     return exact_cuts(ranks, (yield Equals([rank.code for rank in ranks], scope.wide)), scope.wide)
@@ -142,33 +144,34 @@ def exact_cuts(ranks: Sequence[Rank], equals: Mapping[Address, Counts], wide: bo
     return found
 
 
-def ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[Rank]]:
-    """Find each task vector's `keep`-th largest magnitude, exactly.
+def ranked(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Rank]]:
+    """Find each task vector's k-th largest magnitude, exactly; k is its own of `keeps`.
 
     A sample says where to look; one pass over everything counts what lies above and in a narrow window there, and as a
     rule the magnitude is in it. Where it is not, the whole range is counted and narrowed.
     """
     top = (1 << (63 if scope.wide else 31)) - 1
-    if keep >= scope.elements:
-        return [Rank(0, 0, 0)] * scope.tasks
-    if keep <= 0:
-        return [Rank(top + 1, 0, 0)] * scope.tasks
+    known = {n: Rank(0 if keep > 0 else top + 1, 0, 0) for n, keep in enumerate(keeps) if not 0 < keep < scope.elements}
+    if len(known) == len(keeps):
+        return [known[n] for n in range(len(keeps))]
     widest, narrow = (47, 29) if scope.wide else (15, 0)
     everywhere = [0] * scope.tasks
     sampled: NDArray[np.int64] = yield Window(everywhere, widest, scope.wide, SAMPLE)
-    share = keep / scope.elements
+    shares = [min(max(0, keep), scope.elements) / scope.elements for keep in keeps]
     shift = narrow
-    lows = [max(0, _quantile(sampled[task, 1:], share, widest) - (BINS // 2 << shift)) for task in range(scope.tasks)]
+    middles = [_quantile(sampled[task, 1:], share, widest) for task, share in enumerate(shares)]
+    lows = [max(0, middle - (BINS // 2 << shift)) for middle in middles]
     while True:
         counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
-        located = [_locate(counts, keep) for counts in counted]
+        located = [(0, 0, 0) if n in known else _locate(counts, keeps[n]) for n, counts in enumerate(counted)]
         if None in located:
             lows, shift = everywhere, widest
             continue
         bins = [place for place in located if place is not None]
         lows = [low + (place << shift) for low, (place, _, _) in zip(lows, bins, strict=True)]
         if shift == 0:
-            return [Rank(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+            found = [Rank(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+            return [known.get(n, rank) for n, rank in enumerate(found)]
         shift = max(0, shift - 16)
 
 

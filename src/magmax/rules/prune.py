@@ -11,6 +11,7 @@ from .before import Before
 from .chance import masked_at_random
 from .magnitude import apply_mask, largest
 from .plan import Address, Answer, Array, Plan, Scope, Span
+from .values import Numbers, each, need, one
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Prune(Before):
     name: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322, the retention analysis"
 
-    keep: float = 0.2
+    keep: Numbers = 0.2
     which: Literal["top", "bottom", "random"] = "top"
     span: Literal["model", "tensor"] = "model"
     seed: int = 0
@@ -35,8 +36,7 @@ class Prune(Before):
             raise MagMaxError(f"prune needs which to be top, bottom or random, not {self.which!r}")
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"prune needs span to be model or tensor, not {self.span!r}")
-        if not 0 <= self.keep <= 1:
-            raise MagMaxError(f"prune needs keep from 0 to 1, not {self.keep}")
+        need(self.name, "keep", self.keep, 0, 1)
 
     @property
     def passes(self) -> int:
@@ -49,11 +49,11 @@ class Prune(Before):
     def plan(self, scope: Scope) -> Plan:
         if self.which == "random":
             return None
-        keep = round(self.keep * scope.elements)
-        return (yield from largest(keep if self.which == "top" else scope.elements - keep, scope))
+        keeps = [round(keep * scope.elements) for keep in each(self.keep, scope.tasks)]
+        return (yield from largest(keeps if self.which == "top" else [scope.elements - k for k in keeps], scope))
 
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
         if self.which == "random":
-            return masked_at_random(delta, self.keep, "prune", self.seed, task, at)
+            return masked_at_random(delta, one(self.keep, task), "prune", self.seed, task, at)
         apply_mask(bits(delta), answer[task - 1].mask(delta, at), invert=self.which == "bottom")
         return delta

@@ -8,11 +8,12 @@ from typing import ClassVar
 from .average import add
 from .base import State, StreamingRule
 from .plan import Address, Array
+from .values import Numbers, need, one
 
 
 @dataclass(frozen=True)
 class TaskArithmetic(StreamingRule):
-    """The sum tau_1 + ... + tau_T, in task order; usually scaled by 0.3, or by 1/T in MagMax's own scripts.
+    """The sum w_1 tau_1 + ... + w_T tau_T, in task order; usually scaled by 0.3, or by 1/T in MagMax's own scripts.
 
     >>> import numpy as np
     >>> TaskArithmetic()([np.float32([1, 2]), np.float32([3, -2])])
@@ -24,8 +25,13 @@ class TaskArithmetic(StreamingRule):
     selects: ClassVar[bool] = False
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
 
+    weights: Numbers = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.name, "weights", self.weights)
+
     def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        return add(state, task_vector)
+        return add(state, task_vector, one(self.weights, task))
 
     def finish(self, state: State, tasks: int) -> Array:
         return state[0]

@@ -10,8 +10,10 @@ import numpy as np
 
 from ..errors import MagMaxError
 from .base import Rule, bits
+from .elect import disjoint_mean, left_sum, weigh
 from .magnitude import Cut, Equals, apply_mask, exact_cuts, ranked
-from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace
+from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
+from .values import Numbers, each, need
 
 
 class Trimmed(NamedTuple):
@@ -28,6 +30,7 @@ class Ties(Rule):
 
         m = mean{ trim(tau_t) : sign(trim(tau_t)) = s },  s = sign(sum_t trim(tau_t))
 
+    With weights, w_t trim(tau_t) stands for trim(tau_t), and the mean divides by the weights of those that agree.
     Equal magnitudes at the cut go by tensor name, then flat offset. Where the sum is zero, s is the sign that most
     elements of the span elected (positive, if neither prevails). The authors' code keeps one entry too many and all
     that equal it, and fails at density 1; mergekit trims tensor by tensor (span: tensor).
@@ -41,14 +44,15 @@ class Ties(Rule):
     scaling_factor: ClassVar[float] = 0.3
     paper: ClassVar[str] = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708"
 
-    density: float = 0.2
+    density: Numbers = 0.2
+    weights: Numbers = 1.0
     span: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"ties needs span to be model or tensor, not {self.span!r}")
-        if not 0 <= self.density <= 1:
-            raise MagMaxError(f"ties needs a density from 0 to 1, not {self.density}")
+        need(self.name, "density", self.density, 0, 1)
+        need(self.name, "weights", self.weights)
 
     @property
     def passes(self) -> int:
@@ -59,9 +63,11 @@ class Ties(Rule):
         return Span(self.span)
 
     def plan(self, scope: Scope) -> Plan:
-        ranks = yield from ranked(round(self.density * scope.elements), scope)
+        weights = each(self.weights, scope.tasks)
+        keeps = [round(density * scope.elements) for density in each(self.density, scope.tasks)]
+        ranks = yield from ranked(keeps, scope)
         everything = [Cut(rank.code, wide=scope.wide) for rank in ranks]
-        tallies: Mapping[Address, Counts] = yield Tally([rank.code for rank in ranks], scope.wide, everything)
+        tallies: Mapping[Address, Counts] = yield Tally([rank.code for rank in ranks], scope.wide, everything, weights)
         exact = exact_cuts(ranks, tallies, scope.wide)
         recount = {
             at
@@ -70,27 +76,14 @@ class Ties(Rule):
         }
         votes = sum(int(tally[-1]) for at, tally in tallies.items() if at not in recount)
         if recount:
-            votes += int((yield Votes(exact, recount))[0])
+            votes += int((yield Votes(exact, weights, recount))[0])
         return Trimmed(exact, votes < 0)
 
     def merge(self, block: Block, answer: Answer) -> Array:
         trimmed: Trimmed = answer
-        _trim(block, trimmed.cuts)
-        elected = bits(_sum(block.deltas))
-        # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
-        opposite = ~(elected - int(trimmed.mostly_negative))
-        xp = namespace(elected)
-        merged = xp.zeros_like(block.deltas[0])
-        count = xp.zeros_like(elected, dtype=xp.int16)
-        for delta in block.deltas:
-            agreeing = bits(delta) ^ opposite
-            agreeing >>= 8 * delta.dtype.itemsize - 1
-            agreeing &= bits(delta)
-            kept = agreeing.view(delta.dtype)
-            merged += kept
-            count += xp.astype(kept != 0, count.dtype)
-        merged /= xp.astype(xp.maximum(count, xp.ones_like(count)), merged.dtype)
-        return merged
+        weights = each(self.weights, len(block.deltas))
+        _trim(block, trimmed.cuts, weights)
+        return disjoint_mean(block.deltas, weights, trimmed.mostly_negative)
 
 
 @dataclass(frozen=True)
@@ -98,14 +91,15 @@ class Votes(Fold):
     """How many more elements elect a positive sign than a negative one."""
 
     cuts: Sequence[Cut]
+    weights: Sequence[float]
     only: Collection[Address] | None = None
 
     def zeros(self) -> Counts:
         return np.zeros(1, np.int64)
 
     def count(self, block: Block, into: Counts) -> None:
-        _trim(block, self.cuts)
-        total = np.asarray(_sum(block.deltas))
+        _trim(block, self.cuts, self.weights)
+        total = np.asarray(left_sum(block.deltas))
         into[0] += np.count_nonzero(total > 0) - np.count_nonzero(total < 0)
 
 
@@ -116,6 +110,7 @@ class Tally(Fold):
     codes: Sequence[int]
     wide: bool
     cuts: Sequence[Cut]
+    weights: Sequence[float]
     apart: bool = True
 
     def zeros(self) -> Counts:
@@ -123,18 +118,11 @@ class Tally(Fold):
 
     def count(self, block: Block, into: Counts) -> None:
         Equals(self.codes, self.wide).count(block, into[:-1])
-        Votes(self.cuts).count(block, into[-1:])
+        Votes(self.cuts, self.weights).count(block, into[-1:])
 
 
-def _trim(block: Block, cuts: Sequence[Cut]) -> None:
-    """Zero, in place, every entry that is not among its task's largest."""
+def _trim(block: Block, cuts: Sequence[Cut], weights: Sequence[float]) -> None:
+    """Zero, in place, every entry that is not among its task's largest; multiply the others by the task's weight."""
     for delta, cut in zip(block.deltas, cuts, strict=True):
         apply_mask(bits(delta), cut.mask(delta, block.at))
-
-
-def _sum(deltas: Sequence[Array]) -> Array:
-    """A new array, the left fold of a sum; adding zero first makes the sum of negative zeros positive."""
-    total = deltas[0] + 0
-    for delta in deltas[1:]:
-        total += delta
-    return total
+    weigh(block.deltas, weights)

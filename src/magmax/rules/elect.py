@@ -1,0 +1,109 @@
+"""Elect a sign per element, then merge what agrees with it: what TIES does after trimming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Rule, bits
+from .plan import Answer, Array, Block, namespace
+from .values import Numbers, each, need
+
+
+@dataclass(frozen=True)
+class Elect(Rule):
+    """Per element elect the sign of the weighted sum; take the weighted mean of the entries that have it.
+
+        m = sum_{t: sign(w_t tau_t) = s} w_t tau_t / sum_{t: sign(w_t tau_t) = s} w_t,  s = sign(sum_t w_t tau_t)
+
+    Where the sum is zero, s is positive, as in mergekit; so nothing need be asked of the whole model, as `ties` must.
+    Zeros agree with no sign. Where the weights that agree sum to zero, nothing is divided by.
+
+    >>> import numpy as np
+    >>> Elect(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 2])])
+    array([2., 1.6666666], dtype=float32)
+    """
+
+    name: ClassVar[str] = "elect"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = "Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708, without the trimming"
+
+    weights: Numbers = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.name, "weights", self.weights)
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        weights = each(self.weights, len(block.deltas))
+        weigh(block.deltas, weights)
+        return disjoint_mean(block.deltas, weights)
+
+
+@dataclass(frozen=True)
+class ElectSum(Rule):
+    """Per element elect the sign of the weighted sum, as `elect` does; sum the weighted entries that have it.
+
+        m = sum_{t: sign(w_t tau_t) = s} w_t tau_t,  s = sign(sum_t w_t tau_t)
+
+    mergekit's `normalize: false`, the default of its dare_ties and breadcrumbs_ties.
+
+    >>> import numpy as np
+    >>> ElectSum(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 2])])
+    array([6., 5.], dtype=float32)
+    """
+
+    name: ClassVar[str] = "elect_sum"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = Elect.paper
+
+    weights: Numbers = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.name, "weights", self.weights)
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        weigh(block.deltas, each(self.weights, len(block.deltas)))
+        return left_sum(list(agreeing(block.deltas)))
+
+
+def weigh(deltas: Sequence[Array], weights: Sequence[float]) -> None:
+    """Multiply each task vector by its weight, in place."""
+    for delta, weight in zip(deltas, weights, strict=True):
+        if weight != 1:
+            delta *= weight
+
+
+def left_sum(deltas: Sequence[Array]) -> Array:
+    """A new array, the left fold of a sum; adding zero first makes the sum of negative zeros positive."""
+    total = deltas[0] + 0
+    for delta in deltas[1:]:
+        total += delta
+    return total
+
+
+def agreeing(deltas: Sequence[Array], zero_is_negative: bool = False) -> Iterator[Array]:
+    """Of each task vector the entries that have the sign of their sum, zeros elsewhere."""
+    elected = bits(left_sum(deltas))
+    # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
+    opposite = ~(elected - int(zero_is_negative))
+    for delta in deltas:
+        kept = bits(delta) ^ opposite
+        kept >>= 8 * delta.dtype.itemsize - 1
+        kept &= bits(delta)
+        yield kept.view(delta.dtype)
+
+
+def disjoint_mean(deltas: Sequence[Array], weights: Sequence[float], zero_is_negative: bool = False) -> Array:
+    """The sum of the weighted task vectors' entries that agree with their sum's sign, over the sum of their weights."""
+    xp = namespace(deltas[0])
+    merged = xp.zeros_like(deltas[0])
+    share = xp.zeros_like(merged, dtype=xp.int16 if all(weight == 1 for weight in weights) else merged.dtype)
+    for kept, weight in zip(agreeing(deltas, zero_is_negative), weights, strict=True):
+        merged += kept
+        present = xp.astype(kept != 0, share.dtype)
+        weigh([present], [weight])
+        share += present
+    share += xp.astype(share == 0, share.dtype)
+    merged /= xp.astype(share, merged.dtype, copy=False)
+    return merged
