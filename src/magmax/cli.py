@@ -82,6 +82,7 @@ def merge(
         "allow_nonfinite": allow_nonfinite or None,
     }
     plan = _plan(models, flags)
+    _print_notes(plan)
     job = plan.job()
     if dry_run:
         _print_preview(job, threads)
@@ -124,6 +125,7 @@ def sweep(
     if len(ranges) != 1:
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
     plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
+    _print_notes(plan)
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
@@ -441,7 +443,9 @@ def check(recipe: str, *assignments: str) -> None:
     """
     from .recipe import load
 
-    _print_preview(load(recipe, assignments).job(), 0)
+    plan = load(recipe, assignments)
+    _print_notes(plan)
+    _print_preview(plan.job(), 0)
 
 
 def main() -> None:
@@ -564,6 +568,11 @@ def _print_outcome(words: str, outcome: Outcome) -> None:
         f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {_size(outcome.read_bytes - outcome.reused_bytes)} read, "
         f"{_size(outcome.written_bytes)} written)"
     )
+
+
+def _print_notes(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _print_carried(carried: Any) -> None:

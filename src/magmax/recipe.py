@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from . import mergekit
 from .checkpoints.lora import base_and_adapter, within
 from .document import Document, parse_yaml, read_document, read_text, validated
 from .engine.merge import Options, default_names
@@ -62,7 +63,7 @@ class Recipe(BaseModel):
 
 
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
-    """Read, override and validate a recipe.
+    """Read, override and validate a recipe, ours or mergekit's.
 
     Args:
         file: the YAML file.
@@ -73,6 +74,8 @@ def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | No
         MagMaxError: YAML that cannot be read, unknown keys (with line and nearest key), values of the wrong kind.
     """
     document = read_document(file)
+    if mergekit.is_mergekit(document.content):
+        return mergekit.build(document, overrides, flags or {}, os_path.dirname(file))
     content = {**merged_overrides(document.content, overrides), **(flags or {})}
     return build(content, file, document.lines, os_path.dirname(file))
 

@@ -16,6 +16,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.dtypes import LONG_NAMES
 from ..checkpoints.memory import as_tensor
 from ..checkpoints.writer import SHARD_BYTES, Target
+from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
 from ..rules import Rule, as_rule, nearest
 from .arithmetic import MergeKernel
@@ -240,10 +241,10 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
 
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise MagMaxError if two checkpoints are one file or folder."""
+    """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
     seen: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        if checkpoint.path is None:
+        if checkpoint.path is None or isinstance(checkpoint, Zeros):
             continue
         real = checkpoint.path.resolve()
         if real in seen:
