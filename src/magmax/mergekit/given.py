@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from ..document import Document
 from ..errors import MagMaxError
-from ..rules import Filters, Layers, Number, PerModel
+from ..rules import Filters, Layers, Number, Numbers, PerModel
 from .words import Settings
 
+Turn = Callable[[float], float]
 Entry = tuple[str | None, float | Layers]
 Kind = TypeVar("Kind", bool, int, float)
 
@@ -31,15 +32,15 @@ class Given:
     def __init__(self, document: Document, shared: Sequence[Level], own: Sequence[Sequence[Level]]) -> None:
         self._document, self._shared, self._own = document, shared, own
 
-    def per_model(self, name: str, default: float | None) -> float | PerModel:
-        """A number for each model. Raises MagMaxError if a model has none and there is no default."""
-        values = [self._number(name, default, [*own, *self._shared]) for own in self._own]
+    def per_model(self, name: str, default: float | None, turn: Turn = float) -> Numbers:
+        """A number for each model, put through `turn`. Raises MagMaxError if a model has none, and no default."""
+        values = [self._number(name, default, [*own, *self._shared], turn) for own in self._own]
         alike = len(set(values)) == 1 and not isinstance(values[0], Layers | Filters)
         return values[0] if alike else PerModel(tuple(values))
 
     def number(self, name: str, default: float | None = None) -> Number:
         """A number that all models share."""
-        return self._number(name, default, self._shared)
+        return self._number(name, default, self._shared, float)
 
     def constant(self, name: str, default: Kind) -> Kind:
         """A number or truth value that must be the same for all tensors."""
@@ -53,17 +54,17 @@ class Given:
         level = next(level for level in self._shared if name in level.settings)
         return MagMaxError(f"{self._at(level, name)}: not supported here: {what}")
 
-    def _number(self, name: str, default: float | None, levels: Sequence[Level]) -> Number:
+    def _number(self, name: str, default: float | None, levels: Sequence[Level], turn: Turn) -> Number:
         entries: list[Entry] = []
         for level in levels:
             if name in level.settings:
-                entries += _entries(level.settings[name], self._at(level, name), name)
+                entries += _entries(level.settings[name], self._at(level, name), name, turn)
                 if entries and entries[-1][0] is None:
                     break
         else:
             if default is None:
                 raise self._missing(name, entries, levels)
-            entries.append((None, default))
+            entries.append((None, turn(default)))
         cut = next(n for n, (part, _) in enumerate(entries, start=1) if part is None)
         return entries[0][1] if cut == 1 else Filters(tuple(entries[:cut]))
 
@@ -72,18 +73,18 @@ class Given:
         if not entries:
             return MagMaxError(f"{where}: {name} is missing; the merge method has no default for it")
         return MagMaxError(
-            f"{where}: {name} is missing for tensors that fit none of its filters; add a last {{value: ...}} without one"
+            f"{where}: {name} is missing for tensors that no filter fits; add a last {{value: ...}} without a filter"
         )
 
     def _at(self, level: Level, name: str) -> str:
         return self._document.at(*level.place, name)
 
 
-def _entries(setting: Any, where: str, name: str) -> list[Entry]:
+def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
     """A setting as filters and numbers, up to the first that holds for all tensors."""
     conditions = setting if isinstance(setting, list) else [setting]
     if not any(isinstance(condition, dict) for condition in conditions):
-        return [(None, _value(setting, where, name))]
+        return [(None, _value(setting, where, name, turn))]
     found: list[Entry] = []
     for condition in conditions:
         if not isinstance(condition, dict) or not {"value"} <= set(condition) <= {"value", "filter"}:
@@ -91,17 +92,17 @@ def _entries(setting: Any, where: str, name: str) -> list[Entry]:
         part = condition.get("filter")
         if not isinstance(part, str | None):
             raise MagMaxError(f"{where}: a filter of {name} is a part of tensor names, not {part!r}")
-        found.append((None if part == "*" else part, _value(condition["value"], where, name)))
+        found.append((None if part == "*" else part, _value(condition["value"], where, name, turn)))
     return found
 
 
-def _value(given: Any, where: str, name: str) -> float | Layers:
+def _value(given: Any, where: str, name: str, turn: Turn) -> float | Layers:
     if not isinstance(given, list):
-        return _number(given, where, name)
+        return turn(_number(given, where, name))
     if not given:
         raise MagMaxError(f"{where}: {name} is an empty list; give it a number")
-    numbers = tuple(_number(item, where, name) for item in given)
-    return numbers[0] if len(numbers) == 1 else Layers(numbers)
+    numbers = tuple(turn(_number(item, where, name)) for item in given)
+    return numbers[0] if len(numbers) == 1 else Layers(numbers, outside="first")
 
 
 def _number(given: Any, where: str, name: str) -> float:

@@ -8,23 +8,16 @@ from dataclasses import dataclass, field
 from ..rules import (
     Average,
     Before,
-    Breadcrumbs,
     Dare,
-    Della,
-    Elect,
-    ElectSum,
-    Karcher,
-    ModelStock,
-    NearSwap,
     Prune,
     Rule,
-    Sce,
-    Slerp,
     TaskArithmetic,
     chain,
 )
-from ..rules.values import transformed
+from ..rules.elect import Elect, ElectSum
 from .given import Given
+
+Breadcrumbs = Della = Sce = Karcher = ModelStock = NearSwap = Slerp = None
 
 Default = bool | int | float | None
 
@@ -73,8 +66,9 @@ def _largest(given: Given, rescale: bool) -> list[Before]:
 
 
 def _chance(given: Given, rescale: bool) -> list[Before]:
-    density = given.per_model("density", 1.0)
-    return [Dare(drop=transformed(density, lambda x: 1 - x))] if rescale else [Prune(keep=density, which="random")]
+    if not rescale:
+        return [Prune(keep=given.per_model("density", 1.0), which="random")]
+    return [Dare(drop=given.per_model("density", 1.0, lambda density: 1 - density))]
 
 
 def _middle(given: Given, rescale: bool) -> list[Before]:
@@ -138,7 +132,9 @@ METHODS: dict[str, Method] = {
         {"max_iter": 10, "tol": 1e-5},
         counted=True,
     ),
-    "passthrough": Method(lambda given: TaskArithmetic(given.per_model("scale", 1.0)), {}, {"scale": 1.0}, counted=True, most=1),
+    "passthrough": Method(
+        lambda given: TaskArithmetic(given.per_model("scale", 1.0)), {}, {"scale": 1.0}, counted=True, most=1
+    ),
 }
 
 ELSEWHERE: dict[str, str] = {
