@@ -1,6 +1,5 @@
 """The same recipes, word for word, in mergekit and here: how many numbers are equal, how far the others are apart."""
 
-import json
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from cyclopts import App
 from harness.agreement import tensors
 from harness.machine import load_of_the_last_minute
 from harness.methods import MAGMAX, script
-from harness.places import OUTPUT, WORK
+from harness.places import OUTPUT
 from harness.results import entry, publish
 from harness.rivals import MERGEKIT, install, versions
 from harness.shapes import Llama
