@@ -441,13 +441,11 @@ def check(recipe: str, *assignments: str) -> None:
     assignments
         As in merge: scaling_factor=0.7, rule.k=2.
     """
-    import os
-
     from .recipe import load
 
     plan = load(recipe, assignments)
     _print_notes(plan)
-    _print_preview(plan.job(plan.out or f"{os.path.splitext(recipe)[0]}-merged"), 0)
+    _print_preview(plan.job(plan.out or f"{recipe}-merged"), 0)
 
 
 def main() -> None:
