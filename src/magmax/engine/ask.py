@@ -12,7 +12,7 @@ from ..checkpoints.slabs import Chunk, chunks
 from ..rules import Address, Block, Rule
 from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span, carried_out
 from .reader import Reader
-from .stream import Progress, Slab, cores, hold_freed_memory, in_threads
+from .stream import Progress, Slab, cores, cut, hold_freed_memory, in_threads
 
 
 def ask(
@@ -21,25 +21,32 @@ def ask(
     """The answers to the rule's plan, by tensor; under None where it asks of the whole model."""
     specs = reader.inputs[0].specs
     wide = any(specs[key].dtype == "F64" for key in keys)
+    threads = 1 if rule.whole else threads or cores()
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
         elements = sum(specs[key].elements for key in keys)
-        questions = Questions(reader, tasks, keys, threads or cores(), progress)
+        questions = Questions(reader, tasks, keys, threads, progress, rule.whole)
         return {None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}
 
     def one(key: str) -> tuple[str, Answer]:
         scope = Scope(tasks, specs[key].elements, specs[key].dtype == "F64")
-        return key, Questions(reader, tasks, [key], 1, progress).answer(rule.plan(scope))
+        return key, Questions(reader, tasks, [key], 1, progress, rule.whole).answer(rule.plan(scope))
 
-    with ThreadPoolExecutor(threads or cores()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return dict(pool.map(one, [key for key in keys if specs[key].elements]))
 
 
 class Questions:
-    """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
+    """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks.
 
-    def __init__(self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> None:
+    Blocks are slabs, or whole tensors where the rule merges these, so that what is asked and what is merged agree.
+    """
+
+    def __init__(
+        self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress, whole: bool = False
+    ) -> None:
         self._reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
+        self._whole = whole
         specs = reader.inputs[0].specs
         self._specs = {key: specs[key] for key in keys}
 
@@ -80,7 +87,7 @@ class Questions:
         return found
 
     def _each(self, work: Any, fold: Fold) -> None:
-        todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec))
+        todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec, self._whole))
         one_by_one = (work(chunk) for chunk in todo)
         with closing(one_by_one if self._threads == 1 else in_threads(work, todo, self._threads)) as done:
             for chunk in done:
@@ -89,9 +96,11 @@ class Questions:
                     self._progress((chunk.stop - chunk.start) * size * len(self._reader.inputs))
 
     def _blocks(self, chunk: Chunk, sample: int) -> Any:
-        for start, stop in chunk.slabs(self._specs[chunk.key]):
+        spec = self._specs[chunk.key]
+        for cuts in cut(chunk, spec, self._whole):
+            start, stop = cuts[0][0], cuts[-1][1]
             end = min(stop, start + sample) if sample else stop
-            slab = Slab(self._reader.inputs, chunk, start, end, digest=False)
+            slab = Slab(self._reader.inputs, chunk.key, [(start, end)], digest=False)
             base = self._reader.numbers(slab, 0)
             deltas = [self._reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
-            yield Block(Address(chunk.key, start), deltas)
+            yield Block(Address(chunk.key, start), deltas, base)

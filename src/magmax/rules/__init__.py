@@ -12,14 +12,22 @@ from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .chain import chain
+from .consensus import Consensus
 from .dare import Dare
+from .iso_c import IsoC
+from .iso_cts import IsoCTS
+from .karcher import Karcher
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
+from .model_stock import ModelStock
+from .nearswap import NearSwap
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
+from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
+from .tsv_m import TsvM
 
 __all__ = [
     "Address",
@@ -27,20 +35,31 @@ __all__ = [
     "Average",
     "Before",
     "Block",
+    "Consensus",
     "Dare",
+    "IsoC",
+    "IsoCTS",
+    "Karcher",
     "KthMagnitude",
     "MagMax",
+    "ModelStock",
+    "NearSwap",
     "Prune",
     "RandomMix",
     "Rule",
+    "Slerp",
     "State",
     "StreamingRule",
     "TaskArithmetic",
     "Ties",
+    "TsvM",
     "chain",
 ]
 
-RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude)
+RULES: tuple[type[Rule], ...] = (
+    *(MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude),
+    *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM),
+)
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
