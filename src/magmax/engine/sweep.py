@@ -31,6 +31,14 @@ class VectorKernel(Kernel):
 
     merge: MergeKernel
 
+    @property
+    def whole(self) -> bool:
+        return self.merge.whole
+
+    @property
+    def gathers(self) -> bool:
+        return self.merge.gathers
+
     def prepared(self, threads: int, progress: Progress) -> Self:
         return replace(self, merge=self.merge.prepared(threads, progress))
 

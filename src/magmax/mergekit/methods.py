@@ -9,15 +9,20 @@ from ..rules import (
     Average,
     Before,
     Dare,
+    Elect,
+    ElectSum,
+    Karcher,
+    ModelStock,
+    NearSwap,
     Prune,
     Rule,
+    Slerp,
     TaskArithmetic,
     chain,
 )
-from ..rules.elect import Elect, ElectSum
 from .given import Given
 
-Breadcrumbs = Della = Sce = Karcher = ModelStock = NearSwap = Slerp = None
+Breadcrumbs = Della = Sce = None
 
 Default = bool | int | float | None
 
@@ -124,8 +129,8 @@ METHODS: dict[str, Method] = {
     "breadcrumbs": _arithmetic(MIDDLE, elect=False, normalize=False),
     "breadcrumbs_ties": _arithmetic(MIDDLE, elect=True, normalize=False),
     "sce": Method(lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}),
-    "slerp": Method(lambda given: Slerp(given.number("t")), {"t": None}, most=1),
-    "nearswap": Method(lambda given: NearSwap(given.number("t")), {"t": None}, most=1),
+    "slerp": Method(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
+    "nearswap": Method(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),
     "model_stock": Method(_model_stock, {"filter_wise": False}, least=2),
     "karcher": Method(
         lambda given: Karcher(max_iter=given.constant("max_iter", 10), tol=given.constant("tol", 1e-5)),

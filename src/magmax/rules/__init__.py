@@ -11,16 +11,24 @@ from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .chain import chain
+from .consensus import Consensus
 from .dare import Dare
 from .elect import Elect, ElectSum
+from .iso_c import IsoC
+from .iso_cts import IsoCTS
+from .karcher import Karcher
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
+from .model_stock import ModelStock
+from .nearswap import NearSwap
 from .places import Place, places
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
+from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
+from .tsv_m import TsvM
 from .values import Filters, Layers, Number, Numbers, PerModel, read
 
 __all__ = [
@@ -29,13 +37,19 @@ __all__ = [
     "Average",
     "Before",
     "Block",
+    "Consensus",
     "Dare",
     "Elect",
     "ElectSum",
     "Filters",
+    "IsoC",
+    "IsoCTS",
+    "Karcher",
     "KthMagnitude",
     "Layers",
     "MagMax",
+    "ModelStock",
+    "NearSwap",
     "Number",
     "Numbers",
     "PerModel",
@@ -43,18 +57,21 @@ __all__ = [
     "Prune",
     "RandomMix",
     "Rule",
+    "Slerp",
     "State",
     "StreamingRule",
     "TaskArithmetic",
     "Ties",
+    "TsvM",
     "chain",
     "nearest",
     "places",
 ]
 
 RULES: tuple[type[Rule], ...] = (
-    MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, RandomMix, KthMagnitude,
-)  # fmt: skip
+    *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, RandomMix, KthMagnitude),
+    *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM),
+)
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"

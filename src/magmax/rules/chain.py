@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 from .base import Rule, State, StreamingRule
 from .before import Before
-from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
+from .plan import Address, Answer, Array, Block, Fold, Plan, Scope, Span
 
 
 def chain(*parts: Before | Rule) -> Rule:
@@ -61,6 +63,14 @@ class Chain(Rule):
     @property
     def questions_span(self) -> Span:
         return next(iter(self._spans()), Span.MODEL)
+
+    @property
+    def whole(self) -> bool:
+        return self.rule.whole
+
+    @property
+    def needs_base(self) -> bool:
+        return self.rule.needs_base
 
     def _spans(self) -> Sequence[Span]:
         spans = [b.questions_span for b in self.before if b.questions_span]
@@ -150,10 +160,10 @@ class Through(Fold):
     def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.fold.only
 
-    def zeros(self) -> Counts:
+    def zeros(self) -> NDArray[Any]:
         return self.fold.zeros()
 
-    def count(self, block: Block, into: Counts) -> None:
+    def count(self, block: Block, into: NDArray[Any]) -> None:
         self.fold.count(transformed(block, self.before, self.answers), into)
 
 
@@ -162,4 +172,4 @@ def transformed(block: Block, before: Sequence[Before], answers: Sequence[Answer
     deltas = list(block.deltas)
     for transform, answer in zip(before, answers, strict=False):
         deltas = [transform.apply(delta, task, block.at, answer) for task, delta in enumerate(deltas, start=1)]
-    return Block(block.at, deltas)
+    return replace(block, deltas=deltas)
