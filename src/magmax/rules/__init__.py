@@ -10,8 +10,10 @@ from ..errors import MagMaxError, nearest
 from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
+from .breadcrumbs import Breadcrumbs
 from .chain import chain
 from .dare import Dare
+from .della import Della
 from .elect import Elect, ElectSum
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
@@ -19,6 +21,7 @@ from .places import Place, places
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
+from .sce import Sce
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 from .values import Filters, Layers, Number, Numbers, PerModel, read
@@ -29,7 +32,9 @@ __all__ = [
     "Average",
     "Before",
     "Block",
+    "Breadcrumbs",
     "Dare",
+    "Della",
     "Elect",
     "ElectSum",
     "Filters",
@@ -43,6 +48,7 @@ __all__ = [
     "Prune",
     "RandomMix",
     "Rule",
+    "Sce",
     "State",
     "StreamingRule",
     "TaskArithmetic",
@@ -53,9 +59,9 @@ __all__ = [
 ]
 
 RULES: tuple[type[Rule], ...] = (
-    MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, RandomMix, KthMagnitude,
+    MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude,
 )  # fmt: skip
-TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
+TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare, Della, Breadcrumbs)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
 
