@@ -48,7 +48,9 @@ def ask(
         return Answers({None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}, questions.reader)
 
     def one(key: str) -> tuple[Answer, bool]:
-        scope = Scope(tasks, specs[key].elements, specs[key].dtype == "F64")
+        spec = specs[key]
+        row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else spec.elements
+        scope = Scope(tasks, spec.elements, spec.dtype == "F64", row)
         questions = Questions(reader, tasks, [key], 1, progress, rule.whole)
         return questions.answer(placed[key].plan(scope)), questions.reader.checked
 

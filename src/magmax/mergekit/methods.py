@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from ..rules import (
     Average,
     Before,
+    Breadcrumbs,
     Dare,
+    Della,
     Elect,
     ElectSum,
     Karcher,
@@ -16,13 +18,12 @@ from ..rules import (
     NearSwap,
     Prune,
     Rule,
+    Sce,
     Slerp,
     TaskArithmetic,
     chain,
 )
 from .given import Given
-
-Breadcrumbs = Della = Sce = None
 
 Default = bool | int | float | None
 

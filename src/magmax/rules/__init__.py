@@ -10,9 +10,11 @@ from ..errors import MagMaxError, nearest
 from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
+from .breadcrumbs import Breadcrumbs
 from .chain import chain
 from .consensus import Consensus
 from .dare import Dare
+from .della import Della
 from .elect import Elect, ElectSum
 from .iso_c import IsoC
 from .iso_cts import IsoCTS
@@ -25,6 +27,7 @@ from .places import Place, places
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
+from .sce import Sce
 from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
@@ -37,8 +40,10 @@ __all__ = [
     "Average",
     "Before",
     "Block",
+    "Breadcrumbs",
     "Consensus",
     "Dare",
+    "Della",
     "Elect",
     "ElectSum",
     "Filters",
@@ -57,6 +62,7 @@ __all__ = [
     "Prune",
     "RandomMix",
     "Rule",
+    "Sce",
     "Slerp",
     "State",
     "StreamingRule",
@@ -69,10 +75,10 @@ __all__ = [
 ]
 
 RULES: tuple[type[Rule], ...] = (
-    *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, RandomMix, KthMagnitude),
+    *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude),
     *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM),
 )
-TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
+TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare, Della, Breadcrumbs)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
 

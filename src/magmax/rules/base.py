@@ -103,8 +103,11 @@ class Rule(Part):
         compute = xp.float64 if dtype == xp.float64 else xp.float32
         flat = [xp.reshape(xp.asarray(v, dtype=compute, copy=True), (-1,)) for v in task_vectors]
         start = None if base is None else xp.reshape(xp.asarray(base, dtype=compute), (-1,))
-        block = Block(Address(key, offset), flat, start, shapes[0])
-        scope = Scope(len(task_vectors), math.prod(task_vectors[0].shape), dtype == xp.float64)
+        shape = tuple(task_vectors[0].shape)
+        block = Block(Address(key, offset), flat, start, shape)
+        elements = math.prod(shape)
+        row = elements // max(1, shape[0]) if len(shape) > 1 else elements
+        scope = Scope(len(task_vectors), elements, dtype == xp.float64, row)
         merged = self.merge(block, answered(self.plan(scope), block))
         return xp.reshape(xp.astype(merged, dtype, copy=False), task_vectors[0].shape)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
-
-from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 from .base import Rule, State, StreamingRule
 from .before import Before
-from .plan import Address, Answer, Array, Block, Fold, Plan, Scope, Span
+from .plan import Address, Answer, Array, Block, Plan, Scope, Span, seen
 
 
 def chain(*parts: Before | Rule) -> Rule:
@@ -86,23 +85,14 @@ class Chain(Rule):
     def plan(self, scope: Scope) -> Plan:
         answers: list[Answer] = []
         for place, before in enumerate(self.before):
-            answers.append((yield from self._through(before.plan(scope), place, answers)))
-        rules = yield from self._through(self.rule.plan(scope), len(self.before), answers)
+            left = partial(transformed, before=self.before[:place], answers=tuple(answers))
+            answers.append((yield from seen(before.plan(scope), left)))
+        rules = yield from seen(self.rule.plan(scope), partial(transformed, before=self.before, answers=answers))
         return answers, rules
 
     def merge(self, block: Block, answer: Answer) -> Array:
         answers, rules = answer
         return self.rule.merge(transformed(block, self.before, answers), rules)
-
-    def _through(self, plan: Plan, place: int, answers: Sequence[Answer]) -> Plan:
-        """The plan, its questions put to blocks as the first `place` transforms leave them."""
-        reply: Any = None
-        while True:
-            try:
-                fold = plan.send(reply)
-            except StopIteration as end:
-                return end.value
-            reply = yield Through(fold, self.before[:place], tuple(answers))
 
 
 @dataclass(frozen=True)
@@ -138,33 +128,6 @@ class StreamingChain(StreamingRule):
 
     def finish(self, state: State, tasks: int) -> Array:
         return self.rule.finish(state, tasks)
-
-
-@dataclass(frozen=True)
-class Through(Fold):
-    """A question put to blocks as some transforms leave them."""
-
-    fold: Fold
-    before: Sequence[Before]
-    answers: Sequence[Answer]
-
-    @property
-    def sample(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.sample
-
-    @property
-    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.apart
-
-    @property
-    def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.only
-
-    def zeros(self) -> NDArray[Any]:
-        return self.fold.zeros()
-
-    def count(self, block: Block, into: NDArray[Any]) -> None:
-        self.fold.count(transformed(block, self.before, self.answers), into)
 
 
 def transformed(block: Block, before: Sequence[Before], answers: Sequence[Answer]) -> Block:

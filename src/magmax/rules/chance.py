@@ -24,16 +24,23 @@ def draws(purpose: str, seed: int, stream: int, at: Address, count: int) -> NDAr
     return words[skip : skip + count]
 
 
-def chance_mask(like: Array, probability: float, purpose: str, seed: int, stream: int, at: Address) -> Array:
-    """Signed integers of the width of `like`: all ones with the given probability (exact to 2^-32), else all zeros."""
+def chance_mask(
+    like: Array, probability: float | NDArray[np.float64], purpose: str, seed: int, stream: int, at: Address
+) -> Array:
+    """Signed integers of the width of `like`: all ones with the given probability (exact to 2^-32), else all zeros.
+
+    The probability is one for all elements, or a flat array of one for each.
+    """
     xp = namespace(like)
     drawn = draws(purpose, seed, stream, at, math.prod(like.shape))
     width = np.int64 if like.dtype.itemsize == 8 else np.int32
-    mask = -(drawn < round(probability * (1 << 32))).astype(width)
+    mask = -(drawn < np.rint(probability * 2.0**32)).astype(width)
     return xp.reshape(xp.asarray(mask, device=getattr(like, "device", None)), like.shape)
 
 
-def masked_at_random(delta: Array, keep: float, purpose: str, seed: int, stream: int, at: Address) -> Array:
+def masked_at_random(
+    delta: Array, keep: float | NDArray[np.float64], purpose: str, seed: int, stream: int, at: Address
+) -> Array:
     """Zero each entry with probability 1 - keep, in place."""
     kept = bits(delta)
     kept &= chance_mask(delta, keep, purpose, seed, stream, at)

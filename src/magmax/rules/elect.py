@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,8 +21,9 @@ class Elect(Rule):
     Zeros agree with no sign. Where the weights that agree sum to zero, nothing is divided by.
 
     >>> import numpy as np
-    >>> Elect(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 2])])
-    array([2., 1.6666666], dtype=float32)
+    >>> from magmax.rules import PerModel
+    >>> Elect(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 4])])
+    array([2., 3.], dtype=float32)
     """
 
     name: ClassVar[str] = "elect"
@@ -37,7 +38,7 @@ class Elect(Rule):
     def merge(self, block: Block, answer: Answer) -> Array:
         weights = each(self.weights, len(block.deltas))
         weigh(block.deltas, weights)
-        return disjoint_mean(block.deltas, weights)
+        return disjoint_mean(agreeing(block.deltas), weights, block.deltas[0])
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class ElectSum(Rule):
     mergekit's `normalize: false`, the default of its dare_ties and breadcrumbs_ties.
 
     >>> import numpy as np
-    >>> ElectSum(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 2])])
-    array([6., 5.], dtype=float32)
+    >>> from magmax.rules import PerModel
+    >>> ElectSum(weights=PerModel((1, 1, 2)))([np.float32([4, 1]), np.float32([0, -3]), np.float32([1, 4])])
+    array([6., 9.], dtype=float32)
     """
 
     name: ClassVar[str] = "elect_sum"
@@ -94,14 +96,14 @@ def agreeing(deltas: Sequence[Array], zero_is_negative: bool = False) -> Iterato
         yield kept.view(delta.dtype)
 
 
-def disjoint_mean(deltas: Sequence[Array], weights: Sequence[float], zero_is_negative: bool = False) -> Array:
-    """The sum of the weighted task vectors' entries that agree with their sum's sign, over the sum of their weights."""
-    xp = namespace(deltas[0])
-    merged = xp.zeros_like(deltas[0])
-    share = xp.zeros_like(merged, dtype=xp.int16 if all(weight == 1 for weight in weights) else merged.dtype)
-    for kept, weight in zip(agreeing(deltas, zero_is_negative), weights, strict=True):
-        merged += kept
-        present = xp.astype(kept != 0, share.dtype)
+def disjoint_mean(kept: Iterable[Array], weights: Sequence[float], like: Array) -> Array:
+    """The sum of the weighted task vectors' entries that agree, over the sum of their weights; an array as `like`."""
+    xp = namespace(like)
+    merged = xp.zeros_like(like)
+    share = xp.zeros_like(like, dtype=xp.int16 if all(weight == 1 for weight in weights) else like.dtype)
+    for vector, weight in zip(kept, weights, strict=True):
+        merged += vector
+        present = xp.astype(vector != 0, share.dtype)
         weigh([present], [weight])
         share += present
     share += xp.astype(share == 0, share.dtype)

@@ -61,11 +61,13 @@ class Scope:
         tasks: the number of task vectors.
         elements: how many elements of each are merged, over the span.
         wide: whether any of them is float64, so that magnitudes must be compared in that type.
+        row: how many elements a row has (what has one index of the first dimension; all of a vector), of one tensor.
     """
 
     tasks: int
     elements: int
     wide: bool = False
+    row: int = 0
 
 
 class Fold(ABC):
@@ -119,3 +121,40 @@ def answered(plan: Plan, block: Block) -> Answer:
         return {block.at: counts} if fold.apart else counts
 
     return carried_out(plan, ask)
+
+
+@dataclass(frozen=True)
+class Seen(Fold):
+    """A question put to blocks as something leaves them."""
+
+    fold: Fold
+    through: Callable[[Block], Block]
+
+    @property
+    def sample(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.fold.sample
+
+    @property
+    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.fold.apart
+
+    @property
+    def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.fold.only
+
+    def zeros(self) -> NDArray[Any]:
+        return self.fold.zeros()
+
+    def count(self, block: Block, into: NDArray[Any]) -> None:
+        self.fold.count(self.through(block), into)
+
+
+def seen(plan: Plan, through: Callable[[Block], Block]) -> Plan:
+    """The plan, its questions put to blocks as `through` leaves them."""
+    reply: Any = None
+    while True:
+        try:
+            fold = plan.send(reply)
+        except StopIteration as end:
+            return end.value
+        reply = yield Seen(fold, through)

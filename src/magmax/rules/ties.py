@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import MagMaxError
 from .base import Rule, bits
-from .elect import disjoint_mean, left_sum, weigh
+from .elect import agreeing, disjoint_mean, left_sum, weigh
 from .magnitude import Cut, Equals, apply_mask, exact_cuts, ranked
 from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
 from .values import Numbers, each, need
@@ -83,7 +83,7 @@ class Ties(Rule):
         trimmed: Trimmed = answer
         weights = each(self.weights, len(block.deltas))
         _trim(block, trimmed.cuts, weights)
-        return disjoint_mean(block.deltas, weights, trimmed.mostly_negative)
+        return disjoint_mean(agreeing(block.deltas, trimmed.mostly_negative), weights, block.deltas[0])
 
 
 @dataclass(frozen=True)
