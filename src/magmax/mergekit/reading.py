@@ -200,7 +200,8 @@ class _Reading:
         except MagMaxError as error:
             if str(error).startswith(self.document.file):
                 raise
-            raise MagMaxError(f"{self.document.at('parameters')}: {error}") from error
+            key = "parameters" if self.recipe.parameters else "merge_method"
+            raise MagMaxError(f"{self.document.at(key)}: {error}") from error
 
     def _options(self, method: Method, given: Given, ours: Mapping[str, Any]) -> Options:
         factor = given.constant("lambda", 1.0) if "lambda" in method.shared else 1.0
