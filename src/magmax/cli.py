@@ -324,6 +324,8 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
     _print_table(["tensor", "dtype", "shape", "size"], rows)
     for key, kept in opened.aliases.items():
         print(f"{key} is tied to {kept}")
+    for note in opened.notes:
+        print(note)
     elements = sum(s.elements for s in opened.specs.values())
     print(f"{len(opened.specs)} tensors, {elements:,} elements, {_size(opened.nbytes)}")
     print("provenance: none" if origin is None else f"provenance: {origin['package']}, {_compact(origin['recipe'])}")
@@ -556,6 +558,8 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {_size(cost['peak_memory'])}")
+    for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
+        print(note)
     _print_carried(job.carried)
     print("no problem found; nothing was written")
 

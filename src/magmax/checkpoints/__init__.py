@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ..errors import MagMaxError
 from .base import Checkpoint
+from .dcp import DistributedCheckpoint, distributed
 from .dtypes import Spec
 from .folder import PICKLES, open_folder
 from .lora import LoraModel, base_and_adapter, is_adapter
@@ -23,8 +24,9 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
 
     Args:
         source: a `.safetensors` file; a folder with (sharded) safetensors or `.bin` files; a `.pt`, `.pth` or `.bin`
-            state dict; the folder of a PEFT LoRA adapter, or BASE+ADAPTER; a mapping of names to tensors or arrays; an
-            object with `state_dict()`; a `Checkpoint`.
+            state dict; a folder of torch.distributed.checkpoint, or a part of one, FOLDER/PART; the folder of a PEFT
+            LoRA adapter, or BASE+ADAPTER; a mapping of names to tensors or arrays; an object with `state_dict()`; a
+            `Checkpoint`.
         label: what messages call it; a path's own text by default.
         base: what an adapter is applied to where the source does not say it.
 
@@ -53,6 +55,8 @@ def _open_path(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
         if base is None:
             raise MagMaxError(f"{label}: is an adapter, which is a model only with its base: write BASE+{text}")
         return LoraModel(path, base, label)
+    if found := distributed(path):
+        return DistributedCheckpoint(found[0], label, found[1])
     if path.is_dir():
         return open_folder(path, label)
     if not path.exists():

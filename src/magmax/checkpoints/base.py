@@ -20,6 +20,8 @@ class Checkpoint(ABC):
         specs: key -> (dtype, shape), in the order of the file.
         aliases: key -> the key in `specs` whose storage it shares (tied weights).
         metadata: the header's own strings.
+        notes: what a user should know of how it was read.
+        origin: where it was downloaded from, to the commit; "" for what lies here.
     """
 
     label: str
@@ -27,9 +29,11 @@ class Checkpoint(ABC):
     specs: dict[str, Spec]
     aliases: dict[str, str]
     metadata: dict[str, str]
+    notes: list[str]
+    origin: str = ""
 
     def __init__(self, label: str, specs: dict[str, Spec]) -> None:
-        self.label, self.specs, self.aliases, self.metadata = label, specs, {}, {}
+        self.label, self.specs, self.aliases, self.metadata, self.notes = label, specs, {}, {}, []
 
     @abstractmethod
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:

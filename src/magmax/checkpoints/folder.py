@@ -55,6 +55,8 @@ def open_folder(path: Path, label: str) -> Folder:
             return _indexed(path, label, indexes[0])
     found = sorted(path.glob("*.safetensors")) or sorted(f for k in PICKLES for f in path.glob(f"*{k}"))
     found = [f for f in found if f.name != "training_args.bin"]
+    if not found and any(path.glob("*.distcp")):
+        raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
     if len(found) != 1:
         what = f"{len(found)} weight files and no index" if found else "no weights (.safetensors, .bin or .pt)"
         raise MagMaxError(f"{label}: the folder holds {what}; give the file itself, or a folder with an index")

@@ -150,6 +150,8 @@ class Job:
 
     def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
         began = time.perf_counter()
+        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+            settings.note(said)
         parts = self._resumable(draft, journal, settings)
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
