@@ -334,6 +334,45 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
 
 
 @app.command
+def convert(
+    old: str,
+    out: str,
+    *,
+    part: str = "",
+    strip: str = "",
+    inert: tuple[str, ...] = (),
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Write any checkpoint as safetensors; whole models in old pickles too, of which nothing is run.
+
+    Parameters
+    ----------
+    old
+        A file written by torch.save: of a module, of a state dict, or of an object that holds one, whose classes need
+        not be installed. Or any other checkpoint.
+    out
+        A .safetensors file, or a folder.
+    part
+        Where in the pickle the model is, where that cannot be told: a name, or names with / between them.
+    strip
+        Keep the tensors whose names begin with this, and take it off: module. for what DataParallel saved.
+    inert
+        A function that the pickle calls only to make a setting, no weights: noted instead of refused, and not run.
+    """
+    from .engine.convert import convert_job
+
+    job = convert_job(old, out, part, strip, inert)
+    if dry_run:
+        _print_preview(job, threads)
+        return
+    with _settings(job.read_bytes, f"converting {old}", threads, restart) as settings:
+        outcome = job.run(settings)
+    _print_outcome(f"converted {old}", outcome)
+
+
+@app.command
 def diff(
     base: str,
     model: str,

@@ -19,15 +19,12 @@ from ..errors import MagMaxError, listed
 from .base import Checkpoint
 from .dtypes import BITS, Spec
 from .inert import Machine, Record
+from .pickled import MODEL_NAMES
 from .ranges import RangeFile
 from .torchfile import UNITS, Stored, TorchFile, dtype_of
 
 METADATA = ".metadata"
 LARGEST_METADATA = 1 << 30
-MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
-"""What savers call the model, where they save it beside an optimizer."""
-
-
 Shape = tuple[int, ...]
 
 
