@@ -117,7 +117,6 @@ def sweep(
     """
     from pathlib import Path
 
-    from .checkpoints import open_checkpoint
     from .engine.sweep import Sweep, factors
     from .recipe import load
 
@@ -128,13 +127,12 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base = open_checkpoint(plan.base)
-    models = [open_checkpoint(m, base=base) for m in plan.models]
+    base, models, names = plan.opened()
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
     with _settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
-        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
+        work = Sweep(plan.rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
             raise MagMaxError(
                 f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
@@ -330,7 +328,7 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
     print(f"{len(opened.specs)} tensors, {elements:,} elements, {_size(opened.nbytes)}")
     print("provenance: none" if origin is None else f"provenance: {origin['package']}, {_compact(origin['recipe'])}")
     for source in (origin or {}).get("inputs", []):
-        print(f"  {source['name']}  {source['xxh3_128']}")
+        print(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
 
 
 @app.command
@@ -510,6 +508,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     """The recipe that the command line names or spells out; flags stand above the recipe."""
     import os
 
+    from .checkpoints.lora import seen_from
     from .recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -517,9 +516,10 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     paths = [w for w in words if w not in assigned]
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         here = os.path.dirname(paths[0])
-        for key in ("base", "out"):
-            if key in given:
-                given[key] = os.path.relpath(given[key], here or ".")
+        if "base" in given:
+            given["base"] = seen_from(here, given["base"])
+        if "out" in given:
+            given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from .checkpoints import open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints.base import PREFIX
 from .checkpoints.lora import base_and_adapter, within
 from .engine.job import Job
 from .engine.merge import Options, default_names, merge_job
@@ -79,9 +80,18 @@ class Plan:
         where = out or self.out
         if where is None:
             raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
+        base, models, names = self.opened()
+        return merge_job(self.rule, base, models, Path(where), self.options, names)
+
+    def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
+        """The base, the models and their names; what is named after its id on the hub gets its commit into the name."""
         base = open_checkpoint(self.base)
         models = [open_checkpoint(m, base=base) for m in self.models]
-        return merge_job(self.rule, base, models, Path(where), self.options, self.names)
+        by_id = [
+            PREFIX + name in (path, path.rpartition("+")[2]) for name, path in zip(self.names, self.models, strict=True)
+        ]
+        resolved = [model.place.removeprefix(PREFIX) for model in models]
+        return base, models, [r if i else n for n, r, i in zip(self.names, resolved, by_id, strict=True)]
 
 
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from .dtypes import Spec
 
+PREFIX = "hf://"
+
 
 class Checkpoint(ABC):
     """Named tensors, read in flat ranges; nothing is held in memory beyond their names and shapes.
@@ -21,7 +23,7 @@ class Checkpoint(ABC):
         aliases: key -> the key in `specs` whose storage it shares (tied weights).
         metadata: the header's own strings.
         notes: what a user should know of how it was read.
-        origin: where it was downloaded from, to the commit; "" for what lies here.
+        origin: its id on the hub with the commit, as hf://..., or those of base+adapter; "" for what never was there.
     """
 
     label: str
@@ -42,6 +44,12 @@ class Checkpoint(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """Every file the tensors and their names come from."""
+
+    @property
+    def place(self) -> str:
+        """What a name for it is made from: where it was downloaded from, its path, or its label."""
+        last = self.origin.rpartition("+")[2]
+        return last if last.startswith(PREFIX) else str(self.path or self.label)
 
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""

@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
+from ..checkpoints.hub import locate
 from ..checkpoints.pickled import PickledModel
 from ..checkpoints.writer import Target
 from ..errors import MagMaxError
@@ -41,9 +42,10 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     Raises:
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
-    path = Path(old)
-    if path.is_file() and path.suffix not in SAFETENSORS:
-        source = PickledModel(path, old, part, strip, inert)
+    found = locate(old)
+    if found.path.is_file() and found.path.suffix not in SAFETENSORS:
+        source = PickledModel(found.path, found.label, part, strip, inert)
+        source.origin = found.origin
     elif part or strip or inert:
         raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
     else:
@@ -56,7 +58,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     return Job(
         target=Target(Path(out)),
         inputs=[source],
-        names=default_names([old]),
+        names=default_names([source.place]),
         recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},
         specs=source.specs,
         kernel=CopyKernel(),

@@ -199,7 +199,8 @@ class Job:
         return identity
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
-        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names))
+        origins = [checkpoint.origin for checkpoint in self.inputs]
+        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names), origins)
 
     def _metadata(self, provenance: Provenance) -> dict[str, str]:
         return {"format": "pt", **self.metadata, **provenance.metadata()}
