@@ -601,7 +601,7 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
-    print(f"peak memory   about {_size(cost['peak_memory'])}")
+    print(f"peak memory   about {_size(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
     _print_carried(job.carried)

@@ -20,7 +20,7 @@ from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
 ARRAYS_A_THREAD = 10
-ARRAYS_A_DECOMPOSITION = 20
+ARRAYS_A_DECOMPOSITION = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
 
@@ -112,7 +112,7 @@ class Job:
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
         specs = [*self.specs.values(), *self.inputs[0].specs.values()]
-        widest = max(4, *(spec.storage.itemsize for spec in specs)) if specs else 4
+        widest = max([4, *(spec.storage.itemsize for spec in specs)])
         if self.kernel.whole:
             largest = max((spec.elements for spec in specs), default=0)
             return largest * (widest * (1 + len(self.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)

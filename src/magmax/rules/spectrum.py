@@ -13,6 +13,8 @@ from ..errors import MagMaxError
 from .base import Rule
 from .plan import Answer, Array, Block, namespace
 
+LARGEST = 1e38
+"""A number that float32 can hold, that no weight comes near, and whose square is still a float64."""
 ACCURATE = 1e-6
 """The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
 
@@ -21,9 +23,10 @@ ACCURATE = 1e-6
 class SpectralRule(Rule):
     """A rule that takes each matrix as a whole; a tensor that is none (of 0, 1, 3 or more dimensions) is averaged.
 
-    What is computed from a decomposition agrees to about 1e-10 of the largest value between libraries, machines and
-    numbers of BLAS threads, and is then rounded to the type that is merged in: for one of these settings the bytes are
-    always the same, between two of them the last bit may differ.
+    Files are merged one tensor at a time, whatever the threads; numpy's BLAS has its own for the decomposition, and
+    its last bits differ between one of these and several. So does the processor's kind matter: what is computed agrees
+    to about 1e-10 of the largest value and is then rounded to the type that is merged in. OPENBLAS_NUM_THREADS=1 gives
+    the same bytes on any number of cores, and is far faster where other work keeps them busy.
     """
 
     @property
@@ -39,8 +42,10 @@ class SpectralRule(Rule):
         xp = namespace(first)
         if shape is None or len(shape) != 2 or 0 in shape:
             return mean(block.deltas)
-        if not all(bool(xp.all(xp.isfinite(delta))) for delta in block.deltas):
-            raise MagMaxError(f"{block.at.key}: holds NaN or infinity, which have no singular values for {self.name}")
+        if not all(bool(xp.all(abs(delta) < LARGEST)) for delta in block.deltas):
+            raise MagMaxError(
+                f"{block.at.key}: {self.name} takes singular values, not of NaN, infinity or above {LARGEST:g}"
+            )
         merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas])
         return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
 
