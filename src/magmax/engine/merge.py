@@ -133,7 +133,7 @@ def merge_job(
     return Job(
         target=Target(out),
         inputs=[base, *models],
-        names=["base", *names],
+        names=["zeros" if isinstance(base, Zeros) else "base", *names],
         recipe=recipe_of(rule, options),
         specs=kernel.out,
         kernel=kernel,
