@@ -56,6 +56,7 @@ __all__ = [
     "chain",
     "nearest",
     "places",
+    "read",
 ]
 
 RULES: tuple[type[Rule], ...] = (
