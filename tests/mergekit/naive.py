@@ -15,7 +15,7 @@ GLOBAL = {
     "ties": {"normalize": True},
     "della": {"normalize": True},
 }
-OWN = {"density": 1.0, "gamma": 0.01, "scale": 1.0}
+OWN = {"lambda": 1.0, "density": 1.0, "gamma": 0.01, "scale": 1.0}
 
 
 def value_of(setting: Any, key: str) -> float | None:
@@ -63,8 +63,7 @@ class Definition:
         deltas = {name: (self.models[name][key].float() - base.float()).double() for name in names}
         if hasattr(self, self.method):
             return getattr(self, self.method)(key, base.double(), deltas)
-        lambda_ = self.recipe.get("parameters", {}).get("lambda", 1.0)
-        return base.double() + lambda_ * self.mixed(key, deltas)
+        return base.double() + self.number("lambda", key) * self.mixed(key, deltas)
 
     def linear(self, key: str) -> torch.Tensor:
         weights = {name: self.number("weight", key, name) for name in self.own}

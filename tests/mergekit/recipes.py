@@ -123,7 +123,9 @@ models:
   - {model: coder, parameters: {density: 0.25, weight: [0, 0.5]}}
 merge_method: ties
 base_model: base
-parameters: {normalize: false, lambda: 0.5}
+parameters:
+  normalize: false
+  lambda: [{filter: mlp, value: [0.5, 1]}]
 dtype: float32
 """,
     "dare_linear": """\

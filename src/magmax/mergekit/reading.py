@@ -204,7 +204,7 @@ class _Reading:
             raise MagMaxError(f"{self.document.at(key)}: {error}") from error
 
     def _options(self, method: Method, given: Given, ours: Mapping[str, Any]) -> Options:
-        factor = given.constant("lambda", 1.0) if "lambda" in method.shared else 1.0
+        factor = given.number("lambda", 1.0) if "lambda" in method.shared else 1.0
         mismatch, allowed = ours.get("mismatch", "strict"), ours.get("allow_nonfinite", False)
         if mismatch not in ("strict", "base"):
             raise MagMaxError(f"mismatch is strict or base, not {mismatch!r}")
