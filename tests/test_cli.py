@@ -12,6 +12,7 @@ from tests.models import loaded, same_bytes, saved, small_model
 
 import magmax
 from magmax import cli
+from magmax.rules import BUILT_IN
 
 
 @pytest.fixture
@@ -74,6 +75,25 @@ def test_a_dry_run_reports_problems_with_exit_code_2(run, files, tmp_path):
     code, _, err = run("merge", "--base", base, *tasks, "--out", tasks[0], "--dry-run")
     assert code == 2
     assert "is one of the inputs" in err
+
+
+def test_the_rules_are_listed_with_their_passes_and_memory(run):
+    code, out, _ = run("rules")
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert code == 0
+    assert list(rows) == list(BUILT_IN)
+    assert " 0 " in rows["iso_c"]
+    assert "a tensor a model" in rows["iso_c"]
+    assert "t=0.5" in rows["slerp"]
+    assert all("a block a model" in rows[name] for name in ("slerp", "consensus", "nearswap", "ties"))
+    assert "a model" not in rows["magmax"]
+
+
+def test_a_dry_run_says_that_tensors_are_held_whole(run, files, tmp_path):
+    base, tasks = files
+    words = ["merge", "--base", base, *tasks, "--out", tmp_path / "x.safetensors", "--dry-run"]
+    assert "a tensor of every model" in run(*words, "--rule", "tsv_m")[1]
+    assert "a tensor of every model" not in run(*words, "--rule", "ties")[1]
 
 
 def test_absorb_status_result_label_restore(run, files, tmp_path):

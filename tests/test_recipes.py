@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tests.models import loaded, saved, small_model
 
 from magmax import cli
 from magmax.recipe import load, shipped
+from magmax.rules import BUILT_IN
 
 
 @pytest.fixture
@@ -36,6 +39,11 @@ def test_a_shipped_recipe_merges(name, workplace, monkeypatch):
     written = workplace / (out or "")
     tensors = loaded(written / "model.safetensors" if written.is_dir() else written)
     assert tensors.keys() == small_model(0).keys()
+
+
+def test_every_rule_and_transform_has_a_recipe():
+    words = set(re.findall(r"\w+", " ".join(path.read_text().split("rule:")[1] for path in shipped())))
+    assert set(BUILT_IN) <= words
 
 
 def test_they_are_listed_with_what_they_do(capsys, monkeypatch):

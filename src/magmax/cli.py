@@ -561,7 +561,7 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
-    print(f"peak memory   about {_size(cost['peak_memory'])}")
+    print(f"peak memory   about {_size(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
     _print_carried(job.carried)
     print("no problem found; nothing was written")
 

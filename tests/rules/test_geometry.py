@@ -14,6 +14,7 @@ from magmax import MagMaxError
 from magmax.checkpoints import slabs
 from magmax.engine.job import Settings
 from magmax.rules import Address, Consensus, Dare, Karcher, ModelStock, NearSwap, Slerp, chain, make_rule
+from magmax.rules.plan import Scope
 
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-11}
 """Of the largest value: a few roundings of the type that is merged in."""
@@ -150,6 +151,22 @@ def test_threads_change_no_byte(name, count, span, tmp_path, monkeypatch):
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
+@pytest.mark.parametrize("name", ["karcher", "model_stock"])
+def test_sums_are_added_in_the_order_of_addresses_in_whatever_order_they_come(name):
+    draws = np.random.default_rng(0)
+    places = [Address(key, at) for key in "ab" for at in range(0, 4000, 100)]
+    parts = [(at, np.outer(v, v)) for at, v in zip(places, draws.normal(size=(len(places), 3)), strict=True)]
+    answers = set()
+    for _ in range(20):
+        draws.shuffle(parts)
+        plan = make_rule(name).plan(Scope(2, 80, True))
+        next(plan)
+        with pytest.raises(StopIteration) as end:
+            plan.send(dict(parts))
+        answers.add(tuple(end.value.value))
+    assert len(answers) == 1
+
+
 @pytest.mark.parametrize(("rule", "count", "definition"), [c for c in CASES if c.id in ("slerp", "model_stock")])
 def test_over_the_model_all_tensors_are_one_vector(rule, count, definition):
     base, *models = [model(n) for n in range(count + 1)]
@@ -169,8 +186,9 @@ def test_equal_models_are_their_own_mean_and_opposite_ones_are_the_bases():
         assert all(close(merged[key], np.float64(tuned[key])) for key in SHAPES), rule.name
     vector = np.float32([3, -1, 2])
     assert (ModelStock()([vector, -vector]) == 0).all()
-    opposite = Karcher()([vector, -vector], base=np.zeros(3, np.float32))
-    assert close(opposite, np.float64(vector))
+    for noise in (0, 1e-6):
+        opposite = Karcher()([np.float64(vector), noise - vector], base=np.zeros(3))
+        assert np.allclose(opposite, vector, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rule", "count", "definition"), CASES)

@@ -20,7 +20,7 @@ from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
 ARRAYS_A_THREAD = 10
-ARRAYS_A_DECOMPOSITION = 20
+ARRAYS_A_DECOMPOSITION = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
 

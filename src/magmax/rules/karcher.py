@@ -24,7 +24,8 @@ class Karcher(Combination):
     from the normalised mean of the u_t, until |v| < tol or max_iter times. The merged task vector is the result less
     theta_0, which is itself no part of the mean. Every u is a combination of the u_t, so that their cosines are all
     that the iteration needs, and angles below tol (or within it of pi, where there is no shortest way) are skipped.
-    As mergekit's, but that also leaves out tensors of norm below tol, turns NaN at opposite ones, and is per tensor.
+    As mergekit's, but that leaves out tensors of norm below tol too, goes a way that rounding chooses between opposite
+    ones, and has no span model.
 
     >>> import numpy as np
     >>> Karcher()([np.float32([2, 0]), np.float32([0, 4])], base=np.float32([0, 0])).round(4)

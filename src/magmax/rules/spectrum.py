@@ -21,9 +21,10 @@ ACCURATE = 1e-6
 class SpectralRule(Rule):
     """A rule that takes each matrix as a whole; a tensor that is none (of 0, 1, 3 or more dimensions) is averaged.
 
-    What is computed from a decomposition agrees to about 1e-10 of the largest value between libraries, machines and
-    numbers of BLAS threads, and is then rounded to the type that is merged in: for one of these settings the bytes are
-    always the same, between two of them the last bit may differ.
+    Files are merged one tensor at a time, whatever the threads; numpy's BLAS has its own for the decomposition, and
+    its last bits differ between one of these and several. So does the processor's kind matter: what is computed agrees
+    to about 1e-10 of the largest value and is then rounded to the type that is merged in. OPENBLAS_NUM_THREADS=1 gives
+    the same bytes on any number of cores, and is far faster where other work keeps them busy.
     """
 
     @property
