@@ -1,5 +1,6 @@
 """The same recipes, word for word, in mergekit and here: how many numbers are equal, how far the others are apart."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from harness.shapes import Llama
 from harness.tables import MOMENTS, PARITY
 from harness.workloads import Workload, make
 
-SHAPE = Llama(hidden=192, layers=4, heads=6, key_heads=2, inner=512, vocabulary=1000)
+SHAPE = Llama(hidden=96, layers=4, heads=6, key_heads=2, inner=256, vocabulary=500)
 WORKLOADS = [Workload(f"parity-{dtype.lower()}", SHAPE, dtype, tasks=3) for dtype in ("F32", "BF16")]
 LIMIT_S = 1800
 app = App(help=__doc__)
@@ -27,13 +28,16 @@ app = App(help=__doc__)
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe; `own` are the parameters of each model, one map a model. The first model is the base if `base`."""
+    """A recipe: the parameters of each model, those of all, and the keys of `WHY` that explain what differs.
+
+    Without `base`, the workload's base is no part of it. `random` methods can only be compared in the mean.
+    """
 
     name: str
     method: str
     own: tuple[dict[str, Any], ...] = ({}, {}, {})
     shared: dict[str, Any] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
+    why: str = ""
     base: bool = True
     random: bool = False
 
@@ -48,28 +52,44 @@ def weights(*numbers: Any, **more: Any) -> tuple[dict[str, Any], ...]:
     return tuple({"weight": n, **more} for n in numbers)
 
 
+WHY = {
+    "a": "both compute in float32 or wider, and round elsewhere: mergekit's linear multiplies and adds in one "
+    "rounding, here every product and sum is rounded, on every machine alike; slerp, model_stock and karcher measure "
+    "in float64 here; nearswap clips where mergekit divides and multiplies",
+    "b": "in bfloat16 recipes mergekit computes in bfloat16, here in float32, rounded once",
+    "c": "of equal magnitudes at the cut mergekit keeps those that its sort puts first, here those of lowest offset; "
+    "both keep the same number; in bfloat16 many are equal",
+    "d": "mergekit keeps int(density * n) entries, here round(density * n): one more in some tensors",
+    "e": "mergekit weighs all models alike where the mean squares of the task vectors sum to less than 1e-6, as they "
+    "do here, which its documentation does not say; the rule elect, which weighs alike, gives mergekit's numbers",
+    "f": "weighted sums that are zero but for rounding elect one sign or the other",
+}
+
 CASES = [
-    Case("linear", "linear", weights(0.3, 0.5, 0.4), base=False),
-    Case("linear, not normalised", "linear", weights(0.3, 0.5, 0.4), {"normalize": False}, base=False),
-    Case("task_arithmetic", "task_arithmetic", weights(0.3, 0.5, -0.4), {"lambda": 1.2}),
-    Case("task_arithmetic, normalised", "task_arithmetic", weights(0.3, 0.5, 0.4), {"normalize": True}),
+    Case("linear", "linear", weights(0.3, 0.5, 0.4), why="a", base=False),
+    Case("linear, not normalised", "linear", weights(0.3, 0.5, 0.4), {"normalize": False}, "a", base=False),
+    Case("task_arithmetic", "task_arithmetic", weights(0.3, 0.5, -0.4), {"lambda": 1.2}, "b"),
+    Case("task_arithmetic, normalised", "task_arithmetic", weights(0.3, 0.5, 0.4), {"normalize": True}, "b"),
     Case(
         "task_arithmetic, gradient and filters",
         "task_arithmetic",
         weights([0, 0.5, 1], [{"filter": "mlp", "value": [1, 0.2]}, {"value": 0.5}], 0.25),
+        why="b",
     ),
-    Case("ties", "ties", weights(0.3, 0.5, 0.4, density=0.5)),
-    Case("ties, density 0.2, a sum", "ties", weights(1, 1, 1, density=0.2), {"normalize": False}),
-    Case("dare_ties, kept whole", "dare_ties", weights(0.3, 0.5, 0.4)),
-    Case("breadcrumbs", "breadcrumbs", weights(0.3, 0.5, 0.4, density=0.75, gamma=0.125)),
-    Case("breadcrumbs_ties", "breadcrumbs_ties", weights(0.3, 0.5, 0.4, density=0.75, gamma=0.125)),
-    Case("sce", "sce"),
-    Case("sce, select_topk 0.5", "sce", shared={"select_topk": 0.5}),
-    Case("slerp", "slerp", ({},), {"t": 0.3}),
-    Case("slerp, gradient and filters", "slerp", ({},), {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]}),
-    Case("nearswap", "nearswap", ({},), {"t": 0.0001}),
-    Case("model_stock", "model_stock"),
-    Case("karcher", "karcher", base=False),
+    Case("ties", "ties", weights(0.3, 0.5, 0.4, density=0.5), why="bcf"),
+    Case("ties, density 0.2, a sum", "ties", weights(1, 1, 1, density=0.2), {"normalize": False}, "bcd"),
+    Case("dare_ties, kept whole", "dare_ties", weights(0.3, 0.5, 0.4), why="bf"),
+    Case("breadcrumbs", "breadcrumbs", weights(0.3, 0.5, 0.4, density=0.75, gamma=0.125), why="bc"),
+    Case("breadcrumbs_ties", "breadcrumbs_ties", weights(0.3, 0.5, 0.4, density=0.75, gamma=0.125), why="bcf"),
+    Case("sce", "sce", why="be"),
+    Case("sce, select_topk 0.5", "sce", shared={"select_topk": 0.5}, why="bcde"),
+    Case("slerp", "slerp", ({},), {"t": 0.3}, "a"),
+    Case(
+        "slerp, gradient and filters", "slerp", ({},), {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]}, "a"
+    ),
+    Case("nearswap", "nearswap", ({},), {"t": 0.0001}, "ab"),
+    Case("model_stock", "model_stock", why="ab"),
+    Case("karcher", "karcher", why="ab", base=False),
     Case("passthrough, scaled", "passthrough", ({"scale": 0.5},), base=False),
     Case("dare_linear", "dare_linear", weights(0.3, 0.5, 0.4, density=0.5), random=True),
     Case("dare_ties", "dare_ties", weights(0.3, 0.5, 0.4, density=0.5), random=True),
@@ -116,7 +136,7 @@ def parity(case: Case, w: Workload, ours: Path, theirs: Path, exact: Path) -> di
         "theirs_nearest": float((np.abs(b - c) <= 0.5000001 * step).mean()),
         "ours_error": float(np.abs(a - c).max()),
         "theirs_error": float(np.abs(b - c).max()),
-        "why": case.why.get(w.dtype, case.why.get("", "")),
+        "why": ", ".join(case.why if w.dtype == "BF16" else case.why.replace("b", "")),
     }
 
 
@@ -145,10 +165,25 @@ def run_both(w: Workload) -> list[tuple[Case, Path, Path, Path]]:
         subprocess.run([MAGMAX, "merge", str(recipe), "--out", str(ours)], check=True, stdout=subprocess.DEVNULL)
         made.append((case, ours, theirs, exact))
     command = script(MERGEKIT.python, "mergekit_recipes.py", {"merges": merges})
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"mergekit: {done.stderr[-2000:]}")
     return made
+
+
+NOTES = [
+    "Exact is mergekit's own arithmetic with dtype: float64; nearest to it means within half of the distance between "
+    "two numbers of the type. Where a cut or a sign falls otherwise, the largest difference is an entry of a task "
+    "vector.",
+    *(f"{letter}: {reason}." for letter, reason in WHY.items()),
+]
+RANDOM_NOTES = [
+    "Moved is the share of elements that differ from the base; the moves are over all elements. The draws differ, so "
+    "only these can be compared. mergekit scales what is kept so that a tensor's L1 norm is as before; here every "
+    "entry is divided by the probability to keep it. In dare the two are the same in the mean. In della mergekit's "
+    "factor is the same for all entries, though the larger are kept more often, so that its result moves further."
+]
 
 
 @app.default
@@ -171,19 +206,17 @@ def main(*, save: bool = True) -> None:
             (chance if case.random else exact).append(
                 moments(case, w, *paths[:2]) if case.random else parity(case, w, *paths)
             )
-    elements = f"{SHAPE_ELEMENTS:,} elements, base + 3 models"
+    elements = f"{WORKLOADS[0].parameters():,} elements, base + 3 models"
     columns = {"elementwise": PARITY, "random": MOMENTS}
-    for name, title, records in (
-        ("elementwise", f"mergekit's recipes in mergekit and here: {elements}", exact),
-        ("random", f"Methods that draw at random: {elements}", chance),
+    for name, title, records, notes in (
+        ("elementwise", f"mergekit's recipes in mergekit and here: {elements}", exact, NOTES),
+        ("random", f"Methods that draw at random: {elements}", chance, RANDOM_NOTES),
     ):
-        found = entry(title, records, load)
+        found = entry(title, records, load, notes=notes)
         found["versions"] |= {MERGEKIT.package: versions(MERGEKIT)}
         publish("parity", name, found, columns, save)
     shutil.rmtree(OUTPUT, ignore_errors=True)
 
-
-SHAPE_ELEMENTS = WORKLOADS[0].parameters()
 
 if __name__ == "__main__":
     app()

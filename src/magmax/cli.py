@@ -420,6 +420,7 @@ def rules() -> None:
     import dataclasses
 
     from .rules import Rule, StreamingRule, all_parts
+    from .rules.values import FORMS
 
     rows: list[tuple[str, ...]] = []
     for name, kind in all_parts().items():
@@ -431,6 +432,8 @@ def rules() -> None:
         rows.append((name, options, factor, str(part.passes), memory, kind.paper))
     header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
     _print_table(header, rows)
+    print(f"Options that are fractions or weights, and scaling_factor, can be {FORMS}")
+    print("Those of transforms, and weights, also a list of these, one for each model, or a map from model to number.")
 
 
 @recipes.command

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from os import path as os_path
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -17,7 +17,8 @@ from .document import Document, parse_yaml, read_document, read_text, validated
 from .engine.merge import Options, default_names
 from .errors import MagMaxError
 from .plan import Plan
-from .rules import Rule, make_rule, nearest, rule_from
+from .rules import Number, Rule, make_rule, nearest, read, rule_from
+from .rules.values import FORMS
 
 FUSION_BENCH = "MagMaxAlgorithm"
 
@@ -37,7 +38,7 @@ class Recipe(BaseModel):
         base: the model that training started from.
         models: the fine-tuned models, as paths or as {path, name}; a LoRA adapter is its folder, or BASE+ADAPTER.
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
-        scaling_factor: by default the rule's own.
+        scaling_factor: a number, or one by layer or tensor as options of rules have; by default the rule's own.
         dtype: the output's floating type; by default the base's.
         mismatch: "strict" or "base".
         allow_nonfinite: let NaN and infinity through.
@@ -48,7 +49,7 @@ class Recipe(BaseModel):
     base: str
     models: list[str | Model]
     rule: str | dict[str, Any] | list[Any] = "magmax"
-    scaling_factor: float | None = None
+    scaling_factor: Any = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     mismatch: Literal["strict", "base"] = "strict"
     allow_nonfinite: bool = False
@@ -60,6 +61,14 @@ class Recipe(BaseModel):
         if not models:
             raise ValueError("names no model")
         return models
+
+    @field_validator("scaling_factor")
+    @classmethod
+    def _number(cls, factor: Any) -> Number | None:
+        try:
+            return None if factor is None else cast("Number", read(factor, per_model=False))
+        except MagMaxError as error:
+            raise ValueError(f"must be {FORMS}") from error
 
 
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:

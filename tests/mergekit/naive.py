@@ -15,13 +15,13 @@ GLOBAL = {
     "ties": {"normalize": True},
     "della": {"normalize": True},
 }
-OWN = {"density": 1.0, "gamma": 0.01, "scale": 1.0}
+OWN = {"lambda": 1.0, "density": 1.0, "gamma": 0.01, "scale": 1.0}
 
 
 def value_of(setting: Any, key: str) -> float | None:
     """A setting for one tensor: a number, a gradient, or the first filter that is a part of the name."""
     if isinstance(setting, list) and isinstance(setting[0], dict):
-        fitting = (item["value"] for item in setting if item.get("filter", "") in key)
+        fitting = (item["value"] for item in setting if item.get("filter", "*") == "*" or item["filter"] in key)
         return next((value_of(value, key) for value in fitting), None)
     if isinstance(setting, list):
         depth = int(key.split(".")[2]) / (LAYERS - 1) if ".layers." in key else 0.0
@@ -39,7 +39,7 @@ class Definition:
         listed = recipe["slices"][0]["sources"] if "slices" in recipe else recipe["models"]
         self.own = {self._name(item["model"]): item.get("parameters", {}) for item in listed}
         self.base = recipe.get("base_model")
-        if self.base and self.method in ("linear", "karcher"):
+        if self.base and self.method in ("linear", "karcher") and "models" in recipe:
             self.own.setdefault(self.base, {})
 
     @staticmethod
@@ -48,7 +48,8 @@ class Definition:
 
     def number(self, name: str, key: str, model: str | None = None) -> float:
         levels = [self.own[model]] if model else []
-        for level in [*levels, self.recipe.get("parameters", {}), GLOBAL.get(self.method, {}), OWN]:
+        slices = [self.recipe["slices"][0].get("parameters", {})] if "slices" in self.recipe else []
+        for level in [*levels, *slices, self.recipe.get("parameters", {}), GLOBAL.get(self.method, {}), OWN]:
             found = value_of(level.get(name), key)
             if found is not None:
                 return found
@@ -62,8 +63,7 @@ class Definition:
         deltas = {name: (self.models[name][key].float() - base.float()).double() for name in names}
         if hasattr(self, self.method):
             return getattr(self, self.method)(key, base.double(), deltas)
-        lambda_ = self.recipe.get("parameters", {}).get("lambda", 1.0)
-        return base.double() + lambda_ * self.mixed(key, deltas)
+        return base.double() + self.number("lambda", key) * self.mixed(key, deltas)
 
     def linear(self, key: str) -> torch.Tensor:
         weights = {name: self.number("weight", key, name) for name in self.own}

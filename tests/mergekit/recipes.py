@@ -77,6 +77,29 @@ parameters:
   weight: 0.25
 dtype: float32
 """,
+    "task_arithmetic, the first condition that fits holds": """\
+merge_method: task_arithmetic
+base_model: base
+models:
+  - model: poet
+    parameters:
+      weight:
+        - {filter: layers.0., value: 2}
+        - {filter: "*", value: 0.5}
+        - {filter: mlp, value: 1}
+dtype: float32
+""",
+    "linear, slices that leave the base model out": """\
+merge_method: linear
+base_model: base
+slices:
+  - sources:
+      - {model: poet, layer_range: [0, 4], parameters: {weight: 0.3}}
+      - {model: coder, layer_range: [0, 4]}
+    parameters: {weight: 0.6}
+parameters: {weight: 5}
+dtype: float32
+""",
     "ties": """\
 models:
   - model: base
@@ -100,7 +123,9 @@ models:
   - {model: coder, parameters: {density: 0.25, weight: [0, 0.5]}}
 merge_method: ties
 base_model: base
-parameters: {normalize: false, lambda: 0.5}
+parameters:
+  normalize: false
+  lambda: [{filter: mlp, value: [0.5, 1]}]
 dtype: float32
 """,
     "dare_linear": """\

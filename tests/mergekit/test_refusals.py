@@ -47,9 +47,6 @@ UNSUPPORTED = {
     START + "parameters: {rescale: true}\n": (
         5, "not supported here: rescaling to the norm before trimming; raise lambda instead",
     ),
-    START + "parameters:\n  lambda: [0, 1]\n": (
-        6, "not supported here: lambda by layer or tensor; give one value for all",
-    ),
     START + "parameters:\n  normalize: [{filter: mlp, value: true}, {value: false}]\n": (
         6, "not supported here: normalize by layer or tensor; give one value for all",
     ),

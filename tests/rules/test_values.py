@@ -233,6 +233,29 @@ def test_a_recipe_names_the_models_that_have_numbers(tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_the_scaling_factor_may_depend_on_the_tensor(tmp_path):
+    base, models = stack(0), [stack(1), stack(2)]
+    for name, tensors in zip(("base", "cars", "mnist"), (base, *models), strict=True):
+        saved(tensors, tmp_path / f"{name}.safetensors")
+    file = tmp_path / "recipe.yaml"
+    head = "base: base.safetensors\nmodels: [cars.safetensors, mnist.safetensors]\nout: out.safetensors\n"
+    file.write_text(f"{head}scaling_factor: {json.dumps(BY_NAME)}\n")
+    recipe.load(str(file)).job().run()
+    vectors = {name: MagMax()([model[name] - base[name] for model in models]) for name in NAMES}
+    wanted = {name: scaled(base[name], vectors[name], by_name(name)) for name in NAMES}
+    assert same_bytes(loaded(tmp_path / "out.safetensors"), wanted)
+    running = magmax.Running(tmp_path / "state", MagMax(), base)
+    for model in models:
+        running.absorb(model)
+    assert same_bytes(running.result(read(BY_NAME)), wanted)
+    for wrong, words in (("[1, 2]", "line 4: scaling_factor: must be a number.*not"), ("{layers: [.inf]}", "finite")):
+        file.write_text(f"{head}scaling_factor: {wrong}\n")
+        with pytest.raises(MagMaxError, match=words):
+            recipe.load(str(file)).job()
+    with pytest.raises(MagMaxError, match="one for all models"):
+        magmax.merge(MagMax(), base, models, PerModel((1, 2)))
+
+
 def test_the_number_of_each_model():
     assert each(0.5, 3) == [0.5] * 3
     assert each(PerModel((1, 2)), 2) == [1, 2]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ..checkpoints import Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
-from ..rules import Address, Block, Rule, StreamingRule, places
+from ..rules import Address, Block, Number, Rule, StreamingRule, places
 from ..rules.plan import Answer
+from ..rules.values import at
 from .ask import ask
 from .reader import Reader, finite
 from .stream import Kernel, Progress, Slab
@@ -35,7 +36,7 @@ class MergeKernel(Kernel):
     reader: Reader
     rule: Rule
     tasks: int
-    scaling_factor: float
+    scaling_factor: Number
     out: Mapping[str, Spec]
     carried: Mapping[str, str]
     answers: Mapping[str | None, Answer] = field(default_factory=dict[str | None, Any])
@@ -44,6 +45,11 @@ class MergeKernel(Kernel):
     def rules(self) -> Mapping[str, Rule]:
         """The rule as it is for each tensor."""
         return placed(self.rule, self.reader.inputs[0].specs)
+
+    @cached_property
+    def factors(self) -> Mapping[str, float]:
+        """The scaling factor of each tensor."""
+        return {key: at(self.scaling_factor, place) for key, place in places(self.reader.inputs[0].specs).items()}
 
     def check_placed(self) -> None:
         """Raise MagMaxError if the rule cannot merge with the numbers it has for some tensor."""
@@ -77,21 +83,21 @@ class MergeKernel(Kernel):
 
     def task_vector(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
         """The rule's merge of the models' task vectors, unscaled."""
-        at = Address(slab.key, slab.start)
+        where = Address(slab.key, slab.start)
         rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
         if isinstance(rule, StreamingRule):
             state = ()
             for task in numbers:
-                state = rule.step(state, self.reader.task_vector(slab, task, base), task, at)
+                state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
             return rule.finish(state, self.tasks)
         vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
-        block = Block(at, vectors, base, slab.spec(0).shape if rule.whole else None)
+        block = Block(where, vectors, base, slab.spec(0).shape if rule.whole else None)
         return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
         with np.errstate(over="ignore", invalid="ignore"):
-            merged *= merged.dtype.type(self.scaling_factor)
+            merged *= merged.dtype.type(self.factors[slab.key])
             merged += base
         return self._stored(slab, merged)
 

@@ -19,7 +19,8 @@ from ..checkpoints.memory import as_tensor
 from ..checkpoints.writer import SHARD_BYTES, Target
 from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
-from ..rules import Rule, as_rule, nearest
+from ..rules import Filters, Layers, Number, Rule, as_rule, nearest
+from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
 from .companions import companions
 from .compare import Mismatch, compare
@@ -38,14 +39,14 @@ class Options:
     """What a merge computes, beyond its rule.
 
     Attributes:
-        scaling_factor: multiplies the merged task vector; None means the rule's own default.
+        scaling_factor: multiplies the merged task vector, and may depend on the tensor; None means the rule's default.
         dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
         mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there.
         allow_nonfinite: let NaN and infinity through instead of refusing them.
         shard_bytes: the most a shard of a folder output may hold.
     """
 
-    scaling_factor: float | None = None
+    scaling_factor: Number | None = None
     dtype: str | None = None
     mismatch: Mismatch = "strict"
     allow_nonfinite: bool = False
@@ -60,7 +61,12 @@ class Options:
         wanted = LONG_NAMES[self.dtype]
         return {key: Spec(wanted, s.shape) if s.floating else s for key, s in base.specs.items()}
 
-    def factor(self, rule: Rule) -> float:
+    def factor(self, rule: Rule) -> Number:
+        if isinstance(self.scaling_factor, Layers | Filters):
+            need("a merge", "scaling_factor", self.scaling_factor)
+            return self.scaling_factor
+        if isinstance(self.scaling_factor, Value):
+            raise MagMaxError("scaling_factor is one for all models; give the rule weights")
         factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
         if not np.isfinite(factor):
             raise MagMaxError(f"scaling_factor must be a finite number, not {factor}")
@@ -71,7 +77,7 @@ def merge(
     rule: Rule | str,
     base: Any,
     models: Sequence[Any],
-    scaling_factor: float | None = None,
+    scaling_factor: Number | None = None,
     out: str | PathLike[str] | None = None,
     *,
     dtype: str | None = None,
@@ -84,7 +90,7 @@ def merge(
     Args:
         rule: a rule or its name.
         base, models: paths, state dicts or modules, in any mixture; a model may be a LoRA adapter of the base.
-        scaling_factor: by default the rule's own.
+        scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
         out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
         dtype, mismatch, allow_nonfinite: see `Options`.
         settings: threads, progress, restart; see `Settings`.
@@ -134,7 +140,7 @@ def merge_job(
     return Job(
         target=Target(out),
         inputs=[base, *models],
-        names=["base", *names],
+        names=["zeros" if isinstance(base, Zeros) else "base", *names],
         recipe=recipe_of(rule, options),
         specs=kernel.out,
         kernel=kernel,
@@ -165,7 +171,11 @@ def beside(
 
 def recipe_of(rule: Rule, options: Options) -> dict[str, Any]:
     """What provenance tells of a merge."""
-    told = {"rule": rule.describe(), "scaling_factor": options.factor(rule), "dtype": options.dtype or "as the base"}
+    told = {
+        "rule": rule.describe(),
+        "scaling_factor": written(options.factor(rule)),
+        "dtype": options.dtype or "as the base",
+    }
     if options.mismatch != "strict":
         told["mismatch"] = options.mismatch
     if options.allow_nonfinite:

@@ -19,7 +19,7 @@ from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
 from ..errors import MagMaxError
-from ..rules import Rule, StreamingRule, as_rule
+from ..rules import Number, Rule, StreamingRule, as_rule
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import compare
@@ -156,7 +156,7 @@ class Running:
         return outcome
 
     def result(
-        self, scaling_factor: float | None = None, out: str | PathLike[str] | None = None, **options: Any
+        self, scaling_factor: Number | None = None, out: str | PathLike[str] | None = None, **options: Any
     ) -> Any:
         """base + scaling_factor * the merged task vector, to `out`; without it, of the same kind as an in-memory base.
 

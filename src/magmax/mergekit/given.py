@@ -59,7 +59,7 @@ class Given:
         for level in levels:
             if name in level.settings:
                 entries += _entries(level.settings[name], self._at(level, name), name, turn)
-                if entries and entries[-1][0] is None:
+                if any(part is None for part, _ in entries):
                     break
         else:
             if default is None:
@@ -81,7 +81,7 @@ class Given:
 
 
 def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
-    """A setting as filters and numbers, up to the first that holds for all tensors."""
+    """A setting as filters and numbers; None filters nothing."""
     conditions = setting if isinstance(setting, list) else [setting]
     if not any(isinstance(condition, dict) for condition in conditions):
         return [(None, _value(setting, where, name, turn))]

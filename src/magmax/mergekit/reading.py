@@ -89,7 +89,7 @@ class _Reading:
         base = start or self.recipe.base_model
         levels = {place: Level((*place, "parameters"), i.parameters or {}) for place, i in inputs.items()}
         merged = {place: i.model for place, i in inputs.items() if method.counted or i.model != base}
-        if method.counted and base and base not in merged.values():
+        if method.counted and base and base not in merged.values() and self.recipe.slices is None:
             merged["base_model",] = base
             levels["base_model",] = Level(("base_model",), {})
         self._count(method, base, merged)
@@ -162,7 +162,7 @@ class _Reading:
             if name not in PARAMETERS:
                 options = list({**method.shared, **method.own})
                 self.problems.append(f"{where}: unknown parameter {name!r}; {nearest(name, options or PARAMETERS)}")
-            elif name == "int8_mask":
+            elif name == "int8_mask" and value:
                 self.notes.append(f"{where}: int8_mask saves memory in mergekit, and changes nothing here")
             elif name not in used and value is not None:
                 self.notes.append(
@@ -204,7 +204,7 @@ class _Reading:
             raise MagMaxError(f"{self.document.at(key)}: {error}") from error
 
     def _options(self, method: Method, given: Given, ours: Mapping[str, Any]) -> Options:
-        factor = given.constant("lambda", 1.0) if "lambda" in method.shared else 1.0
+        factor = given.number("lambda", 1.0) if "lambda" in method.shared else 1.0
         mismatch, allowed = ours.get("mismatch", "strict"), ours.get("allow_nonfinite", False)
         if mismatch not in ("strict", "base"):
             raise MagMaxError(f"mismatch is strict or base, not {mismatch!r}")

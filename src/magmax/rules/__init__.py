@@ -72,6 +72,7 @@ __all__ = [
     "chain",
     "nearest",
     "places",
+    "read",
 ]
 
 RULES: tuple[type[Rule], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +37,25 @@ class Ranks(NamedTuple):
             raise MagMaxError(
                 f"{at.key}: its rows of {self.row:,} elements are too long to be ranked by della; use span: tensor"
             )
-        rows = codes.reshape(-1, self.row)
-        order = np.argsort(-rows, axis=1, kind="stable")
-        places = np.empty_like(order)
-        np.put_along_axis(places, order, np.arange(self.row - 1, -1, -1)[None], axis=1)
-        return places.reshape(-1) / (self.row - 1) if self.row > 1 else np.full(len(codes), 0.5)
+        places = _places(codes.reshape(-1, self.row)).reshape(-1)
+        return places / (self.row - 1) if self.row > 1 else np.full(len(codes), 0.5)
+
+
+def _places(rows: NDArray[Any]) -> NDArray[np.int64]:
+    """Each number's place in its row, the smallest first; of equal ones, the last first."""
+    last: int = rows.shape[1] - 1
+    if rows.itemsize == 4:
+        # Numbers with their places in the lower bits are sorted several times faster than places.
+        keys: NDArray[np.int64] = rows.astype(np.int64)
+        keys <<= 32
+        keys |= np.arange(last, -1, -1)
+        keys.sort(axis=1)
+        order: NDArray[np.int64] = last - (keys & 0xFFFFFFFF)
+    else:
+        order = last - np.argsort(rows[:, ::-1], axis=1, kind="stable")
+    places: NDArray[np.int64] = np.empty_like(order)
+    np.put_along_axis(places, order, np.arange(last + 1)[None], axis=1)
+    return places
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Sce(Rule):
 
     name: ClassVar[str] = "sce"
     scaling_factor: ClassVar[float] = 1.0
-    paper: ClassVar[str] = "Wan et al., FuseChat, 2024, arXiv 2408.07990"
+    paper: ClassVar[str] = "Wan et al., FuseChat, EMNLP 2025, arXiv 2408.07990"
 
     density: Number = 1.0
 
