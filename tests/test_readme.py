@@ -15,6 +15,14 @@ from tests.models import saved, small_model
 README = Path(__file__).parent.parent / "README.md"
 SLOW = ("make ", "git clone", "pip install", "cd ")
 TASKS = ("cars", "mnist", "eurosat")
+THEIRS = """\
+merge_method: ties
+base_model: base.safetensors
+models:
+  - {model: cars.safetensors, parameters: {weight: 0.5, density: 0.5}}
+  - {model: mnist.safetensors, parameters: {weight: [0, 1], density: 0.5}}
+dtype: bfloat16
+"""
 
 
 def blocks(language: str) -> list[str]:
@@ -35,6 +43,7 @@ def workplace(tmp_path, monkeypatch):
         saved(small_model(number), tmp_path / f"{name}.safetensors")
     for name, text in zip(("recipe.yaml",), blocks("yaml"), strict=True):
         (tmp_path / name).write_text(text)
+    (tmp_path / "theirs.yaml").write_text(THEIRS)
     (tmp_path / "score.py").write_text("print(0.5)\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -65,6 +65,37 @@ ABSORB: list[Column] = [
 ]
 
 
+def _share(name: str) -> Callable[[Record], str]:
+    return lambda record: f"{record[name]:.3%}"
+
+
+def _power(name: str) -> Callable[[Record], str]:
+    return lambda record: f"{record[name]:.2g}"
+
+
+PARITY: list[Column] = [
+    ("recipe", lambda record: record["method"]),
+    ("dtype", lambda record: record["dtype"]),
+    ("equal", _share("equal")),
+    ("largest difference", _power("apart")),
+    ("ours nearest to exact", _share("ours_nearest")),
+    ("mergekit nearest to exact", _share("theirs_nearest")),
+    ("our largest error", _power("ours_error")),
+    ("mergekit's largest error", _power("theirs_error")),
+    ("why", lambda record: record["why"]),
+]
+MOMENTS: list[Column] = [
+    ("recipe", lambda record: record["method"]),
+    ("dtype", lambda record: record["dtype"]),
+    ("moved, ours", _share("ours_moved")),
+    ("moved, mergekit", _share("theirs_moved")),
+    ("mean move, ours", _power("ours_mean")),
+    ("mean move, mergekit", _power("theirs_mean")),
+    ("rms move, ours", _power("ours_rms")),
+    ("rms move, mergekit", _power("theirs_rms")),
+]
+
+
 def show(title: str, columns: list[Column], records: list[Record]) -> None:
     table = Table(title=title, title_justify="left")
     for index, (name, _) in enumerate(columns):

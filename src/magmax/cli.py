@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .engine.job import Job, Outcome, Settings
     from .engine.running import Running
-    from .recipe import Plan
+    from .plan import Plan
 
 app = App(
     name="magmax",
@@ -82,6 +82,7 @@ def merge(
         "allow_nonfinite": allow_nonfinite or None,
     }
     plan = _plan(models, flags)
+    _print_notes(plan)
     job = plan.job()
     if dry_run:
         _print_preview(job, threads)
@@ -117,7 +118,6 @@ def sweep(
     """
     from pathlib import Path
 
-    from .checkpoints import open_checkpoint
     from .engine.sweep import Sweep, factors
     from .recipe import load
 
@@ -125,16 +125,16 @@ def sweep(
     if len(ranges) != 1:
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
     plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
+    _print_notes(plan)
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base = open_checkpoint(plan.base)
-    models = [open_checkpoint(m, base=base) for m in plan.models]
+    base, models, names = plan.opened()
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
     with _settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
-        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
+        work = Sweep(plan.rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
             raise MagMaxError(
                 f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
@@ -324,11 +324,52 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
     _print_table(["tensor", "dtype", "shape", "size"], rows)
     for key, kept in opened.aliases.items():
         print(f"{key} is tied to {kept}")
+    for note in opened.notes:
+        print(note)
     elements = sum(s.elements for s in opened.specs.values())
     print(f"{len(opened.specs)} tensors, {elements:,} elements, {_size(opened.nbytes)}")
     print("provenance: none" if origin is None else f"provenance: {origin['package']}, {_compact(origin['recipe'])}")
     for source in (origin or {}).get("inputs", []):
-        print(f"  {source['name']}  {source['xxh3_128']}")
+        print(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
+
+
+@app.command
+def convert(
+    old: str,
+    out: str,
+    *,
+    part: str = "",
+    strip: str = "",
+    inert: tuple[str, ...] = (),
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Write any checkpoint as safetensors; whole models in old pickles too, of which nothing is run.
+
+    Parameters
+    ----------
+    old
+        A file written by torch.save: of a module, of a state dict, or of an object that holds one, whose classes need
+        not be installed. Or any other checkpoint.
+    out
+        A .safetensors file, or a folder.
+    part
+        Where in the pickle the model is, where that cannot be told: a name, or names with / between them.
+    strip
+        Keep the tensors whose names begin with this, and take it off: module. for what DataParallel saved.
+    inert
+        A function that the pickle calls only to make a setting, no weights: noted instead of refused, and not run.
+    """
+    from .engine.convert import convert_job
+
+    job = convert_job(old, out, part, strip, inert)
+    if dry_run:
+        _print_preview(job, threads)
+        return
+    with _settings(job.read_bytes, f"converting {old}", threads, restart) as settings:
+        outcome = job.run(settings)
+    _print_outcome(f"converted {old}", outcome)
 
 
 @app.command
@@ -387,6 +428,7 @@ def rules() -> None:
         options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
         factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else "(transform)"
         memory = "a block" if isinstance(part, StreamingRule) or not isinstance(part, Rule) else "a block a model"
+        memory = "a tensor a model" if isinstance(part, Rule) and part.whole else memory
         rows.append((name, options, factor, str(part.passes), memory, kind.paper))
     header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
     _print_table(header, rows)
@@ -446,7 +488,9 @@ def check(recipe: str, *assignments: str) -> None:
     """
     from .recipe import load
 
-    _print_preview(load(recipe, assignments).job(), 0)
+    plan = load(recipe, assignments)
+    _print_notes(plan)
+    _print_preview(plan.job(plan.out or f"{recipe}-merged"), 0)
 
 
 def main() -> None:
@@ -472,6 +516,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     """The recipe that the command line names or spells out; flags stand above the recipe."""
     import os
 
+    from .checkpoints.lora import seen_from
     from .recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -479,9 +524,10 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     paths = [w for w in words if w not in assigned]
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         here = os.path.dirname(paths[0])
-        for key in ("base", "out"):
-            if key in given:
-                given[key] = os.path.relpath(given[key], here or ".")
+        if "base" in given:
+            given["base"] = seen_from(here, given["base"])
+        if "out" in given:
+            given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
@@ -559,6 +605,8 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {_size(cost['peak_memory'])}")
+    for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
+        print(note)
     _print_carried(job.carried)
     print("no problem found; nothing was written")
 
@@ -569,6 +617,11 @@ def _print_outcome(words: str, outcome: Outcome) -> None:
         f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {_size(outcome.read_bytes - outcome.reused_bytes)} read, "
         f"{_size(outcome.written_bytes)} written)"
     )
+
+
+def _print_notes(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _print_carried(carried: Any) -> None:

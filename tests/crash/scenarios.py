@@ -17,7 +17,7 @@ from magmax.checkpoints import open_checkpoint
 from magmax.engine.job import Outcome, Settings
 from magmax.engine.merge import Options, merge_job
 from magmax.engine.running import Running
-from magmax.rules import MagMax
+from magmax.rules import make_rule
 
 SHARD = 300
 """Bytes a shard: less than the largest tensor, so that each small model lies in several."""
@@ -31,13 +31,23 @@ def inputs(folder: Path, out: str = "") -> None:
         write(folder / f"task{number}.safetensors", model(number))
 
 
-def merge(folder: Path, out: str, tasks: Sequence[int] = (1, 2), restart: bool = False) -> tuple[Outcome, list[str]]:
+def merge(
+    folder: Path, out: str, tasks: Sequence[int] = (1, 2), restart: bool = False, rule: str = "magmax"
+) -> tuple[Outcome, list[str]]:
     """Merge some of the models; also what was noted."""
     notes: list[str] = []
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in tasks]
     base = open_checkpoint(folder / "base")
-    job = merge_job(MagMax(), base, models, folder / out, Options(shard_bytes=SHARD))
+    job = merge_job(make_rule(rule), base, models, folder / out, Options(shard_bytes=SHARD))
     return job.run(Settings(threads=1, restart=restart, note=notes.append)), notes
+
+
+def merge_whole_tensors(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+    return merge(folder, out, rule="iso_c")
+
+
+def merge_by_angles(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+    return merge(folder, out, rule="model_stock")
 
 
 def running(folder: Path) -> Running:

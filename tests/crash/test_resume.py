@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.crash.harness import Call, Kill, Nursery, tree
-from tests.crash.scenarios import inputs, merge
+from tests.crash.scenarios import inputs, merge, merge_by_angles, merge_whole_tensors
 from tests.crash.test_kills import completed, copied, prepared
 from tests.robustness.files import model, write
 
@@ -32,6 +32,24 @@ def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(out: str, 
     assert shares == sorted(set(shares))
     assert shares[0] > 0
     assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("work", [merge_whole_tensors, merge_by_angles])
+@pytest.mark.parametrize("out", OUTS)
+def test_a_rule_that_asks_or_takes_whole_tensors_resumes_too(
+    work: Callable[..., object], out: str, child: Nursery, tmp_path: Path
+) -> None:
+    before, after, undisturbed = prepared(child, tmp_path, inputs, work, out)
+    reused = []
+    for number in journalled(undisturbed.log):
+        folder = copied(before)
+        assert child(work, folder, out, fault=Kill(number, "after")).killed
+        outcome, _ = completed(child(work, folder, out)).result
+        assert tree(folder) == tree(after)
+        reused.append(outcome.reused_bytes)
+    assert len(reused) > 3
+    assert reused == sorted(set(reused))
+    assert reused[0] > 0
 
 
 @pytest.mark.parametrize("out", OUTS)

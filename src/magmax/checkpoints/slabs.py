@@ -6,10 +6,11 @@ A slab is as many whole rows (along dimension 0) as fit in `SLAB` elements; a lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import xxhash
+from numpy.typing import NDArray
 
 from .dtypes import Spec
 
@@ -34,10 +35,10 @@ class Chunk(NamedTuple):
             at = end
 
 
-def chunks(key: str, spec: Spec) -> Iterator[Chunk]:
-    """The tensor's chunks in order; none for a tensor without elements."""
+def chunks(key: str, spec: Spec, whole: bool = False) -> Iterator[Chunk]:
+    """The tensor's chunks in order, or all of it as one chunk; none for a tensor without elements."""
     rows, row = _cut(spec)
-    stride = rows * row * SLABS_A_CHUNK if rows else row
+    stride = max(1, spec.units) if whole else rows * row * SLABS_A_CHUNK if rows else row
     for start in range(0, spec.units, stride):
         yield Chunk(key, start, min(start + stride, spec.units))
 
@@ -53,6 +54,12 @@ def _cut(spec: Spec) -> tuple[int, int]:
 def slab_digest(stored: object) -> bytes:
     """xxh3-128 of a slab's bytes."""
     return xxhash.xxh3_128_digest(stored)  # pyright: ignore[reportArgumentType]
+
+
+def slab_digests(stored: NDArray[Any], cuts: Sequence[tuple[int, int]]) -> bytes:
+    """The digests of neighbouring slabs that lie one after another in `stored`, joined."""
+    first = cuts[0][0]
+    return b"".join(slab_digest(stored[start - first : stop - first]) for start, stop in cuts)
 
 
 def tensor_digest(slab_digests: bytes) -> str:

@@ -59,6 +59,14 @@ class MergeKernel(Kernel):
             except MagMaxError as error:
                 raise MagMaxError(f"{key}: {error}") from error
 
+    @property
+    def whole(self) -> bool:
+        return self.rule.whole
+
+    @property
+    def gathers(self) -> bool:
+        return not isinstance(self.rule, StreamingRule)
+
     def prepared(self, threads: int, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
@@ -82,7 +90,8 @@ class MergeKernel(Kernel):
             for task in numbers:
                 state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
             return rule.finish(state, self.tasks)
-        block = Block(where, [self.reader.task_vector(slab, task, base) for task in numbers])
+        vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
+        block = Block(where, vectors, base, slab.spec(0).shape if rule.whole else None)
         return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:

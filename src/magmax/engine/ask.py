@@ -13,7 +13,7 @@ from ..checkpoints.slabs import Chunk, chunks
 from ..rules import Address, Block, Rule
 from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span, carried_out
 from .reader import Reader
-from .stream import Progress, Slab, cores, hold_freed_memory, in_threads
+from .stream import Progress, Slab, cores, cut, hold_freed_memory, in_threads
 
 
 class Answers(NamedTuple):
@@ -40,31 +40,38 @@ def ask(
     """Carry out the plan over the tensors `keys` of all models: the rule's, or a tensor's of the rule as `placed`."""
     specs = reader.inputs[0].specs
     wide = any(specs[key].dtype == "F64" for key in keys)
+    threads = 1 if rule.whole else threads or cores()
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
         elements = sum(specs[key].elements for key in keys)
-        questions = Questions(reader, tasks, keys, threads or cores(), progress)
+        questions = Questions(reader, tasks, keys, threads, progress, rule.whole)
         return Answers({None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}, questions.reader)
 
     def one(key: str) -> tuple[Answer, bool]:
         spec = specs[key]
         row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else spec.elements
         scope = Scope(tasks, spec.elements, spec.dtype == "F64", row)
-        questions = Questions(reader, tasks, [key], 1, progress)
+        questions = Questions(reader, tasks, [key], 1, progress, rule.whole)
         return questions.answer(placed[key].plan(scope)), questions.reader.checked
 
     asked = [key for key in keys if specs[key].elements]
-    with ThreadPoolExecutor(threads or cores()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         replies = list(pool.map(one, asked))
     found: dict[str | None, Answer] = {key: answer for key, (answer, _) in zip(asked, replies, strict=True)}
     return Answers(found, replace(reader, checked=all(checked for _, checked in replies)))
 
 
 class Questions:
-    """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
+    """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks.
 
-    def __init__(self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> None:
+    Blocks are slabs, or whole tensors where the rule merges these, so that what is asked and what is merged agree.
+    """
+
+    def __init__(
+        self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress, whole: bool = False
+    ) -> None:
         self.reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
+        self._whole = whole
         specs = reader.inputs[0].specs
         self._specs = {key: specs[key] for key in keys}
 
@@ -106,7 +113,7 @@ class Questions:
 
     def _each(self, work: Any, fold: Fold) -> None:
         whole = not fold.sample and fold.only is None
-        todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec))
+        todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec, self._whole))
         one_by_one = (work(chunk) for chunk in todo)
         with closing(one_by_one if self._threads == 1 else in_threads(work, todo, self._threads)) as done:
             for chunk in done:
@@ -117,11 +124,13 @@ class Questions:
             self.reader = replace(self.reader, checked=True)
 
     def _blocks(self, chunk: Chunk, fold: Fold) -> Iterator[Block]:
-        for start, stop in chunk.slabs(self._specs[chunk.key]):
+        spec = self._specs[chunk.key]
+        for cuts in cut(chunk, spec, self._whole):
+            start, stop = cuts[0][0], cuts[-1][1]
             if fold.only is not None and Address(chunk.key, start) not in fold.only:
                 continue
             end = min(stop, start + fold.sample) if fold.sample else stop
-            slab = Slab(self.reader.inputs, chunk, start, end, digest=False)
+            slab = Slab(self.reader.inputs, chunk.key, [(start, end)], digest=False)
             base = self.reader.numbers(slab, 0)
             deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
-            yield Block(Address(chunk.key, start), deltas)
+            yield Block(Address(chunk.key, start), deltas, base)

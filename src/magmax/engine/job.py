@@ -20,6 +20,8 @@ from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
 ARRAYS_A_THREAD = 10
+ARRAYS_A_DECOMPOSITION = 20
+"""What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
 
 
@@ -98,17 +100,23 @@ class Job:
     def preview(self, threads: int = 0) -> dict[str, int]:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
-        widest = max((spec.storage.itemsize for spec in self.specs.values()), default=4)
-        arrays = ARRAYS_A_THREAD + (2 * len(self.inputs) if self.extra_passes else 0)
-        slabs = (threads or cores()) * arrays * SLAB * max(4, widest)
         return {
             "passes": 1 + self.extra_passes,
             "read_bytes": self.read_bytes,
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + slabs,
+            "peak_memory": IMPORTS_BYTES + self._arrays(threads or cores()),
         }
+
+    def _arrays(self, threads: int) -> int:
+        """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
+        specs = [*self.specs.values(), *self.inputs[0].specs.values()]
+        widest = max(4, *(spec.storage.itemsize for spec in specs)) if specs else 4
+        if self.kernel.whole:
+            largest = max((spec.elements for spec in specs), default=0)
+            return largest * (widest * (1 + len(self.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
+        return threads * (ARRAYS_A_THREAD + 2 * len(self.inputs) * self.kernel.gathers) * SLAB * widest
 
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
@@ -150,6 +158,8 @@ class Job:
 
     def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
         began = time.perf_counter()
+        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+            settings.note(said)
         parts = self._resumable(draft, journal, settings)
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
@@ -197,7 +207,8 @@ class Job:
         return identity
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
-        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names))
+        origins = [checkpoint.origin for checkpoint in self.inputs]
+        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names), origins)
 
     def _metadata(self, provenance: Provenance) -> dict[str, str]:
         return {"format": "pt", **self.metadata, **provenance.metadata()}

@@ -14,9 +14,9 @@ class Ledger:
     A tensor's slab digests are held only until its last chunk is in.
     """
 
-    def __init__(self, specs: Mapping[str, Spec], streams: int) -> None:
+    def __init__(self, specs: Mapping[str, Spec], streams: int, whole: bool = False) -> None:
         self._specs = specs
-        self._missing = {key: sum(1 for _ in chunks(key, spec)) for key, spec in specs.items()}
+        self._missing = {key: sum(1 for _ in chunks(key, spec, whole)) for key, spec in specs.items()}
         self._parts: dict[str, dict[int, Sequence[bytes]]] = {}
         self.tensors: list[dict[str, str]] = [{} for _ in range(streams)]
 

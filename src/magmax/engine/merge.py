@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.base import PREFIX
 from ..checkpoints.dtypes import LONG_NAMES
 from ..checkpoints.memory import as_tensor
 from ..checkpoints.writer import SHARD_BYTES, Target
+from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
 from ..rules import Filters, Layers, Number, Rule, as_rule, nearest
 from ..rules.values import Value, need, written
@@ -125,7 +127,7 @@ def merge_job(
     names: Sequence[str] | None = None,
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
-    names = names or default_names([str(m.path or m.label) for m in models])
+    names = names or default_names([m.place for m in models])
     kernel = _kernel(rule, base, models, options)
 
     def refuse_twins(digests: Sequence[str]) -> None:
@@ -213,7 +215,11 @@ class MemorySink:
 
 
 def default_names(paths: Sequence[str]) -> list[str]:
-    """For each path the first part that tells it from the others, without its suffix."""
+    """For each path the first part that tells it from the others, without its suffix; for a model of the hub its id."""
+    local = [path for path in paths if not path.startswith(PREFIX)]
+    if len(local) < len(paths):
+        told = iter(default_names(local)) if local else iter(())
+        return [path.removeprefix(PREFIX) if path.startswith(PREFIX) else next(told) for path in paths]
     parts = [Path(path).parts or ("",) for path in paths]
     if len(paths) == 1:
         names = [_plain(part) for part in reversed(parts[0])]
@@ -250,10 +256,10 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
 
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise MagMaxError if two checkpoints are one file or folder."""
+    """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
     seen: dict[Path, str] = {}
     for checkpoint in checkpoints:
-        if checkpoint.path is None:
+        if checkpoint.path is None or isinstance(checkpoint, Zeros):
             continue
         real = checkpoint.path.resolve()
         if real in seen:

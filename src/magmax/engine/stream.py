@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
-from ..checkpoints.slabs import Chunk, chunks, slab_digest
+from ..checkpoints.slabs import Chunk, chunks, slab_digests
 from ..checkpoints.views import Sink
 from .ledger import Ledger
 
@@ -30,10 +30,11 @@ Progress = Callable[[int], None]
 
 
 class Slab:
-    """One slab of one tensor, as a kernel sees it."""
+    """One slab of one tensor, or several neighbouring ones, as a kernel sees it; `cuts` are the slabs themselves."""
 
-    def __init__(self, inputs: Sequence[Checkpoint], chunk: Chunk, start: int, stop: int, digest: bool) -> None:
-        self.key, self.start, self.stop = chunk.key, start, stop
+    def __init__(self, inputs: Sequence[Checkpoint], key: str, cuts: Sequence[tuple[int, int]], digest: bool) -> None:
+        self.key, self.start, self.stop = key, cuts[0][0], cuts[-1][1]
+        self.cuts = cuts
         self._inputs, self._digest = inputs, digest
         self.digests: dict[int, bytes] = {}
 
@@ -45,7 +46,7 @@ class Slab:
         checkpoint = self._inputs[number]
         units = checkpoint.read(checkpoint.resolve(self.key), self.start, self.stop)
         if self._digest:
-            self.digests[number] = slab_digest(units)
+            self.digests[number] = slab_digests(units, self.cuts)
         return units
 
     def digest_alike(self, number: int) -> None:
@@ -57,6 +58,16 @@ class Slab:
 
 class Kernel(ABC):
     """What a pass does to each slab."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it gets each tensor as one slab; a pass then works on one tensor at a time, whatever its threads."""
+        return False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it holds a slab of every input at once."""
+        return False
 
     @abstractmethod
     def __call__(self, slab: Slab) -> Sequence[NDArray[Any] | None]:
@@ -89,17 +100,18 @@ class Pass:
     def run(self, progress: Progress) -> Ledger:
         """Do every chunk that is not done yet; the first error of any thread stops them all and is raised."""
         specs = self.inputs[0].specs
-        ledger = Ledger(specs, len(self.inputs) + len(self.sinks))
+        whole = self.kernel.whole
+        ledger = Ledger(specs, len(self.inputs) + len(self.sinks), whole)
         done = set[tuple[str, int]]()
         for key, start, stop, digests in self.parts:
             ledger.add(key, start, [bytes.fromhex(d) for d in digests])
             done.add((key, start))
             progress(self.cost(key, start, stop))
         hold_freed_memory()
-        todo = (c for key, spec in specs.items() for c in chunks(key, spec) if (c.key, c.start) not in done)
+        todo = (c for key, spec in specs.items() for c in chunks(key, spec, whole) if (c.key, c.start) not in done)
         pending: list[Any] = []
         saved, unsaved = time.monotonic(), 0
-        results = in_threads(self._work, todo, self.threads or cores())
+        results = in_threads(self._work, todo, 1 if whole else self.threads or cores())
         try:
             for chunk, digests in results:
                 ledger.add(chunk.key, chunk.start, digests)
@@ -132,17 +144,23 @@ class Pass:
     def _work(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
         """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
         joined = [b""] * (len(self.inputs) + len(self.sinks))
-        for start, stop in chunk.slabs(self.inputs[0].specs[chunk.key]):
-            slab = Slab(self.inputs, chunk, start, stop, self.digest)
+        for cuts in cut(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole):
+            slab = Slab(self.inputs, chunk.key, cuts, self.digest)
             made = self.kernel(slab)
             for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
                 if stored is not None:
-                    sink.write(chunk.key, start, stored)
+                    sink.write(chunk.key, slab.start, stored)
                     if self.digest:
-                        slab.digests[number] = slab_digest(stored)
+                        slab.digests[number] = slab_digests(stored, cuts)
             for number, digest in slab.digests.items():
                 joined[number] += digest
         return chunk, joined
+
+
+def cut(chunk: Chunk, spec: Spec, whole: bool) -> list[list[tuple[int, int]]]:
+    """The slabs of a chunk, each by itself, or together as one."""
+    slabs = list(chunk.slabs(spec))
+    return [slabs] if whole else [[slab] for slab in slabs]
 
 
 def cores() -> int:

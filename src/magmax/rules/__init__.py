@@ -12,18 +12,26 @@ from .base import Rule, State, StreamingRule
 from .before import Before
 from .breadcrumbs import Breadcrumbs
 from .chain import chain
+from .consensus import Consensus
 from .dare import Dare
 from .della import Della
 from .elect import Elect, ElectSum
+from .iso_c import IsoC
+from .iso_cts import IsoCTS
+from .karcher import Karcher
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
+from .model_stock import ModelStock
+from .nearswap import NearSwap
 from .places import Place, places
 from .plan import Address, Array, Block
 from .prune import Prune
 from .random_mix import RandomMix
 from .sce import Sce
+from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
+from .tsv_m import TsvM
 from .values import Filters, Layers, Number, Numbers, PerModel, read
 
 __all__ = [
@@ -33,14 +41,20 @@ __all__ = [
     "Before",
     "Block",
     "Breadcrumbs",
+    "Consensus",
     "Dare",
     "Della",
     "Elect",
     "ElectSum",
     "Filters",
+    "IsoC",
+    "IsoCTS",
+    "Karcher",
     "KthMagnitude",
     "Layers",
     "MagMax",
+    "ModelStock",
+    "NearSwap",
     "Number",
     "Numbers",
     "PerModel",
@@ -49,10 +63,12 @@ __all__ = [
     "RandomMix",
     "Rule",
     "Sce",
+    "Slerp",
     "State",
     "StreamingRule",
     "TaskArithmetic",
     "Ties",
+    "TsvM",
     "chain",
     "nearest",
     "places",
@@ -60,8 +76,9 @@ __all__ = [
 ]
 
 RULES: tuple[type[Rule], ...] = (
-    MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude,
-)  # fmt: skip
+    *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude),
+    *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM),
+)
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare, Della, Breadcrumbs)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"

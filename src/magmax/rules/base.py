@@ -41,6 +41,16 @@ class Rule(Part):
         return self.scaling_factor
 
     @property
+    def whole(self) -> bool:
+        """Whether it must have all of a tensor at once: `Block.shape` is then the tensor's."""
+        return False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it combines whole weights theta_0 + tau_t, so that it needs `Block.base`."""
+        return False
+
+    @property
     def questions_span(self) -> Span:
         """Over what the plan's questions range."""
         return Span.MODEL
@@ -51,7 +61,7 @@ class Rule(Part):
 
     @abstractmethod
     def merge(self, block: Block, answer: Answer) -> Array:
-        """The merged task vector of a block; may overwrite the block's arrays."""
+        """The merged task vector of a block; may overwrite the block's task vectors."""
 
     def check(self, tasks: int) -> None:
         """Raise MagMaxError if the rule cannot merge so many tasks."""
@@ -64,15 +74,26 @@ class Rule(Part):
                 "use span: tensor"
             )
 
-    def __call__(self, task_vectors: Sequence[Array], key: str = "", offset: int = 0, depth: float = 0) -> Array:
+    def __call__(
+        self,
+        task_vectors: Sequence[Array],
+        key: str = "",
+        offset: int = 0,
+        depth: float = 0,
+        *,
+        base: Array | None = None,
+    ) -> Array:
         """Merge bare arrays of one shape (numpy or torch; half precision is computed in float32, rounded once).
 
         `key` and `offset` are where random draws start; `key` and `depth` are the place of numbers that depend on it.
+        Rules that combine whole weights need theta_0 as `base`, of the same shape and library; the others ignore it.
         """
         self.check(len(task_vectors))
         if self.varies:
-            return self.at(Place(key, depth))(task_vectors, key, offset)
-        shapes = sorted({tuple(v.shape) for v in task_vectors})
+            return self.at(Place(key, depth))(task_vectors, key, offset, base=base)
+        if self.needs_base and base is None:
+            raise MagMaxError(f"{self.name} combines whole weights, not task vectors alone; give base=theta_0")
+        shapes = sorted({tuple(v.shape) for v in [*task_vectors, *([] if base is None else [base])]})
         if len(shapes) > 1:
             raise MagMaxError(f"task vectors must have one shape; these have {', '.join(map(str, shapes))}")
         xp = namespace(task_vectors[0])
@@ -81,8 +102,9 @@ class Rule(Part):
             raise MagMaxError(f"task vectors must be floating, not {dtype}; convert them")
         compute = xp.float64 if dtype == xp.float64 else xp.float32
         flat = [xp.reshape(xp.asarray(v, dtype=compute, copy=True), (-1,)) for v in task_vectors]
-        block = Block(Address(key, offset), flat)
-        shape = task_vectors[0].shape
+        start = None if base is None else xp.reshape(xp.asarray(base, dtype=compute), (-1,))
+        shape = tuple(task_vectors[0].shape)
+        block = Block(Address(key, offset), flat, start, shape)
         elements = math.prod(shape)
         row = elements // max(1, shape[0]) if len(shape) > 1 else elements
         scope = Scope(len(task_vectors), elements, dtype == xp.float64, row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -62,6 +62,14 @@ class Chain(Rule):
     @property
     def questions_span(self) -> Span:
         return next(iter(self._spans()), Span.MODEL)
+
+    @property
+    def whole(self) -> bool:
+        return self.rule.whole
+
+    @property
+    def needs_base(self) -> bool:
+        return self.rule.needs_base
 
     def _spans(self) -> Sequence[Span]:
         spans = [b.questions_span for b in self.before if b.questions_span]
@@ -127,4 +135,4 @@ def transformed(block: Block, before: Sequence[Before], answers: Sequence[Answer
     deltas = list(block.deltas)
     for transform, answer in zip(before, answers, strict=False):
         deltas = [transform.apply(delta, task, block.at, answer) for task, delta in enumerate(deltas, start=1)]
-    return Block(block.at, deltas)
+    return replace(block, deltas=deltas)

@@ -90,7 +90,7 @@ class Della(Before):
             return
         tasks = min([len(v.values) for v in (self.density, self.epsilon) if isinstance(v, PerModel)], default=1)
         for density, epsilon in zip(each(self.density, tasks), each(self.epsilon, tasks), strict=True):
-            if not 0 <= density - epsilon <= density + epsilon <= 1:
+            if density < 1 and not 0 <= density - epsilon <= density + epsilon <= 1:
                 raise MagMaxError(f"della needs density -+ epsilon from 0 to 1, not {density:g} -+ {epsilon:g}")
 
     @property
@@ -114,6 +114,8 @@ class Della(Before):
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
         ranks: Ranks = answer
         density, epsilon = one(self.density, task), one(self.epsilon, task)
+        if density == 1:
+            return delta
         keep = density - epsilon + 2 * epsilon * ranks.of(delta, task, at)
         kept = masked_at_random(delta, keep, "della", self.seed, task, at)
         xp = namespace(delta)

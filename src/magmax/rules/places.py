@@ -11,10 +11,11 @@ FIRST = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared|token|patch|conv|stem|p
 
 
 class Place(NamedTuple):
-    """A tensor's name, and how deep in the model it lies: 0 at the first layer, 1 at the last."""
+    """A tensor's name, how deep in the model it lies (0 at the first layer, 1 at the last), and whether in a layer."""
 
     key: str
     depth: float
+    inside: bool = True
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
@@ -36,7 +37,7 @@ def places(names: Iterable[str]) -> dict[str, Place]:
             return 0.0 if FIRST.search(name.lower()) else 1.0
         return ranks[stack][layer] / (len(ranks[stack]) - 1)
 
-    return {name: Place(name, depth(name)) for name in found}
+    return {name: Place(name, depth(name), _layer(name) is not None) for name in found}
 
 
 def _layer(name: str) -> tuple[str, int] | None:

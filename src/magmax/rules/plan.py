@@ -1,10 +1,10 @@
-"""What a rule can ask before it merges: questions to every block, whose answers are counts added up."""
+"""What a rule can ask before it merges: questions to every block, whose answers are counts or sums added up."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ Array = Any
 """A numpy array or a torch tensor of float32 or float64; a rule uses what the array API standard gives both."""
 
 Counts = NDArray[np.int64]
+Sums = NDArray[np.float64]
 
 
 def namespace(array: Array) -> Any:
@@ -32,10 +33,17 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """The same place in all task vectors: its address and one array per task."""
+    """The same place in all task vectors: its address and one flat array per task.
+
+    Attributes:
+        base: the same place in theta_0, never to be overwritten; None where bare task vectors are merged.
+        shape: the tensor's shape where the block is all of it; None where it may be a part.
+    """
 
     at: Address
     deltas: Sequence[Array]
+    base: Array | None = None
+    shape: tuple[int, ...] | None = None
 
 
 class Span(Enum):
@@ -65,9 +73,12 @@ class Scope:
 class Fold(ABC):
     """A question to every block: integer counts, added up, so that no order or schedule can change the answer.
 
+    Sums of floating numbers do depend on the order: a fold that takes them must be `apart`, and its plan adds them up
+    in the order of their addresses.
+
     Attributes:
         sample: how many elements of each block to look at; 0 means all of them.
-        apart: answer with the counts of each block, by its address, instead of their sum.
+        apart: answer with the counts or sums of each block, by its address, instead of their total.
         only: the blocks to ask; None means all of them.
     """
 
@@ -76,12 +87,12 @@ class Fold(ABC):
     only: Collection[Address] | None = None
 
     @abstractmethod
-    def zeros(self) -> Counts:
-        """Counters at rest."""
+    def zeros(self) -> NDArray[Any]:
+        """Counters at rest: `Counts`, or `Sums`."""
 
     @abstractmethod
-    def count(self, block: Block, into: Counts) -> None:
-        """Add what the block has to say; may overwrite the block's arrays."""
+    def count(self, block: Block, into: NDArray[Any]) -> None:
+        """Add what the block has to say; may overwrite the block's task vectors."""
 
 
 Answer = Any
@@ -106,7 +117,7 @@ def answered(plan: Plan, block: Block) -> Answer:
     def ask(fold: Fold) -> Any:
         counts = fold.zeros()
         if fold.only is None or block.at in fold.only:
-            fold.count(Block(block.at, [delta + 0 for delta in block.deltas]), counts)
+            fold.count(replace(block, deltas=[delta + 0 for delta in block.deltas]), counts)
         return {block.at: counts} if fold.apart else counts
 
     return carried_out(plan, ask)
@@ -131,10 +142,10 @@ class Seen(Fold):
     def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.fold.only
 
-    def zeros(self) -> Counts:
+    def zeros(self) -> NDArray[Any]:
         return self.fold.zeros()
 
-    def count(self, block: Block, into: Counts) -> None:
+    def count(self, block: Block, into: NDArray[Any]) -> None:
         self.fold.count(self.through(block), into)
 
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 from ..errors import MagMaxError, nearest
 from .places import Place
@@ -55,15 +55,20 @@ class Value(ABC):
 class Layers(Value):
     """A gradient over the layers: its numbers at equal distances from depth 0 to depth 1, linear in between.
 
+    Tensors in no layer (embeddings, final norms, heads) lie at the ends, or, with outside="first", as mergekit has it,
+    take the first number.
+
     >>> Layers((0, 1, 0.5)).at(Place("layers.3.weight", 0.75))
     0.75
     """
 
     values: tuple[float, ...]
+    outside: Literal["ends", "first"] = "ends"
 
     def at(self, place: Place) -> float:
         last = len(self.values) - 1
-        scaled = place.depth * last
+        depth = place.depth if place.inside or self.outside == "ends" else 0
+        scaled = depth * last
         low = int(scaled)
         part = scaled - low
         return (1 - part) * self.values[low] + part * self.values[min(last, low + 1)]
@@ -72,7 +77,7 @@ class Layers(Value):
         yield from self.values
 
     def written(self) -> Any:
-        return {"layers": list(self.values)}
+        return {"layers": list(self.values), **({"outside": "first"} if self.outside == "first" else {})}
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,8 @@ def need(part: str, option: str, value: Any, low: float = -math.inf, high: float
     """Raise MagMaxError unless every number of an option is finite and from `low` to `high`."""
     for number in numbers(value):
         if not low <= number <= high or not math.isfinite(number):
-            wanted = f"from {low:g} to {high:g}" if math.isfinite(low + high) else "a finite number"
+            limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+            wanted = limits if math.isfinite(low) else "a finite number"
             given = f"{number}" if number is value else f"{number} in {written(value)}"
             raise MagMaxError(f"{part} needs {option} {wanted}, not {given}")
 
@@ -238,17 +244,17 @@ def read(content: Any, per_model: bool = True) -> Numbers:
             return PerModel(tuple(cast("Number", read(item, per_model=False)) for item in items))
     if isinstance(content, dict) and content:
         pairs = cast("dict[Any, Any]", content)
-        if set(pairs) == {"layers"}:
-            return _layers(pairs["layers"], refusal)
+        if pairs.get("outside", "first") == "first" and {"layers"} <= set(pairs) <= {"layers", "outside"}:
+            return _layers(pairs["layers"], "first" if "outside" in pairs else "ends", refusal)
         if per_model and "value" not in pairs and all(isinstance(name, str) for name in pairs):
             return Named(tuple((n, cast("Number", read(item, per_model=False))) for n, item in pairs.items()))
     raise refusal
 
 
-def _layers(content: Any, refusal: MagMaxError) -> Layers:
+def _layers(content: Any, outside: Literal["ends", "first"], refusal: MagMaxError) -> Layers:
     if not isinstance(content, list) or not content or not all(map(_number, cast("list[Any]", content))):
         raise refusal
-    return Layers(tuple(cast("list[float]", content)))
+    return Layers(tuple(cast("list[float]", content)), outside)
 
 
 def _filters(entries: Sequence[Mapping[str, Any]], refusal: MagMaxError) -> Filters:

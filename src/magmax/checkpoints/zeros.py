@@ -1,0 +1,33 @@
+"""A base for rules that merge the weights themselves: nothing but zeros, in the shape of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Checkpoint
+
+
+class Zeros(Checkpoint):
+    """Zeros where `like` has floating tensors, so that a task vector is a model's own weights; the rest is `like`'s.
+
+    Ties, metadata and the files beside the weights are those of `like` too.
+    """
+
+    def __init__(self, like: Checkpoint) -> None:
+        super().__init__(like.label, dict(like.specs))
+        self.path, self.aliases, self.metadata = like.path, dict(like.aliases), dict(like.metadata)
+        self._like = like
+
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        spec = self.specs[key]
+        return np.zeros(stop - start, spec.storage) if spec.floating else self._like.read(key, start, stop)
+
+    def files(self) -> list[Path]:
+        return self._like.files()
+
+    def header_digests(self) -> list[str]:
+        return self._like.header_digests()

@@ -1,0 +1,78 @@
+"""The keys of a mergekit recipe, as pydantic reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def _reference(given: Any) -> Any:
+    """A model as one string, PATH[@REVISION][+ADAPTER[@REVISION]], which mergekit also writes as a map."""
+    if not isinstance(given, dict):
+        return given
+    if unknown := sorted(map(str, set(given) - {"model", "lora"})):
+        raise ValueError(f"of a model written as a map only model and lora are supported, not {', '.join(unknown)}")
+    halves = [given.get("model"), given.get("lora")]
+    return "+".join(_half(half) for half in halves if half is not None)
+
+
+def _half(given: Any) -> str:
+    if not isinstance(given, dict):
+        return str(given)
+    return f"{given.get('path')}@{given['revision']}" if given.get("revision") else str(given.get("path"))
+
+
+def _dtype(given: Any) -> Any:
+    return given.removeprefix("torch.") if isinstance(given, str) else given
+
+
+Reference = Annotated[str, BeforeValidator(_reference)]
+Dtype = Annotated[Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(_dtype)]
+Settings = dict[str, Any]
+"""Parameters as they are written: a value, a list over the layers, or {filter, value} pairs."""
+
+
+class Input(BaseModel):
+    """A model, its layers from the first number up to but not with the second, and the parameters that are its own."""
+
+    model_config = STRICT
+    model: Reference
+    layer_range: list[int] | None = None
+    parameters: Settings | None = None
+
+
+class Slice(BaseModel):
+    """Layers of the output, and where they come from."""
+
+    model_config = STRICT
+    sources: list[Input]
+    base_model: Reference | None = None
+    parameters: Settings | None = None
+
+
+class Recipe(BaseModel):
+    """A whole recipe."""
+
+    model_config = STRICT
+    merge_method: str
+    base_model: Reference | None = None
+    models: list[Input] | None = None
+    slices: list[Slice] | None = None
+    modules: Any = None
+    parameters: Settings | None = None
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer: Any = None
+    tokenizer_source: Any = None
+    chat_template: Any = None
+
+
+def known(parts: Sequence[str]) -> list[str]:
+    """The valid keys beside a place in a recipe."""
+    if len(parts) == 1:
+        return list(Recipe.model_fields)
+    return list((Input if parts[0] == "models" or "sources" in parts else Slice).model_fields)

@@ -1,0 +1,57 @@
+"""SLERP: from the base to one model along the arc between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .combination import Combination, alone
+from .plan import Sums
+from .values import Number, need, one
+
+COLLINEAR = 0.9995
+
+
+@dataclass(frozen=True)
+class Slerp(Combination):
+    """Spherical interpolation of the flattened tensors, from theta_0 at t = 0 to the one model theta_1 at t = 1.
+
+        theta = sin((1 - t) w) / sin(w) * theta_0 + sin(t w) / sin(w) * theta_1,   cos(w) = <theta_0, theta_1> / norms
+
+    Linear where |cos(w)| > 0.9995, as after most fine-tunings, or where either is zero. The merged task vector is
+    theta - theta_0. As mergekit's, but that takes the angle to a zero tensor to be a right one, and has no span model.
+
+    >>> import numpy as np
+    >>> Slerp(t=0.5)([np.float32([-1, 1])], base=np.float32([1, 0])).round(4)
+    array([-0.2929,  0.7071], dtype=float32)
+    """
+
+    name: ClassVar[str] = "slerp"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985; as in mergekit"
+
+    t: Number = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(self.name, "t", self.t, 0, 1)
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def check(self, tasks: int) -> None:
+        alone(self, tasks)
+        super().check(tasks)
+
+    def coefficients(self, gram: Sums) -> Sequence[float]:
+        t = one(self.t, 1)
+        norms = math.sqrt(gram[0, 0]) * math.sqrt(max(0.0, gram.sum()))
+        cosine = gram[0].sum() / norms if norms else 1.0
+        if abs(cosine) > COLLINEAR:
+            return [0.0, t]
+        angle = math.acos(cosine)
+        first, second = (math.sin(part * angle) / math.sin(angle) for part in (1 - t, t))
+        return [first + second - 1, second]

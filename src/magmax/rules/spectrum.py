@@ -1,0 +1,112 @@
+"""Singular values and vectors of whole matrices, in float64, to a stated accuracy."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import MagMaxError
+from .base import Rule
+from .plan import Answer, Array, Block, namespace
+
+ACCURATE = 1e-6
+"""The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
+
+
+@dataclass(frozen=True)
+class SpectralRule(Rule):
+    """A rule that takes each matrix as a whole; a tensor that is none (of 0, 1, 3 or more dimensions) is averaged.
+
+    What is computed from a decomposition agrees to about 1e-10 of the largest value between libraries, machines and
+    numbers of BLAS threads, and is then rounded to the type that is merged in: for one of these settings the bytes are
+    always the same, between two of them the last bit may differ.
+    """
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @abstractmethod
+    def merged(self, matrices: Sequence[Array]) -> Array:
+        """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type."""
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        shape, (first, *_) = block.shape, block.deltas
+        xp = namespace(first)
+        if shape is None or len(shape) != 2 or 0 in shape:
+            return mean(block.deltas)
+        if not all(bool(xp.all(xp.isfinite(delta))) for delta in block.deltas):
+            raise MagMaxError(f"{block.at.key}: holds NaN or infinity, which have no singular values for {self.name}")
+        merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas])
+        return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
+
+
+def mean(arrays: Sequence[Array]) -> Array:
+    """The mean, a left fold in the arrays' own type."""
+    merged = arrays[0] + 0
+    for array in arrays[1:]:
+        merged += array
+    merged /= len(arrays)
+    return merged
+
+
+def total(matrices: Sequence[Array]) -> Array:
+    """The sum, a left fold in float64."""
+    merged = wide(matrices[0])
+    for matrix in matrices[1:]:
+        merged += matrix
+    return merged
+
+
+def wide(matrix: Array) -> Array:
+    """A copy in float64."""
+    xp = namespace(matrix)
+    return xp.astype(matrix, xp.float64)
+
+
+def largest(matrix: Array, count: int, scale: float = 0.0) -> tuple[Array, Array, Array]:
+    """The `count` largest singular values s of a float64 matrix, largest first, with their vectors: u * s @ vh.
+
+    Fewer, where others are zero: those that rounding alone makes, up to max(rows, columns) * 2^-52 times the largest
+    (or `scale`, the size of what the matrix was computed from), have no direction of their own.
+    """
+    xp = namespace(matrix)
+    rows, columns = matrix.shape
+    if rows > columns:
+        v, s, uh = largest(xp.matrix_transpose(matrix), count, scale)
+        return xp.matrix_transpose(uh), s, xp.matrix_transpose(v)
+    if count == 0 or rows == 0:
+        return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
+    u, s, vh = _from_squares(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
+    least = columns * float(np.finfo(np.float64).eps) * max(float(s[0]), scale)
+    kept = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
+    u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :kept], s[:kept], vh[:kept, :]))  # not views of all
+    return u, s, vh
+
+
+def _from_squares(matrix: Array, count: int) -> tuple[Array, Array, Array] | None:
+    """The same from the eigenvalues of A A^T, which is several times faster; None where it would be inaccurate."""
+    xp = namespace(matrix)
+    squares, u = xp.linalg.eigh(matrix @ xp.matrix_transpose(matrix))
+    squares, u = xp.flip(squares)[:count], xp.flip(u[:, -count:], axis=1)
+    if not float(squares[-1]) > ACCURATE * float(squares[0]):
+        return None
+    s = xp.sqrt(squares)
+    vh = xp.matrix_transpose(u) @ matrix
+    vh /= s[:, None]
+    return u, s, vh
+
+
+def nearest_isometry(matrix: Array) -> Array:
+    """The matrix with its singular values, but for zeros, replaced by 1: the orthogonal factor of its polar form."""
+    u, _, vh = largest(matrix, min(matrix.shape))
+    return u @ vh
+
+
+def norm(matrix: Array) -> float:
+    """The Frobenius norm."""
+    return math.sqrt(float(namespace(matrix).sum(matrix * matrix)))
