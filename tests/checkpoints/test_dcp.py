@@ -167,6 +167,21 @@ def test_a_cut_metadata_is_refused(whole: Path) -> None:
             open_checkpoint(whole)
 
 
+def test_a_spoiled_metadata_is_read_right_or_refused(whole: Path) -> None:
+    content = (whole / ".metadata").read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(400):
+        spoiled = bytearray(content)
+        for place in draw.integers(0, len(content), 2):
+            spoiled[place] = draw.integers(256)
+        (whole / ".metadata").write_bytes(spoiled)
+        try:
+            opened = open_checkpoint(whole)
+            [opened.read(key, 0, spec.units) for key, spec in opened.specs.items()]
+        except MagMaxError:
+            pass
+
+
 class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,6 +227,7 @@ def test_a_metadata_that_lies_is_refused(whole: Path) -> None:
         lambda m: setattr(place(m), "offset", 1),
         lambda m: setattr(place(m), "offset", -1),
         lambda m: setattr(place(m), "transform_descriptors", ["zstd"]),
+        lambda m: setattr(of(m), "size", torch.Size([2**62, 2**62])),
         lambda m: m.storage_data.clear(),
     ):
         (whole / ".metadata").write_bytes(untouched)
