@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.models import saved, small_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -35,6 +36,7 @@ def workplace(tmp_path, monkeypatch):
         saved(small_model(number), tmp_path / f"{name}.safetensors")
     for name, text in zip(("recipe.yaml",), blocks("yaml"), strict=True):
         (tmp_path / name).write_text(text)
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "old-research.pt")
     (tmp_path / "score.py").write_text("print(0.5)\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

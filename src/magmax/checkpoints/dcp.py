@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -265,7 +264,7 @@ def _shape(given: Any) -> Shape:
     if not isinstance(given, tuple) or any(
         type(n) is not int or not 0 <= n < LENGTH_LIMIT for n in cast("Shape", given)
     ):
-        raise TypeError(f"{reprlib.repr(cast("object", given))} is no shape")
+        raise TypeError("a shape that is none")
     return cast("Shape", given)
 
 
