@@ -102,6 +102,17 @@ def test_one_process_saves_what_merges(tmp_path: Path) -> None:
     assert same_bytes(loaded(tmp_path / "out2" / "model.safetensors"), loaded(tmp_path / "out.safetensors"))
 
 
+def test_a_running_merge_remembers_a_part_as_its_base(tmp_path: Path) -> None:
+    base, models = small_model(0), [small_model(1), small_model(2)]
+    folder = save({"ema": base, "model": models[0]}, tmp_path / "both")
+    running = package.Running(tmp_path / "state", "magmax", folder / "ema")
+    running.absorb(folder)
+    running = package.Running(tmp_path / "state")
+    running.absorb(saved(models[1], tmp_path / "last.safetensors"))
+    running.result(0.5, tmp_path / "out.safetensors")
+    assert same_bytes(loaded(tmp_path / "out.safetensors"), merged_by(magmax, base, models, 0.5))
+
+
 @pytest.mark.parametrize("how", [{"thread_count": 3}, {"single_file_per_rank": False}, {"sync_files": False}])
 def test_any_number_of_files(how: dict[str, Any], tmp_path: Path) -> None:
     tensors = small_model(3)
