@@ -57,8 +57,9 @@ def merge(
     Parameters
     ----------
     models
-        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, or folders of PEFT LoRA adapters (of
-        the base, or BASE+ADAPTER). Or one recipe (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
+        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, torch.distributed checkpoints, folders
+        of PEFT LoRA adapters (of the base, or BASE+ADAPTER), ids of models on the Hugging Face hub. Or one recipe
+        (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
     base
         The model that all of them were fine-tuned from.
     out

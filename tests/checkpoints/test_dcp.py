@@ -102,6 +102,17 @@ def test_one_process_saves_what_merges(tmp_path: Path) -> None:
     assert same_bytes(loaded(tmp_path / "out2" / "model.safetensors"), loaded(tmp_path / "out.safetensors"))
 
 
+def test_a_running_merge_remembers_a_part_as_its_base(tmp_path: Path) -> None:
+    base, models = small_model(0), [small_model(1), small_model(2)]
+    folder = save({"ema": base, "model": models[0]}, tmp_path / "both")
+    running = package.Running(tmp_path / "state", "magmax", folder / "ema")
+    running.absorb(folder)
+    running = package.Running(tmp_path / "state")
+    running.absorb(saved(models[1], tmp_path / "last.safetensors"))
+    running.result(0.5, tmp_path / "out.safetensors")
+    assert same_bytes(loaded(tmp_path / "out.safetensors"), merged_by(magmax, base, models, 0.5))
+
+
 @pytest.mark.parametrize("how", [{"thread_count": 3}, {"single_file_per_rank": False}, {"sync_files": False}])
 def test_any_number_of_files(how: dict[str, Any], tmp_path: Path) -> None:
     tensors = small_model(3)
@@ -167,6 +178,21 @@ def test_a_cut_metadata_is_refused(whole: Path) -> None:
             open_checkpoint(whole)
 
 
+def test_a_spoiled_metadata_is_read_right_or_refused(whole: Path) -> None:
+    content = (whole / ".metadata").read_bytes()
+    draw = np.random.default_rng(0)
+    for _ in range(400):
+        spoiled = bytearray(content)
+        for place in draw.integers(0, len(content), 2):
+            spoiled[place] = draw.integers(256)
+        (whole / ".metadata").write_bytes(spoiled)
+        try:
+            opened = open_checkpoint(whole)
+            [opened.read(key, 0, spec.units) for key, spec in opened.specs.items()]
+        except MagMaxError:
+            pass
+
+
 class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,6 +238,7 @@ def test_a_metadata_that_lies_is_refused(whole: Path) -> None:
         lambda m: setattr(place(m), "offset", 1),
         lambda m: setattr(place(m), "offset", -1),
         lambda m: setattr(place(m), "transform_descriptors", ["zstd"]),
+        lambda m: setattr(of(m), "size", torch.Size([2**62, 2**62])),
         lambda m: m.storage_data.clear(),
     ):
         (whole / ".metadata").write_bytes(untouched)

@@ -263,6 +263,8 @@ def test_adapters_by_id(cache: Path) -> None:
         assert all(
             (opened.read(k, 0, s.units) == expected.read(k, 0, s.units)).all() for k, s in expected.specs.items()
         )
+    app(["convert", "org/net+org/lora", "net.safetensors"], exit_on_error=False, result_action="return_value")
+    assert open_checkpoint("net.safetensors").specs == expected.specs
     package.merge("magmax", "org/net", ["org/lora"], 1.0, "out.safetensors")
     package.merge("magmax", "base.safetensors", ["local"], 1.0, "out2.safetensors")
     assert same_bytes(loaded(Path("out.safetensors")), loaded(Path("out2.safetensors")))

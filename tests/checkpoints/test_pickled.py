@@ -335,7 +335,12 @@ RAW = {
     "a huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
     "a huge string": b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x00abc.",
     "many bytes": b"c__builtin__\nbytearray\n(I99999999999\ntR.",
-    "an unhashable key": b"}]N s.",
+    "an unhashable key": b"}]Ns.",
+    "a key without end": b"}N" + b"\x85" * 100_000 + b"Ns.",
+    "a set without end": b"\x80\x04\x8f(N" + b"\x85" * 100_000 + b"\x90.",
+    "a mapping without end": b"ccollections\nOrderedDict\n](N" + b"\x85" * 100_000 + b"Ntat\x85R.",
+    "a name without end": b"c__builtin__\ngetattr\np0\n" * 1 + b"p1\n" + b"0g0\n(g1\nS'x'\ntRp1\n" * 20_000 + b"(tR.",
+    "nested without end": b"(" * 100_000 + b".",
 }
 
 

@@ -7,6 +7,7 @@ chunk is a torch file of its own somewhere inside one of the `.distcp` files.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from .dtypes import BITS, Spec
 from .inert import Machine, Record
 from .pickled import MODEL_NAMES
 from .ranges import RangeFile
+from .safetensors import LENGTH_LIMIT
 from .torchfile import UNITS, Stored, TorchFile, dtype_of
 
 METADATA = ".metadata"
@@ -114,7 +116,7 @@ class DistributedCheckpoint(Checkpoint):
         for box in boxes(spec.shape, start, stop):
             depth = len(box.fixed)
             shape = (box.stop - box.start, *spec.shape[depth + 1 :])
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             part = found[at : at + count].reshape(shape)
             for chunk in self._chunks[key]:
                 self._copy(key, chunk, box, part)
@@ -133,7 +135,7 @@ class DistributedCheckpoint(Checkpoint):
         if first >= last or not all(offset <= i < offset + size for i, offset, size in fixed):
             return
         inner = chunk.sizes[depth + 1 :]
-        row = int(np.prod(inner))
+        row = math.prod(inner)
         at = 0
         for i, offset, size in zip((*box.fixed, first), chunk.offsets, chunk.sizes, strict=False):
             at = at * size + i - offset
@@ -186,7 +188,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """Elements start..stop of a flattened tensor as boxes, in order: at most two for each dimension but the last."""
     if start >= stop:
         return
-    row = int(np.prod(shape[1:]))
+    row = math.prod(shape[1:])
     if len(shape) < 2:
         yield Box((), start, stop)
         return
@@ -259,8 +261,10 @@ def _read_metadata(content: bytes, label: str) -> Told:
 
 
 def _shape(given: Any) -> Shape:
-    if not isinstance(given, tuple) or any(type(n) is not int or n < 0 for n in cast("Shape", given)):
-        raise TypeError(f"{given!r} is no shape")
+    if not isinstance(given, tuple) or any(
+        type(n) is not int or not 0 <= n < LENGTH_LIMIT for n in cast("Shape", given)
+    ):
+        raise TypeError("a shape that is none")
     return cast("Shape", given)
 
 
@@ -311,11 +315,13 @@ def _placed(name: str, told: Told, label: str) -> tuple[list[Chunk], list[str]]:
         if place is None:
             return [], [f"{label}: does not say where the part of {name} from {list(offsets)} on is"]
         chunks.append(Chunk(offsets, sizes, *place))
+    if spec.elements >= LENGTH_LIMIT:
+        return [], [f"{label}: describes {name} with more elements than any file can hold"]
     if any(len(c.offsets) != len(spec.shape) or len(c.sizes) != len(spec.shape) for c in chunks):
         return [], [f"{label}: the parts of {name} have not its {len(spec.shape)} dimensions"]
     low = np.array([c.offsets for c in chunks], np.int64).reshape(len(chunks), len(spec.shape))
     high = low + np.array([c.sizes for c in chunks], np.int64).reshape(low.shape)
-    covered = sum(int(np.prod(c.sizes)) for c in chunks)
+    covered = sum(math.prod(c.sizes) for c in chunks)
     beyond = bool((high > np.array(spec.shape, np.int64)).any())
     twice = any(((low[:n] < high[n]) & (low[n] < high[:n])).all(1).any() for n in range(len(chunks)))
     if covered != spec.elements or beyond or twice:

@@ -57,8 +57,33 @@ def _copied(kind: Callable[..., Any]) -> Callable[..., Any]:
     return copied
 
 
+def _flat(key: Any) -> Any:
+    """A key, if it is one that can be hashed: to hash what is nested deep enough would overflow the stack."""
+    parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else ()
+    if any(isinstance(part, tuple | frozenset) and not isinstance(part, Global) for part in parts):
+        raise ValueError("a key within a key")
+    return cast("object", key)
+
+
+def _keys(keys: Iterable[Any]) -> list[Any]:
+    return [_flat(key) for key in keys]
+
+
+def _mapping(items: Any = ()) -> dict[Any, Any]:
+    pairs: Any = cast("dict[Any, Any]", items).items() if isinstance(items, dict) else items
+    return {_flat(key): value for key, value in pairs}
+
+
 def _default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
-    return dict(items)
+    return _mapping(items)
+
+
+def _set(items: Any = ()) -> set[Any]:
+    return set(_keys(items))
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_keys(items))
 
 
 def _bytes(content: Any = b"") -> bytes:
@@ -82,10 +107,10 @@ def _new_object(kind: Global, *args: Any) -> Record:
 
 
 _PLAIN: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _copied(dict),
+    "collections.OrderedDict": _mapping,
     "collections.defaultdict": _default_dict,
-    "dict": _copied(dict), "list": _copied(list), "tuple": _copied(tuple), "set": _copied(set),
-    "frozenset": _copied(frozenset), "bytearray": _bytes, "complex": complex,
+    "dict": _mapping, "list": _copied(list), "tuple": _copied(tuple), "set": _set,
+    "frozenset": _frozenset, "bytearray": _bytes, "complex": complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _old_object, "copyreg.__newobj__": _new_object,
     "torch.Size": _copied(tuple), "torch.serialization._get_layout": str,
@@ -150,7 +175,7 @@ class Machine:
             "EMPTY_TUPLE": lambda _: push(()),
             "DICT": lambda _: self._dict(marked()),
             "LIST": lambda _: push(marked()),
-            "FROZENSET": lambda _: push(frozenset(marked())),
+            "FROZENSET": lambda _: push(_frozenset(marked())),
             "TUPLE": lambda _: push(tuple(marked())),
             "TUPLE1": lambda _: self._tuple(1),
             "TUPLE2": lambda _: self._tuple(2),
@@ -185,7 +210,15 @@ class Machine:
             return self._stack[0]
         except MagMaxError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             told = str(error) or type(error).__name__
             raise MagMaxError(f"{self._label}: holds no whole pickle ({told[:200]}); is it truncated?") from error
 
@@ -267,12 +300,12 @@ class Machine:
         if isinstance(into, Record):
             into.items += found
         else:
-            cast("dict[Any, Any]", into).update(found)
+            cast("dict[Any, Any]", into).update(_mapping(found))
 
     def _extend(self, items: list[Any]) -> None:
         into = self._stack[-1]
         if isinstance(into, set):
-            cast("set[Any]", into).update(items)
+            cast("set[Any]", into).update(_keys(items))
         else:
             cast("list[Any]", into.items if isinstance(into, Record) else into).extend(items)
 

@@ -33,6 +33,7 @@ UNITS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype(
 """What holds an element of so many bytes, whatever it means."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LARGEST_PICKLE = 1 << 30
 GATHERED = 1 << 16
 """Elements of a strided tensor that are looked up at once."""
 
@@ -220,6 +221,10 @@ class TorchFile:
                     raise self._bad("is a zip archive, but not of torch (it has no data.pkl)")
                 if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                     raise self._bad("was written on a big-endian machine, which is not supported")
+                if entries["data.pkl"].file_size > LARGEST_PICKLE:
+                    raise self._bad(
+                        f"has a pickle of {entries['data.pkl'].file_size:,} bytes, too many for names alone"
+                    )
                 pickled = archive.read(entries["data.pkl"])
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             if isinstance(error, MagMaxError):

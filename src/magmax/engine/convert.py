@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.hub import locate
+from ..checkpoints.lora import base_and_adapter
 from ..checkpoints.pickled import PickledModel
 from ..checkpoints.writer import Target
 from ..errors import MagMaxError
@@ -42,8 +43,8 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     Raises:
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
-    found = locate(old)
-    if found.path.is_file() and found.path.suffix not in SAFETENSORS:
+    found = None if base_and_adapter(old) else locate(old)
+    if found and found.path.is_file() and found.path.suffix not in SAFETENSORS:
         source = PickledModel(found.path, found.label, part, strip, inert)
         source.origin = found.origin
     elif part or strip or inert:

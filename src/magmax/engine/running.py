@@ -14,6 +14,7 @@ import numpy as np
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
+from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
@@ -241,7 +242,10 @@ class Running:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
             given = self._state.base_path
-            if not given.startswith(PREFIX) and not Path(given := os.path.normpath(self.path / given)).exists():
+            if given.startswith(PREFIX):
+                return open_checkpoint(given)
+            given = os.path.normpath(self.path / given)
+            if not Path(given).exists() and not distributed(Path(given)):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
