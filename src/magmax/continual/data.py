@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from magmax.continual.fetch import File, Source
+from magmax.continual.fetch import File, Source, fetch
 from magmax.errors import MagMaxError
 
 MINILM = Source(
@@ -70,23 +70,46 @@ NEWSGROUP_NAMES = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Examples (texts, token ids, ...) and the class of each: n items, labels of shape (n,)."""
+    """Examples (texts, token ids, images, ...), the class of each and, where there are any, the domain of each.
+
+    n items; labels and domains of shape (n,), numbered from 0.
+    """
 
     items: Sequence[Any]
     labels: np.ndarray
+    domains: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def pick(self, rows: np.ndarray) -> Labelled:
         """The examples at these positions, in this order."""
-        return Labelled([self.items[i] for i in rows], self.labels[rows])
+        domains = None if self.domains is None else self.domains[rows]
+        return Labelled([self.items[i] for i in rows], self.labels[rows], domains)
 
     def sample_per_class(self, n: int, seed: int) -> Labelled:
         """At most n random examples of every class, in their old order; the same for the same seed."""
         random = np.random.default_rng(seed)
         chosen = [random.permutation(np.flatnonzero(self.labels == c))[:n] for c in np.unique(self.labels)]
         return self.pick(np.sort(np.concatenate(chosen)))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: training and test examples, the classes in plain words (class c is the c-th) and the domains."""
+
+    train: Labelled
+    test: Labelled
+    classes: Sequence[str]
+    domains: Sequence[str] = ()
+
+
+def newsgroups(test_per_class: int | None = None, train_per_class: int | None = None, seed: int = 0) -> Dataset:
+    """20 Newsgroups, or so many random texts of each class, drawn from the seed (the same for every run)."""
+    train, test = read_newsgroups(fetch(NEWSGROUPS))
+    train = train if train_per_class is None else train.sample_per_class(train_per_class, seed)
+    test = test if test_per_class is None else test.sample_per_class(test_per_class, seed)
+    return Dataset(train, test, list(NEWSGROUP_NAMES.values()))
 
 
 def read_newsgroups(folder: Path) -> tuple[Labelled, Labelled]:

@@ -7,8 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from magmax.continual.data import Dataset
 from magmax.continual.encoder import TextEncoder
 from magmax.errors import MagMaxError
+
+TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
+
+
+def zero_shot(
+    encoder: TextEncoder, dataset: Dataset, templates: Sequence[str] = TEMPLATES, temperature: float = 20.0
+) -> Tensor:
+    """The zero-shot head of a data set's class names."""
+    return zero_shot_head(encoder, dataset.classes, templates, temperature)
 
 
 @torch.no_grad()
