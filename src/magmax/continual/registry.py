@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 HERE = "magmax.continual"
 
-DATA: dict[str, str | Callable[..., Dataset]] = {"newsgroups": f"{HERE}.data:newsgroups"}
+DATA: dict[str, str | Callable[..., Dataset]] = {
+    "newsgroups": f"{HERE}.data:newsgroups",
+    "reuters52": f"{HERE}.texts:reuters52",
+    "sentiments": f"{HERE}.texts:sentiments",
+    "fashion_mnist": f"{HERE}.pictures:fashion_mnist",
+    "digits": f"{HERE}.pictures:digits",
+    "emoji": f"{HERE}.pictures:emoji",
+    "hub": f"{HERE}.hub:hub",
+    "joined": f"{HERE}.joining:joined",
+    "long_tail": f"{HERE}.joining:long_tail",
+}
 """name -> (**options) -> Dataset: raw items; the same for every seed of a benchmark."""
 
 MODELS: dict[str, str | Callable[..., Encoder]] = {"minilm": f"{HERE}.encoder:minilm"}
@@ -29,7 +39,9 @@ HEADS: dict[str, str | Callable[..., Tensor]] = {"zero_shot": f"{HERE}.heads:zer
 """name -> (encoder, dataset, **options) -> Tensor of shape (classes, width), frozen, made with theta_0."""
 
 SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
-    "class_incremental": f"{HERE}.scenario:class_incremental_tasks"
+    "class_incremental": f"{HERE}.scenario:class_incremental_tasks",
+    "domain_incremental": f"{HERE}.scenario:domain_incremental",
+    "data_sets": f"{HERE}.scenario:data_sets",
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 
