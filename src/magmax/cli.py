@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .engine.job import Job, Outcome, Settings
     from .engine.running import Running
-    from .recipe import Plan
+    from .plan import Plan
 
 app = App(
     name="magmax",
@@ -117,7 +117,6 @@ def sweep(
     """
     from pathlib import Path
 
-    from .checkpoints import open_checkpoint
     from .engine.sweep import Sweep, factors
     from .recipe import load
 
@@ -128,8 +127,7 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base = open_checkpoint(plan.base)
-    models = [open_checkpoint(m, base=base) for m in plan.models]
+    base, models = plan.opened()
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)

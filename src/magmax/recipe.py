@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import path as os_path
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from .checkpoints import open_checkpoint
 from .checkpoints.lora import base_and_adapter, within
-from .engine.job import Job
-from .engine.merge import Options, default_names, merge_job
-from .errors import MagMaxError, listed
+from .document import Document, parse_yaml, read_document, read_text, validated
+from .engine.merge import Options, default_names
+from .errors import MagMaxError
+from .plan import Plan
 from .rules import Rule, make_rule, nearest, rule_from
 
 FUSION_BENCH = "MagMaxAlgorithm"
@@ -63,27 +61,6 @@ class Recipe(BaseModel):
         return models
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A recipe made ready: what `magmax.merge` would be given."""
-
-    rule: Rule
-    base: str
-    models: Sequence[str]
-    names: Sequence[str]
-    options: Options
-    out: str | None
-
-    def job(self, out: str | None = None) -> Job:
-        """Open every input and check it. Raises MagMaxError for all that does not fit."""
-        where = out or self.out
-        if where is None:
-            raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
-        base = open_checkpoint(self.base)
-        models = [open_checkpoint(m, base=base) for m in self.models]
-        return merge_job(self.rule, base, models, Path(where), self.options, self.names)
-
-
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
     """Read, override and validate a recipe.
 
@@ -95,12 +72,9 @@ def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | No
     Raises:
         MagMaxError: YAML that cannot be read, unknown keys (with line and nearest key), values of the wrong kind.
     """
-    text = _text(file)
-    content, tree = _yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
-    if not isinstance(content, dict):
-        raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
-    content = {**merged_overrides(content, overrides), **(flags or {})}
-    return build(content, file, _lines(tree), os_path.dirname(file))
+    document = read_document(file)
+    content = {**merged_overrides(document.content, overrides), **(flags or {})}
+    return build(content, file, document.lines, os_path.dirname(file))
 
 
 def shipped() -> list[Path]:
@@ -110,10 +84,7 @@ def shipped() -> list[Path]:
 
 def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
     """A plan from a recipe's content; `lines` says where each key stands, for messages."""
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise listed(f"{file} is not a recipe", [_explained(file, lines, e) for e in error.errors()]) from error
+    recipe = validated(Recipe, Document(file, content, lines), _known)
     rule, factor = parse_rule(recipe.rule, folder)
     paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
     own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
@@ -127,12 +98,16 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     return Plan(rule, within(folder, recipe.base), paths, names, options, out)
 
 
+def _known(parts: Sequence[str]) -> list[str]:
+    return list((Recipe if len(parts) == 1 else Model).model_fields)
+
+
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
     if isinstance(given, str) and given.endswith((".yaml", ".yml")):
         return parse_rule(_method_file(os_path.join(folder, given)), folder)
     if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
-        return parse_rule(_yaml(given, f"the rule {given!r}"), folder)
+        return parse_rule(parse_yaml(given, f"the rule {given!r}"), folder)
     if isinstance(given, dict) and "_target_" in given:
         return _fusion_bench(given)
     return rule_from(given), None
@@ -154,29 +129,10 @@ def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
 
 
 def _method_file(file: str) -> Any:
-    content = _yaml(_text(file), file)
+    content = parse_yaml(read_text(file), file)
     if not isinstance(content, dict):
         raise MagMaxError(f"{file}: is not a rule; FusionBench's method YAML has a _target_")
     return content
-
-
-def _text(file: str) -> str:
-    try:
-        return Path(file).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
-
-
-def _yaml(text: str, what: str) -> Any:
-    """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise MagMaxError(f"{what}: has an alias (*name); write its value out")
-        return yaml.safe_load(text)
-    except MagMaxError:
-        raise
-    except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim
-        raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
 
 
 def is_override(word: str) -> bool:
@@ -193,7 +149,7 @@ def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> di
         if head == "method" and rest:
             head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
             rest = [] if head == "scaling_factor" else rest
-        value = _yaml(text, word)
+        value = parse_yaml(text, word)
         if not rest:
             result[head] = value
         elif head == "rule" and len(rest) == 1:
@@ -215,35 +171,3 @@ def _with_option(rule: Any, option: str, value: Any) -> Any:
         if options is None or isinstance(options, dict):
             return {name: {**(options or {}), option: value}}
     raise MagMaxError(f"cannot set the option {option} of {rule!r}")
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """The line of every key of a YAML tree, by its dotted name."""
-    found: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if name in found:
-                raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
-            found[name] = key.start_mark.line + 1
-            found |= _lines(value, f"{name}.")
-    if isinstance(node, yaml.SequenceNode):
-        for place, item in enumerate(node.value):
-            found[f"{prefix}{place}"] = item.start_mark.line + 1
-            found |= _lines(item, f"{prefix}{place}.")
-    return found
-
-
-def _explained(file: str, lines: Mapping[str, int], error: Mapping[str, Any]) -> str:
-    """One of pydantic's complaints, with the line it is about and the nearest valid key."""
-    parts = [str(p) for p in error["loc"] if str(p) not in ("str", "Model")]
-    name = ".".join(parts)
-    line = next((lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None)
-    where = f"{file}, line {line}" if line else file
-    if error["type"] == "extra_forbidden":
-        known = list((Recipe if len(parts) == 1 else Model).model_fields)
-        return f"{where}: unknown key {name!r}; {nearest(parts[-1], known)}"
-    if error["type"] == "missing":
-        return f"{where}: {name} is missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {reprlib.repr(error['input'])}"

@@ -45,18 +45,21 @@ SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 
+TABLES: dict[str, Mapping[str, Any]] = {"data": DATA, "model": MODELS, "head": HEADS, "scenario": SCENARIOS}
+"""The registries by the keys of a recipe."""
+
 Choice = str | Mapping[str, Any]
 """As a recipe writes it: a name, or {name: {option: value}}; "package.module:function" is a name too."""
 
 
-def build(kind: str, table: Mapping[str, Any], choice: Choice, *given: Any) -> Any:
+def build(kind: str, choice: Choice, *given: Any) -> Any:
     """Call the builder that the choice names with what is given and the choice's options.
 
     Builders are named by "module:function" until they are wanted, so that naming one imports nothing.
     Raises MagMaxError for a name that is none and for options that the builder does not have, with the nearest.
     """
     name, options = split(kind, choice)
-    builder = find(kind, table, name)
+    builder = find(kind, TABLES[kind], name)
     known = list(inspect.signature(builder).parameters)[len(given) :]
     for option in options:
         if option not in known:
