@@ -175,7 +175,9 @@ def read_experiment(file: str, assignments: Any = ()) -> Experiment:
 
         from .continual.experiment import Experiment, Fit
     except ImportError as error:
-        raise MagMaxError(f"learning needs torch and more ({error.name} is missing): pip install 'magmax[train]'") from error
+        raise MagMaxError(
+            f"learning needs torch and more ({error.name} is missing): pip install 'magmax[train]'"
+        ) from error
     from .errors import listed
     from .recipe import read_yaml
     from .rules import nearest
@@ -186,7 +188,9 @@ def read_experiment(file: str, assignments: Any = ()) -> Experiment:
 
     def explained(error: Any) -> str:
         parts = [str(part) for part in error["loc"]]
-        known = next((lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None)
+        known = next(
+            (lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None
+        )
         where = f"{file}, line {known}" if known else file
         if error["type"] == "extra_forbidden":
             keys = list((Experiment if len(parts) == 1 else Fit).model_fields)

@@ -19,12 +19,12 @@ def joined(of: Mapping[str, Any] | Sequence[Any]) -> Dataset:
     set's classes come after those of the data sets before it; a class whose name another data set has too is still
     another class.
     """
-    from magmax.continual.registry import DATA, build, split
+    from magmax.continual.registry import build, split
 
     choices = of if isinstance(of, Mapping) else {split("data", choice)[0]: choice for choice in of}
     if not choices or len(choices) != len(of):
         raise MagMaxError(f"joined: give at least one data set, each under a name of its own, not {of!r}")
-    return join({name: build("data", DATA, choice) for name, choice in choices.items()})
+    return join({name: build("data", choice) for name, choice in choices.items()})
 
 
 def join(parts: Mapping[str, Dataset]) -> Dataset:
@@ -82,9 +82,9 @@ def long_tail(of: Any, imbalance: float = 100.0, seed: int = 0) -> Dataset:
     one. The test examples stay. From Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin
     Loss" (NeurIPS 2019).
     """
-    from magmax.continual.registry import DATA, build
+    from magmax.continual.registry import build
 
-    return thinned(build("data", DATA, of), imbalance, seed)
+    return thinned(build("data", of), imbalance, seed)
 
 
 def thinned(dataset: Dataset, imbalance: float, seed: int) -> Dataset:

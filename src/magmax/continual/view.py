@@ -43,17 +43,14 @@ class View:
             raise MagMaxError(f"smallest {self.smallest} is a share of a picture's area; choose above 0, at most 1")
 
     @classmethod
-    def of_folder(cls, folder: Path) -> View:
-        """The view in a folder's preprocessor_config.json, for evaluation as transformers' own processors have it."""
-        path = folder / "preprocessor_config.json"
+    def of_file(cls, path: Path) -> View:
+        """The view in a preprocessor_config.json: for evaluation what transformers' own CLIP processor does."""
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             resize = _side(config["size"], "shortest_edge")
             size = _side(config["crop_size"], "height") if config.get("do_center_crop", True) else resize
             return cls(size, resize, tuple(config["image_mean"]), tuple(config["image_std"]), config.get("resample", 3))
-        except OSError as error:
-            raise MagMaxError(f"{folder} does not say how pictures are prepared: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise MagMaxError(f"{path}: expected size, crop_size, image_mean and image_std: {error!r}") from error
 
     def load(self, picture: Any) -> np.ndarray:

@@ -55,10 +55,13 @@ class Words:
 
     model: nn.Module
     tokenizer: Any
+    longest: int
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        inputs = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        )
         where = next(self.model.parameters()).device
         return nn.functional.normalize(self.model(**inputs.to(where)).text_embeds, dim=-1)
 
@@ -113,16 +116,20 @@ def clip(
     projection too; FusionBench's checkpoints leave it as it is (`train_projection: false`).
     From Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021).
     """
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-    folder = hub_folder(path)
-    model = _load(CLIPVisionModelWithProjection, folder)
-    model.visual_projection.requires_grad_(train_projection)
-    words = Words(_load(CLIPTextModelWithProjection, folder), AutoTokenizer.from_pretrained(folder))
-    view = replace(View.of_folder(folder), mirror=mirror)
-    _fits(model, view, folder)
-    scale = float(np.exp(_one_weight(folder, "logit_scale")))
-    return ImageEncoder(model, _embeddings, view, varied, words, scale)
+    whole = _load(CLIPModel, path)
+    for part in (whole.config.vision_config, whole.config.text_config):
+        part.projection_dim = whole.config.projection_dim
+    images = _part(whole, CLIPVisionModelWithProjection(whole.config.vision_config))
+    texts = _part(whole, CLIPTextModelWithProjection(whole.config.text_config)).requires_grad_(False)
+    images.get_submodule("visual_projection").requires_grad_(train_projection)
+    view = replace(View.of_file(_file(path, "preprocessor_config.json")), mirror=mirror)
+    side = whole.config.vision_config.image_size
+    if view.size != side:
+        raise MagMaxError(f"{path}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
+    words = Words(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
+    return ImageEncoder(images, _embeddings, view, varied, words, float(whole.logit_scale.exp()))
 
 
 def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEncoder:
@@ -165,7 +172,7 @@ def recalibrate(encoder: ImageEncoder, items: Sequence[np.ndarray], batch: int =
     The mean and variance of each layer become the averages over the batches. As REPAIR does for merged networks
     (Jordan et al., ICLR 2023).
     """
-    norms = [m for m in encoder.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in encoder.model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -211,46 +218,39 @@ POSITIONS = ("Concat", "Reshape")
 """What the exported model does with the position embeddings of the class token, and of the patches."""
 
 
-def hub_folder(path: str) -> Path:
-    """The local folder of a model: the path itself where it is a folder, else the hub's, downloaded if need be."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.safetensors"]
+def _load(kind: Any, path: str | Path) -> Any:
+    """A model of the hub or of a local folder. Raises MagMaxError where it cannot be had, or lacks weights."""
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # whatever the network, the hub and the disk can come up with
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MagMaxError(f"{path} is no folder here, and could not be had from the model hub: {why}") from error
-
-
-def _load(kind: Any, folder: Path) -> Any:
-    """The model in the folder. Raises MagMaxError where the folder lacks some of its weights."""
-    with quiet_loading():
-        try:
-            model, found = kind.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise MagMaxError(f"{folder} cannot be loaded as a {kind.__name__}: {error}") from error
+        with quiet_loading():
+            model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MagMaxError(_not_had(path, kind.__name__, error)) from error
     missing = sorted(found["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:5])
-        raise MagMaxError(f"{folder} lacks {len(missing)} weights of a {kind.__name__}: {shown}")
+        raise MagMaxError(f"{path} lacks {len(missing)} weights of a {kind.__name__}: {', '.join(missing[:5])}")
     return model.eval()
 
 
-def _one_weight(folder: Path, name: str) -> float:
-    from magmax.checkpoints import open_checkpoint  # pyright: ignore
+def _file(path: str, name: str) -> Path:
+    from transformers.utils.hub import cached_file
 
-    raise NotImplementedError
+    try:
+        return Path(str(cached_file(path, name)))
+    except OSError as error:
+        raise MagMaxError(_not_had(path, name, error)) from error
 
 
-def _fits(model: Any, view: View, folder: Path) -> None:
-    side = model.config.image_size
-    if side != view.size:
-        raise MagMaxError(f"{folder}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
+def _not_had(path: str | Path, what: str, error: Exception) -> str:
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    where = "this folder" if Path(path).is_dir() else "no folder here, and the model hub does not give it"
+    return f"{path}: {where}; no {what}: {said}"
+
+
+def _part(whole: nn.Module, part: nn.Module) -> Any:
+    """The part, with the weights that it has in the whole."""
+    weights = whole.state_dict()
+    part.load_state_dict({key: weights[key] for key in part.state_dict()})
+    return part.eval()
 
 
 def _embeddings(model: nn.Module, pixels: Tensor) -> Tensor:
