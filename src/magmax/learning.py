@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,50 +165,33 @@ def bench(
     print(", ".join(map(str, files)))
 
 
-def read_experiment(file: str, assignments: Any = ()) -> Experiment:
+def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     """An experiment from its file, with assignments such as fit.steps=20 put in.
 
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
     """
+    from .document import read_document, validated
+
     try:
-        from pydantic import ValidationError
+        import torch  # noqa: F401
 
         from .continual.experiment import Experiment, Fit
     except ImportError as error:
-        raise MagMaxError(
-            f"learning needs torch and more ({error.name} is missing): pip install 'magmax[train]'"
-        ) from error
-    from .errors import listed
-    from .recipe import read_yaml
-    from .rules import nearest
-
-    content, lines = read_yaml(file, "a map with data, model, head, scenario and fit")
+        raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
+    document = read_document(file)
     for word in assignments:
-        content = _assigned(content, word)
+        document = document._replace(content=_assigned(document.content, word))
 
-    def explained(error: Any) -> str:
-        parts = [str(part) for part in error["loc"]]
-        known = next(
-            (lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None
-        )
-        where = f"{file}, line {known}" if known else file
-        if error["type"] == "extra_forbidden":
-            keys = list((Experiment if len(parts) == 1 else Fit).model_fields)
-            return f"{where}: unknown key {'.'.join(parts)!r}; {nearest(parts[-1], keys)}"
-        if error["type"] == "missing":
-            return f"{where}: {'.'.join(parts)} is missing"
-        return f"{where}: {'.'.join(parts)}: {error['msg']}, not {error['input']!r}"
+    def known(parts: Sequence[str]) -> list[str]:
+        return list((Experiment if len(parts) == 1 else Fit).model_fields)
 
-    try:
-        return Experiment.model_validate(content).checked()
-    except ValidationError as error:
-        found = list(dict.fromkeys(explained(e) for e in error.errors()))
-        raise listed(f"{file} is not an experiment", found) from error
+    return validated(Experiment, document, known).checked()
 
 
 def _assigned(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
-    from .recipe import is_override, parse_yaml
+    from .document import parse_yaml
+    from .recipe import is_override
 
     if not is_override(word):
         raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")

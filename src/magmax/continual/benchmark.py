@@ -103,7 +103,7 @@ def process_pool(workers: int) -> Executor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def cluster(address: str) -> tuple[Executor, Callable[[], None]]:
+def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
     """The executor of a Dask scheduler at an address, and what closes the connection."""
     from magmax.errors import MagMaxError
 

@@ -110,7 +110,8 @@ class _Measured:
 
     def variant(self, name: str, factor: float | None) -> dict[str, Any]:
         tasks = len(self.here.tasks)
-        wanted = range(tasks + 1) if self.here.experiment.rows == "all" else [0, tasks]
+        whole = {"all": ("default", "chosen"), "default": ("default",), "last": ()}[self.here.experiment.rows]
+        wanted = range(tasks + 1) if name in whole else [0, tasks]
         if self.cell.chain == "joint":
             wanted = [tasks]
         if self.cell.rule != ZERO_SHOT:

@@ -59,7 +59,8 @@ class Experiment(BaseModel):
         factors: scaling factors to choose from on the validation examples; beside the rule's own default.
         validation: training examples of each class that nothing is trained on, for choosing the factor.
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
-        rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time).
+        rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
+            "default": after every task with the rules' own factors, after the last alone with the chosen ones.
         save_every: steps between two snapshots of a task's training; 0 for none.
     """
 
@@ -75,7 +76,7 @@ class Experiment(BaseModel):
     factors: list[float] = []
     validation: int = Field(0, ge=0)
     among: Literal["seen", "all"] = "seen"
-    rows: Literal["all", "last"] = "all"
+    rows: Literal["all", "default", "last"] = "all"
     save_every: int = Field(0, ge=0)
 
     @field_validator("seeds")

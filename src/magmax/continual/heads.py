@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from magmax.continual.data import Dataset, rows_per_class
 from magmax.continual.encoder import Encoder, TextEncoder
-from magmax.continual.scenario import Task
 from magmax.errors import MagMaxError, listed
 
 TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
@@ -78,7 +77,9 @@ def nearest_class_mean(
             raise MagMaxError(f"nearest_class_mean: there is no domain {domain!r} among {list(dataset.domains)}")
         data = data.pick(np.flatnonzero(data.domains == list(dataset.domains).index(domain)))
     count = np.bincount(data.labels, minlength=len(dataset.classes))
-    problems = [f"class {c} ({dataset.classes[c]}) has no training example" for c in np.flatnonzero(count == 0).tolist()]
+    problems = [
+        f"class {c} ({dataset.classes[c]}) has no training example" for c in np.flatnonzero(count == 0).tolist()
+    ]
     if problems:
         raise listed("there is no mean of nothing", problems)
     data = data.pick(rows_per_class(data.labels, per_class, seed))
@@ -90,16 +91,6 @@ def nearest_class_mean(
     labels = torch.from_numpy(data.labels)
     sums = torch.zeros(len(dataset.classes), features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
     return (temperature * nn.functional.normalize(sums, dim=-1)).float()
-
-
-def check_head(head: Tensor, tasks: Sequence[Task], classes: Sequence[str]) -> None:
-    """Raises MagMaxError where the head is no finite matrix, or has no row for a class that a task holds."""
-    if head.ndim != 2 or not bool(torch.isfinite(head).all()):
-        raise MagMaxError(f"a head is a finite matrix (classes, width); this one has the shape {tuple(head.shape)}")
-    held = sorted({c for task in tasks for c in task.classes if c >= len(head)})
-    if held or len(head) != len(classes):
-        named = ", ".join(classes[c] for c in held[:5])
-        raise MagMaxError(f"the head has {len(head)} rows, the data set {len(classes)} classes; missing: {named}")
 
 
 def _check(templates: Sequence[str]) -> None:

@@ -131,7 +131,8 @@ def paired(ours: str, other: str, variant: str, mine: Sequence[float], theirs: S
     if mean.n < 2 or not differences.any():
         p_t, p_w = math.nan if mean.n < 2 else 1.0, 1.0
     else:
-        p_w = float(wilcoxon(differences, method="exact" if differences.all() else "auto").pvalue)
+        tested: Any = wilcoxon(differences, method="exact" if differences.all() else "auto")
+        p_w = float(tested.pvalue)
         p_t = 0.0 if mean.std == 0 else float(2 * t.sf(abs(mean.mean) / (mean.std / math.sqrt(mean.n)), mean.n - 1))
     return Paired(ours, other, variant, mean, p_t, p_w, int((differences > 0).sum()))
 
@@ -157,10 +158,9 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         told = " ".join(f"{factor:.3g}" for factor in used) + (" (chosen)" if key[1] == "chosen" else "")
         main = means[MAIN]
         interval = f"{100 * (main.mean - main.half):.1f} .. {100 * (main.mean + main.half):.1f}" if main.n > 1 else "-"
-        lines.append(
-            (key[0], told or "-", _percent(main), interval, *(_percent(means.get(name)) for name in COLUMNS[1:]))
-            + tuple(_cost(name, means.get(name)) for name in COSTS)
-        )
+        others = (_percent(means.get(name)) for name in COLUMNS[1:])
+        taken = (_cost(name, means.get(name)) for name in COSTS)
+        lines.append((key[0], told or "-", _percent(main), interval, *others, *taken))
     return lines
 
 
@@ -185,8 +185,8 @@ def _told(pair: Paired) -> str:
         return f"{words} on one seed, which proves nothing."
     low, high = 100 * (difference.mean - difference.half), 100 * (difference.mean + difference.half)
     return (
-        f"{words} (95 % interval {low:+.1f} .. {high:+.1f}), better on {pair.wins} of {difference.n} seeds; paired t-test "
-        f"p = {pair.p_t:.3g}, signed-rank test p = {pair.p_wilcoxon:.3g} "
+        f"{words} (95 % interval {low:+.1f} .. {high:+.1f}), better on {pair.wins} of {difference.n} seeds; paired "
+        f"t-test p = {pair.p_t:.3g}, signed-rank test p = {pair.p_wilcoxon:.3g} "
         f"(at least {2.0 ** (1 - difference.n):.3g} for n = {difference.n})."
     )
 

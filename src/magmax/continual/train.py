@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from magmax.continual.cells import with_seed
 from magmax.continual.context import Context, context
 from magmax.continual.evaluate import Row
 from magmax.continual.experiment import UNMERGED, Cell, Experiment
-from magmax.continual.cells import with_seed
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.sequence import fine_tune
 from magmax.continual.weights import load_weights, write_bytes

@@ -89,6 +89,11 @@ class ImageEncoder:
         """What training sees of these prepared pictures, this time."""
         return [self.view.vary(item, random) for item in items] if self.varied else items
 
+    @property
+    def variation(self) -> str:
+        """All that decides how training sees a picture otherwise than evaluation; empty where it does not."""
+        return repr(self.view) if self.varied else ""
+
     def __call__(self, items: Sequence[np.ndarray]) -> Tensor:
         """Features of n prepared pictures: shape (n, width), each row of length 1."""
         pixels = self.view.tensor([self.view.centre(item) for item in items])
