@@ -71,8 +71,9 @@ def fit(
 
     The order of the items, drawn from the seed, is all there is of chance (with `dropout`, its masks are drawn from
     the seed too, and so is what `vary` makes of a batch): the same seed gives the same weights on the same machine.
-    With a snapshot, a killed fit goes on after the last saved step and ends in the same bytes. With a team (an `accelerate.Accelerator` of several
-    processes) every process works on its share of each batch; the sum is the whole batch, the loss its mean.
+    With a snapshot, a killed fit goes on after the last saved step and ends in the same bytes. With a team (an
+    `accelerate.Accelerator` of several processes) every process works on its share of each batch; the sum is the
+    whole batch, the loss its mean.
 
     Raises MagMaxError where there are no items or not one label for each, and at a loss or gradient that is not
     finite; the snapshot is then as it last was.
