@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -38,12 +39,20 @@ def cell_file(out: Path, experiment: Experiment, cell: Cell) -> Path:
     return out / "cells" / name
 
 
+_alone = threading.Lock()
+"""A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
+
+
 def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) -> str:
     """Train all checkpoints of a chain, or find them there; `recipe` is the experiment as JSON. Returns its name."""
+    with _alone:
+        return _chain(Experiment.model_validate_json(recipe), Path(out), seed, chain, threads)
+
+
+def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: int) -> str:
     torch.set_num_threads(threads)
-    experiment = Experiment.model_validate_json(recipe)
     here = context(experiment, seed)
-    folder = chain_folder(Path(out), experiment, seed, chain)
+    folder = chain_folder(out, experiment, seed, chain)
     reset_peak()
     fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
     told = {"peak_memory": peak_memory(), "examples": len(here.train)}
@@ -54,12 +63,16 @@ def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) ->
 
 def run_cell(recipe: str, out: str, cell: Cell, threads: int = 1) -> str:
     """Measure a cell whose chain is trained, and write its record. Returns its name."""
+    with _alone:
+        return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
+
+
+def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
     torch.set_num_threads(threads)
-    experiment = Experiment.model_validate_json(recipe)
     here = context(experiment, cell.seed)
     paths: list[Path] = []
     if cell.rule != ZERO_SHOT:
-        folder = chain_folder(Path(out), experiment, cell.seed, cell.chain)
+        folder = chain_folder(out, experiment, cell.seed, cell.chain)
         paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks_of(cell.chain)) + 1)]
         if missing := [str(path) for path in paths if not path.exists()]:
             raise MagMaxError(f"{missing[0]}: is missing; a Dask worker needs the folder --out on a shared file system")
@@ -79,7 +92,7 @@ def run_cell(recipe: str, out: str, cell: Cell, threads: int = 1) -> str:
         "recipe": recipe_of_cell,
         "environment": environment(threads),
     }
-    write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(Path(out), experiment, cell))
+    write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, experiment, cell))
     return f"{cell.method}, seed {cell.seed}"
 
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 from magmax.continual.data import MINILM
 from magmax.continual.fetch import fetch
@@ -48,6 +46,8 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> TextEncoder:
         """The encoder in a folder in the Hugging Face layout; the network is never asked."""
+        from transformers import AutoModel, AutoTokenizer  # slow to import, and other encoders have no use for it
+
         with quiet_loading():
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
@@ -101,6 +101,8 @@ def minilm(max_tokens: int = 64, train_word_embeddings: bool = False) -> TextEnc
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' own bar and remarks, which would draw over ours; as it was afterwards."""
+    from transformers.utils import logging
+
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
