@@ -134,7 +134,7 @@ def clip(
     if view.size != side:
         raise MagMaxError(f"{path}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
     words = Words(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
-    return ImageEncoder(images, _embeddings, view, varied, words, float(whole.logit_scale.exp()))
+    return ImageEncoder(images, _embeddings, view, varied, words, float(whole.logit_scale.detach().exp()))
 
 
 def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEncoder:
