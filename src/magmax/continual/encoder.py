@@ -33,18 +33,22 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1."""
+    """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1.
+
+    `temperature` is the length of a zero-shot head's rows.
+    """
 
     model: nn.Module
     tokenizer: Any
     max_tokens: int
+    temperature: float = 20.0
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> TextEncoder:
         """The encoder in a folder in the Hugging Face layout; the network is never asked."""
         from transformers import AutoModel, AutoTokenizer  # slow to import, and other encoders have no use for it
 
-        with _quiet_loading():
+        with quiet_loading():
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
 
@@ -95,14 +99,16 @@ def minilm(max_tokens: int = 64, train_word_embeddings: bool = False) -> TextEnc
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' own bar, which would draw over ours; as it was afterwards."""
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' own bar and remarks, which would draw over ours; as it was afterwards."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,10 @@ class Loss(Protocol):
     """What is minimised: a scalar for a batch of n items and their n labels."""
 
     def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor: ...
+
+
+Vary = Callable[[Sequence[Any], np.random.Generator], Sequence[Any]]
+"""What training sees of a batch's items, this time (random crops of pictures); evaluation sees them as they are."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ def fit(
     tell: Tell = silent,
     snapshot: Snapshot | None = None,
     team: Accelerator | None = None,
+    vary: Vary | None = None,
 ) -> list[float]:
     """Fine-tunes the model's trainable weights in place; returns each step's loss.
 
     The order of the items, drawn from the seed, is all there is of chance (with `dropout`, its masks are drawn from
-    the seed too): the same seed gives the same weights on the same machine. With a snapshot, a killed fit goes on
-    after the last saved step and ends in the same bytes. With a team (an `accelerate.Accelerator` of several
-    processes) every process works on its share of each batch; the sum is the whole batch, the loss its mean.
+    the seed too, and so is what `vary` makes of a batch): the same seed gives the same weights on the same machine.
+    With a snapshot, a killed fit goes on after the last saved step and ends in the same bytes. With a team (an
+    `accelerate.Accelerator` of several processes) every process works on its share of each batch; the sum is the
+    whole batch, the loss its mean.
 
     Raises MagMaxError where there are no items or not one label for each, and at a loss or gradient that is not
     finite; the snapshot is then as it last was.
@@ -94,8 +100,11 @@ def fit(
                 group["lr"] = settings.learning_rate * settings.factor(step)
             own, weight = share_of(rows, rank, world)
             labels = torch.from_numpy(data.labels[own]).to(weights[0].device)
+            items: Sequence[Any] = [data.items[i] for i in own]
+            if vary:
+                items = vary(items, np.random.default_rng([*_flat(seed), step, rank]))
             with _chance(settings.dropout, seed, step, rank):
-                value = step_of([data.items[i] for i in own], labels) * weight
+                value = step_of(items, labels) * weight
             optimizer.zero_grad()
             value.backward()
             norm = nn.utils.clip_grad_norm_(weights, settings.clip)
@@ -148,10 +157,13 @@ def _chance(wanted: bool, seed: int | Sequence[int], step: int, rank: int) -> It
     if not wanted:
         yield
         return
-    flat = [seed] if isinstance(seed, int) else list(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(int(np.random.SeedSequence([*flat, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence([*_flat(seed), step, rank]).generate_state(1, np.uint64)[0] >> 1))
         yield
+
+
+def _flat(seed: int | Sequence[int]) -> list[int]:
+    return [seed] if isinstance(seed, int) else list(seed)
 
 
 def _not_finite(step: int, losses: Sequence[float], settings: FitSettings, norm: float) -> str:

@@ -19,17 +19,39 @@ if TYPE_CHECKING:
 
 HERE = "magmax.continual"
 
-DATA: dict[str, str | Callable[..., Dataset]] = {"newsgroups": f"{HERE}.data:newsgroups"}
+DATA: dict[str, str | Callable[..., Dataset]] = {
+    "newsgroups": f"{HERE}.data:newsgroups",
+    "reuters52": f"{HERE}.texts:reuters52",
+    "sentiments": f"{HERE}.texts:sentiments",
+    "fashion_mnist": f"{HERE}.pictures:fashion_mnist",
+    "digits": f"{HERE}.pictures:digits",
+    "emoji": f"{HERE}.pictures:emoji",
+    "hub": f"{HERE}.hub:hub",
+    "images": f"{HERE}.hub:images",
+    "pool": f"{HERE}.hub:pool",
+    "joined": f"{HERE}.joining:joined",
+    "long_tail": f"{HERE}.joining:long_tail",
+}
 """name -> (**options) -> Dataset: raw items; the same for every seed of a benchmark."""
 
-MODELS: dict[str, str | Callable[..., Encoder]] = {"minilm": f"{HERE}.encoder:minilm"}
+MODELS: dict[str, str | Callable[..., Encoder]] = {
+    "minilm": f"{HERE}.encoder:minilm",
+    "clip": f"{HERE}.vision:clip",
+    "vit_s": f"{HERE}.vision:vit_s",
+    "efficientnet_lite0": f"{HERE}.vision:efficientnet_lite0",
+}
 """name -> (**options) -> Encoder with the weights theta_0; what must not be trained has requires_grad off."""
 
-HEADS: dict[str, str | Callable[..., Tensor]] = {"zero_shot": f"{HERE}.heads:zero_shot"}
+HEADS: dict[str, str | Callable[..., Tensor]] = {
+    "zero_shot": f"{HERE}.heads:zero_shot",
+    "nearest_class_mean": f"{HERE}.heads:nearest_class_mean",
+}
 """name -> (encoder, dataset, **options) -> Tensor of shape (classes, width), frozen, made with theta_0."""
 
 SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
-    "class_incremental": f"{HERE}.scenario:class_incremental_tasks"
+    "class_incremental": f"{HERE}.scenario:class_incremental_tasks",
+    "domain_incremental": f"{HERE}.scenario:domain_incremental",
+    "data_sets": f"{HERE}.scenario:data_sets",
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 

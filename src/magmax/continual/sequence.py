@@ -101,9 +101,8 @@ def fine_tune(
             targets = replace(part, labels=own.targets(part.labels))
             snapshot = Snapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
             loss = TaskLoss(learner, own.classes, penalty)
-            losses = fit(
-                encoder.model, targets, loss, protocol.settings, [seed, t], tell=tell, snapshot=snapshot, team=team
-            )
+            more = {"tell": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
+            losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], **more)
             if penalty:
                 penalty.after_task(learner, targets, own.classes)
                 remembered = t
@@ -175,6 +174,7 @@ def _recipe(
     chosen = {k: v for k, v in vars(penalty).items() if k != "state" and not k.startswith("_")} if penalty else {}
     return {
         "settings": asdict(protocol.settings),
+        "varied": getattr(encoder, "variation", ""),
         "trained": [key for key, weight in encoder.model.named_parameters() if weight.requires_grad],
         "base": _digest(*(weights[key].detach().cpu().float().numpy() for key in sorted(weights))),
         "head": _digest(head.detach().cpu().numpy()),
