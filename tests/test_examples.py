@@ -20,5 +20,5 @@ def test_your_own_module_and_loss(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, path], cwd=tmp_path, env=there, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("classes") == 5
-    assert "the merge of 5 tasks is a Sequential" in done.stdout
+    assert "merged: " in done.stdout
     assert len([line for line in path.read_text().splitlines() if line.strip()]) < 30
