@@ -34,7 +34,7 @@ def train(
 ) -> None:
     """Learn the tasks of a recipe one after another; merge and evaluate after each.
 
-    Several processes: accelerate launch --num_processes 2 -m magmax.cli train RECIPE --out OUT
+    Several processes: torchrun --nproc-per-node 2 -m magmax.cli train RECIPE --out OUT, or accelerate launch.
 
     Parameters
     ----------
@@ -62,13 +62,15 @@ def train(
 
     parsed, given = parse_rule(rule)
     factor = given if scaling_factor is None else scaling_factor
-    options = {name: told or {} for name, told in parsed.describe().items()}
-    simple = parsed.name if not options.get(parsed.name) else options
+    named = rule if rule.isidentifier() else parsed.describe()
     chosen = experiment.seeds[0] if seed is None else seed
-    work = Training(experiment, Path(out), chain, rule if simple == rule else simple, chosen, factor, restart)
+    work = Training(experiment, Path(out), chain, named, chosen, factor, restart)
     _threads(threads)
+    team = _team()
     with bars() as new_bar:
-        metrics = work.run(new_bar, _team())
+        metrics = work.run(new_bar, team)
+    if team:
+        team.end_training()
     for what, rows in metrics.items():
         last = rows[max(rows, key=int)]
         shares = " ".join(f"{100 * share:.1f}" for share in last["tasks"])
@@ -234,9 +236,11 @@ def _team() -> Any:
     """The processes of `accelerate launch` or torchrun; None where this is the only one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    return Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as the pooler of a sentence encoder
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
 def _threads(count: int) -> None:

@@ -88,7 +88,7 @@ def fit(
     losses = snapshot.restore(model, optimizer) if snapshot else []
     step_of: Any = _Step(model, loss)
     step_of = team.prepare(step_of) if team else step_of
-    share = _Share(team)
+    rank, world = (team.process_index, team.num_processes) if team else (0, 1)
     tell(len(losses), settings.steps)
     with _mode(model, settings.dropout):
         for step, rows in enumerate(
@@ -98,23 +98,26 @@ def fit(
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * settings.factor(step)
-            own, weight = share(rows)
+            own, weight = share_of(rows, rank, world)
             labels = torch.from_numpy(data.labels[own]).to(weights[0].device)
             items: Sequence[Any] = [data.items[i] for i in own]
             if vary:
-                items = vary(items, np.random.default_rng([*_flat(seed), step, share.rank]))
-            with _chance(settings.dropout, seed, step, share.rank):
+                items = vary(items, np.random.default_rng([*_flat(seed), step, rank]))
+            with _chance(settings.dropout, seed, step, rank):
                 value = step_of(items, labels) * weight
             optimizer.zero_grad()
             value.backward()
             norm = nn.utils.clip_grad_norm_(weights, settings.clip)
-            losses.append(share.mean(value.detach()))
+            mean: Any = team.reduce(value.detach(), "mean") if team else value.detach()
+            losses.append(float(mean))
             if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
                 raise MagMaxError(_not_finite(step, losses, settings, norm.item()))
             optimizer.step()
             tell(len(losses), settings.steps, f"loss {np.mean(losses[-10:]):.3f}")
-            if snapshot and share.rank == 0 and len(losses) < settings.steps:
+            if snapshot and rank == 0 and len(losses) < settings.steps:
                 snapshot.save(model, optimizer, losses)
+    if team:
+        team.free_memory(step_of)
     return losses
 
 
@@ -129,23 +132,12 @@ class _Step(nn.Module):
         return self.loss(items, labels)
 
 
-class _Share:
-    """This process's rows of each batch, and the weight that makes the processes' mean the batch's mean."""
-
-    def __init__(self, team: Accelerator | None) -> None:
-        self.team = team
-        self.rank, self.world = (team.process_index, team.num_processes) if team else (0, 1)
-
-    def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
-        own = rows[self.rank :: self.world]
-        if len(own) == 0:  # a last batch smaller than the team: work on any row, and count it for nothing
-            return rows[:1], 0.0
-        return own, len(own) * self.world / len(rows)
-
-    def mean(self, value: Tensor) -> float:
-        if self.team:
-            value = self.team.reduce(value, "mean")  # pyright: ignore[reportAssignmentType]
-        return float(value)
+def share_of(rows: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
+    """One process's rows of a batch, and the weight that makes the mean over processes the mean over the batch."""
+    own = rows[rank::world]
+    if len(own) == 0:  # a batch smaller than the team: work on any row, and count it for nothing
+        return rows[:1], 0.0
+    return own, len(own) * world / len(rows)
 
 
 @contextmanager

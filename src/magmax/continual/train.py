@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,8 @@ class Training:
         first = team is None or team.is_main_process
         if first:
             self.prepare()
-        if team:
-            team.wait_for_everyone()
-        here = context(self.experiment, self.seed, new_bar if first else no_bars)
+        with team.main_process_first() if team else nullcontext():  # one process downloads what is missing
+            here = context(self.experiment, self.seed, new_bar if first else no_bars)
         if team:
             here.encoder.model.to(team.device)
         work = _Work(self, here, new_bar if first else no_bars)
