@@ -39,12 +39,14 @@ MODELS: dict[str, str | Callable[..., Encoder]] = {
     "clip": f"{HERE}.vision:clip",
     "vit_s": f"{HERE}.vision:vit_s",
     "efficientnet_lite0": f"{HERE}.vision:efficientnet_lite0",
+    "trained_head": f"{HERE}.trained_head:trained_head",
 }
 """name -> (**options) -> Encoder with the weights theta_0; what must not be trained has requires_grad off."""
 
 HEADS: dict[str, str | Callable[..., Tensor]] = {
     "zero_shot": f"{HERE}.heads:zero_shot",
     "nearest_class_mean": f"{HERE}.heads:nearest_class_mean",
+    "trained": f"{HERE}.trained_head:trained",
 }
 """name -> (encoder, dataset, **options) -> Tensor of shape (classes, width), frozen, made with theta_0."""
 
