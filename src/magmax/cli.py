@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from . import __version__
+from . import __version__, learning
 from .errors import MagMaxError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ app = App(
     help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
 )
 
+app.command(learning.train)
+app.command(learning.evaluate, name="eval")
+app.command(learning.bench)
 recipes = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
 app.command(recipes)
 
@@ -654,3 +657,7 @@ def _size(count: int) -> str:
             return f"{amount:.4g} {unit}"
         amount /= 1000
     return f"{amount:.4g} TB"
+
+
+if __name__ == "__main__":
+    main()
