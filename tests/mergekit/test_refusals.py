@@ -94,10 +94,10 @@ def test_mistakes_are_explained_with_their_line(text, written):
 
 
 def test_all_mistakes_are_told_at_once(written):
-    text = START + "parameters: {densty: 1, nrmalize: true}\ndtype: float64\n"
+    text = START.replace("poet", "poem") + "parameters: {densty: 1, nrmalize: true}\ndtype: float64\n"
     with pytest.raises(MagMaxError) as caught:
         load(written(text))
-    assert all(word in str(caught.value) for word in ("(3 problems)", "densty", "nrmalize", "float64"))
+    assert all(word in str(caught.value) for word in ("(4 problems)", "densty", "nrmalize", "float64", "no poem"))
 
 
 def test_what_has_no_effect_is_noted(written):
@@ -201,6 +201,12 @@ def test_assignments_and_flags_stand_above_the_recipe(written, tmp_path):
         load(written(START), (), {"scaling_factor": 1.0})
     with pytest.raises(MagMaxError, match="mismatch is strict or base, not 'lax'"):
         load(written(START), ["mismatch=lax"])
+
+
+def test_there_is_no_base_to_keep_where_weights_are_merged(written):
+    text = "merge_method: linear\nmodels: [{model: poet}, {model: coder}]\nparameters: {weight: 1}\n"
+    with pytest.raises(MagMaxError, match="line 1: mismatch: base needs a base that the models start from; linear has"):
+        load(written(text), ["mismatch=base"])
 
 
 def test_a_recipe_can_be_swept_and_previewed(written, tmp_path, monkeypatch, capsys):

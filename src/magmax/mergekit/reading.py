@@ -85,8 +85,7 @@ class _Reading:
 
     def plan(self, ours: Mapping[str, Any]) -> Plan:
         method = self._method()
-        inputs, shared, start = self._inputs()
-        base = start or self.recipe.base_model
+        inputs, shared, base = self._inputs()
         levels = {place: Level((*place, "parameters"), i.parameters or {}) for place, i in inputs.items()}
         merged = {place: i.model for place, i in inputs.items() if method.counted or i.model != base}
         if method.counted and base and base not in merged.values() and self.recipe.slices is None:
@@ -100,13 +99,14 @@ class _Reading:
             self._parameters(method, level, {**method.shared, **method.own}, "every model's")
         ranges = self._ranges(inputs)
         self._keys()
+        paths = [self._located(model, place) for place, model in merged.items()]
+        start = self._located(base, ("base_model",)) if base else (paths or [""])[0]
         if self.problems:
             raise listed(f"{self.document.file} cannot be merged here", self.problems)
         given = Given(self.document, shared, [[levels[place]] for place in merged])
-        paths = [self._located(model, place) for place, model in merged.items()]
         return Plan(
             rule=self._rule(method, given),
-            base=self._located(base, ("base_model",)) if base else paths[0],
+            base=start,
             models=paths,
             names=self._names(paths),
             options=self._options(method, given, ours),
@@ -124,7 +124,7 @@ class _Reading:
         return METHODS[name]
 
     def _inputs(self) -> tuple[dict[tuple[str | int, ...], Input], list[Level], str | None]:
-        """The models by their place, the levels of parameters that they share, and the slice's own base."""
+        """The models by their place, the levels of parameters that they share, and the base, if there is one."""
         recipe, everyone = self.recipe, Level(("parameters",), self.recipe.parameters or {})
         if recipe.modules is not None:
             where = self.document.at("modules")
@@ -134,17 +134,18 @@ class _Reading:
             raise MagMaxError(f"{self.document.file}: has {which}; a recipe has one of them")
         if recipe.slices is None:
             found = {("models", n): each for n, each in enumerate(recipe.models or [])}
-            return found, [everyone], None
+            return found, [everyone], recipe.base_model
         if len(recipe.slices) != 1:
             where = self.document.at("slices")
             raise MagMaxError(f"{where}: not supported here: a model put together of {len(recipe.slices)} slices; "
                               "one slice with all layers, or models, is")  # fmt: skip
         (only,) = recipe.slices
         found = {("slices", 0, "sources", n): each for n, each in enumerate(only.sources)}
-        return found, [Level(("slices", 0, "parameters"), only.parameters or {}), everyone], only.base_model
+        shared = [Level(("slices", 0, "parameters"), only.parameters or {}), everyone]
+        return found, shared, only.base_model or recipe.base_model
 
     def _count(self, method: Method, base: str | None, merged: Mapping[Any, str]) -> None:
-        name, where = self.recipe.merge_method, self.document.at("models")
+        name, where = self.recipe.merge_method, self.document.at("slices" if self.recipe.slices else "models")
         if base is None and not method.counted:
             self.problems.append(f"{self.document.at('merge_method')}: {name} needs a base_model")
         if twice := sorted({model for model in merged.values() if list(merged.values()).count(model) > 1}):
@@ -208,6 +209,9 @@ class _Reading:
         mismatch, allowed = ours.get("mismatch", "strict"), ours.get("allow_nonfinite", False)
         if mismatch not in ("strict", "base"):
             raise MagMaxError(f"mismatch is strict or base, not {mismatch!r}")
+        if mismatch == "base" and method.counted:
+            where, name = self.document.at("merge_method"), self.recipe.merge_method
+            raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
         return Options(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
 
     def _names(self, paths: Sequence[str]) -> list[str]:
@@ -236,4 +240,5 @@ class _Reading:
         if all(HUB_ID.fullmatch(half) for half in model.split("+")):
             return model
         where = self.document.at(*place)
-        raise MagMaxError(f"{where}: there is no {model}, neither in the current folder nor beside the recipe")
+        self.problems.append(f"{where}: there is no {model}, neither in the current folder nor beside the recipe")
+        return model
