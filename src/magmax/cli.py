@@ -47,6 +47,7 @@ def merge(
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
     mismatch: Literal["strict", "base"] | None = None,
+    adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -71,6 +72,8 @@ def merge(
         The output's floating type. The base's by default.
     mismatch
         Where a model's tensors are not the base's: refuse (strict) or keep the base's (base).
+    adapter_rank
+        Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
     flags = {
         "base": base,
@@ -79,6 +82,7 @@ def merge(
         "scaling_factor": scaling_factor,
         "dtype": dtype,
         "mismatch": mismatch,
+        "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }
     plan = _plan(models, flags)
@@ -88,7 +92,10 @@ def merge(
         return
     with _settings(job.read_bytes, f"merging {len(plan.models)} models", threads, restart) as settings:
         outcome = job.run(settings)
-    _print_outcome(f"merged {len(plan.models)} models with {plan.rule.name}", outcome)
+    for line in job.report():
+        print(line)
+    what = "models" if plan.adapter_rank is None else "adapters"
+    _print_outcome(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
 
 
 @app.command
@@ -117,7 +124,6 @@ def sweep(
     """
     from pathlib import Path
 
-    from .checkpoints import open_checkpoint
     from .engine.sweep import Sweep, factors
     from .recipe import load
 
@@ -128,8 +134,7 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base = open_checkpoint(plan.base)
-    models = [open_checkpoint(m, base=base) for m in plan.models]
+    base, models = plan.opened()
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
@@ -480,7 +485,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
             if key in given:
                 given[key] = os.path.relpath(given[key], here or ".")
         return load(paths[0], assigned, given)
-    if "base" not in given:
+    if "base" not in given and "adapter_rank" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
     return build(merged_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from .checkpoints import open_checkpoint
+from .checkpoints import Checkpoint, open_adapter, open_checkpoint
 from .checkpoints.lora import base_and_adapter, within
+from .engine.adapters import AdapterOptions, adapter_job
 from .engine.job import Job
 from .engine.merge import Options, default_names, merge_job
 from .errors import MagMaxError, listed
@@ -42,17 +43,19 @@ class Recipe(BaseModel):
         dtype: the output's floating type; by default the base's.
         mismatch: "strict" or "base".
         allow_nonfinite: let NaN and infinity through.
+        adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         out: a `.safetensors` file or a folder.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    base: str
+    base: str | None = None
     models: list[str | Model]
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: float | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     mismatch: Literal["strict", "base"] = "strict"
     allow_nonfinite: bool = False
+    adapter_rank: int | None = None
     out: str | None = None
 
     @field_validator("models")
@@ -68,20 +71,31 @@ class Plan:
     """A recipe made ready: what `magmax.merge` would be given."""
 
     rule: Rule
-    base: str
+    base: str | None
     models: Sequence[str]
     names: Sequence[str]
     options: Options
     out: str | None
+    adapter_rank: int | None = None
 
     def job(self, out: str | None = None) -> Job:
         """Open every input and check it. Raises MagMaxError for all that does not fit."""
         where = out or self.out
         if where is None:
             raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
-        base = open_checkpoint(self.base)
-        models = [open_checkpoint(m, base=base) for m in self.models]
+        if self.adapter_rank is not None:
+            chosen = AdapterOptions(self.adapter_rank, self.options.scaling_factor, self.options.dtype)
+            adapters = [open_adapter(m) for m in self.models]
+            return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
+        base, models = self.opened()
         return merge_job(self.rule, base, models, Path(where), self.options, self.names)
+
+    def opened(self) -> tuple[Checkpoint, list[Checkpoint]]:
+        """The base and the models. Raises MagMaxError for a merge of adapters, which has no base."""
+        if self.base is None:
+            raise MagMaxError("a merge of adapters into an adapter has no base; this needs one: leave out adapter_rank")
+        base = open_checkpoint(self.base)
+        return base, [open_checkpoint(m, base=base) for m in self.models]
 
 
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
@@ -114,6 +128,14 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise listed(f"{file} is not a recipe", [_explained(file, lines, e) for e in error.errors()]) from error
+    if recipe.adapter_rank is None and recipe.base is None:
+        raise MagMaxError(f"{file}: base is missing")
+    if recipe.adapter_rank is not None:
+        for key in ("base", "mismatch", "allow_nonfinite"):
+            if key in recipe.model_fields_set:
+                raise MagMaxError(
+                    f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
+                )
     rule, factor = parse_rule(recipe.rule, folder)
     paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
     own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
@@ -124,7 +146,8 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None
-    return Plan(rule, within(folder, recipe.base), paths, names, options, out)
+    base = within(folder, recipe.base) if recipe.base is not None else None
+    return Plan(rule, base, paths, names, options, out, recipe.adapter_rank)
 
 
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:

@@ -147,7 +147,7 @@ def test_slabs_tiles_and_threads_change_no_byte(base, tmp_path, monkeypatch, sla
     whole = presented(f"{base}+{folder}")
     merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", settings=Settings(threads=1))
     monkeypatch.setattr("magmax.checkpoints.slabs.SLAB", slab)
-    monkeypatch.setattr("magmax.checkpoints.lora.TILE", tile)
+    monkeypatch.setattr("magmax.checkpoints.factors.TILE", tile)
     assert same_bytes(presented(f"{base}+{folder}"), whole)
     merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", settings=Settings(threads=4))
     assert same_bytes(loaded(tmp_path / "four.safetensors"), loaded(tmp_path / "one.safetensors"))

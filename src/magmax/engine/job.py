@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, listed
+from .ledger import Ledger
 from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
@@ -58,6 +59,29 @@ class Outcome:
     sink_digests: Sequence[str]
 
 
+class Work(Protocol):
+    """What reads the inputs of a job and fills its sinks, and notes in the journal what is done."""
+
+    @property
+    def sinks(self) -> Sequence[Sink]: ...
+
+    @property
+    def reused(self) -> int:
+        """Bytes that an interrupted run has read already."""
+        ...
+
+    def run(self, progress: Progress) -> Ledger: ...
+
+
+Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Work]
+
+
+def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
+    """The pass of the job's kernel over all inputs."""
+    kernel = job.kernel.prepared(settings.threads, settings.progress)
+    return Pass(job.inputs, sinks, kernel, settings.threads, True, journal, parts)
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that decides the bytes of an output.
@@ -70,6 +94,10 @@ class Job:
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
+        stem: how the names of a folder's weight files begin.
+        worker: what reads the inputs and fills the sinks.
+        memory: bytes that the worker takes beyond a pass over slabs.
+        report: lines to print of the work, once it is done.
     """
 
     target: Target
@@ -86,6 +114,10 @@ class Job:
     origin: Provenance | None = None
     extra_passes: int = 0
     shard_bytes: int = SHARD_BYTES
+    stem: str = "model"
+    worker: Worker = slab_by_slab
+    memory: int = 0
+    report: Callable[[], Sequence[str]] = lambda: ()
 
     @property
     def read_bytes(self) -> int:
@@ -93,7 +125,7 @@ class Job:
         return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
 
     def draft(self) -> Draft:
-        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes)
+        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes, self.stem)
 
     def preview(self, threads: int = 0) -> dict[str, int]:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
@@ -107,7 +139,7 @@ class Job:
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + slabs,
+            "peak_memory": IMPORTS_BYTES + slabs + self.memory,
         }
 
     def problems(self) -> list[str]:
@@ -154,9 +186,8 @@ class Job:
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
-        kernel = self.kernel.prepared(settings.threads, settings.progress)
-        work = Pass(self.inputs, self.sinks(draft), kernel, settings.threads, True, journal, parts)
-        reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
+        work = self.worker(self, self.sinks(draft), journal, settings, parts)
+        reused = work.reused
         if reused:
             settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
         ledger = work.run(settings.progress)
@@ -222,7 +253,9 @@ def _allocated(partial: Path) -> int:
         return 0
 
 
-def provenance_file(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-    """The provenance file of a folder output."""
-    content = {**provenance.as_dict(), "tensors": dict(sorted(digests.items()))}
+def provenance_file(
+    provenance: Provenance, digests: Mapping[str, str], more: Mapping[str, Any] | None = None
+) -> dict[str, bytes | Path]:
+    """The provenance file of a folder output, with more to tell if there is."""
+    content = {**provenance.as_dict(), **(more or {}), "tensors": dict(sorted(digests.items()))}
     return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}

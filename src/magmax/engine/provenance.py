@@ -49,9 +49,41 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
+def adapter_card(provenance: Provenance, dtype: str, report: Sequence[str]) -> str:
+    """A README for the folder of a merged adapter."""
+    table = "\n".join(report)
+    return f"""---
+library_name: peft
+tags:
+- lora
+- merge
+- magmax
+---
+# A merged LoRA adapter
+
+Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t)`, the nearest product of the rank.
+
+```json
+{json.dumps(provenance.recipe, indent=2)}
+```
+
+{_inputs(provenance)}
+
+## What the rank loses
+
+```text
+{table}
+```
+"""
+
+
+def _inputs(provenance: Provenance) -> str:
+    rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
+    return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
+
+
 def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str]) -> str:
     """A README for a merged model's folder."""
-    rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
     kept = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
     recipe = json.dumps(provenance.recipe, indent=2)
     return f"""---
@@ -68,9 +100,7 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 {recipe}
 ```
 
-| input | xxh3-128 of its tensors |
-|---|---|
-{rows}
+{_inputs(provenance)}
 
 ## Tensors that were not merged
 

@@ -117,6 +117,11 @@ class Pass:
             raise
         return ledger
 
+    @property
+    def reused(self) -> int:
+        """Bytes that the finished chunks of an interrupted run have read already."""
+        return sum(self.cost(key, start, stop) for key, start, stop, _ in self.parts)
+
     def cost(self, key: str, start: int, stop: int) -> int:
         """Bytes that a chunk reads: what progress counts."""
         return (stop - start) * self.inputs[0].specs[key].storage.itemsize * len(self.inputs)

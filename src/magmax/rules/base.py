@@ -26,11 +26,13 @@ class Rule(ABC):
         name: the word for it in recipes and on the command line.
         scaling_factor: what multiplies the merged task vector where the user names nothing else.
         paper: where the rule comes from.
+        linear: whether the merged task vector is sum_t c_t * tau_t, with the same c for all elements of a tensor.
     """
 
     name: ClassVar[str]
     scaling_factor: ClassVar[float]
     paper: ClassVar[str]
+    linear: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:

@@ -22,6 +22,7 @@ class TaskArithmetic(StreamingRule):
     name: ClassVar[str] = "task_arithmetic"
     scaling_factor: ClassVar[float] = 0.3
     selects: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
 
     def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
