@@ -32,6 +32,7 @@ recipes = App(name="recipes", help="The recipes that come with magmax, and a che
 app.command(recipes)
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Mismatch = Literal["strict", "base", "intersect"]
 Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
@@ -46,7 +47,7 @@ def merge(
     rule: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
-    mismatch: Literal["strict", "base"] | None = None,
+    mismatch: Mismatch | None = None,
     adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
@@ -71,7 +72,8 @@ def merge(
     dtype
         The output's floating type. The base's by default.
     mismatch
-        Where a model's tensors are not the base's: refuse (strict) or keep the base's (base).
+        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
+        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
     adapter_rank
         Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
@@ -165,6 +167,7 @@ def absorb(
     name: str | None = None,
     label: str | None = None,
     winners: Annotated[bool, Parameter(negative="")] = False,
+    mismatch: Mismatch | None = None,
     restart: Restart = False,
     threads: Threads = 0,
 ) -> None:
@@ -186,10 +189,12 @@ def absorb(
         Name the new generation, so that it is kept and can be restored.
     winners
         From the start, also map which task supplied each element.
+    mismatch
+        From the start, what to do where a model's tensors are not the base's: as in merge.
     """
-    size = _running(state, base, rule, winners=winners, settings=None).opened(model).nbytes
+    size = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=None).opened(model).nbytes
     with _settings(3 * size, f"absorbing {model}", threads, restart) as settings:
-        running = _running(state, base, rule, winners=winners, settings=settings)
+        running = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=settings)
         outcome = running.absorb(model, name, label)
     _print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
 
@@ -561,23 +566,24 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {_size(cost['peak_memory'])}")
-    _print_carried(job.carried)
+    _print_carried(job)
     print("no problem found; nothing was written")
 
 
 def _print_outcome(words: str, outcome: Outcome) -> None:
-    _print_carried(outcome.carried)
+    _print_carried(outcome)
     print(
         f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {_size(outcome.read_bytes - outcome.reused_bytes)} read, "
         f"{_size(outcome.written_bytes)} written)"
     )
 
 
-def _print_carried(carried: Any) -> None:
-    if carried:
-        print(f"{len(carried)} tensors were not merged:")
-        for key, why in carried.items():
-            print(f"  {key}: {why}")
+def _print_carried(work: Job | Outcome) -> None:
+    for tensors, done in ((work.partly, "merged in part"), (work.carried, "not merged")):
+        if tensors:
+            print(f"{len(tensors)} tensors were {done}:")
+            for key, why in tensors.items():
+                print(f"  {key}: {why}")
 
 
 def _print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:

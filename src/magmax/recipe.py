@@ -41,7 +41,7 @@ class Recipe(BaseModel):
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
         scaling_factor: by default the rule's own.
         dtype: the output's floating type; by default the base's.
-        mismatch: "strict" or "base".
+        mismatch: "strict", "base" or "intersect".
         allow_nonfinite: let NaN and infinity through.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         out: a `.safetensors` file or a folder.
@@ -53,7 +53,7 @@ class Recipe(BaseModel):
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: float | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    mismatch: Literal["strict", "base"] = "strict"
+    mismatch: Literal["strict", "base", "intersect"] = "strict"
     allow_nonfinite: bool = False
     adapter_rank: int | None = None
     out: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -16,32 +16,37 @@ from .stream import Progress, Slab, cores, hold_freed_memory, in_threads
 
 
 def ask(
-    rule: Rule, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress
+    rule: Rule, reader: Reader, tasks: int, elements: Mapping[str, int], threads: int, progress: Progress
 ) -> dict[str | None, Answer]:
-    """The answers to the rule's plan, by tensor; under None where it asks of the whole model."""
+    """The answers to the rule's plan, by tensor; under None where it asks of the whole model.
+
+    Args:
+        elements: of each tensor to be merged, how many leading elements are.
+    """
     specs = reader.inputs[0].specs
-    wide = any(specs[key].dtype == "F64" for key in keys)
+    wide = any(specs[key].dtype == "F64" for key in elements)
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
-        elements = sum(specs[key].elements for key in keys)
-        questions = Questions(reader, tasks, keys, threads or cores(), progress)
-        return {None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}
+        questions = Questions(reader, tasks, elements, threads or cores(), progress)
+        return {None: questions.answer(rule.plan(Scope(tasks, sum(elements.values()), wide)))}
 
     def one(key: str) -> tuple[str, Answer]:
-        scope = Scope(tasks, specs[key].elements, specs[key].dtype == "F64")
-        return key, Questions(reader, tasks, [key], 1, progress).answer(rule.plan(scope))
+        scope = Scope(tasks, elements[key], specs[key].dtype == "F64")
+        return key, Questions(reader, tasks, {key: elements[key]}, 1, progress).answer(rule.plan(scope))
 
     with ThreadPoolExecutor(threads or cores()) as pool:
-        return dict(pool.map(one, [key for key in keys if specs[key].elements]))
+        return dict(pool.map(one, [key for key, count in elements.items() if count]))
 
 
 class Questions:
     """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
 
-    def __init__(self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress) -> None:
+    def __init__(
+        self, reader: Reader, tasks: int, elements: Mapping[str, int], threads: int, progress: Progress
+    ) -> None:
         self._reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
-        specs = reader.inputs[0].specs
-        self._specs = {key: specs[key] for key in keys}
+        self._elements, specs = elements, reader.inputs[0].specs
+        self._specs = {key: specs[key] for key in elements}
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
@@ -90,7 +95,9 @@ class Questions:
 
     def _blocks(self, chunk: Chunk, sample: int) -> Any:
         for start, stop in chunk.slabs(self._specs[chunk.key]):
-            end = min(stop, start + sample) if sample else stop
+            end = min(stop, self._elements[chunk.key], start + sample if sample else stop)
+            if end <= start:
+                break
             slab = Slab(self._reader.inputs, chunk, start, end, digest=False)
             base = self._reader.numbers(slab, 0)
             deltas = [self._reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]

@@ -55,6 +55,7 @@ class Outcome:
     written_bytes: int
     reused_bytes: int
     carried: Mapping[str, str]
+    partly: Mapping[str, str]
     input_digests: Sequence[str]
     sink_digests: Sequence[str]
 
@@ -89,6 +90,7 @@ class Job:
     Attributes:
         inputs: the base and then the rest; `names` are what provenance calls them.
         specs: the tensors to be written.
+        carried, partly: the tensors that are not merged, or not as a whole, and why.
         sinks: gives the kernel's sinks, which lead into the draft.
         companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
@@ -107,6 +109,7 @@ class Job:
     specs: Mapping[str, Spec]
     kernel: Kernel
     carried: Mapping[str, str] = field(default_factory=dict[str, str])
+    partly: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
     companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
@@ -199,7 +202,9 @@ class Job:
         journal.remove()
         made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
-        return Outcome(self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, digests, made)
+        return Outcome(
+            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
+        )
 
     def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""

@@ -82,9 +82,11 @@ def _inputs(provenance: Provenance) -> str:
     return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
 
 
-def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str]) -> str:
-    """A README for a merged model's folder."""
+def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str]) -> str:
+    """A README for a merged model's folder; `partly` says of which tensors what part was merged."""
     kept = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
+    parts = "\n".join(f"* `{key}`: {part}" for key, part in sorted(partly.items()))
+    heading = f"\n## Tensors that were merged in part\n\n{parts}\n" if parts else ""
     recipe = json.dumps(provenance.recipe, indent=2)
     return f"""---
 library_name: transformers
@@ -105,4 +107,4 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 ## Tensors that were not merged
 
 {kept}
-"""
+{heading}"""

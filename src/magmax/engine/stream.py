@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,7 +31,7 @@ Progress = Callable[[int], None]
 
 
 class Slab:
-    """One slab of one tensor, as a kernel sees it."""
+    """One slab of one tensor, or the beginning of one, as a kernel sees it."""
 
     def __init__(self, inputs: Sequence[Checkpoint], chunk: Chunk, start: int, stop: int, digest: bool) -> None:
         self.key, self.start, self.stop = chunk.key, start, stop
@@ -47,6 +48,14 @@ class Slab:
         if self._digest:
             self.digests[number] = slab_digest(units)
         return units
+
+    def until(self, limit: int) -> Slab:
+        """The part of the slab before an offset in the tensor, which may be nothing; digests go to the whole slab."""
+        if limit >= self.stop:
+            return self
+        head = copy(self)
+        head.stop = max(self.start, limit)
+        return head
 
     def digest_alike(self, number: int) -> None:
         """Read input `number` for its digest alone, if its tensor has the base's type and shape."""
