@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,5 +82,11 @@ def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
 
 
 def within(folder: str, text: str) -> str:
-    """A path, or both of "BASE+ADAPTER", as seen from where `folder` is."""
-    return "+".join(os.path.join(folder, part) for part in base_and_adapter(text, folder) or (text,))
+    """A path, or every part of "BASE+ADAPTER", as seen from where `folder` is."""
+    return each_part(text, lambda part: os.path.join(folder, part), folder)
+
+
+def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:
+    """A path, or every part of "BASE+ADAPTER" (BASE may be a join itself), changed; paths are seen from `folder`."""
+    halves = base_and_adapter(text, folder)
+    return change(text) if halves is None else f"{each_part(halves[0], change, folder)}+{change(halves[1])}"

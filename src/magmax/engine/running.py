@@ -14,6 +14,7 @@ import numpy as np
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.journal import held
+from ..checkpoints.lora import LoraModel, base_and_adapter, each_part
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
@@ -252,8 +253,9 @@ class Running:
         if given is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = os.path.normpath(self.path / self._state.base_path)
-            if not Path(given).exists():
+            here = os.fspath(self.path)
+            given = each_part(self._state.base_path, lambda part: os.path.normpath(os.path.join(here, part)), here)
+            if not base_and_adapter(given) and not Path(given).exists():
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
@@ -369,8 +371,7 @@ class Running:
     def _save(self) -> None:
         """Make the current generation the one that counts, then drop those that nothing names."""
         if self._base_given is not None:
-            given = self._base().path
-            self._state.base_path = None if given is None else os.path.relpath(given, self.path)
+            self._state.base_path = self._base_path()
         self._state.generations = {
             n: g for n, g in self._state.generations.items() if g.label or n == self._state.current
         }
@@ -378,6 +379,14 @@ class Running:
         for folder in self.path.glob("generation-*"):
             if folder.name not in {self._folder(n).name for n in self._state.generations}:
                 remove(folder)
+
+    def _base_path(self) -> str | None:
+        """Where the base that was given is, as seen from the state; None if it cannot be opened again from there."""
+        given, path = self._base_given, self._base().path
+        if isinstance(given, str | PathLike):
+            return each_part(fspath(given), lambda part: os.path.relpath(part, self.path))
+        joined = isinstance(self._base(), LoraModel)
+        return None if path is None or joined else os.path.relpath(path, self.path)
 
     def _load(self) -> None:
         self._state = read_state(self._file)
