@@ -124,9 +124,8 @@ def sweep(folder: Path, out: str) -> None:
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in (1, 2)]
     options, factors = Options(shard_bytes=SHARD), [0.5, 1.0]
     place = folder / out.replace("-0.5", "")
-    work = Sweep(
-        MagMax(), open_checkpoint(folder / "base"), models, ["1", "2"], place, options, factors, Settings(threads=1)
-    )
+    base = open_checkpoint(folder / "base")
+    work = Sweep(MagMax(), base, models, ["1", "2"], place, options, factors, Settings(threads=1))
     with work.merged() as scaler:
         for factor in factors:
             scaler.write(factor)
@@ -140,8 +139,11 @@ def adapters(folder: Path, out: str = "") -> None:
         factors = {(m, "A"): (2, columns) for m, (_, columns) in shapes.items()}
         factors |= {(m, "B"): (rows, 2) for m, (rows, _) in shapes.items()}
         place = folder / f"adapter{number}"
-        write(place / "adapter_model.safetensors",
-              {f"base_model.model.{m}.lora_{x}.weight": draw.normal(size=s).astype("f4") for (m, x), s in factors.items()})  # fmt: skip
+        tensors = {
+            f"base_model.model.{m}.lora_{letter}.weight": draw.normal(size=shape).astype("f4")
+            for (m, letter), shape in factors.items()
+        }
+        write(place / "adapter_model.safetensors", tensors)
         (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
 
 
@@ -184,7 +186,7 @@ OTHERS = [
     Scenario("adapter", "out", adapters, merged_adapters),
     Scenario("adapter-again", "out", older_adapter, merged_adapters),
 ]
-"""Outputs of other kinds, for what is costly to try on every one."""
+"""Outputs of other kinds, which are tried at fewer moments."""
 
 
 def as_nobody(user: int, work: Callable[..., object], *given: object) -> object:
