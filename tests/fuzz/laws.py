@@ -380,7 +380,7 @@ def state_dict(draw: random.Random, folder: Path) -> None:
     base = write(folder / "base.safetensors", model(0))
     with refusals(path):
         opened = open_checkpoint(path)
-        loaded = torch.load(path, weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
         theirs = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
         assert opened.specs.keys() | opened.aliases.keys() == theirs.keys()
         for key, tensor in theirs.items():
