@@ -125,7 +125,7 @@ def open_pickle(path: Path, label: str) -> StateDict:
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
     tensors = cast("Mapping[str, Any]", loaded)
     if not _as_long_as_promised(path, tensors):
-        raise MagMaxError(f"{label}: promises tensors of other lengths than it holds; it is corrupt: copy it again")
+        raise MagMaxError(f"{label}: does not hold tensors of the lengths that it promises; it is corrupt: copy it again")
     return StateDict(tensors, label, path)
 
 
@@ -133,8 +133,11 @@ def _as_long_as_promised(path: Path, tensors: Mapping[str, Any]) -> bool:
     """Whether every storage has the length of a record of the archive: torch does not look where it maps a file."""
     if not zipfile.is_zipfile(path):
         return True
-    with zipfile.ZipFile(path) as archive:
-        records = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
+    except Exception:  # whatever zipfile makes of a damaged list of records, which torch did not look at
+        return False
     storages = [tensor.untyped_storage() for tensor in tensors.values() if hasattr(tensor, "untyped_storage")]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
     return not Counter(sizes.values()) - records
