@@ -125,7 +125,7 @@ def open_pickle(path: Path, label: str) -> StateDict:
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
     tensors = cast("Mapping[str, Any]", loaded)
     if not _as_long_as_promised(path, tensors):
-        raise MagMaxError(f"{label}: does not hold tensors of the lengths that it promises; it is corrupt: copy it again")
+        raise MagMaxError(f"{label}: holds no tensors of the lengths that it promises; it is corrupt: copy it again")
     return StateDict(tensors, label, path)
 
 
