@@ -10,8 +10,8 @@ from ..checkpoints.peft import CONFIG
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe"}
 LARGEST = 200_000_000
-TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps a tokenizer's templates beyond the first."""
+PARTS = {"additional_chat_templates", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor", "scheduler"}
+"""The folders in which transformers and diffusers keep what belongs to a model."""
 NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -29,8 +29,8 @@ def companions(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The folders inside that belong to the model: templates, and the modules that sentence-transformers names."""
-    names = {TEMPLATES}
+    """The folders inside that belong to the model: known ones, and the modules that sentence-transformers names."""
+    names = set(PARTS)
     try:
         named: Any = json.loads((folder / "modules.json").read_text("utf-8"))
         names |= {str(module["path"]) for module in named}
