@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .checkpoints import open_checkpoint
+    from .engine.adapters import merge_adapters
     from .engine.fusion_bench import MagMaxAlgorithm, magmax_merge
     from .engine.merge import merge
     from .engine.running import Running
@@ -20,10 +21,20 @@ _HOMES = {
     "Running": ".engine.running",
     "magmax_merge": ".engine.fusion_bench",
     "merge": ".engine.merge",
+    "merge_adapters": ".engine.adapters",
     "open_checkpoint": ".checkpoints",
 }
 
-__all__ = ["MagMaxAlgorithm", "MagMaxError", "Running", "__version__", "magmax_merge", "merge", "open_checkpoint"]
+__all__ = [
+    "MagMaxAlgorithm",
+    "MagMaxError",
+    "Running",
+    "__version__",
+    "magmax_merge",
+    "merge",
+    "merge_adapters",
+    "open_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,7 @@ recipes = App(name="recipes", help="The recipes that come with magmax, and a che
 app.command(recipes)
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Mismatch = Literal["strict", "base", "intersect"]
 Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
@@ -49,7 +50,8 @@ def merge(
     rule: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
-    mismatch: Literal["strict", "base"] | None = None,
+    mismatch: Mismatch | None = None,
+    adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -74,7 +76,10 @@ def merge(
     dtype
         The output's floating type. The base's by default.
     mismatch
-        Where a model's tensors are not the base's: refuse (strict) or keep the base's (base).
+        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
+        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
+    adapter_rank
+        Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
     flags = {
         "base": base,
@@ -83,6 +88,7 @@ def merge(
         "scaling_factor": scaling_factor,
         "dtype": dtype,
         "mismatch": mismatch,
+        "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }
     plan = _plan(models, flags)
@@ -93,7 +99,10 @@ def merge(
         return
     with _settings(job.read_bytes, f"merging {len(plan.models)} models", threads, restart) as settings:
         outcome = job.run(settings)
-    _print_outcome(f"merged {len(plan.models)} models with {plan.rule.name}", outcome)
+    for line in job.report():
+        print(line)
+    what = "models" if plan.adapter_rank is None else "adapters"
+    _print_outcome(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
 
 
 @app.command
@@ -164,6 +173,7 @@ def absorb(
     name: str | None = None,
     label: str | None = None,
     winners: Annotated[bool, Parameter(negative="")] = False,
+    mismatch: Mismatch | None = None,
     restart: Restart = False,
     threads: Threads = 0,
 ) -> None:
@@ -185,10 +195,12 @@ def absorb(
         Name the new generation, so that it is kept and can be restored.
     winners
         From the start, also map which task supplied each element.
+    mismatch
+        From the start, what to do where a model's tensors are not the base's: as in merge.
     """
-    size = _running(state, base, rule, winners=winners, settings=None).opened(model).nbytes
+    size = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=None).opened(model).nbytes
     with _settings(3 * size, f"absorbing {model}", threads, restart) as settings:
-        running = _running(state, base, rule, winners=winners, settings=settings)
+        running = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=settings)
         outcome = running.absorb(model, name, label)
     _print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
 
@@ -533,7 +545,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
         if "out" in given:
             given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
-    if "base" not in given:
+    if "base" not in given and "adapter_rank" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
     return build(merged_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
 
@@ -611,12 +623,12 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"peak memory   about {_size(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
-    _print_carried(job.carried)
+    _print_carried(job)
     print("no problem found; nothing was written")
 
 
 def _print_outcome(words: str, outcome: Outcome) -> None:
-    _print_carried(outcome.carried)
+    _print_carried(outcome)
     print(
         f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {_size(outcome.read_bytes - outcome.reused_bytes)} read, "
         f"{_size(outcome.written_bytes)} written)"
@@ -628,11 +640,12 @@ def _print_notes(plan: Plan) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _print_carried(carried: Any) -> None:
-    if carried:
-        print(f"{len(carried)} tensors were not merged:")
-        for key, why in carried.items():
-            print(f"  {key}: {why}")
+def _print_carried(work: Job | Outcome) -> None:
+    for tensors, done in ((work.partly, "merged in part"), (work.carried, "not merged")):
+        if tensors:
+            print(f"{len(tensors)} tensors were {done}:")
+            for key, why in tensors.items():
+                print(f"  {key}: {why}")
 
 
 def _print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, open_adapter, open_checkpoint
 from .checkpoints.base import PREFIX
+from .engine.adapters import AdapterOptions, adapter_job
 from .engine.job import Job
 from .engine.merge import Options, merge_job
 from .errors import MagMaxError
@@ -22,19 +23,26 @@ class Plan:
         checked: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
             merge into.
         notes: what the user should know of the recipe before it is carried out.
+        adapter_rank: merge adapters, without a base, into one adapter of at most this rank.
     """
 
     rule: Rule
-    base: str
+    base: str | None
     models: Sequence[str]
     names: Sequence[str]
     options: Options
     out: str | None
     checked: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
     notes: Sequence[str] = ()
+    adapter_rank: int | None = None
 
     def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
-        """The base, the models and their names; what is named after its id on the hub gets its commit into the name."""
+        """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
+
+        Raises MagMaxError for a merge of adapters, which has no base.
+        """
+        if self.base is None:
+            raise MagMaxError("a merge of adapters into an adapter has no base; this needs one: leave out adapter_rank")
         base = open_checkpoint(self.base)
         models = [open_checkpoint(m, base=base) for m in self.models]
         by_id = [
@@ -49,5 +57,9 @@ class Plan:
         where = out or self.out
         if where is None:
             raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
+        if self.adapter_rank is not None:
+            chosen = AdapterOptions(self.adapter_rank, self.options.scaling_factor, self.options.dtype)
+            adapters = [open_adapter(m) for m in self.models]
+            return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
         base, models, names = self.opened()
         return merge_job(self.rule, base, models, Path(where), self.options, names)

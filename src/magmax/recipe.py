@@ -40,19 +40,21 @@ class Recipe(BaseModel):
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
         scaling_factor: a number, or one by layer or tensor as options of rules have; by default the rule's own.
         dtype: the output's floating type; by default the base's.
-        mismatch: "strict" or "base".
+        mismatch: "strict", "base" or "intersect".
         allow_nonfinite: let NaN and infinity through.
+        adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         out: a `.safetensors` file or a folder.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    base: str
+    base: str | None = None
     models: list[str | Model]
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: Any = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    mismatch: Literal["strict", "base"] = "strict"
+    mismatch: Literal["strict", "base", "intersect"] = "strict"
     allow_nonfinite: bool = False
+    adapter_rank: int | None = None
     out: str | None = None
 
     @field_validator("models")
@@ -97,6 +99,14 @@ def shipped() -> list[Path]:
 def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
     """A plan from a recipe's content; `lines` says where each key stands, for messages."""
     recipe = validated(Recipe, Document(file, content, lines), _known)
+    if recipe.adapter_rank is None and recipe.base is None:
+        raise MagMaxError(f"{file}: base is missing")
+    if recipe.adapter_rank is not None:
+        for key in ("base", "mismatch", "allow_nonfinite"):
+            if key in recipe.model_fields_set:
+                raise MagMaxError(
+                    f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
+                )
     rule, factor = parse_rule(recipe.rule, folder)
     paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
     own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
@@ -108,7 +118,8 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None
-    return Plan(rule, within(folder, recipe.base), paths, names, options, out)
+    base = within(folder, recipe.base) if recipe.base is not None else None
+    return Plan(rule, base, paths, names, options, out, adapter_rank=recipe.adapter_rank)
 
 
 def _known(parts: Sequence[str]) -> list[str]:

@@ -147,7 +147,7 @@ def test_slabs_tiles_and_threads_change_no_byte(base, tmp_path, monkeypatch, sla
     whole = presented(f"{base}+{folder}")
     merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", settings=Settings(threads=1))
     monkeypatch.setattr("magmax.checkpoints.slabs.SLAB", slab)
-    monkeypatch.setattr("magmax.checkpoints.lora.TILE", tile)
+    monkeypatch.setattr("magmax.checkpoints.factors.TILE", tile)
     assert same_bytes(presented(f"{base}+{folder}"), whole)
     merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", settings=Settings(threads=4))
     assert same_bytes(loaded(tmp_path / "four.safetensors"), loaded(tmp_path / "one.safetensors"))
@@ -401,6 +401,31 @@ def test_absorbed_one_by_one_they_are_the_batch(base, tmp_path, three):
     running.result(0.5, tmp_path / "running.safetensors")
     assert [task.name for task in running.tasks] == ["task1", "task2", "full"]
     assert same_bytes(loaded(tmp_path / "running.safetensors"), loaded(tmp_path / "batch.safetensors"))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_running_merge_remembers_both_halves_of_its_base(base, tmp_path, three, monkeypatch, depth):
+    monkeypatch.chdir(tmp_path)
+    start = "+".join(["base.safetensors", "task1", "task2"][: depth + 1])
+    Running(Path("deep") / "state", "magmax", start).absorb("full")
+    monkeypatch.chdir(tmp_path / "deep")
+    running = Running("state")
+    assert running.status().base == "+".join(["../../base.safetensors", "../../task1", "../../task2"][: depth + 1])
+    running.result(0.5, "running.safetensors")
+    monkeypatch.chdir(tmp_path)
+    merge("magmax", start, ["full"], 0.5, "batch.safetensors")
+    assert same_bytes(loaded(Path("deep/running.safetensors")), loaded(Path("batch.safetensors")))
+    Path("task1").rename("gone")
+    with pytest.raises(MagMaxError, match=r"no longer at .*say where it is|is no such file"):
+        Running("deep/state").result(0.5, "again.safetensors")
+
+
+def test_a_running_merge_does_not_remember_what_it_cannot_open_again(base, tmp_path, three):
+    start = open_checkpoint(f"{base}+{three[0]}")
+    Running(tmp_path / "state", "magmax", start).absorb(three[2])
+    with pytest.raises(MagMaxError, match="needs the base"):
+        Running(tmp_path / "state").result(0.5, tmp_path / "out.safetensors")
+    Running(tmp_path / "state", base=start).result(0.5, tmp_path / "out.safetensors")
 
 
 def test_names_and_the_same_adapter_twice(base, tmp_path, three):

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 from tests.robustness.files import model, write
 
 from magmax.checkpoints import open_checkpoint
+from magmax.engine.adapters import merge_adapters
 from magmax.engine.job import Outcome, Settings
 from magmax.engine.merge import Options, merge_job
 from magmax.engine.running import Running
-from magmax.rules import make_rule
+from magmax.engine.sweep import Sweep
+from magmax.rules import MagMax, Prune, Rule, Ties, chain, make_rule
 
+RULES_THAT_ASK = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
 SHARD = 300
 """Bytes a shard: less than the largest tensor, so that each small model lies in several."""
 
@@ -100,6 +104,99 @@ SCENARIOS = [
     Scenario("folder-again", "out", older_merge, merge),
     Scenario("result", "result.safetensors", state_of_two, result),
 ]
+
+
+def asking(folder: Path, out: str, rule: Rule = RULES_THAT_ASK[0]) -> None:
+    """Merge by a rule that asks questions of all tensors before it writes the first."""
+    models = [open_checkpoint(folder / f"task{number}.safetensors") for number in (1, 2, 3)]
+    base = open_checkpoint(folder / "base")
+    merge_job(rule, base, models, folder / out, Options(shard_bytes=SHARD)).run(Settings(threads=1))
+
+
+def asking_in_a_chain(folder: Path, out: str) -> None:
+    asking(folder, out, RULES_THAT_ASK[1])
+
+
+def intersected_inputs(folder: Path, out: str) -> None:
+    inputs(folder)
+    write(folder / "cut.safetensors", model(4) | {"weight": model(4)["weight"][:11]})
+
+
+def intersecting(folder: Path, out: str) -> None:
+    """Merge models of which one has fewer rows."""
+    models = [open_checkpoint(folder / name) for name in ("task1.safetensors", "cut.safetensors")]
+    options = Options(mismatch="intersect", shard_bytes=SHARD)
+    merge_job(MagMax(), open_checkpoint(folder / "base"), models, folder / out, options).run(Settings(threads=1))
+
+
+def sweep(folder: Path, out: str) -> None:
+    """Results at two scaling factors."""
+    models = [open_checkpoint(folder / f"task{number}.safetensors") for number in (1, 2)]
+    options, factors = Options(shard_bytes=SHARD), [0.5, 1.0]
+    place = folder / out.replace("-0.5", "")
+    base = open_checkpoint(folder / "base")
+    work = Sweep(MagMax(), base, models, ["1", "2"], place, options, factors, Settings(threads=1))
+    with work.merged() as scaler:
+        for factor in factors:
+            scaler.write(factor)
+
+
+def adapters(folder: Path, out: str = "") -> None:
+    """Two adapters of two layers, of which they share one."""
+    for number in (1, 2):
+        draw = np.random.default_rng(number)
+        shapes = {"q": (6, 5), "k": (4, 5)} if number == 1 else {"q": (6, 5), "v": (3, 7)}
+        factors = {(m, "A"): (2, columns) for m, (_, columns) in shapes.items()}
+        factors |= {(m, "B"): (rows, 2) for m, (rows, _) in shapes.items()}
+        place = folder / f"adapter{number}"
+        tensors = {
+            f"base_model.model.{m}.lora_{letter}.weight": draw.normal(size=shape).astype("f4")
+            for (m, letter), shape in factors.items()
+        }
+        write(place / "adapter_model.safetensors", tensors)
+        (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+
+
+def older_adapter(folder: Path, out: str) -> None:
+    adapters(folder)
+    merge_adapters("average", [folder / "adapter1"], 1, folder / out, settings=Settings(threads=1))
+
+
+def merged_adapters(folder: Path, out: str) -> None:
+    both = [folder / f"adapter{number}" for number in (1, 2)]
+    merge_adapters("magmax", both, 2, folder / out, settings=Settings(threads=1))
+
+
+def labelled_state(folder: Path, out: str = "") -> None:
+    """A running merge of two, of which the first has a label."""
+    inputs(folder)
+    running(folder).absorb(folder / "task1.safetensors", label="one")
+    absorb(folder, 2)
+
+
+def label(folder: Path) -> None:
+    running(folder).label("two")
+
+
+def restore(folder: Path) -> None:
+    running(folder).restore("one")
+
+
+def standing(folder: Path) -> tuple[list[str], list[str | None]]:
+    """The tasks and labels of the state, as a new process reads it."""
+    status = running(folder).status()
+    return absorbed(folder), [generation.label for generation in status.generations]
+
+
+OTHERS = [
+    Scenario("ties", "out.safetensors", inputs, asking),
+    Scenario("prune-chain", "out", inputs, asking_in_a_chain),
+    Scenario("intersect", "out.safetensors", intersected_inputs, intersecting),
+    Scenario("sweep", "out-0.5.safetensors", inputs, sweep),
+    Scenario("adapter", "out", adapters, merged_adapters),
+    Scenario("adapter-again", "out", older_adapter, merged_adapters),
+]
+"""Outputs of other kinds, which are tried at fewer moments."""
 
 
 def as_nobody(user: int, work: Callable[..., object], *given: object) -> object:

@@ -8,20 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.crash.harness import End, Kill, Nursery, every_kill, tree
-from tests.crash.scenarios import SCENARIOS, Scenario, absorb, absorbed, inputs, state_of_two
+from tests.crash.harness import End, Kill, Nursery, every_kill, fewer_kills, tree
+from tests.crash.scenarios import (
+    OTHERS,
+    SCENARIOS,
+    Scenario,
+    absorb,
+    absorbed,
+    inputs,
+    label,
+    labelled_state,
+    restore,
+    standing,
+    state_of_two,
+)
 
 from magmax.checkpoints.writer import Target
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHERS], ids=str)
 def test_a_kill_leaves_the_old_output_or_none_or_the_new_and_the_same_command_mends_it(
     scenario: Scenario, child: Nursery, tmp_path: Path
 ) -> None:
     out = scenario.out
     before, after, undisturbed = prepared(child, tmp_path, scenario.prepare, scenario.work, out)
     old, new, whole = tree(before / out), tree(after / out), tree(after)
-    for kill in every_kill(undisturbed.log):
+    for kill in every_kill(undisturbed.log) if scenario in SCENARIOS else fewer_kills(undisturbed.log):
         folder = copied(before)
         assert child(scenario.work, folder, out, fault=kill).killed
         target = Target(folder / out)
@@ -65,6 +77,25 @@ def test_a_kill_leaves_the_state_before_an_absorption_or_after_it(done: int, chi
         assert generation(folder, task) == generation(after, task), kill
         completed(child(absorb, folder, 4))
         assert tree(folder) == whole, kill
+
+
+@pytest.mark.parametrize("work", [label, restore])
+def test_a_kill_leaves_the_state_as_it_was_or_labelled_or_restored(
+    work: Callable[[Path], None], child: Nursery, tmp_path: Path
+) -> None:
+    before, after, undisturbed = prepared(child, tmp_path, labelled_state, work)
+    was, will = (completed(child(standing, folder)).result for folder in (before, after))
+    assert was != will
+    for kill in every_kill(undisturbed.log):
+        folder = copied(before)
+        assert child(work, folder, fault=kill).killed
+        stands = completed(child(standing, folder)).result
+        assert stands in (was, will), kill
+        again = child(work, folder)
+        assert not again.refusal or (stands == will and "is labelled 'two' already" in again.refusal), kill
+        assert tree(folder / "state" / "state.json") == tree(after / "state" / "state.json"), kill
+        completed(child(absorb, folder, 4))
+        assert len(completed(child(absorbed, folder)).result) == len(will[0]) + 1, kill
 
 
 def test_a_kill_while_threads_write_does_no_harm(child: Nursery, tmp_path: Path) -> None:

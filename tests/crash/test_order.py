@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from tests.crash.harness import Call, Nursery
-from tests.crash.scenarios import SCENARIOS, Scenario, absorb, state_of_two
+from tests.crash.scenarios import OTHERS, SCENARIOS, Scenario, absorb, state_of_two
 from tests.crash.test_kills import completed, prepared
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHERS], ids=str)
 def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, child: Nursery, tmp_path: Path) -> None:
     _, _, undisturbed = prepared(child, tmp_path, scenario.prepare, scenario.work, scenario.out)
     replay(undisturbed.log)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from tests.robustness.files import data, entries, model, with_header, write, write_folder
 
+from magmax import merge_adapters
 from magmax.checkpoints import open_checkpoint
 from magmax.engine.merge import merge
 from magmax.engine.running import Running
@@ -231,11 +237,181 @@ def state(draw: random.Random, folder: Path) -> None:
         assert {key for key, _ in deserialize((folder / "out.safetensors").read_bytes())} == set(model(0))
 
 
+PREFIX = "base_model.model."
+SETTINGS: Any = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 3,
+    "rank_pattern": {"m.e": 2},
+    "alpha_pattern": {"^m\\.(q|k)$": 5},
+    "target_modules": ["q", "e"],
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "init_lora_weights": True,
+}
+HOSTILE = [
+    "(a+)+$",
+    "(.*.*.*.*.*.*.*.*.*)x",
+    "(q|qq|m.q|.)*+",
+    "(" * 60 + ")" * 60,
+    "(?=(q+))\\1*x",
+    "((.*)*)*b",
+    "a" * 3000,
+]
+
+
+def tuned(seed: int) -> dict[str, NDArray[Any]]:
+    """An adapter of `grounded`: a linear layer, an embedding, and a head that is saved in full or is not."""
+    draw = np.random.default_rng(seed)
+    shapes = {"m.q.lora_A.weight": (2, 5), "m.q.lora_B.weight": (6, 2), "m.e.lora_embedding_A": (2, 7),
+              "m.e.lora_embedding_B": (4, 2), "head.weight": (3, 5)}  # fmt: skip
+    made = {PREFIX + key: draw.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    return made if seed % 2 else dict(list(made.items())[:-1])
+
+
+def grounded() -> dict[str, NDArray[Any]]:
+    shapes = {"m.q.weight": (6, 5), "m.e.weight": (7, 4), "head.weight": (3, 5)}
+    return {key: np.random.default_rng(0).normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+
+
+def floats(content: bytes) -> dict[str, NDArray[Any]]:
+    """The float32 tensors of a safetensors file, as the reference implementation reads them."""
+    read = [(key, t) for key, t in deserialize(content) if t["dtype"] == "F32"]
+    return {key: np.frombuffer(bytes(t["data"]), np.float32).reshape(t["shape"]) for key, t in read}
+
+
+def updates(settings: Any, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """s * B A of both layers, as plain as can be; {} where the settings have an expression that is not safe to try."""
+
+    def told(patterns: str, name: str, module: str) -> Any:
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return settings.get(name, 8)
+
+    every = [*(settings.get("rank_pattern") or {}), *(settings.get("alpha_pattern") or {})]
+    if set(every) & set(HOSTILE):
+        return {}
+    found: dict[str, NDArray[Any]] = {}
+    for module, first, second in (
+        ("m.q", "lora_B.weight", "lora_A.weight"),
+        ("m.e", "lora_embedding_A", "lora_embedding_B"),
+    ):
+        names = [f"{PREFIX}{module}.{name}" for name in (first, second)]
+        if all(name in stored for name in names):
+            one, two = (stored[name].astype("f8") for name in names)
+            rank, alpha = told("rank_pattern", "r", module), told("alpha_pattern", "lora_alpha", module)
+            scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+            found[module] = scale * (one.T @ two.T if "embedding" in first else one @ two)
+    return found
+
+
+def adapter(draw: random.Random, folder: Path) -> None:
+    """An adapter whose settings or weights are mutated is refused, or is the base and its update, and can be merged."""
+    tensors = tuned(draw.randrange(2))
+    settings, told = SETTINGS, entries(tensors)
+    for _ in range(draw.choice([0, 1, 1, 2, 3])):
+        settings = mutated_tree(draw, settings)
+    if draw.random() < 0.2 and isinstance(settings, dict):
+        settings[draw.choice(["rank_pattern", "alpha_pattern", "target_modules"])] = {draw.choice(HOSTILE): 2}
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        told = mutated_tree(draw, told)
+    text, content = json.dumps(settings).encode(), with_header(told, data(tensors))
+    text = mutated_bytes(draw, text) if draw.random() < 0.2 else text
+    content = mutated_bytes(draw, content) if draw.random() < 0.2 else content
+    path = folder / "mutated"
+    path.mkdir()
+    (path / "adapter_config.json").write_bytes(text)
+    (path / "adapter_model.safetensors").write_bytes(content)
+    base, start = write(folder / "base.safetensors", grounded()), grounded()
+    expected: dict[str, NDArray[Any]] = {}
+    with refusals(path):
+        opened = open_checkpoint(path, base=open_checkpoint(base))
+        stored = floats(content)
+        expected = updates(json.loads(text), stored)
+        for module, update in expected.items():
+            key = f"{module}.weight"
+            spec = opened.specs[key]
+            ours = opened.read(key, 0, spec.units).reshape(spec.shape)
+            assert np.allclose(ours, start[key] + update, rtol=1e-4, atol=1e-4, equal_nan=True)
+        merge("magmax", base, [path], 1.0, out=folder / "out.safetensors", mismatch="base")
+        assert {key for key, _ in deserialize((folder / "out.safetensors").read_bytes())} == set(start)
+    other = folder / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps(SETTINGS))
+    write(other / "adapter_model.safetensors", tuned(2))
+    with refusals(path, named=False):
+        rule = draw.choice(["task_arithmetic", "magmax"])
+        fits = merge_adapters(rule, [other, path], 5, folder / "merged", 1.0)
+        if rule == "magmax" or not expected:
+            return
+        wanted = {key: update + expected.get(key, 0) for key, update in updates(SETTINGS, tuned(2)).items()}
+        made = json.loads((folder / "merged" / "adapter_config.json").read_text())
+        merged = floats((folder / "merged" / "adapter_model.safetensors").read_bytes())
+        for module, update in updates(made, merged).items():
+            assert np.linalg.norm(update - wanted[module]) <= fits[module].error + 1e-5 * fits[module].norm
+
+
+class Trap:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def state_dict(draw: random.Random, folder: Path) -> None:
+    """A mutated `.pt` file is refused, or holds what torch reads without running code; and no code runs."""
+    sprung, path, out = folder / "sprung", folder / "mutated.pt", folder / "out.safetensors"
+    tensors: dict[str, Any] = {key: torch.from_numpy(t) for key, t in model(1).items()}
+    tensors["tied"] = tensors["weight"]
+    content: Any = {"state_dict": tensors} if draw.random() < 0.3 else tensors
+    if draw.random() < 0.3:
+        content = {**content, "trap": Trap(str(sprung))}
+    zipped = draw.random() < 0.7
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    if zipped and draw.random() < 0.7:
+        _rezipped(draw, path)
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        path.write_bytes(mutated_bytes(draw, path.read_bytes()))
+    base = write(folder / "base.safetensors", model(0))
+    with refusals(path):
+        opened = open_checkpoint(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
+        assert opened.specs.keys() | opened.aliases.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            spec = opened.spec(key)
+            assert spec.shape == tuple(tensor.shape)
+            if tensor.nbytes < 1 << 20:
+                ours = opened.read(opened.resolve(key), 0, spec.units)
+                flat = tensor.contiguous().reshape(-1)
+                assert ours.tobytes() == (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        merge("average", base, [path], 1.0, out=out, mismatch="base")
+        assert {key for key, _ in deserialize(out.read_bytes())} == set(model(0))
+    assert not sprung.exists()
+
+
+def _rezipped(draw: random.Random, path: Path) -> None:
+    """The archive with its pickle mutated, and its checksums right."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts:
+            if draw.random() > 0.02:
+                archive.writestr(name, mutated_bytes(draw, part) if name.endswith("data.pkl") else part)
+
+
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "header": header,
     "index": index,
     "recipe": recipe,
     "state": state,
+    "adapter": adapter,
+    "pickle": state_dict,
 }
 
 
@@ -254,5 +430,6 @@ def refusals(path: Path, named: bool = True) -> Iterator[None]:
 
 def case(kind: str, seed: int) -> None:
     """One case, the same for the same kind and seed. Raises whatever breaks the law."""
-    with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"):
+    with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         KINDS[kind](random.Random(f"{kind} {seed}"), Path(folder))

@@ -1,7 +1,7 @@
 """Try many mutated inputs.
 
     python -m tests.fuzz.run 10000            that many cases of every kind
-    python -m tests.fuzz.run 10000 header     of one kind: header, index, recipe or state
+    python -m tests.fuzz.run 10000 header     of one kind: header, index, recipe, state, adapter or pickle
     python -m tests.fuzz.run 1 header 4711    that one case again, with its traceback
 
 The law: a MagMaxError or a right answer; never another exception, a hang, or a crash. Each new way to break it is
@@ -10,6 +10,7 @@ printed with its kind and seed; the exit code is 1 if there is one.
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import traceback
@@ -18,6 +19,8 @@ from collections import Counter
 from tests.fuzz.laws import KINDS, case
 
 SECONDS = 10
+MEMORY = 16 << 30
+"""Bytes of addresses, so that an input that asks for all memory is an error here and does not hurt others."""
 
 
 def main(words: list[str]) -> int:
@@ -25,6 +28,7 @@ def main(words: list[str]) -> int:
     kinds = words[1:2] or list(KINDS)
     first = int(words[2]) if len(words) > 2 else 0
     signal.signal(signal.SIGALRM, _too_long)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     broken: Counter[str] = Counter()
     for kind in kinds:
         for seed in range(first, first + count):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from magmax import merge
+from magmax import merge, merge_adapters
 from magmax.checkpoints import open_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -111,3 +111,61 @@ def test_a_merged_folder_loads_and_answers_as_peft_does(tmp_path):
     words = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(words).logits, tuned.eval()(words).logits, rtol=1e-4, atol=1e-4)
+
+
+TARGETS = {
+    "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["down_proj", "v_proj"], "r": 7}),
+    "rslora and patterns": (
+        llama,
+        {"target_modules": ["q_proj", "lm_head"], "use_rslora": True, "alpha_pattern": {r".*layers\.1.*": 3}},
+        {"target_modules": r".*\.1\.(self_attn\.q_proj|mlp\.up_proj)", "rank_pattern": {"q_proj": 6}},
+    ),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "v_proj"]}, {"target_modules": ["embed_tokens"], "r": 2}),
+    "transposed": (
+        gpt2,
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn", "wte"]},
+    ),
+    "convolutions": (Convolutions, {"target_modules": ["wide", "point"]}, {"target_modules": ["point", "line"]}),
+    "one layer": (
+        llama,
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ["task_arithmetic", "magmax"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_peft_loads_a_merged_adapter_and_its_weights_are_the_bases_plus_the_merged_updates(tmp_path, name, rule):
+    make, *settings = TARGETS[name]
+    torch.manual_seed(0)
+    model = make()
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tuned = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, options in enumerate(settings):
+            copy = make()
+            copy.load_state_dict(start)
+            config = peft.LoraConfig(**{"r": 4, "lora_alpha": 9 - number, "init_lora_weights": True, **options})
+            wrapped = peft.get_peft_model(copy, config)
+            for key, parameter in wrapped.named_parameters():
+                if "lora_" in key:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            wrapped.save_pretrained(tmp_path / f"adapter{number}")
+            tuned.append(wrapped.merge_and_unload().state_dict())
+        fits = merge_adapters(rule, [tmp_path / "adapter0", tmp_path / "adapter1"], 64, tmp_path / "merged", 0.8)
+        assert max(fit.relative for fit in fits.values()) < 1e-6
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "merged")
+        ranks = {key: p.shape for key, p in loaded.named_parameters() if "lora_" in key}
+        stored = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+        assert {key.replace(".default", ""): shape for key, shape in ranks.items()} == {
+            key: tensor.shape for key, tensor in stored.items() if "lora_" in key
+        }
+        merged = loaded.merge_and_unload().state_dict()
+    for key, tensor in merged.items():
+        if tensor.is_floating_point():
+            one, two = (t[key] - start[key] for t in tuned)
+            vector = one + two if rule == "task_arithmetic" else torch.where(two.abs() >= one.abs(), two, one)
+            torch.testing.assert_close(tensor, start[key] + 0.8 * vector, rtol=1e-4, atol=1e-4)

@@ -16,9 +16,10 @@ from .folder import PICKLES, open_folder
 from .hub import locate, might_be_id
 from .lora import LoraModel, base_and_adapter, is_adapter
 from .memory import StateDict, open_pickle
+from .peft import CONFIG, PeftFolder
 from .safetensors import SafetensorsFile
 
-__all__ = ["Checkpoint", "Spec", "open_checkpoint"]
+__all__ = ["Checkpoint", "Spec", "open_adapter", "open_checkpoint"]
 
 
 def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | None = None) -> Checkpoint:
@@ -48,6 +49,27 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     if hasattr(source, "state_dict"):
         return StateDict(source.state_dict(), label or type(source).__name__)
     raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
+
+
+def open_adapter(source: str | PathLike[str], label: str | None = None) -> PeftFolder:
+    """Open the folder of a PEFT LoRA adapter, or its id on the hub, without its base; only headers are read.
+
+    Raises:
+        MagMaxError: no folder of an adapter, or an adapter of another kind.
+    """
+    text = fspath(source)
+    label = label or text
+    if halves := base_and_adapter(text):
+        raise MagMaxError(f"{label}: the base has no part in this; give the adapter alone: {halves[1]}")
+    path = locate(text).path
+    try:
+        if not path.exists():
+            raise MagMaxError(f"{label}: there is no such folder")
+        if not (path / CONFIG).is_file():
+            raise MagMaxError(f"{label}: is not the folder of a LoRA adapter (it has no {CONFIG})")
+        return PeftFolder(path, label)
+    except OSError as error:
+        raise MagMaxError(f"{label}: cannot be read: {error.strerror}") from error
 
 
 def _open(text: str, label: str, base: Checkpoint | None) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .base import Checkpoint
 from .dtypes import Spec, widen
+from .factors import scaled_product
+from .fitted import Adapter
 from .hub import hub_id
-from .peft import CONFIG, WEIGHTS, Adapter, Factor, Update
-
-TILE = 1 << 16
-"""Elements worked on at once, so that they stay in the processor's cache; no result depends on it."""
+from .peft import CONFIG, WEIGHTS, PeftFolder
 
 
 class LoraModel(Checkpoint):
@@ -40,7 +39,8 @@ class LoraModel(Checkpoint):
     def __init__(self, folder: Path, base: Checkpoint, label: str) -> None:
         super().__init__(label, {})
         self.path = None if base.path is None else folder
-        self._base, self._adapter = base, Adapter(folder, base, label)
+        self._base, self._folder = base, PeftFolder(folder, label)
+        self._adapter = Adapter(self._folder, base)
         self._updates, self._copies = self._adapter.updates, self._adapter.copies
         for key in dict.fromkeys([*base.specs, *self._copies]):
             source = self._adapter.source(key)
@@ -50,71 +50,21 @@ class LoraModel(Checkpoint):
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         if key in self._copies:
-            stored = self._stored(self._copies[key], start, stop)
+            stored = self._folder.read(self._folder.resolve(self._copies[key]), start, stop)
         else:
             stored = self._base.read(key, start, stop)
         if key not in self._updates:
             return stored
-        update = self._updates[key]
-        tuned = np.empty(stop - start, self.specs[key].storage)
         with np.errstate(over="ignore", invalid="ignore"):
-            for at, rows, columns in _pieces(start, stop, update.right.length):
-                shape = rows.stop - rows.start, columns.stop - columns.start
-                self._fold(update, rows, columns, tuned[at : at + shape[0] * shape[1]].reshape(shape))
-            tuned *= tuned.dtype.type(update.scale)
+            tuned = scaled_product(self._folder, self._updates[key], start, stop, self.specs[key].storage)
             tuned += widen(stored, self._adapter.source(key).dtype, tuned.dtype)
         return tuned
 
     def files(self) -> list[Path]:
-        return [*self._base.files(), *self._adapter.files()]
+        return [*self._base.files(), *self._folder.files()]
 
     def header_digests(self) -> list[str]:
-        return [*self._base.header_digests(), *self._adapter.header_digests()]
-
-    def _fold(self, update: Update, rows: slice, columns: slice, out: NDArray[Any]) -> None:
-        """Fill `out` with left^T right for these rows and columns: a product and a sum for each k, tile by tile."""
-        left, right = self._factor(update.left, rows, out.dtype), self._factor(update.right, columns, out.dtype)
-        step = max(1, TILE // out.shape[1])
-        products = np.empty((min(step, len(out)), out.shape[1]), out.dtype)
-        for first in range(0, len(out), step):
-            total = out[first : first + step]
-            product = products[: len(total)]
-            np.multiply(left[0, first : first + step, None], right[0], out=total)
-            for k in range(1, update.left.rank):
-                np.multiply(left[k, first : first + step, None], right[k], out=product)
-                total += product
-
-    def _factor(self, factor: Factor, part: slice, compute: np.dtype[Any]) -> NDArray[Any]:
-        """A part of a factor's length, as (rank, part) in the compute type."""
-        name, rank, length = factor.name, factor.rank, factor.length
-        count = part.stop - part.start
-        if not factor.rank_first:
-            stored = self._stored(name, part.start * rank, part.stop * rank).reshape(count, rank).T
-        elif count == length:
-            stored = self._stored(name, 0, rank * length).reshape(rank, length)
-        else:
-            starts = range(part.start, rank * length, length)
-            stored = np.stack([self._stored(name, at, at + count) for at in starts])
-        return widen(np.ascontiguousarray(stored), self._adapter.weights.spec(name).dtype, compute)
-
-    def _stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        weights = self._adapter.weights
-        return weights.read(weights.resolve(name), start, stop)
-
-
-def _pieces(start: int, stop: int, row: int) -> Iterator[tuple[int, slice, slice]]:
-    """Units start..stop of a matrix as rectangles, whole rows or a part of one, each with its distance from `start`."""
-    at = start
-    while at < stop:
-        first, column = divmod(at, row)
-        if column or row > min(TILE, stop - at):
-            end = min(stop, at + min(TILE, row - column))
-            yield at - start, slice(first, first + 1), slice(column, column + end - at)
-        else:
-            count = (stop - at) // row
-            end = at + count * row
-            yield at - start, slice(first, first + count), slice(0, row)
-        at = end
+        return [*self._base.header_digests(), *self._folder.header_digests()]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -141,13 +91,22 @@ def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
 
 
 def within(folder: str, text: str) -> str:
-    """A path, or both of "BASE+ADAPTER", as seen from where `folder` is; an id of the hub as hf://..."""
-    halves = [(part, hub_id(part, folder)) for part in base_and_adapter(text, folder) or (text,)]
-    return "+".join(named.address if named else os.path.join(folder, part) for part, named in halves)
+    """A path, or every part of "BASE+ADAPTER", as seen from where `folder` is; an id of the hub as hf://..."""
+    return each_part(text, lambda part: os.path.join(folder, part), folder)
 
 
 def seen_from(folder: str, text: str) -> str:
-    """A path, or both of "BASE+ADAPTER", so that `within(folder, ...)` gives it back."""
-    parts = base_and_adapter(text) or (text,)
-    named = [hub_id(part) for part in parts]
-    return "+".join(n.address if n else os.path.relpath(p, folder or ".") for p, n in zip(parts, named, strict=True))
+    """A path, or every part of "BASE+ADAPTER", so that `within(folder, ...)` gives it back."""
+    return each_part(text, lambda part: os.path.relpath(part, folder or "."))
+
+
+def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:
+    """A path, or every part of "BASE+ADAPTER" (BASE may be a join itself), changed; an id of the hub as hf://...
+
+    Paths are seen from `folder`.
+    """
+    halves = base_and_adapter(text, folder)
+    if halves is not None:
+        return f"{each_part(halves[0], change, folder)}+{each_part(halves[1], change, folder)}"
+    named = hub_id(text, folder)
+    return named.address if named else change(text)

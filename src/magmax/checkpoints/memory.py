@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -108,7 +110,7 @@ def open_pickle(path: Path, label: str) -> StateDict:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
         raise MagMaxError(
-            f"{label}: this pickle needs code to be run, which is refused ({reason.strip() or 'weights_only'}). "
+            f"{label}: this pickle needs code to be run, which is refused ({reason.strip()[:200] or 'weights_only'}). "
             f"Convert it once, which runs nothing of it: magmax convert {path} {path.with_suffix('.safetensors').name}"
         ) from error
     except Exception as error:
@@ -117,10 +119,29 @@ def open_pickle(path: Path, label: str) -> StateDict:
         ) from error
     nested = cast("Mapping[str, Any]", loaded).get("state_dict") if isinstance(loaded, Mapping) else None
     if isinstance(nested, Mapping):
-        return StateDict(cast("Mapping[str, Any]", nested), label, path)
+        loaded = cast("Mapping[str, Any]", nested)
     if not isinstance(loaded, Mapping):
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
-    return StateDict(cast("Mapping[str, Any]", loaded), label, path)
+    tensors = cast("Mapping[str, Any]", loaded)
+    if not _as_long_as_promised(path, tensors):
+        raise MagMaxError(f"{label}: holds no tensors of the lengths that it promises; it is corrupt: copy it again")
+    return StateDict(tensors, label, path)
+
+
+def _as_long_as_promised(path: Path, tensors: Mapping[str, Any]) -> bool:
+    """Whether every storage has the length of a record of the archive: torch does not look where it maps a file."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
+            for record in archive.infolist():
+                archive.open(record).close()  # looks at the record's own header, not at its content
+    except Exception:  # whatever zipfile makes of a damaged list of records, which torch did not look at
+        return False
+    storages = [tensor.untyped_storage() for tensor in tensors.values() if hasattr(tensor, "untyped_storage")]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    return not Counter(sizes.values()) - records
 
 
 def _first_line(error: Exception) -> str:
@@ -145,6 +166,8 @@ def as_tensor(stored: NDArray[Any], spec: Spec, like: Any) -> Any:
         return stored.view(kind).reshape(spec.shape)
     import torch
 
-    flat: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     wanted = {name: key for key, name in TORCH_NAMES.items()}[spec.dtype]
+    if not spec.elements:
+        return torch.empty(spec.shape, dtype=getattr(torch, wanted), device=like.device)
+    flat: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
     return flat.view(getattr(torch, wanted)).reshape(spec.shape).to(like.device)

@@ -143,9 +143,14 @@ class Draft:
     """An output not yet visible under its name; `publish` makes it so in one step."""
 
     def __init__(
-        self, target: Target, specs: Mapping[str, Spec], metadata: dict[str, str], shard_bytes: int = SHARD_BYTES
+        self,
+        target: Target,
+        specs: Mapping[str, Spec],
+        metadata: dict[str, str],
+        shard_bytes: int = SHARD_BYTES,
+        stem: str = "model",
     ) -> None:
-        self.target = target
+        self.target, self._stem = target, stem
         self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS[item[1].dtype], item[0])))
         groups = _shards(self.specs, shard_bytes) if target.folder else [list(self.specs)]
         self._shards = [
@@ -212,8 +217,8 @@ class Draft:
     def _place(self, number: int, count: int) -> Path:
         if not self.target.folder:
             return self.target.partial
-        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        return self.target.partial / name
+        part = "" if count == 1 else f"-{number:05}-of-{count:05}"
+        return self.target.partial / f"{self._stem}{part}.safetensors"
 
     def _index(self) -> bytes:
         where = {key: shard.path.name for key, shard in sorted(self._holder.items())}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,10 @@ class AbsorbKernel(Kernel):
     The inputs are the base, the old slots, the model and, if winners are mapped, the old map of winners. The sinks are
     the new slots and the new map. For a rule that selects, a slot holds values theta whose difference from theta_0 is
     the rule's state; a value is recovered by looking which candidate has the bits that the rule has chosen.
+
+    Attributes:
+        extents: of tensors that are merged in part, how many leading elements are; slots hold zeros beyond.
+        held: the tensors that the old slots hold.
     """
 
     reader: Reader
@@ -46,6 +50,8 @@ class AbsorbKernel(Kernel):
     specs: Mapping[str, Spec]
     carried: Container[str]
     winners: bool = False
+    extents: Mapping[str, int] = field(default_factory=dict[str, int])
+    held: Container[str] = frozenset[str]()
 
     @cached_property
     def rules(self) -> Mapping[str, StreamingRule]:
@@ -55,10 +61,21 @@ class AbsorbKernel(Kernel):
     def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.carried:
             return self._nothing(slab)
-        model, rule = self.slots + 1, self.rules[slab.key]
+        head = slab.until(self.extents.get(slab.key, slab.stop))
+        count, length = head.stop - head.start, slab.stop - slab.start
+        old = [slab.stored(number)[:count] for number in range(self.slots + 1)]
+        if not count:
+            storages = [self.specs[slab.key].storage] * self.rule.slots(self.task) + [np.dtype("u1")] * self.winners
+            return [np.zeros(length, storage) for storage in storages]
+        made = self._merged(head, old)
+        return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in made]
+
+    def _merged(self, slab: Slab, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """The new slots, and the map of winners if there is one, from the base and the old slots."""
+        rule = self.rules[slab.key]
         dtype = self.specs[slab.key].dtype
-        base = self.reader.numbers(slab, 0)
-        candidates = [self.reader.numbers(slab, number) for number in range(1, model + 1)]
+        base, *candidates = (self.reader.widened(slab, number, units) for number, units in enumerate(old))
+        candidates.append(self.reader.numbers(slab, self.slots + 1))
         if not self.rule.selects:
             *held, vector = candidates
             vector -= base
@@ -67,7 +84,7 @@ class AbsorbKernel(Kernel):
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
         state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-        made: list[NDArray[Any] | None] = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
+        made = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
         if self.winners:
             made.append(self._winners(slab, state[0], vectors[-1]))
         return made
@@ -75,6 +92,9 @@ class AbsorbKernel(Kernel):
     def _nothing(self, slab: Slab) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
         slab.stored(0)
+        if slab.key in self.held:
+            for number in range(1, self.slots + 1):
+                slab.stored(number)
         slab.digest_alike(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
 
@@ -99,15 +119,19 @@ class ResultKernel(Kernel):
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
-            return [slab.stored(0)]
-        reader, rule = self.merge.reader, self.rules[slab.key]
-        base = reader.numbers(slab, 0)
-        numbers = range(1, self.slots + 1)
-        if rule.selects:
-            state = tuple(reader.task_vector(slab, number, base) for number in numbers)
-        else:
-            state = tuple(reader.numbers(slab, number) for number in numbers)
-        return [self.merge.scaled(slab, base, rule.finish(state, self.merge.tasks))]
+            return [self.merge.kept(slab, slab.stored(0))]
+        rule = self.rules[slab.key]
+        stored = [slab.stored(number) for number in range(1, self.slots + 1)]
+
+        def vector(head: Slab, base: NDArray[Any]) -> NDArray[Any]:
+            parts = [units[: head.stop - head.start] for units in stored]
+            state = [self.merge.reader.widened(head, number, part) for number, part in enumerate(parts, start=1)]
+            if rule.selects:
+                for values in state:
+                    values -= base
+            return rule.finish(tuple(state), self.merge.tasks)
+
+        return [self.merge.joined(slab, vector)]
 
 
 def _recovered(

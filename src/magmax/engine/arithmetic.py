@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -30,6 +30,7 @@ class MergeKernel(Kernel):
     Attributes:
         out: the specs of what is written.
         carried: tensors copied from the base as they are, and why.
+        extents: of tensors that are merged in part, how many leading elements are; the rest is the base's as it is.
         answers: what the rule asked, by tensor; under None what it asked of the whole model.
     """
 
@@ -39,6 +40,7 @@ class MergeKernel(Kernel):
     scaling_factor: Number
     out: Mapping[str, Spec]
     carried: Mapping[str, str]
+    extents: Mapping[str, int] = field(default_factory=dict[str, int])
     answers: Mapping[str | None, Answer] = field(default_factory=dict[str | None, Any])
 
     @cached_property
@@ -71,15 +73,28 @@ class MergeKernel(Kernel):
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        merged = [key for key in self.reader.inputs[0].specs if key not in self.carried]
-        answers = ask(self.rule, self.rules, self.reader, self.tasks, merged, threads, progress)
+        answers = ask(self.rule, self.rules, self.reader, self.tasks, self._elements(), threads, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:
             return [self.carry(slab)]
-        base = self.reader.numbers(slab, 0)
-        return [self.scaled(slab, base, self.task_vector(slab, base))]
+        return [self.joined(slab, self.task_vector)]
+
+    def joined(self, slab: Slab, vector: Callable[[Slab, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+        """The slab with `vector`, given what is merged of it and the base there, scaled and added to the base."""
+        head, stored, tail = self.parted(slab)
+        if head.start == head.stop:
+            return self.kept(slab, tail)
+        base = self.reader.widened(head, 0, stored)
+        merged = self.scaled(head, base, vector(head, base))
+        return np.concatenate([merged, self.kept(slab, tail)]) if len(tail) else merged
+
+    def parted(self, slab: Slab) -> tuple[Slab, NDArray[Any], NDArray[Any]]:
+        """What is merged of the slab, the base's units there, and those beyond."""
+        head, stored = slab.until(self.extents.get(slab.key, slab.stop)), slab.stored(0)
+        count = head.stop - head.start
+        return head, stored[:count], stored[count:]
 
     def task_vector(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
         """The rule's merge of the models' task vectors, unscaled."""
@@ -104,9 +119,18 @@ class MergeKernel(Kernel):
     def carry(self, slab: Slab) -> NDArray[Any]:
         """The base's own tensor; the models' are read where they can be, for their digests alone."""
         base = slab.stored(0)
-        spec = slab.spec(0)
         for task in range(1, self.tasks + 1):
             slab.digest_alike(task)
+        return self.kept(slab, base)
+
+    def _elements(self) -> dict[str, int]:
+        """How many elements of each tensor are merged."""
+        specs = self.reader.inputs[0].specs
+        return {key: self.extents.get(key, s.elements) for key, s in specs.items() if key not in self.carried}
+
+    def kept(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
+        """The base's own units in the output's type."""
+        spec = slab.spec(0)
         if not spec.floating or self.out[slab.key].dtype == spec.dtype:
             return base
         return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -33,28 +33,32 @@ def ask(
     placed: Mapping[str, Rule],
     reader: Reader,
     tasks: int,
-    keys: Sequence[str],
+    elements: Mapping[str, int],
     threads: int,
     progress: Progress,
 ) -> Answers:
-    """Carry out the plan over the tensors `keys` of all models: the rule's, or a tensor's of the rule as `placed`."""
+    """Carry out the plan over all models: the rule's, or a tensor's of the rule as `placed`.
+
+    Args:
+        elements: of each tensor to be merged, how many leading elements are.
+    """
     specs = reader.inputs[0].specs
-    wide = any(specs[key].dtype == "F64" for key in keys)
+    wide = any(specs[key].dtype == "F64" for key in elements)
     threads = 1 if rule.whole else threads or cores()
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
-        elements = sum(specs[key].elements for key in keys)
-        questions = Questions(reader, tasks, keys, threads, progress, rule.whole)
-        return Answers({None: questions.answer(rule.plan(Scope(tasks, elements, wide)))}, questions.reader)
+        questions = Questions(reader, tasks, elements, threads, progress, rule.whole)
+        scope = Scope(tasks, sum(elements.values()), wide)
+        return Answers({None: questions.answer(rule.plan(scope))}, questions.reader)
 
     def one(key: str) -> tuple[Answer, bool]:
         spec = specs[key]
-        row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else spec.elements
-        scope = Scope(tasks, spec.elements, spec.dtype == "F64", row)
-        questions = Questions(reader, tasks, [key], 1, progress, rule.whole)
+        row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else elements[key]
+        scope = Scope(tasks, elements[key], spec.dtype == "F64", row)
+        questions = Questions(reader, tasks, {key: elements[key]}, 1, progress, rule.whole)
         return questions.answer(placed[key].plan(scope)), questions.reader.checked
 
-    asked = [key for key in keys if specs[key].elements]
+    asked = [key for key, count in elements.items() if count]
     with ThreadPoolExecutor(threads) as pool:
         replies = list(pool.map(one, asked))
     found: dict[str | None, Answer] = {key: answer for key, (answer, _) in zip(asked, replies, strict=True)}
@@ -68,12 +72,18 @@ class Questions:
     """
 
     def __init__(
-        self, reader: Reader, tasks: int, keys: Sequence[str], threads: int, progress: Progress, whole: bool = False
+        self,
+        reader: Reader,
+        tasks: int,
+        elements: Mapping[str, int],
+        threads: int,
+        progress: Progress,
+        whole: bool = False,
     ) -> None:
         self.reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
         self._whole = whole
-        specs = reader.inputs[0].specs
-        self._specs = {key: specs[key] for key in keys}
+        self._elements, specs = elements, reader.inputs[0].specs
+        self._specs = {key: specs[key] for key in elements}
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
@@ -124,9 +134,10 @@ class Questions:
             self.reader = replace(self.reader, checked=True)
 
     def _blocks(self, chunk: Chunk, fold: Fold) -> Iterator[Block]:
-        spec = self._specs[chunk.key]
-        for cuts in cut(chunk, spec, self._whole):
-            start, stop = cuts[0][0], cuts[-1][1]
+        for cuts in cut(chunk, self._specs[chunk.key], self._whole):
+            start, stop = cuts[0][0], min(cuts[-1][1], self._elements[chunk.key])
+            if stop <= start:
+                break
             if fold.only is not None and Address(chunk.key, start) not in fold.only:
                 continue
             end = min(stop, start + fold.sample) if fold.sample else stop

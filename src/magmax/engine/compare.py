@@ -2,33 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
-from ..checkpoints import Checkpoint
-from ..errors import listed
+from ..checkpoints import Checkpoint, Spec
+from ..errors import MagMaxError, listed
 
-Mismatch = Literal["strict", "base"]
-"""What to do where a model's tensors are not the base's: refuse, or keep the base's tensor."""
+Mismatch = Literal["strict", "base", "intersect"]
+"""What to do where a model's tensors are not the base's: refuse; keep the base's tensor; or, where they differ in their
+number of rows alone, merge the leading rows that the base and all models have, and keep the base's other rows."""
 
 
-def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> dict[str, str]:
-    """The tensors that will not be merged, key -> why: those of the base are carried over as they are.
+class Part(NamedTuple):
+    """The leading rows of a tensor that are merged: how many of the base's, how many elements they are, and why."""
+
+    rows: int
+    of: int
+    elements: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """How models fit a base.
+
+    Attributes:
+        carried: the tensors that are not merged, key -> why; those of the base are carried over as they are.
+        partly: the tensors of which only leading rows are merged.
+        mismatched: the keys among `carried` that are there because a model differs from the base.
+    """
+
+    carried: Mapping[str, str]
+    partly: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    mismatched: Sequence[str] = ()
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """Of each tensor that is merged in part, how many elements are."""
+        return {key: part.elements for key, part in self.partly.items()}
+
+    def told(self) -> dict[str, Any]:
+        """What provenance tells of tensors that are not merged as a whole, without any path."""
+        told: dict[str, Any] = {}
+        if self.partly:
+            told["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly.items())}
+        if self.mismatched:
+            told["not_merged"] = sorted(self.mismatched)
+        return told
+
+
+def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> Match:
+    """Find what of the base can be merged with all models.
 
     Raises:
         MagMaxError: under "strict", one error that lists every key that is missing, extra, or of another shape or kind
             in any model.
     """
+    if mismatch not in get_args(Mismatch):
+        raise MagMaxError(f"mismatch must be one of {', '.join(get_args(Mismatch))}, not {mismatch!r}")
     carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
-    problems: list[str] = []
+    problems: dict[str, str] = {}
+    everyones: list[str] = []
+    rows: dict[str, dict[str, int]] = {}
     for model in models:
         for key, problem in _differences(base, model).items():
-            problems.append(problem)
-            carried[key] = problem
-    if problems and mismatch == "strict":
-        problems.append("to keep the base's tensor wherever a model has no match: --mismatch base")
-        raise listed(f"the models do not match {base.label}", problems)
-    return carried
+            everyones.append(problem)
+            theirs = model.specs.get(model.resolve(key))
+            if mismatch == "intersect" and key in base.specs and _in_rows_alone(base.specs[key], theirs):
+                rows.setdefault(key, {})[model.label] = theirs.shape[0] if theirs else 0
+            else:
+                problems[key] = problem
+    if everyones and mismatch == "strict":
+        everyones.append("to keep the base's tensor wherever a model has no match: --mismatch base")
+        everyones.append("to merge the rows that all have, where only the number of rows differs: --mismatch intersect")
+        raise listed(f"the models do not match {base.label}", everyones)
+    partly: dict[str, Part] = {}
+    for key, found in rows.items():
+        part = _part(base.specs[key], found)
+        if key in problems:
+            continue
+        if part.rows:
+            partly[key] = part
+        else:
+            problems[key] = part.why
+    return Match(carried | problems, partly, list(problems))
+
+
+def extents_of(base: Checkpoint, match: Match) -> dict[str, int]:
+    """How many elements are merged of each of the base's tensors of which a model has not all."""
+    return {**{key: 0 for key in match.mismatched if key in base.specs}, **match.extents}
+
+
+def narrowed(base: Checkpoint, match: Match, before: Mapping[str, int]) -> Match:
+    """A match of one more model, without what the models before it have not."""
+    carried, partly, mismatched = dict(match.carried), dict(match.partly), list(match.mismatched)
+    for key, count in before.items():
+        if key not in base.specs or count > base.specs[key].elements:
+            raise MagMaxError(f"the state merges {count} elements of {key}, which {base.label} has not; it is damaged")
+        if key in mismatched:
+            continue
+        if not count:
+            partly.pop(key, None)
+            carried[key] = f"{key} of a model absorbed before is not that of {base.label}"
+            mismatched.append(key)
+        elif key not in partly or count < partly[key].elements:
+            spec = base.specs[key]
+            rows = count * spec.shape[0] // spec.elements
+            why = f"{rows} of {spec.shape[0]} rows merged, the others kept from the base (so many had a model before)"
+            partly[key] = Part(rows, spec.shape[0], count, why)
+    return Match(carried, partly, mismatched)
+
+
+def _in_rows_alone(ours: Spec, theirs: Spec | None) -> bool:
+    """Whether two tensors differ in the length of their first dimension and in nothing else that matters."""
+    if theirs is None or not ours.shape or not theirs.shape or ours.shape[1:] != theirs.shape[1:]:
+        return False
+    return ours.floating and theirs.floating and not theirs.dtype == "F64" != ours.dtype
+
+
+def _part(ours: Spec, found: Mapping[str, int]) -> Part:
+    """The rows that the base and all models have; models that are not in `found` have as many as the base."""
+    of = ours.shape[0]
+    rows = min(of, *found.values())
+    theirs = ", ".join(f"{label} has {count}" for label, count in found.items())
+    why = f"{rows} of {of} rows merged, the other {of - rows} kept from the base ({theirs})"
+    return Part(rows, of, rows * (ours.elements // of) if of else 0, why)
 
 
 def _differences(base: Checkpoint, model: Checkpoint) -> dict[str, str]:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, listed
+from .ledger import Ledger
 from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
 
@@ -56,8 +57,32 @@ class Outcome:
     written_bytes: int
     reused_bytes: int
     carried: Mapping[str, str]
+    partly: Mapping[str, str]
     input_digests: Sequence[str]
     sink_digests: Sequence[str]
+
+
+class Work(Protocol):
+    """What reads the inputs of a job and fills its sinks, and notes in the journal what is done."""
+
+    @property
+    def sinks(self) -> Sequence[Sink]: ...
+
+    @property
+    def reused(self) -> int:
+        """Bytes that an interrupted run has read already."""
+        ...
+
+    def run(self, progress: Progress) -> Ledger: ...
+
+
+Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Work]
+
+
+def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
+    """The pass of the job's kernel over all inputs."""
+    kernel = job.kernel.prepared(settings.threads, settings.progress)
+    return Pass(job.inputs, sinks, kernel, settings.threads, True, journal, parts)
 
 
 @dataclass(frozen=True)
@@ -67,11 +92,16 @@ class Job:
     Attributes:
         inputs: the base and then the rest; `names` are what provenance calls them.
         specs: the tensors to be written.
+        carried, partly: the tensors that are not merged, or not as a whole, and why.
         sinks: gives the kernel's sinks, which lead into the draft.
         companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
+        stem: how the names of a folder's weight files begin.
+        worker: what reads the inputs and fills the sinks.
+        memory: bytes that the worker takes beyond a pass over slabs.
+        report: lines to print of the work, once it is done.
     """
 
     target: Target
@@ -81,6 +111,7 @@ class Job:
     specs: Mapping[str, Spec]
     kernel: Kernel
     carried: Mapping[str, str] = field(default_factory=dict[str, str])
+    partly: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
     companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
@@ -88,6 +119,10 @@ class Job:
     origin: Provenance | None = None
     extra_passes: int = 0
     shard_bytes: int = SHARD_BYTES
+    stem: str = "model"
+    worker: Worker = slab_by_slab
+    memory: int = 0
+    report: Callable[[], Sequence[str]] = lambda: ()
 
     @property
     def read_bytes(self) -> int:
@@ -95,7 +130,7 @@ class Job:
         return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
 
     def draft(self) -> Draft:
-        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes)
+        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes, self.stem)
 
     def preview(self, threads: int = 0) -> dict[str, int]:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
@@ -106,7 +141,7 @@ class Job:
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + self._arrays(threads or cores()),
+            "peak_memory": IMPORTS_BYTES + self._arrays(threads or cores()) + self.memory,
         }
 
     def _arrays(self, threads: int) -> int:
@@ -164,9 +199,8 @@ class Job:
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
-        kernel = self.kernel.prepared(settings.threads, settings.progress)
-        work = Pass(self.inputs, self.sinks(draft), kernel, settings.threads, True, journal, parts)
-        reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
+        work = self.worker(self, self.sinks(draft), journal, settings, parts)
+        reused = work.reused
         if reused:
             settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
         ledger = work.run(settings.progress)
@@ -178,7 +212,9 @@ class Job:
         journal.remove()
         made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
-        return Outcome(self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, digests, made)
+        return Outcome(
+            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
+        )
 
     def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""
@@ -233,7 +269,9 @@ def _allocated(partial: Path) -> int:
         return 0
 
 
-def provenance_file(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-    """The provenance file of a folder output."""
-    content = {**provenance.as_dict(), "tensors": dict(sorted(digests.items()))}
+def provenance_file(
+    provenance: Provenance, digests: Mapping[str, str], more: Mapping[str, Any] | None = None
+) -> dict[str, bytes | Path]:
+    """The provenance file of a folder output, with more to tell if there is."""
+    content = {**provenance.as_dict(), **(more or {}), "tensors": dict(sorted(digests.items()))}
     return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}

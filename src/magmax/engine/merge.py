@@ -23,7 +23,7 @@ from ..rules import Filters, Layers, Number, Rule, as_rule, nearest
 from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
 from .companions import companions
-from .compare import Mismatch, compare
+from .compare import Match, Mismatch, compare
 from .job import Job, Settings, provenance_file
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import Reader
@@ -41,7 +41,9 @@ class Options:
     Attributes:
         scaling_factor: multiplies the merged task vector, and may depend on the tensor; None means the rule's default.
         dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
-        mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there.
+        mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there;
+            "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
+            keeps the base's rows and tensors elsewhere.
         allow_nonfinite: let NaN and infinity through instead of refusing them.
         shard_bytes: the most a shard of a folder output may hold.
     """
@@ -128,7 +130,8 @@ def merge_job(
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
     names = names or default_names([m.place for m in models])
-    kernel = _kernel(rule, base, models, options)
+    match = _match(rule, base, models, options)
+    kernel = _kernel(rule, base, models, options, match)
 
     def refuse_twins(digests: Sequence[str]) -> None:
         seen: dict[str, str] = {}
@@ -141,12 +144,13 @@ def merge_job(
         target=Target(out),
         inputs=[base, *models],
         names=["zeros" if isinstance(base, Zeros) else "base", *names],
-        recipe=recipe_of(rule, options),
+        recipe={**recipe_of(rule, options), **match.told()},
         specs=kernel.out,
         kernel=kernel,
-        carried=kernel.carried,
+        carried=match.carried,
+        partly={key: part.why for key, part in match.partly.items()},
         metadata=kept_metadata(base),
-        companions=beside(base, kernel, options),
+        companions=beside(base, kernel.out, options, match),
         check=refuse_twins,
         extra_passes=rule.passes,
         shard_bytes=options.shard_bytes,
@@ -154,15 +158,16 @@ def merge_job(
 
 
 def beside(
-    base: Checkpoint, kernel: MergeKernel, options: Options
+    base: Checkpoint, out: Mapping[str, Spec], options: Options, match: Match
 ) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
     """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
     folder = base.path if base.path is not None and base.path.is_dir() else None
     wanted = LONG_NAMES[options.dtype] if options.dtype else None
 
     def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-        dtypes = sorted({s.dtype for s in kernel.out.values() if s.floating})
-        card = model_card(provenance, dtypes, kernel.carried).encode()
+        dtypes = sorted({s.dtype for s in out.values() if s.floating})
+        partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly.items()}
+        card = model_card(provenance, dtypes, match.carried, partly).encode()
         copied = companions(folder, wanted) if folder else {}
         return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
@@ -193,7 +198,7 @@ def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
 ) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
-    kernel = _kernel(rule, base, models, options)
+    kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
     memory = MemorySink(kernel.out)
     kernel = kernel.prepared(settings.threads, settings.progress)
     Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
@@ -238,10 +243,13 @@ def _plain(name: str) -> str:
     return next((name.removesuffix(s) for s in WEIGHT_SUFFIXES if name.endswith(s)), name)
 
 
-def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> MergeKernel:
+def _match(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> Match:
     rule.check(len(models))
     refuse_same_path([base, *models])
-    carried = compare(base, models, options.mismatch)
+    return compare(base, models, options.mismatch)
+
+
+def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, match: Match) -> MergeKernel:
     reader = Reader([base, *models], options.allow_nonfinite)
     kernel = MergeKernel(
         rule=rule,
@@ -249,7 +257,8 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
         reader=reader,
         scaling_factor=options.factor(rule),
         out=options.out_specs(base),
-        carried=carried,
+        carried=match.carried,
+        extents=match.extents,
     )
     kernel.check_placed()
     return kernel

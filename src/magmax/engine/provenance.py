@@ -54,10 +54,44 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
-def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str]) -> str:
-    """A README for a merged model's folder."""
+def adapter_card(provenance: Provenance, dtype: str, report: Sequence[str]) -> str:
+    """A README for the folder of a merged adapter."""
+    table = "\n".join(report)
+    return f"""---
+library_name: peft
+tags:
+- lora
+- merge
+- magmax
+---
+# A merged LoRA adapter
+
+Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t)`, the nearest product of the rank.
+
+```json
+{json.dumps(provenance.recipe, indent=2)}
+```
+
+{_inputs(provenance)}
+
+## What the rank loses
+
+```text
+{table}
+```
+"""
+
+
+def _inputs(provenance: Provenance) -> str:
     rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
+    return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
+
+
+def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str]) -> str:
+    """A README for a merged model's folder; `partly` says of which tensors what part was merged."""
     kept = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
+    parts = "\n".join(f"* `{key}`: {part}" for key, part in sorted(partly.items()))
+    heading = f"\n## Tensors that were merged in part\n\n{parts}\n" if parts else ""
     recipe = json.dumps(provenance.recipe, indent=2)
     return f"""---
 library_name: transformers
@@ -73,11 +107,9 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 {recipe}
 ```
 
-| input | xxh3-128 of its tensors |
-|---|---|
-{rows}
+{_inputs(provenance)}
 
 ## Tensors that were not merged
 
 {kept}
-"""
+{heading}"""

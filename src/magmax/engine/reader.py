@@ -29,7 +29,12 @@ class Reader:
     checked: bool = False
 
     def numbers(self, slab: Slab, number: int) -> NDArray[Any]:
-        stored, dtype = slab.stored(number), slab.spec(number).dtype
+        """The slab in input `number`."""
+        return self.widened(slab, number, slab.stored(number))
+
+    def widened(self, slab: Slab, number: int, stored: NDArray[Any]) -> NDArray[Any]:
+        """Units of input `number` as numbers."""
+        dtype = slab.spec(number).dtype
         if not self.allow_nonfinite and not self.checked and not finite(stored, dtype):
             raise self._error(number, slab.key)
         return widen(stored, dtype, compute_dtype(slab.spec(0).dtype))

@@ -16,6 +16,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
+from ..checkpoints.lora import LoraModel, base_and_adapter, each_part
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
@@ -23,7 +24,7 @@ from ..errors import MagMaxError
 from ..rules import Number, Rule, StreamingRule, as_rule
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
-from .compare import compare
+from .compare import Match, Mismatch, compare, extents_of, narrowed
 from .job import Job, Outcome, Settings, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from .reader import Reader
@@ -64,6 +65,8 @@ class Running:
         rule: needed to begin; an existing state has its own, which must be equal if one is given.
         base: a path, state dict or module; an existing state remembers a path.
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
+        mismatch: "strict", "base" or "intersect", as in `Options`, for all models to come; what one model lacks is the
+            base's from then on. An existing state has its own, which must be equal if one is given.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
@@ -76,6 +79,7 @@ class Running:
         base: Any = None,
         *,
         winners: bool = False,
+        mismatch: Mismatch | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.path = Path(fspath(path))
@@ -86,6 +90,8 @@ class Running:
             self._load()
             if winners and not self.winners:
                 raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
+            if mismatch is not None and mismatch != self._state.mismatch:
+                raise MagMaxError(f"{self.path}: was begun with mismatch {self._state.mismatch}, not {mismatch}")
             if rule is not None and as_rule(rule) != self.rule:
                 raise MagMaxError(
                     f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
@@ -97,7 +103,7 @@ class Running:
             raise MagMaxError(
                 f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
             )
-        self._state = State(streaming(as_rule("magmax" if rule is None else rule)), winners)
+        self._state = State(streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict")
         if winners and not (self.rule.selects and self.rule.slots(2) == 1):
             raise MagMaxError(f"the winners of {self.rule.name} cannot be mapped: its elements are not one task's own")
 
@@ -141,17 +147,19 @@ class Running:
     def _absorb(self, model: Any, name: str | None, label: str | None) -> Outcome:
         base = self._base()
         opened = self.opened(model, name)
-        carried = compare(base, [opened])
+        match = self._narrowed(base, compare(base, [opened], self._state.mismatch))
         refuse_same_path([base, opened])
         name = name or (default_names([opened.place])[0] if opened.path else f"task {len(self.tasks) + 1}")
         self._refuse_label(label)
         number = max(self._state.generations, default=0) + 1
-        job = self._absorb_job(number, base, opened, name, carried)
+        job = self._absorb_job(number, base, opened, name, match)
         outcome = job.run(self._settings)
         count = self.rule.slots(len(self.tasks) + 1)
         tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._slots()) + 1])]
         self._state.base_digest = outcome.input_digests[0]
-        self._state.generations[number] = Generation(number, tasks, list(outcome.sink_digests[:count]), label)
+        self._state.generations[number] = Generation(
+            number, tasks, list(outcome.sink_digests[:count]), label, extents_of(base, match)
+        )
         self._state.current = number
         self._save()
         return outcome
@@ -181,6 +189,7 @@ class Running:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._base()
         kernel = self._result_kernel(base, options)
+        match = self._narrowed(base, compare(base, []))
         recorded = self._recorded()
 
         def verify(found: Sequence[str]) -> None:
@@ -190,12 +199,17 @@ class Running:
             target=Target(out),
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
-            recipe={**recipe_of(self.rule, options), "absorbed": [asdict(task) for task in self.tasks]},
+            recipe={
+                **recipe_of(self.rule, options),
+                **match.told(),
+                "absorbed": [asdict(task) for task in self.tasks],
+            },
             specs=kernel.merge.out,
             kernel=kernel,
-            carried=kernel.merge.carried,
+            carried=match.carried,
+            partly={key: part.why for key, part in match.partly.items()},
             metadata=kept_metadata(base),
-            companions=beside(base, kernel.merge, options),
+            companions=beside(base, kernel.merge.out, options, match),
             check=verify,
             shard_bytes=options.shard_bytes,
         )
@@ -241,11 +255,14 @@ class Running:
         if given is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = self._state.base_path
-            if given.startswith(PREFIX):
-                return open_checkpoint(given)
-            given = os.path.normpath(self.path / given)
-            if not Path(given).exists() and not distributed(Path(given)):
+            here = os.fspath(self.path)
+
+            def from_here(part: str) -> str:
+                return os.path.normpath(os.path.join(here, part))
+
+            given = each_part(self._state.base_path, from_here, here)
+            gone = not Path(given).exists() and not distributed(Path(given))
+            if gone and not base_and_adapter(given) and not given.startswith(PREFIX):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
@@ -261,15 +278,13 @@ class Running:
         count = self.rule.slots(len(self.tasks))
         return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
 
-    def _absorb_job(
-        self, number: int, base: Checkpoint, model: Checkpoint, name: str, carried: Mapping[str, str]
-    ) -> Job:
+    def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
         slots, task = self._slots(), len(self.tasks) + 1
         self._same_tensors(base, slots)
         if self.winners and task > MOST_MAPPED_TASKS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
         specs = {
-            key: Spec(slot_dtype(self.rule, spec, [c.spec(key).dtype for c in (*slots, model)]), spec.shape)
+            key: Spec(slot_dtype(self.rule, spec, [s.dtype for s in _specs(key, *slots, model)]), spec.shape)
             for key, spec in base.specs.items()
             if spec.floating
         }
@@ -288,7 +303,10 @@ class Running:
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
-        kernel = AbsorbKernel(Reader(inputs), self.rule, task, len(slots), specs, carried, self.winners)
+        held = {key for key in specs if self._state.extents.get(key, 1)}
+        kernel = AbsorbKernel(
+            Reader(inputs), self.rule, task, len(slots), specs, match.carried, self.winners, match.extents, held
+        )
 
         def sinks(draft: Draft) -> Sequence[Sink]:
             return [PrefixedSink(draft, prefix) for prefix in prefixes]
@@ -302,20 +320,25 @@ class Running:
         recipe = {"absorb": self.rule.describe(), "task": task}
         return Job(
             target=Target(self._folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
-            kernel=kernel, carried=carried, sinks=sinks, companions=provenance_file, check=check,
+            kernel=kernel, carried=match.carried, partly={key: part.why for key, part in match.partly.items()},
+            sinks=sinks, companions=provenance_file, check=check,
         )  # fmt: skip
 
     def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._slots()
         self._same_tensors(base, slots)
-        carried = compare(base, [])
+        match = self._narrowed(base, compare(base, []))
         reader = Reader([base, *slots], options.allow_nonfinite)
-        merge = MergeKernel(
-            reader, self.rule, len(self.tasks), options.factor(self.rule), options.out_specs(base), carried
-        )
+        factor, out = options.factor(self.rule), options.out_specs(base)
+        merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.carried, match.extents)
         merge.check_placed()
         return ResultKernel(merge, self.rule, len(slots))
+
+    def _narrowed(self, base: Checkpoint, match: Match) -> Match:
+        """The match of one more model, without what a model absorbed before has not."""
+        before = self._state.extents
+        return narrowed(base, match, before) if before else match
 
     def _recorded(self) -> list[str | None]:
         """The digests of the base and of the slots as they were last seen."""
@@ -350,17 +373,13 @@ class Running:
         for key, spec in view.specs.items():
             for chunk in chunks(key, spec):
                 counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
-        total = max(1, int(counts.sum()))
+        total = max(1, int(counts[1:].sum()))
         return [int(counts[number]) / total for number in range(1, len(self.tasks) + 1)]
 
     def _save(self) -> None:
         """Make the current generation the one that counts, then drop those that nothing names."""
         if self._base_given is not None:
-            base = self._base()
-            here = None if base.path is None else os.path.relpath(base.path, self.path)
-            self._state.base_path = (
-                base.origin if base.origin and all(o.startswith(PREFIX) for o in base.origin.split("+")) else here
-            )
+            self._state.base_path = self._base_path()
         self._state.generations = {
             n: g for n, g in self._state.generations.items() if g.label or n == self._state.current
         }
@@ -368,6 +387,15 @@ class Running:
         for folder in self.path.glob("generation-*"):
             if folder.name not in {self._folder(n).name for n in self._state.generations}:
                 remove(folder)
+
+    def _base_path(self) -> str | None:
+        """Where the base that was given is, as seen from the state; None if it cannot be opened again from there."""
+        given, base = self._base_given, self._base()
+        if base.origin and all(origin.startswith(PREFIX) for origin in base.origin.split("+")):
+            return base.origin
+        if isinstance(given, str | PathLike):
+            return each_part(fspath(given), lambda part: os.path.relpath(part, self.path))
+        return None if base.path is None or isinstance(base, LoraModel) else os.path.relpath(base.path, self.path)
 
     def _load(self) -> None:
         self._state = read_state(self._file)
@@ -382,3 +410,8 @@ class Running:
             if self._file.exists():
                 self._load()
             yield
+
+
+def _specs(key: str, *checkpoints: Checkpoint) -> list[Spec]:
+    """The specs of a tensor in those checkpoints that have it."""
+    return [c.spec(key) for c in checkpoints if c.resolve(key) in c.specs]

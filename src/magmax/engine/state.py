@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError
 from ..rules import Rule, StreamingRule, rule_from
+from .compare import Mismatch
 
 FORMAT = 1
+FORMAT_OF_PARTS = 2
+"""The format of states that may hold tensors in part, which older versions cannot read."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Generation:
-    """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots."""
+    """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots.
+
+    Attributes:
+        extents: of tensors that some model has not, or has only in part, how many leading elements are merged.
+    """
 
     number: int
     tasks: Sequence[Task]
     slots: Sequence[str]
     label: str | None = None
+    extents: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass
@@ -38,6 +47,7 @@ class State:
 
     rule: StreamingRule
     winners: bool
+    mismatch: Mismatch = "strict"
     base_path: str | None = None
     base_digest: str | None = None
     current: int | None = None
@@ -52,15 +62,22 @@ class State:
     def tasks(self) -> Sequence[Task]:
         return self.generation.tasks if self.generation else ()
 
+    @property
+    def extents(self) -> Mapping[str, int]:
+        """Those of the generation that counts."""
+        return self.generation.extents if self.generation else {}
+
     def write(self, file: Path) -> None:
         """Replace the file in one step."""
-        content = {
-            "format": FORMAT,
+        strict = self.mismatch == "strict"
+        content: dict[str, Any] = {
+            "format": FORMAT if strict else FORMAT_OF_PARTS,
             "rule": self.rule.describe(),
             "winners": self.winners,
+            **({} if strict else {"mismatch": self.mismatch}),
             "base": {"path": self.base_path, "digest": self.base_digest},
             "current": self.current,
-            "generations": [asdict(generation) for generation in self.generations.values()],
+            "generations": [_described(generation, strict) for generation in self.generations.values()],
         }
         replace_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
@@ -69,16 +86,20 @@ def read_state(file: Path) -> State:
     """Read and check a `state.json`. Raises MagMaxError for anything that this class did not write."""
     try:
         content = json.loads(file.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT}")
+        if content["format"] not in (FORMAT, FORMAT_OF_PARTS):
+            raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT} and {FORMAT_OF_PARTS}")
+        strict = content["format"] == FORMAT
         ((name, options),) = content["rule"].items()
         found = [
-            Generation(g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"])
+            Generation(
+                g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"], {} if strict else g["extents"]
+            )
             for g in content["generations"]
         ]
         state = State(
             rule=streaming(rule_from({name: options})),
             winners=content["winners"],
+            mismatch="strict" if strict else content["mismatch"],
             base_path=content["base"]["path"],
             base_digest=content["base"]["digest"],
             current=content["current"],
@@ -89,6 +110,13 @@ def read_state(file: Path) -> State:
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise MagMaxError(f"{file}: is not the state of a running merge ({error})") from error
     return state
+
+
+def _described(generation: Generation, strict: bool) -> dict[str, Any]:
+    told = asdict(generation)
+    if strict:
+        del told["extents"]
+    return told
 
 
 def streaming(rule: Rule) -> StreamingRule:
@@ -109,8 +137,11 @@ def streaming(rule: Rule) -> StreamingRule:
 def _sound(state: State) -> bool:
     """Whether what was read has the types and numbers that a state has."""
     whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
+    whole = whole and state.mismatch in get_args(Mismatch)
     return whole and state.current in (None, *state.generations) and all(
         type(generation.number) is int
+        and isinstance(generation.extents, dict)
+        and all(type(count) is int and count >= 0 for count in generation.extents.values())
         and all(type(digest) is str for digest in (*generation.slots, *(task.digest for task in generation.tasks)))
         and len(generation.slots) == state.rule.slots(len(generation.tasks))
         for generation in state.generations.values()

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,7 +31,10 @@ Progress = Callable[[int], None]
 
 
 class Slab:
-    """One slab of one tensor, or several neighbouring ones, as a kernel sees it; `cuts` are the slabs themselves."""
+    """One slab of one tensor, several neighbouring ones, or the beginning of these, as a kernel sees it.
+
+    `cuts` are the slabs themselves.
+    """
 
     def __init__(self, inputs: Sequence[Checkpoint], key: str, cuts: Sequence[tuple[int, int]], digest: bool) -> None:
         self.key, self.start, self.stop = key, cuts[0][0], cuts[-1][1]
@@ -48,6 +52,14 @@ class Slab:
         if self._digest:
             self.digests[number] = slab_digests(units, self.cuts)
         return units
+
+    def until(self, limit: int) -> Slab:
+        """The part of the slab before an offset in the tensor, which may be nothing; digests go to the whole slab."""
+        if limit >= self.stop:
+            return self
+        head = copy(self)
+        head.stop = max(self.start, limit)
+        return head
 
     def digest_alike(self, number: int) -> None:
         """Read input `number` for its digest alone, if its tensor has the base's type and shape."""
@@ -128,6 +140,11 @@ class Pass:
                 self._save(pending)
             raise
         return ledger
+
+    @property
+    def reused(self) -> int:
+        """Bytes that the finished chunks of an interrupted run have read already."""
+        return sum(self.cost(key, start, stop) for key, start, stop, _ in self.parts)
 
     def cost(self, key: str, start: int, stop: int) -> int:
         """Bytes that a chunk reads: what progress counts."""

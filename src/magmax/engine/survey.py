@@ -64,7 +64,7 @@ class Measure(Kernel):
 
 def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> Difference:
     """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
-    apart = compare(base, [model], "base")
+    apart = dict(compare(base, [model], "base").carried)
     kernel = Measure(Reader([base, model], allow_nonfinite=True), apart)
     Pass([base, model], [], kernel, threads, digest=False).run(progress)
     sums = kernel.sums

@@ -46,7 +46,10 @@ class VectorKernel(Kernel):
         if slab.key in self.merge.carried:
             self.merge.carry(slab)
             return [None]
-        return [self.merge.task_vector(slab, self.merge.reader.numbers(slab, 0))]
+        head, stored, _ = self.merge.parted(slab)
+        if head.start == head.stop:
+            return [None]
+        return [self.merge.task_vector(head, self.merge.reader.widened(head, 0, stored))]
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ class ScaleKernel(Kernel):
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
             return [self.merge.carry(slab)]
-        base = self.merge.reader.numbers(slab, 0)
-        return [self.merge.scaled(slab, base, self.merge.reader.numbers(slab, 1))]
+        return [self.merge.joined(slab, lambda head, _: self.merge.reader.numbers(head, 1))]
 
 
 @dataclass(frozen=True)

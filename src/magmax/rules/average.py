@@ -28,6 +28,7 @@ class Average(StreamingRule):
     name: ClassVar[str] = "average"
     scaling_factor: ClassVar[float] = 1.0
     selects: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
 
     weights: Numbers = 1.0

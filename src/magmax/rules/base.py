@@ -26,9 +26,11 @@ class Rule(Part):
 
     Attributes:
         scaling_factor: what multiplies the merged task vector where the user names nothing else.
+        linear: whether the merged task vector is sum_t c_t * tau_t, with the same c for all elements of a tensor.
     """
 
     scaling_factor: ClassVar[float]
+    linear: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:

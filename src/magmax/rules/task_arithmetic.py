@@ -23,6 +23,7 @@ class TaskArithmetic(StreamingRule):
     name: ClassVar[str] = "task_arithmetic"
     scaling_factor: ClassVar[float] = 0.3
     selects: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
 
     weights: Numbers = 1.0
