@@ -29,7 +29,7 @@ from magmax.continual.fit import FitSettings
 from magmax.continual.heads import zero_shot_head
 from magmax.continual.progress import NewBar, bars
 from magmax.continual.scenario import class_incremental, shuffled_classes
-from magmax.continual.sequence import fine_tune
+from magmax.continual.sequence import Protocol, fine_tune
 from magmax.continual.weights import load_weights
 
 TEMPLATES = ["a message about {}", "a discussion of {}", "a question about {}"]
@@ -69,7 +69,7 @@ def main(*, seed: int = 0, steps: int = 32, test_per_class: int = 60, out: Path 
         # 3. Five tasks of four classes, learned one after another. The weights after each are kept.
         tasks = class_incremental(shuffled_classes(len(NEWSGROUP_NAMES), seed), TASKS)
         settings = FitSettings(steps=steps, learning_rate=LEARNING_RATE)
-        base, *tuned = fine_tune(encoder, head, train, tasks, settings, out, seed=seed, new_bar=new_bar)
+        base, *tuned = fine_tune(encoder, head, train, tasks, Protocol(settings), out, seed=seed, new_bar=new_bar)
 
         # 4. Merge the weights. This is all that MagMax is.
         average, merged = out / "average.safetensors", out / "magmax.safetensors"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.models import saved, small_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -44,6 +45,7 @@ def workplace(tmp_path, monkeypatch):
     for name, text in zip(("recipe.yaml",), blocks("yaml"), strict=True):
         (tmp_path / name).write_text(text)
     (tmp_path / "theirs.yaml").write_text(THEIRS)
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "old-research.pt")
     (tmp_path / "score.py").write_text("print(0.5)\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -29,6 +29,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 
 def test_a_recipe_says_everything_a_merge_needs(tmp_path):
+    (tmp_path / "models").mkdir()
     plan = load(written(tmp_path, WHOLE))
     assert plan.rule == KthMagnitude(k=2)
     assert plan.base == str(tmp_path / "models/base")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from . import __version__
+from . import __version__, learning
 from .errors import MagMaxError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ app = App(
     help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
 )
 
+app.command(learning.train)
+app.command(learning.evaluate, name="eval")
+app.command(learning.bench)
 recipes = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
 app.command(recipes)
 
@@ -57,8 +60,9 @@ def merge(
     Parameters
     ----------
     models
-        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, or folders of PEFT LoRA adapters (of
-        the base, or BASE+ADAPTER). Or one recipe (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
+        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, torch.distributed checkpoints, folders
+        of PEFT LoRA adapters (of the base, or BASE+ADAPTER), ids of models on the Hugging Face hub. Or one recipe
+        (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
     base
         The model that all of them were fine-tuned from.
     out
@@ -129,12 +133,12 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base, models = plan.opened()
+    base, models, names = plan.opened()
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
     with _settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
-        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
+        work = Sweep(plan.rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
             raise MagMaxError(
                 f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
@@ -324,11 +328,52 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
     _print_table(["tensor", "dtype", "shape", "size"], rows)
     for key, kept in opened.aliases.items():
         print(f"{key} is tied to {kept}")
+    for note in opened.notes:
+        print(note)
     elements = sum(s.elements for s in opened.specs.values())
     print(f"{len(opened.specs)} tensors, {elements:,} elements, {_size(opened.nbytes)}")
     print("provenance: none" if origin is None else f"provenance: {origin['package']}, {_compact(origin['recipe'])}")
     for source in (origin or {}).get("inputs", []):
-        print(f"  {source['name']}  {source['xxh3_128']}")
+        print(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
+
+
+@app.command
+def convert(
+    old: str,
+    out: str,
+    *,
+    part: str = "",
+    strip: str = "",
+    inert: tuple[str, ...] = (),
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Write any checkpoint as safetensors; whole models in old pickles too, of which nothing is run.
+
+    Parameters
+    ----------
+    old
+        A file written by torch.save: of a module, of a state dict, or of an object that holds one, whose classes need
+        not be installed. Or any other checkpoint.
+    out
+        A .safetensors file, or a folder.
+    part
+        Where in the pickle the model is, where that cannot be told: a name, or names with / between them.
+    strip
+        Keep the tensors whose names begin with this, and take it off: module. for what DataParallel saved.
+    inert
+        A function that the pickle calls only to make a setting, no weights: noted instead of refused, and not run.
+    """
+    from .engine.convert import convert_job
+
+    job = convert_job(old, out, part, strip, inert)
+    if dry_run:
+        _print_preview(job, threads)
+        return
+    with _settings(job.read_bytes, f"converting {old}", threads, restart) as settings:
+        outcome = job.run(settings)
+    _print_outcome(f"converted {old}", outcome)
 
 
 @app.command
@@ -475,6 +520,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     """The recipe that the command line names or spells out; flags stand above the recipe."""
     import os
 
+    from .checkpoints.lora import seen_from
     from .recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -482,9 +528,10 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     paths = [w for w in words if w not in assigned]
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         here = os.path.dirname(paths[0])
-        for key in ("base", "out"):
-            if key in given:
-                given[key] = os.path.relpath(given[key], here or ".")
+        if "base" in given:
+            given["base"] = seen_from(here, given["base"])
+        if "out" in given:
+            given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
@@ -562,6 +609,8 @@ def _print_preview(job: Job, threads: int) -> None:
     print(f"bytes written {cost['write_bytes']:,}")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {_size(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
+    for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
+        print(note)
     _print_carried(job.carried)
     print("no problem found; nothing was written")
 
@@ -608,3 +657,7 @@ def _size(count: int) -> str:
             return f"{amount:.4g} {unit}"
         amount /= 1000
     return f"{amount:.4g} TB"
+
+
+if __name__ == "__main__":
+    main()

@@ -14,14 +14,22 @@ from magmax.continual.data import Labelled  # noqa: E402
 from magmax.continual.encoder import TextEncoder  # noqa: E402
 from magmax.continual.evaluate import accuracy_by_task, predict  # noqa: E402
 from magmax.continual.fit import FitSettings, batches, fit  # noqa: E402
+from magmax.continual.learner import Classifier, TaskLoss  # noqa: E402
 from magmax.continual.scenario import Task  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
+
+
+def tuned(encoder: TextEncoder, head: Any, data: Labelled, settings: FitSettings, seed: Any) -> list[float]:
+    """Fine-tuned under all rows of the head."""
+    loss = TaskLoss(Classifier(encoder, head), range(len(head)))
+    return fit(encoder.model, data, loss, settings, seed)
+
 
 SETTINGS = FitSettings(steps=40, batch=16, learning_rate=3e-3)
 
 
 def test_the_loss_falls_and_the_classes_are_learned(encoder: TextEncoder, data: Labelled, head: Any) -> None:
-    losses = fit(encoder, head, data.items, data.labels, SETTINGS, seed=0)
+    losses = tuned(encoder, head, data, SETTINGS, seed=0)
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
     assert (predict(encoder, head, data.items) == data.labels).mean() > 0.9
@@ -35,7 +43,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(
         encoder = make_encoder()
         encoder.model.train()
         torch.rand(seed + 1)  # the global state must not matter
-        fit(encoder, head, data.items, data.labels, FitSettings(steps=5, learning_rate=1e-3), seed)
+        tuned(encoder, head, data, FitSettings(steps=5, learning_rate=1e-3), seed)
         trained.append(torch.nn.utils.parameters_to_vector(encoder.model.parameters()).detach())
     assert torch.equal(trained[0], trained[1])
     assert not torch.equal(trained[0], trained[2])
@@ -43,7 +51,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(
 
 def test_the_global_random_state_is_left_alone(encoder: TextEncoder, data: Labelled, head: Any) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # pyright: ignore
-    fit(encoder, head, data.items, data.labels, FitSettings(steps=2), seed=0)
+    tuned(encoder, head, data, FitSettings(steps=2), seed=0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()  # pyright: ignore
 
@@ -51,7 +59,7 @@ def test_the_global_random_state_is_left_alone(encoder: TextEncoder, data: Label
 def test_frozen_word_embeddings_stay(encoder: TextEncoder, data: Labelled, head: Any) -> None:
     encoder.freeze_word_embeddings()
     before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
-    fit(encoder, head, data.items, data.labels, FitSettings(steps=3, learning_rate=1e-3), seed=0)
+    tuned(encoder, head, data, FitSettings(steps=3, learning_rate=1e-3), seed=0)
     after = encoder.model.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert "embeddings.word_embeddings.weight" not in moved
@@ -83,10 +91,10 @@ def test_batches_hold_items_of_about_one_size() -> None:
 
 
 def test_no_items_and_targets_of_another_number(encoder: TextEncoder, head: Any) -> None:
-    with pytest.raises(MagMaxError, match="0 items and 0 targets"):
-        fit(encoder, head, [], np.array([], dtype=np.int64), SETTINGS, seed=0)
-    with pytest.raises(MagMaxError, match="1 items and 2 targets"):
-        fit(encoder, head, [[1]], np.array([0, 0]), SETTINGS, seed=0)
+    with pytest.raises(MagMaxError, match="0 items and 0 labels"):
+        tuned(encoder, head, Labelled([], np.array([], dtype=np.int64)), SETTINGS, seed=0)
+    with pytest.raises(MagMaxError, match="1 items and 2 labels"):
+        tuned(encoder, head, Labelled([[1]], np.array([0, 0])), SETTINGS, seed=0)
 
 
 def test_predictions_do_not_depend_on_the_batch(encoder: TextEncoder, data: Labelled, head: Any) -> None:

@@ -14,8 +14,9 @@ from magmax.continual import sequence  # noqa: E402
 from magmax.continual.data import Labelled  # noqa: E402
 from magmax.continual.encoder import TextEncoder  # noqa: E402
 from magmax.continual.fit import FitSettings, fit  # noqa: E402
+from magmax.continual.learner import Classifier, TaskLoss  # noqa: E402
 from magmax.continual.scenario import class_incremental  # noqa: E402
-from magmax.continual.sequence import fine_tune  # noqa: E402
+from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
 from magmax.continual.weights import load_weights, read_metadata, save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -29,9 +30,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tasks that were really trained, by their number."""
     trained: list[int] = []
 
-    def counted(*args: Any) -> list[float]:
-        trained.append(args[5][1])
-        return fit(*args)
+    def counted(*args: Any, **options: Any) -> list[float]:
+        trained.append(args[4][1])
+        return fit(*args, **options)
 
     monkeypatch.setattr(sequence, "fit", counted)
     return trained
@@ -45,20 +46,20 @@ def test_theta_0_is_the_encoder_and_each_task_moves_on(
     make_encoder: Make, data: Labelled, head: Any, tmp_path: Path
 ) -> None:
     start = {key: value.clone() for key, value in make_encoder().model.state_dict().items()}
-    paths = fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path, seed=0)
+    paths = fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0)
     assert [path.name for path in paths] == [f"theta_{t}.safetensors" for t in range(3)]
     encoder = make_encoder(seed=9)
     load_weights(encoder.model, paths[0])
     assert all(torch.equal(start[key], value) for key, value in encoder.model.state_dict().items())
     assert len(set(contents(paths))) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", *(path.name for path in paths)]
 
 
 def test_a_second_run_trains_nothing(
     make_encoder: Make, data: Labelled, head: Any, tmp_path: Path, calls: list[int]
 ) -> None:
-    first = contents(fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path, seed=0))
-    second = contents(fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path, seed=0))
+    first = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0))
+    second = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0))
     assert calls == [1, 2]
     assert first == second
 
@@ -73,22 +74,22 @@ def test_a_killed_run_goes_on_after_the_last_finished_task(
     monkeypatch: pytest.MonkeyPatch,
     killed_in: str,
 ) -> None:
-    whole = contents(fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path / "whole", seed=0))
+    whole = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "whole", seed=0))
     real, count = getattr(sequence, killed_in), {"fit": 2, "save_weights": 3}[killed_in]
 
-    def killed(*args: Any) -> Any:
+    def killed(*args: Any, **options: Any) -> Any:
         nonlocal count
         count -= 1
         if count == 0:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(sequence, killed_in, killed)
         with pytest.raises(KeyboardInterrupt):
-            fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path / "killed", seed=0)
+            fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "killed", seed=0)
     calls.clear()
-    paths = fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path / "killed", seed=0)
+    paths = fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "killed", seed=0)
     assert calls == [2]
     assert contents(paths) == whole
 
@@ -98,7 +99,7 @@ def test_any_change_starts_afresh_where_it_matters(
 ) -> None:
     def run(**changes: Any) -> list[int]:
         calls.clear()
-        given = {"encoder": make_encoder(), "head": head, "data": data, "tasks": TASKS, "settings": SETTINGS}
+        given = {"encoder": make_encoder(), "head": head, "data": data, "tasks": TASKS, "protocol": Protocol(SETTINGS)}
         fine_tune(**{**given, "folder": tmp_path, "seed": 0, **changes})
         return list(calls)
 
@@ -106,7 +107,7 @@ def test_any_change_starts_afresh_where_it_matters(
     assert run(seed=1) == [1, 2]
     assert run(head=2 * head) == [1, 2]
     assert run(encoder=make_encoder(seed=1)) == [1, 2]
-    assert run(settings=FitSettings(steps=3)) == [1, 2]
+    assert run(protocol=Protocol(FitSettings(steps=3))) == [1, 2]
     assert run() == [1, 2]
     assert run(tasks=class_incremental([2, 0, 1, 3], 2)) == [2]
     assert run() == [2]
@@ -115,11 +116,13 @@ def test_any_change_starts_afresh_where_it_matters(
 
 
 def test_independent_tasks_start_at_the_base(make_encoder: Make, data: Labelled, head: Any, tmp_path: Path) -> None:
-    paths = fine_tune(make_encoder(), head, data, TASKS, SETTINGS, tmp_path, seed=0, start="base")
+    protocol = Protocol(SETTINGS, start="base")
+    paths = fine_tune(make_encoder(), head, data, TASKS, protocol, tmp_path, seed=0)
     alone = make_encoder()
     rows = TASKS[1].rows(data.labels)
     targets = TASKS[1].targets(data.labels[rows])
-    fit(alone, head[list(TASKS[1].classes)], data.pick(rows).items, targets, SETTINGS, [0, 2])
+    loss = TaskLoss(Classifier(alone, head), TASKS[1].classes)
+    fit(alone.model, Labelled(data.pick(rows).items, targets), loss, SETTINGS, [0, 2])
     merged = make_encoder(seed=9)
     load_weights(merged.model, paths[2])
     pairs = zip(alone.model.state_dict().values(), merged.model.state_dict().values(), strict=True)

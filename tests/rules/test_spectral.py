@@ -265,10 +265,11 @@ def test_the_dry_run_counts_a_tensor_of_every_model_and_no_threads(tmp_path):
 
 
 @pytest.mark.parametrize("rule", [IsoC(), IsoCTS(), TsvM()], ids=str)
-def test_nan_has_no_singular_values(rule):
-    base, task = model(0), model(1)
-    task["tall"][7, 7] = np.nan
-    with pytest.raises(MagMaxError, match="tall: holds NaN or infinity"):
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e200])
+def test_what_has_no_singular_values_is_an_error_that_names_the_tensor(rule, bad):
+    base, task = model(0, np.float64), model(1, np.float64)
+    task["tall"][7, 7] = bad
+    with pytest.raises(MagMaxError, match=f"tall: {rule.name} takes singular values"):
         magmax.merge(rule, base, [task], allow_nonfinite=True)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
 
 from ..errors import MagMaxError
-from .base import Checkpoint
+from .base import PREFIX, Checkpoint
+from .dcp import DistributedCheckpoint, distributed
 from .dtypes import Spec
 from .folder import PICKLES, open_folder
+from .hub import locate, might_be_id
 from .lora import LoraModel, base_and_adapter, is_adapter
 from .memory import StateDict, open_pickle
 from .safetensors import SafetensorsFile
@@ -23,8 +26,9 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
 
     Args:
         source: a `.safetensors` file; a folder with (sharded) safetensors or `.bin` files; a `.pt`, `.pth` or `.bin`
-            state dict; the folder of a PEFT LoRA adapter, or BASE+ADAPTER; a mapping of names to tensors or arrays; an
-            object with `state_dict()`; a `Checkpoint`.
+            state dict; a folder of torch.distributed.checkpoint, or a part of one, FOLDER/PART; the folder of a PEFT
+            LoRA adapter, or BASE+ADAPTER; in a string, the id of a model on the Hugging Face hub in place of each; a
+            mapping of names to tensors or arrays; an object with `state_dict()`; a `Checkpoint`.
         label: what messages call it; a path's own text by default.
         base: what an adapter is applied to where the source does not say it.
 
@@ -34,8 +38,9 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, str | PathLike):
+        text = source if isinstance(source, str) else os.path.join(os.curdir, fspath(cast("PathLike[str]", source)))
         try:
-            return _open_path(fspath(source), label or fspath(source), base)
+            return _open(text, label or fspath(source), base)
         except OSError as error:
             raise MagMaxError(f"{label or fspath(source)}: cannot be read: {error.strerror}") from error
     if isinstance(source, Mapping):
@@ -45,18 +50,31 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
 
 
-def _open_path(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
+def _open(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
     if halves := base_and_adapter(text):
-        return LoraModel(Path(halves[1]), _open_path(halves[0], halves[0], None), label)
-    path = Path(text)
+        start, adapter = _open(halves[0], halves[0], None), locate(halves[1])
+        opened = LoraModel(adapter.path, start, label)
+        origins = start.origin or Path(halves[0]).name, adapter.origin or adapter.path.name
+        opened.origin = "+".join(origins) if start.origin or adapter.origin else ""
+        return opened
+    found = locate(text)
+    opened = _open_path(found.path, found.label if label == text else label, base)
+    opened.origin = found.origin
+    return opened
+
+
+def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
     if path.is_dir() and is_adapter(path):
         if base is None:
-            raise MagMaxError(f"{label}: is an adapter, which is a model only with its base: write BASE+{text}")
+            raise MagMaxError(f"{label}: is an adapter, which is a model only with its base: write BASE+{label}")
         return LoraModel(path, base, label)
+    if found := distributed(path):
+        return DistributedCheckpoint(found[0], label, found[1])
     if path.is_dir():
         return open_folder(path, label)
     if not path.exists():
-        raise MagMaxError(f"{label}: there is no such file or folder")
+        hint = f"; for the model of the hub: {PREFIX}{label}" if might_be_id(label) else ""
+        raise MagMaxError(f"{label}: there is no such file or folder{hint}")
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, label)
     if path.suffix in PICKLES:

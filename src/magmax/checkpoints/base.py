@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from .dtypes import Spec
 
+PREFIX = "hf://"
+
 
 class Checkpoint(ABC):
     """Named tensors, read in flat ranges; nothing is held in memory beyond their names and shapes.
@@ -20,6 +22,8 @@ class Checkpoint(ABC):
         specs: key -> (dtype, shape), in the order of the file.
         aliases: key -> the key in `specs` whose storage it shares (tied weights).
         metadata: the header's own strings.
+        notes: what a user should know of how it was read.
+        origin: its id on the hub with the commit, as hf://..., or those of base+adapter; "" for what never was there.
     """
 
     label: str
@@ -27,9 +31,11 @@ class Checkpoint(ABC):
     specs: dict[str, Spec]
     aliases: dict[str, str]
     metadata: dict[str, str]
+    notes: list[str]
+    origin: str = ""
 
     def __init__(self, label: str, specs: dict[str, Spec]) -> None:
-        self.label, self.specs, self.aliases, self.metadata = label, specs, {}, {}
+        self.label, self.specs, self.aliases, self.metadata, self.notes = label, specs, {}, {}, []
 
     @abstractmethod
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
@@ -38,6 +44,12 @@ class Checkpoint(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """Every file the tensors and their names come from."""
+
+    @property
+    def place(self) -> str:
+        """What a name for it is made from: where it was downloaded from, its path, or its label."""
+        last = self.origin.rpartition("+")[2]
+        return last if last.startswith(PREFIX) else str(self.path or self.label)
 
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""

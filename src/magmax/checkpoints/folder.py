@@ -14,6 +14,8 @@ from .memory import open_pickle
 from .safetensors import SafetensorsFile, is_string_map
 
 PICKLES = (".pt", ".pth", ".bin")
+COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe"})
+"""Endings of the small files that make a folder of weights a model: config, tokenizer, vocabulary."""
 
 
 class Folder(Checkpoint):
@@ -53,8 +55,12 @@ def open_folder(path: Path, label: str) -> Folder:
             raise MagMaxError(f"{label}: has several indexes ({names}); name one folder a model")
         if indexes:
             return _indexed(path, label, indexes[0])
+        if any(path.glob(f"*{kind}")):
+            break
     found = sorted(path.glob("*.safetensors")) or sorted(f for k in PICKLES for f in path.glob(f"*{k}"))
     found = [f for f in found if f.name != "training_args.bin"]
+    if not found and any(path.glob("*.distcp")):
+        raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
     if len(found) != 1:
         what = f"{len(found)} weight files and no index" if found else "no weights (.safetensors, .bin or .pt)"
         raise MagMaxError(f"{label}: the folder holds {what}; give the file itself, or a folder with an index")
@@ -67,7 +73,7 @@ def _open_file(file: Path) -> Checkpoint:
 
 
 def _indexed(path: Path, label: str, index: Path) -> Folder:
-    where = _weight_map(index)
+    where = weight_map(index)
     names = sorted(set(where.values()))
     problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
     if not problems:
@@ -93,7 +99,8 @@ def _indexed(path: Path, label: str, index: Path) -> Folder:
     return Folder(path, label, shards, index)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
     try:
         where: Any = json.loads(index.read_text("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

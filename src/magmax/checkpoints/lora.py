@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import MagMaxError
 from .base import Checkpoint
 from .dtypes import Spec, widen
+from .hub import hub_id
 from .peft import CONFIG, WEIGHTS, Adapter, Factor, Update
 
 TILE = 1 << 16
@@ -121,16 +124,30 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
-    """The halves of "BASE+ADAPTER", where nothing has that very name and ADAPTER is the folder of an adapter."""
+    """The halves of "BASE+ADAPTER", where nothing has that very name and ADAPTER is the folder of an adapter, or both
+    are there or on the hub."""
     if "+" not in text or os.path.lexists(os.path.join(folder, text)):
         return None
     for place in (n for n, letter in enumerate(text) if letter == "+"):
         base, adapter = text[:place], text[place + 1 :]
-        if base and adapter and Path(folder, adapter, CONFIG).is_file():
+        if not base or not adapter:
+            continue
+        if Path(folder, adapter, CONFIG).is_file():
             return base, adapter
+        with suppress(MagMaxError):  # at this plus the text does not fall into two ids
+            if hub_id(adapter, folder) and (hub_id(base, folder) or os.path.lexists(os.path.join(folder, base))):
+                return base, adapter
     return None
 
 
 def within(folder: str, text: str) -> str:
-    """A path, or both of "BASE+ADAPTER", as seen from where `folder` is."""
-    return "+".join(os.path.join(folder, part) for part in base_and_adapter(text, folder) or (text,))
+    """A path, or both of "BASE+ADAPTER", as seen from where `folder` is; an id of the hub as hf://..."""
+    halves = [(part, hub_id(part, folder)) for part in base_and_adapter(text, folder) or (text,)]
+    return "+".join(named.address if named else os.path.join(folder, part) for part, named in halves)
+
+
+def seen_from(folder: str, text: str) -> str:
+    """A path, or both of "BASE+ADAPTER", so that `within(folder, ...)` gives it back."""
+    parts = base_and_adapter(text) or (text,)
+    named = [hub_id(part) for part in parts]
+    return "+".join(n.address if n else os.path.relpath(p, folder or ".") for p, n in zip(parts, named, strict=True))

@@ -109,8 +109,7 @@ def open_pickle(path: Path, label: str) -> StateDict:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
         raise MagMaxError(
             f"{label}: this pickle needs code to be run, which is refused ({reason.strip() or 'weights_only'}). "
-            "Load it where you trust it and save a plain state dict: "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            f"Convert it once, which runs nothing of it: magmax convert {path} {path.with_suffix('.safetensors').name}"
         ) from error
     except Exception as error:
         raise MagMaxError(

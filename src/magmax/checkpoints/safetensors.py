@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import reprlib
-import weakref
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .base import Checkpoint
 from .dtypes import BITS, Spec
+from .ranges import RangeFile
 
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
@@ -28,12 +27,8 @@ class SafetensorsFile(Checkpoint):
     def __init__(self, path: Path, label: str | None = None) -> None:
         super().__init__(label or str(path), {})
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise MagMaxError(f"{self.label}: cannot be opened: {error.strerror}") from error
-        weakref.finalize(self, os.close, self._fd)
-        self._size = os.fstat(self._fd).st_size
+        self._file = RangeFile(path, self.label)
+        self._size = self._file.size
         header = self._header()
         self._header_digest = xxhash.xxh3_128_hexdigest(header)
         self._data = 8 + len(header)
@@ -43,7 +38,7 @@ class SafetensorsFile(Checkpoint):
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         storage = self.specs[key].storage
         out = np.empty(stop - start, storage)
-        self._fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize)
+        self._file.fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize)
         return out
 
     def files(self) -> list[Path]:
@@ -52,21 +47,11 @@ class SafetensorsFile(Checkpoint):
     def header_digests(self) -> list[str]:
         return [self._header_digest]
 
-    def _fill(self, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                count = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise MagMaxError(f"{self.label}: cannot be read at byte {offset}: {error.strerror}") from error
-            if not count:
-                raise self._bad(f"ends at byte {offset}, where data was promised; copy or download it again")
-            view, offset = view[count:], offset + count
-
     def _header(self) -> bytes:
         if self._size < 8:
             raise self._bad(f"has {self._size} bytes, too few for a safetensors file")
         prefix = bytearray(8)
-        self._fill(memoryview(prefix), 0)
+        self._file.fill(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
         if length > HEADER_LIMIT or 8 + length > self._size:
             raise self._bad(
@@ -74,7 +59,7 @@ class SafetensorsFile(Checkpoint):
                 "it is truncated or not a safetensors file"
             )
         header = bytearray(length)
-        self._fill(memoryview(header), 8)
+        self._file.fill(memoryview(header), 8)
         return bytes(header)
 
     def _parse(self, header: bytes) -> dict[str, Any]:

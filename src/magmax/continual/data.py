@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from magmax.continual.fetch import File, Source
+from magmax.continual.fetch import File, Source, fetch
 from magmax.errors import MagMaxError
 
 MINILM = Source(
@@ -70,23 +70,68 @@ NEWSGROUP_NAMES = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Examples (texts, token ids, ...) and the class of each: n items, labels of shape (n,)."""
+    """Examples (texts, token ids, images, ...), the class of each and, where there are any, the domain of each.
+
+    n items; labels and domains of shape (n,), numbered from 0.
+    """
 
     items: Sequence[Any]
     labels: np.ndarray
+    domains: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     def pick(self, rows: np.ndarray) -> Labelled:
         """The examples at these positions, in this order."""
-        return Labelled([self.items[i] for i in rows], self.labels[rows])
+        domains = None if self.domains is None else self.domains[rows]
+        return Labelled([self.items[i] for i in rows], self.labels[rows], domains)
 
     def sample_per_class(self, n: int, seed: int) -> Labelled:
         """At most n random examples of every class, in their old order; the same for the same seed."""
-        random = np.random.default_rng(seed)
-        chosen = [random.permutation(np.flatnonzero(self.labels == c))[:n] for c in np.unique(self.labels)]
-        return self.pick(np.sort(np.concatenate(chosen)))
+        return self.pick(rows_per_class(self.labels, n, seed))
+
+
+def rows_per_class(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
+    """The positions of at most n random examples of every class (of all, where n is None), ascending."""
+    if n is None:
+        return np.arange(len(labels))
+    random = np.random.default_rng(seed)
+    chosen = [random.permutation(np.flatnonzero(labels == c))[:n] for c in np.unique(labels)]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: training and test examples, the classes in plain words (class c is the c-th) and the domains.
+
+    `prompts`, where given, are the sentences that a zero-shot head embeds for each class. `parts` are the data sets
+    that were joined into this one: the name of each, and the classes that are its own.
+    """
+
+    train: Labelled
+    test: Labelled
+    classes: Sequence[str]
+    domains: Sequence[str] = ()
+    prompts: Sequence[Sequence[str]] = ()
+    parts: Sequence[tuple[str, tuple[int, ...]]] = ()
+
+    def per_class(self, train: int | None, test: int | None, seed: int) -> Dataset:
+        """The same with at most so many random examples of each class; None keeps all."""
+        chosen = {
+            name: data.pick(rows_per_class(data.labels, n, seed))
+            for name, data, n in (("train", self.train, train), ("test", self.test, test))
+            if n is not None
+        }
+        return replace(self, **chosen)
+
+
+def newsgroups(test_per_class: int | None = None, train_per_class: int | None = None, seed: int = 0) -> Dataset:
+    """20 Newsgroups, or so many random texts of each class, drawn from the seed (the same for every run)."""
+    train, test = read_newsgroups(fetch(NEWSGROUPS))
+    train = train if train_per_class is None else train.sample_per_class(train_per_class, seed)
+    test = test if test_per_class is None else test.sample_per_class(test_per_class, seed)
+    return Dataset(train, test, list(NEWSGROUP_NAMES.values()))
 
 
 def read_newsgroups(folder: Path) -> tuple[Labelled, Labelled]:
@@ -118,5 +163,21 @@ def read_tab(path: Path, classes: Sequence[str]) -> Labelled:
 
 def without_leaks(train: Labelled, test: Labelled) -> Labelled:
     """The training examples that do not also stand in the test examples."""
-    seen = set(test.items)
-    return train.pick(np.array([i for i, item in enumerate(train.items) if item not in seen], dtype=np.int64))
+    seen = set(map(_content, test.items))
+    return train.pick(np.array([i for i, item in enumerate(train.items) if _content(item) not in seen], dtype=np.int64))
+
+
+def _content(item: Any) -> Hashable:
+    return (item.shape, item.tobytes()) if isinstance(item, np.ndarray) else item
+
+
+def held_out(groups: Sequence[Hashable], share: float, seed: int) -> np.ndarray:
+    """Which examples to hold out for testing, shape (n,): all those of a random share of the groups, at least one.
+
+    What belongs together (the sentences of one review, the pictures of one thing) has one group, so that nothing of
+    it is seen in training.
+    """
+    distinct = list(dict.fromkeys(groups))
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    chosen = {distinct[i] for i in order[: max(1, round(share * len(distinct)))]}
+    return np.array([group in chosen for group in groups], dtype=bool)

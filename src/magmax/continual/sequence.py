@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from magmax.continual.data import Labelled
 from magmax.continual.encoder import Encoder
 from magmax.continual.fit import FitSettings, fit
+from magmax.continual.learner import Classifier, TaskLoss
+from magmax.continual.penalties import Penalty
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.scenario import Task
-from magmax.continual.weights import load_weights, read_metadata, save_weights
+from magmax.continual.snapshot import Snapshot
+from magmax.continual.weights import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes, write_tensors
+from magmax.errors import MagMaxError, listed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Done = Callable[[int, Path], None]
+"""Called after each task with its number and theta_t's file, whether it was trained now or kept from an earlier run."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a sequence of tasks is learned.
+
+    Attributes:
+        settings: of every task.
+        start: task t starts at theta_{t-1} ("previous": sequential fine-tuning) or at theta_0 ("base": independent).
+        penalty: makes the term that is added to the loss; for each sequence a new one.
+        replay: training examples of each class kept from every task and mixed into later ones, whose heads are then
+            those of all classes seen. This breaks the exemplar-free rule that every other protocol here keeps.
+        save_every: steps between two snapshots of a task's training; 0 for none.
+    """
+
+    settings: FitSettings
+    start: Literal["previous", "base"] = "previous"
+    penalty: Callable[[], Penalty] | None = None
+    replay: int = 0
+    save_every: int = 0
 
 
 def fine_tune(
@@ -25,47 +57,131 @@ def fine_tune(
     head: Tensor,
     data: Labelled,
     tasks: Sequence[Task],
-    settings: FitSettings,
+    protocol: Protocol,
     folder: Path,
     *,
     seed: int,
-    start: Literal["previous", "base"] = "previous",
     new_bar: NewBar = no_bars,
+    done: Done | None = None,
+    team: Accelerator | None = None,
 ) -> list[Path]:
     """Fine-tunes on each task in turn, under the head's rows of that task alone; returns theta_0 .. theta_T.
 
-    Each theta_t is a safetensors file in the folder. Task t starts at theta_{t-1} ("previous": sequential
-    fine-tuning) or at theta_0 ("base": independent). A file says what it was made from: weights, head, texts,
-    tasks, settings and seed. Where all are the same it is used again: a killed run goes on after its last
-    finished task, a changed one starts afresh. The encoder is left with some task's weights.
+    Each theta_t is a safetensors file in the folder. A file says what it was made from: weights, head, examples,
+    tasks, settings, penalty and seed. Where all are the same it is used again: a killed run goes on after its last
+    finished task, and after the last snapshot within a task; a changed one starts afresh. The encoder is left with
+    some task's weights. What each task took is in `costs.json`.
+
+    Raises MagMaxError for a task that has no examples, a class that has none, and labels that the head has no row for.
     """
-    recipe = _recipe(encoder, head, settings, seed=seed, start=start)
+    check(data, tasks, len(head))
+    first = team is None or team.is_main_process
+    penalty = protocol.penalty() if protocol.penalty else None
+    recipe = _recipe(encoder, head, protocol, penalty, seed)
     paths = [folder / f"theta_{t}.safetensors" for t in range(len(tasks) + 1)]
-    if read_metadata(paths[0]) != _made(recipe):
-        save_weights(encoder.model, paths[0], _made(recipe))
+    if first and read_metadata(paths[0]) != made_from(recipe):
+        save_weights(encoder.model, paths[0], made_from(recipe))
+    _wait(team)
+    learner, remembered = Classifier(encoder, head), 0
     for t, task in enumerate(tasks, start=1):
-        part = data.pick(task.rows(data.labels))
-        recipe[f"task {t}"] = [list(task.classes), _digest(part.labels, *map(np.asarray, part.items))]
+        own, part = _examples(data, tasks, t, protocol.replay, seed)
+        recipe[f"task {t}"] = [list(own.classes), _digest(part.labels, *map(np.asarray, part.items))]
+        made = made_from(recipe)
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
-        if read_metadata(paths[t]) == _made(recipe):
-            tell(settings.steps, settings.steps, "kept from an earlier run")
-            continue
-        load_weights(encoder.model, paths[t - 1] if start == "previous" else paths[0])
-        own_head, targets = head[list(task.classes)], task.targets(part.labels)
-        fit(encoder, own_head, part.items, targets, settings, [seed, t], tell)
-        save_weights(encoder.model, paths[t], _made(recipe))
+        if read_metadata(paths[t]) == made:
+            tell(protocol.settings.steps, protocol.settings.steps, "kept from an earlier run")
+            remembered = _remember(penalty, folder, t)
+        else:
+            load_weights(encoder.model, paths[t - 1] if protocol.start == "previous" else paths[0])
+            if penalty and remembered < t - 1:
+                lost = _memory(folder, t - 1)
+                raise MagMaxError(f"{lost}: is missing, and task {t} needs it; delete its folder to begin again")
+            if penalty:
+                penalty.before_task(learner, sorted({c for earlier in tasks[: t - 1] for c in earlier.classes}))
+            targets = replace(part, labels=own.targets(part.labels))
+            snapshot = Snapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
+            loss = TaskLoss(learner, own.classes, penalty)
+            more = {"tell": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
+            losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], **more)
+            if penalty:
+                penalty.after_task(learner, targets, own.classes)
+                remembered = t
+            if first:
+                if penalty:
+                    write_tensors(penalty.state, _memory(folder, t), made)
+                save_weights(encoder.model, paths[t], made)
+                _account(folder, t, {"seconds": round(snapshot.spent(), 3), "loss": float(np.mean(losses[-10:]))})
+                snapshot.remove()
+                _memory(folder, t - 1).unlink(missing_ok=True)
+            _wait(team)
+        if done:
+            done(t, paths[t])
     return paths
 
 
-def _recipe(encoder: Encoder, head: Tensor, settings: FitSettings, **choices: object) -> dict[str, object]:
+def check(data: Labelled, tasks: Sequence[Task], classes: int) -> None:
+    """Raises MagMaxError, with all problems at once, where the tasks cannot be learned from these data."""
+    problems = [] if tasks else ["there is no task"]
+    strange = sorted({int(label) for label in data.labels if not 0 <= label < classes})
+    if strange:
+        problems.append(f"labels {strange[:8]} are out of range; the head has the classes 0 to {classes - 1}")
+    for task in tasks:
+        if beyond := [c for c in task.classes if not 0 <= c < classes]:
+            problems.append(f"{task.name}: the classes {beyond} are out of range; the head has 0 to {classes - 1}")
+        rows = task.rows(data.labels, data.domains)
+        missing = sorted(set(task.classes) - set(data.labels[rows].tolist()))
+        if len(rows) == 0:
+            problems.append(f"{task.name}: has no training example of its classes {list(task.classes)}")
+        elif missing and task.domain is None:
+            problems.append(f"{task.name}: no training example is of the classes {missing}; leave them out of it")
+    if problems:
+        raise listed("these tasks cannot be learned", problems)
+
+
+def costs(folder: Path) -> dict[str, dict[str, float]]:
+    """What each task's training took (seconds, last loss), by its number."""
+    try:
+        return json.loads((folder / "costs.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def made_from(recipe: Mapping[str, object]) -> dict[str, str]:
+    """The metadata that says what a file was made from: a digest."""
+    return {MADE_FROM: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()}
+
+
+def _examples(data: Labelled, tasks: Sequence[Task], t: int, replay: int, seed: int) -> tuple[Task, Labelled]:
+    """The classes and examples that task t (from 1) is trained on: its own and, with replay, some of earlier ones."""
+    task = tasks[t - 1]
+    rows = task.rows(data.labels, data.domains)
+    if not replay or t == 1:
+        return task, data.pick(rows)
+    kept = [rows]
+    for number, earlier in enumerate(tasks[: t - 1], start=1):
+        before = earlier.rows(data.labels, data.domains)
+        order = np.random.default_rng([seed, number]).permutation(before)
+        kept += [order[data.labels[order] == c][:replay] for c in earlier.classes]
+    classes = tuple(dict.fromkeys(c for each in tasks[:t] for c in each.classes))
+    return replace(task, classes=classes, domain=None), data.pick(np.concatenate(kept))
+
+
+def _recipe(
+    encoder: Encoder, head: Tensor, protocol: Protocol, penalty: Penalty | None, seed: int
+) -> dict[str, object]:
     """Everything but the tasks that decides the weights; a digest where it is long."""
     weights = encoder.model.state_dict()
+    chosen = {k: v for k, v in vars(penalty).items() if k != "state" and not k.startswith("_")} if penalty else {}
     return {
-        "settings": asdict(settings),
+        "settings": asdict(protocol.settings),
+        "varied": getattr(encoder, "variation", ""),
         "trained": [key for key, weight in encoder.model.named_parameters() if weight.requires_grad],
         "base": _digest(*(weights[key].detach().cpu().float().numpy() for key in sorted(weights))),
         "head": _digest(head.detach().cpu().numpy()),
-        **choices,
+        "start": protocol.start,
+        "penalty": [type(penalty).__name__, chosen],
+        "replay": protocol.replay,
+        "seed": seed,
     }
 
 
@@ -76,5 +192,27 @@ def _digest(*arrays: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def _made(recipe: Mapping[str, object]) -> dict[str, str]:
-    return {"made_from": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()}
+def _memory(folder: Path, t: int) -> Path:
+    """Where what the penalty remembers after task t is kept until task t + 1 is done."""
+    return folder / f"penalty_{t}.safetensors"
+
+
+def _remember(penalty: Penalty | None, folder: Path, t: int) -> int:
+    """Put what the penalty remembered after task t back into it; t, or 0 where there is no such file."""
+    if penalty is None or not _memory(folder, t).exists():
+        return 0
+    try:
+        penalty.state = load_file(_memory(folder, t))
+    except (OSError, SafetensorError) as error:
+        raise MagMaxError(f"{_memory(folder, t)}: cannot be read: {error}; delete its folder to begin again") from error
+    return t
+
+
+def _account(folder: Path, t: int, told: Mapping[str, float]) -> None:
+    content = {**costs(folder), str(t): dict(told)}
+    write_bytes(json.dumps(content, indent=2).encode() + b"\n", folder / "costs.json")
+
+
+def _wait(team: Accelerator | None) -> None:
+    if team:
+        team.wait_for_everyone()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe"}
+from ..checkpoints.folder import COMPANIONS
+
 LARGEST = 200_000_000
 NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -17,7 +18,7 @@ def companions(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         ours = path.name == "provenance.json" or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in SUFFIXES and not (hidden or ours) and path.stat().st_size <= LARGEST:
+        if path.is_file() and path.suffix in COMPANIONS and not (hidden or ours) and path.stat().st_size <= LARGEST:
             found[str(name)] = path
     if dtype and "config.json" in found:
         found["config.json"] = _with_dtype(folder / "config.json", NAMES_OF_TYPES[dtype])

@@ -112,7 +112,7 @@ class Job:
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
         specs = [*self.specs.values(), *self.inputs[0].specs.values()]
-        widest = max(4, *(spec.storage.itemsize for spec in specs)) if specs else 4
+        widest = max([4, *(spec.storage.itemsize for spec in specs)])
         if self.kernel.whole:
             largest = max((spec.elements for spec in specs), default=0)
             return largest * (widest * (1 + len(self.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
@@ -158,6 +158,8 @@ class Job:
 
     def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
         began = time.perf_counter()
+        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+            settings.note(said)
         parts = self._resumable(draft, journal, settings)
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
@@ -205,7 +207,8 @@ class Job:
         return identity
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
-        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names))
+        origins = [checkpoint.origin for checkpoint in self.inputs]
+        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names), origins)
 
     def _metadata(self, provenance: Provenance) -> dict[str, str]:
         return {"format": "pt", **self.metadata, **provenance.metadata()}

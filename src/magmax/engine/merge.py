@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.base import PREFIX
 from ..checkpoints.dtypes import LONG_NAMES
 from ..checkpoints.memory import as_tensor
 from ..checkpoints.writer import SHARD_BYTES, Target
@@ -126,7 +127,7 @@ def merge_job(
     names: Sequence[str] | None = None,
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
-    names = names or default_names([str(m.path or m.label) for m in models])
+    names = names or default_names([m.place for m in models])
     kernel = _kernel(rule, base, models, options)
 
     def refuse_twins(digests: Sequence[str]) -> None:
@@ -214,7 +215,11 @@ class MemorySink:
 
 
 def default_names(paths: Sequence[str]) -> list[str]:
-    """For each path the first part that tells it from the others, without its suffix."""
+    """For each path the first part that tells it from the others, without its suffix; for a model of the hub its id."""
+    local = [path for path in paths if not path.startswith(PREFIX)]
+    if len(local) < len(paths):
+        told = iter(default_names(local)) if local else iter(())
+        return [path.removeprefix(PREFIX) if path.startswith(PREFIX) else next(told) for path in paths]
     parts = [Path(path).parts or ("",) for path in paths]
     if len(paths) == 1:
         names = [_plain(part) for part in reversed(parts[0])]

@@ -21,14 +21,19 @@ class Provenance:
         recipe: what was done, without paths, times or anything of this machine.
         names: what the inputs are called, in order.
         digests: an xxh3-128 of each input's tensors, in hexadecimal.
+        origins: the id and commit of each input that came from the hub, "" for others; or nothing at all.
     """
 
     recipe: Mapping[str, Any]
     names: Sequence[str]
     digests: Sequence[str]
+    origins: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         inputs = [{"name": n, "xxh3_128": d} for n, d in zip(self.names, self.digests, strict=True)]
+        for told, origin in zip(inputs, self.origins, strict=False):
+            if origin:
+                told["origin"] = origin
         return {"package": f"magmax {__version__}", "recipe": dict(self.recipe), "inputs": inputs}
 
     def metadata(self) -> dict[str, str]:
@@ -37,7 +42,7 @@ class Provenance:
 
     def draft(self) -> Provenance:
         """The same, with zeros for the digests that are not known before the inputs are read."""
-        return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names))
+        return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names), self.origins)
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:

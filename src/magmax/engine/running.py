@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.base import PREFIX
+from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
@@ -141,7 +143,7 @@ class Running:
         opened = self.opened(model, name)
         carried = compare(base, [opened])
         refuse_same_path([base, opened])
-        name = name or (default_names([str(opened.path)])[0] if opened.path else f"task {len(self.tasks) + 1}")
+        name = name or (default_names([opened.place])[0] if opened.path else f"task {len(self.tasks) + 1}")
         self._refuse_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, carried)
@@ -239,8 +241,11 @@ class Running:
         if given is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = os.path.normpath(self.path / self._state.base_path)
-            if not Path(given).exists():
+            given = self._state.base_path
+            if given.startswith(PREFIX):
+                return open_checkpoint(given)
+            given = os.path.normpath(self.path / given)
+            if not Path(given).exists() and not distributed(Path(given)):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
@@ -351,8 +356,11 @@ class Running:
     def _save(self) -> None:
         """Make the current generation the one that counts, then drop those that nothing names."""
         if self._base_given is not None:
-            given = self._base().path
-            self._state.base_path = None if given is None else os.path.relpath(given, self.path)
+            base = self._base()
+            here = None if base.path is None else os.path.relpath(base.path, self.path)
+            self._state.base_path = (
+                base.origin if base.origin and all(o.startswith(PREFIX) for o in base.origin.split("+")) else here
+            )
         self._state.generations = {
             n: g for n, g in self._state.generations.items() if g.label or n == self._state.current
         }

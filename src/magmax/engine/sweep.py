@@ -122,7 +122,7 @@ class Scaler:
         whole = sweep.job(sweep.path(factor), options)
         inputs, kernel = [sweep.base, self.vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
-        origin = Provenance(whole.recipe, whole.names, self.outcome.input_digests)
+        origin = Provenance(whole.recipe, whole.names, self.outcome.input_digests, [c.origin for c in whole.inputs])
         job = replace(
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,

@@ -95,7 +95,7 @@ class Rule(Part):
             raise MagMaxError(f"{self.name} combines whole weights, not task vectors alone; give base=theta_0")
         shapes = sorted({tuple(v.shape) for v in [*task_vectors, *([] if base is None else [base])]})
         if len(shapes) > 1:
-            raise MagMaxError(f"task vectors must have one shape; these have {', '.join(map(str, shapes))}")
+            raise MagMaxError(f"task vectors and base must have one shape; these have {', '.join(map(str, shapes))}")
         xp = namespace(task_vectors[0])
         dtype = xp.result_type(*task_vectors)
         if not xp.isdtype(dtype, "real floating"):

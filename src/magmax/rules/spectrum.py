@@ -13,6 +13,8 @@ from ..errors import MagMaxError
 from .base import Rule
 from .plan import Answer, Array, Block, namespace
 
+LARGEST = 1e38
+"""A number that float32 can hold, that no weight comes near, and whose square is still a float64."""
 ACCURATE = 1e-6
 """The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
 
@@ -40,8 +42,10 @@ class SpectralRule(Rule):
         xp = namespace(first)
         if shape is None or len(shape) != 2 or 0 in shape:
             return mean(block.deltas)
-        if not all(bool(xp.all(xp.isfinite(delta))) for delta in block.deltas):
-            raise MagMaxError(f"{block.at.key}: holds NaN or infinity, which have no singular values for {self.name}")
+        if not all(bool(xp.all(abs(delta) < LARGEST)) for delta in block.deltas):
+            raise MagMaxError(
+                f"{block.at.key}: {self.name} takes singular values, not of NaN, infinity or above {LARGEST:g}"
+            )
         merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas])
         return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
 

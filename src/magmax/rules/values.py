@@ -220,7 +220,8 @@ def need(part: str, option: str, value: Any, low: float = -math.inf, high: float
     """Raise MagMaxError unless every number of an option is finite and from `low` to `high`."""
     for number in numbers(value):
         if not low <= number <= high or not math.isfinite(number):
-            wanted = f"from {low:g} to {high:g}" if math.isfinite(low + high) else "a finite number"
+            limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+            wanted = limits if math.isfinite(low) else "a finite number"
             given = f"{number}" if number is value else f"{number} in {written(value)}"
             raise MagMaxError(f"{part} needs {option} {wanted}, not {given}")
 

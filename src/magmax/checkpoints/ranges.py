@@ -1,0 +1,46 @@
+"""Files read by byte range, from any thread."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+from ..errors import MagMaxError
+
+
+class RangeFile:
+    """A file open for reading at any place. Raises MagMaxError where it cannot be opened."""
+
+    def __init__(self, path: Path, label: str | None = None) -> None:
+        self.path, self.label = path, label or str(path)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise MagMaxError(f"{self.label}: cannot be opened: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on."""
+        while view:
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise MagMaxError(f"{self.label}: cannot be read at byte {offset}: {error.strerror}") from error
+            if not count:
+                raise MagMaxError(
+                    f"{self.label}: the file ends at byte {offset}, where data was promised; copy or download it again"
+                )
+            view, offset = view[count:], offset + count
+
+    def bytes(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on. Raises MagMaxError where the file has not as many."""
+        if not 0 <= offset <= offset + length <= self.size:
+            raise MagMaxError(
+                f"{self.label}: the file has {self.size:,} bytes, but bytes {offset:,} to {offset + length:,} were "
+                "promised; it is truncated or corrupt: copy or download it again"
+            )
+        content = bytearray(length)
+        self.fill(memoryview(content), offset)
+        return bytes(content)

@@ -1,0 +1,118 @@
+"""Every method over the seeds: chains of checkpoints first, then every rule on them; cell by cell, resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magmax.continual.cells import cell_file, chain_folder, run_cell, run_chain
+from magmax.continual.experiment import ZERO_SHOT, Cell, Experiment, digest_of
+from magmax.continual.progress import Tell, silent
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Benchmark:
+    """All cells of an experiment, measured by an executor's workers.
+
+    A finished cell is one JSON file in `out`/cells; one of the same recipe is read and not measured again. The
+    checkpoints of a chain, in `out`/chains, serve every rule; with `discard` they are deleted once all are measured.
+
+    Attributes:
+        executor: any `concurrent.futures.Executor`, one of processes or a Dask cluster's; its workers must see `out`.
+        threads: of torch, in each worker.
+    """
+
+    experiment: Experiment
+    out: Path
+    executor: Executor
+    threads: int = 1
+    discard: bool = False
+    tell: Tell = silent
+    _waiting: dict[Future[str], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def run(self) -> list[Record]:
+        """Measure what is missing; the records of all cells.
+
+        Raises what a job raised; cells that were finished stay.
+        """
+        self.experiment.checked()
+        cells = self.experiment.cells()
+        missing = [cell for cell in cells if self.read(cell) is None]
+        done, total = 0, len(missing) + len(self.chains_of(missing))
+        self.tell(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
+        self.begin(missing)
+        try:
+            while self._waiting:
+                for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
+                    job, name = self._waiting.pop(future), future.result()
+                    self.follow(job, missing)
+                    done += 1
+                    self.tell(done, total, name)
+        finally:
+            for future in self._waiting:
+                future.cancel()
+        return [record for cell in cells if (record := self.read(cell)) is not None]
+
+    def read(self, cell: Cell) -> Record | None:
+        """The record of a cell, if one of the same recipe is there."""
+        try:
+            record = json.loads(cell_file(self.out, self.experiment, cell).read_text())
+        except (OSError, ValueError):
+            return None
+        return record if record.get("digest") == digest_of(self.experiment.cell_recipe(cell)) else None
+
+    def chains_of(self, cells: Sequence[Cell]) -> list[tuple[int, str]]:
+        """The seeds and names of the chains that these cells need, in their order."""
+        return list(dict.fromkeys((cell.seed, cell.chain) for cell in cells if cell.chain != ZERO_SHOT))
+
+    def begin(self, missing: Sequence[Cell]) -> None:
+        """Submit all chains, and the cells that need none."""
+        recipe, out = self.experiment.model_dump_json(), str(self.out)
+        for seed, chain in self.chains_of(missing):
+            future = self.executor.submit(run_chain, recipe, out, seed, chain, self.threads)
+            self._waiting[future] = (seed, chain)
+        self.submit([cell for cell in missing if cell.chain == ZERO_SHOT])
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        recipe, out = self.experiment.model_dump_json(), str(self.out)
+        for cell in cells:
+            self._waiting[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
+
+    def follow(self, job: Any, missing: Sequence[Cell]) -> None:
+        """A finished chain's cells can be measured; a measured chain's checkpoints may go."""
+        if not isinstance(job, Cell):
+            self.submit([cell for cell in missing if (cell.seed, cell.chain) == job])
+        elif self.discard and job.chain != ZERO_SHOT:
+            waiting = [other for other in self._waiting.values() if isinstance(other, Cell)]
+            if not any((other.seed, other.chain) == (job.seed, job.chain) for other in waiting):
+                shutil.rmtree(chain_folder(self.out, self.experiment, job.seed, job.chain), ignore_errors=True)
+
+
+def process_pool(workers: int) -> Executor:
+    """Processes that begin from nothing, so that no thread of this one is copied into them."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
+    """The executor of a Dask scheduler at an address, and what closes the connection."""
+    from magmax.errors import MagMaxError
+
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
+    try:
+        client = Client(address, timeout=20)
+    except (OSError, ValueError) as error:
+        raise MagMaxError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error
+    return client.get_executor(pure=False), client.close

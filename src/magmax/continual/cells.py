@@ -1,0 +1,256 @@
+"""The two jobs of a benchmark: train a chain of checkpoints, and measure one rule on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+import magmax
+from magmax.continual.context import Context, context, device
+from magmax.continual.evaluate import Row
+from magmax.continual.experiment import ZERO_SHOT, Cell, Experiment, digest_of, rule_name
+from magmax.continual.sequence import costs, fine_tune
+from magmax.continual.weights import load_weights, write_bytes
+from magmax.engine.job import Settings
+from magmax.engine.merge import merge
+from magmax.errors import MagMaxError
+from magmax.rules import Rule, StreamingRule, rule_from
+
+
+def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Path:
+    """Where a chain's checkpoints go; another recipe has another folder."""
+    return out / "chains" / f"{chain}-seed{seed}-{digest_of(experiment.chain_recipe(seed, chain))[:8]}"
+
+
+def cell_file(out: Path, experiment: Experiment, cell: Cell) -> Path:
+    """Where a cell's record goes; another recipe has another file."""
+    name = f"{cell.method.replace('/', '-')}-seed{cell.seed}-{digest_of(experiment.cell_recipe(cell))[:8]}.json"
+    return out / "cells" / name
+
+
+MEMORY = "memory.json"
+"""Beside a chain's checkpoints: the peak memory of its training."""
+
+_alone = threading.Lock()
+"""A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
+
+
+def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) -> str:
+    """Train all checkpoints of a chain, or find them there; `recipe` is the experiment as JSON. Returns its name."""
+    with _alone:
+        return _chain(Experiment.model_validate_json(recipe), Path(out), seed, chain, threads)
+
+
+def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: int) -> str:
+    torch.set_num_threads(threads)
+    here = context(experiment, seed)
+    folder = chain_folder(out, experiment, seed, chain)
+    reset_peak()
+    fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
+    if not (folder / MEMORY).exists():
+        write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
+    return f"{chain}, seed {seed}"
+
+
+def run_cell(recipe: str, out: str, cell: Cell, threads: int = 1) -> str:
+    """Measure a cell whose chain is trained, and write its record. Returns its name."""
+    with _alone:
+        return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
+
+
+def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
+    torch.set_num_threads(threads)
+    here = context(experiment, cell.seed)
+    paths: list[Path] = []
+    if cell.rule != ZERO_SHOT:
+        folder = chain_folder(out, experiment, cell.seed, cell.chain)
+        paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks_of(cell.chain)) + 1)]
+        if missing := [str(path) for path in paths if not path.exists()]:
+            raise MagMaxError(f"{missing[0]}: is missing; a Dask worker needs the folder --out on a shared file system")
+    reset_peak()
+    measured = _Measured(here, cell, paths).record()
+    recipe_of_cell = experiment.cell_recipe(cell)
+    record = {
+        "seed": cell.seed,
+        "method": cell.method,
+        "chain": cell.chain,
+        "rule": cell.rule if isinstance(cell.rule, str) else rule_name(cell.rule),
+        "digest": digest_of(recipe_of_cell),
+        **measured,
+        "peak_memory": max(peak_memory() or 0, trained_in(paths)) or None,
+        "stored_bytes": stored_bytes(here, cell),
+        "models": {path.stem: digest_of_file(path) for path in paths},
+        "recipe": recipe_of_cell,
+        "environment": environment(threads),
+    }
+    write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, experiment, cell))
+    return f"{cell.method}, seed {cell.seed}"
+
+
+def trained_in(paths: Sequence[Path]) -> int:
+    """The peak memory of the training that made these checkpoints; 0 where it is not known."""
+    try:
+        return json.loads((paths[0].parent / MEMORY).read_text())["peak_memory"] or 0
+    except (IndexError, OSError, ValueError):
+        return 0
+
+
+class _Measured:
+    """One cell's measurement: the rows of R at the rule's own scaling factor and at the one chosen."""
+
+    def __init__(self, here: Context, cell: Cell, paths: Sequence[Path]) -> None:
+        self.here, self.cell, self.paths = here, cell, paths
+        self.rule: Rule | None = with_seed(cell) if cell.merges else None
+        self.merging = self.evaluating = 0.0
+
+    def record(self) -> dict[str, Any]:
+        search: dict[str, float] = {}
+        if self.rule is None:
+            variants = [self.variant("default", None)]
+        else:
+            default = self.rule.default_factor
+            variants = [self.variant("default", default)]
+            search = {f"{factor:g}": self.validated(factor) for factor in self.here.experiment.factors}
+            if search:
+                chosen = float(max(search, key=lambda factor: search[factor]))
+                same = chosen == default
+                variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
+        told = {} if self.cell.rule == ZERO_SHOT else costs(self.paths[0].parent)
+        training = sum(each["seconds"] for each in told.values())
+        seconds = {"training": training, "merging": self.merging, "evaluating": self.evaluating}
+        return {"variants": variants, "search": search, "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+
+    def variant(self, name: str, factor: float | None) -> dict[str, Any]:
+        tasks = len(self.here.tasks)
+        whole = {"all": ("default", "chosen"), "default": ("default",), "last": ()}[self.here.experiment.rows]
+        wanted = range(tasks + 1) if name in whole else [0, tasks]
+        if self.cell.chain == "joint":
+            wanted = [tasks]
+        if self.cell.rule != ZERO_SHOT:
+            wanted = [i for i in wanted if i > 0]
+        rows = {i: asdict(self.measured(i, factor)) for i in wanted if self.possible(i)}
+        return {"variant": name, "scaling_factor": factor, "rows": rows}
+
+    def possible(self, learned: int) -> bool:
+        """Whether the rule can merge so few (the third largest of two is none)."""
+        try:
+            if self.rule is not None:
+                self.rule.check(learned)
+        except MagMaxError:
+            return learned == len(self.here.tasks)
+        return True
+
+    def measured(self, learned: int, factor: float | None) -> Row:
+        self.load(learned, factor)
+        return self.timed(lambda: self.here.row(learned))
+
+    def validated(self, factor: float) -> float:
+        """Average accuracy on the validation examples after the last task."""
+        tasks = len(self.here.tasks)
+        self.load(tasks, factor)
+        found = self.timed(lambda: self.here.row(tasks, self.here.validation)).tasks
+        return sum(found) / len(found)
+
+    def load(self, learned: int, factor: float | None) -> None:
+        """The model after so many tasks, into the encoder."""
+        model = self.here.encoder.model
+        if self.cell.rule == ZERO_SHOT:
+            model.load_state_dict(self.here.base)
+        elif self.rule is None:
+            load_weights(model, self.paths[0 if self.cell.chain == "joint" else learned - 1])
+        else:
+            began = time.perf_counter()
+            merged = merge(self.rule, self.here.base, self.paths[:learned], factor, settings=Settings(threads=1))
+            self.merging += time.perf_counter() - began
+            model.load_state_dict(merged)
+
+    def timed(self, work: Callable[[], Row]) -> Row:
+        began = time.perf_counter()
+        found = work()
+        self.evaluating += time.perf_counter() - began
+        return found
+
+
+def with_seed(cell: Cell) -> Rule:
+    """The cell's rule; a random one by name alone is drawn from the cell's seed."""
+    rule = rule_from(cell.rule)
+    if isinstance(cell.rule, str) and hasattr(rule, "seed"):
+        return rule_from({cell.rule: {"seed": cell.seed}})
+    return rule
+
+
+def stored_bytes(here: Context, cell: Cell) -> int:
+    """What a method must keep from one task to the next: weights, what its rule remembers, what its penalty does.
+
+    The pre-trained model itself is not counted; a chain that goes on from its last weights keeps these, an
+    independent one does not; a rule in constant memory keeps its slots, another one every checkpoint; EWC keeps F;
+    replay its examples, and joint training all data (their items' bytes).
+    """
+    model = sum(tensor.nbytes for tensor in here.base.values())
+    trained = sum(p.numel() * p.element_size() for p in here.encoder.model.parameters() if p.requires_grad)
+    if cell.rule == ZERO_SHOT:
+        return 0
+    if cell.chain == "joint":
+        return _bytes_of(here.train.items)
+    total = 0 if cell.chain == "independent" else model
+    total += trained if cell.chain.startswith("ewc") else 0
+    if cell.chain == "replay":
+        kept = here.experiment.chain_choices["replay"]["per_class"] * len({c for t in here.tasks for c in t.classes})
+        total += _bytes_of(here.train.items) * kept // max(1, len(here.train))
+    if cell.merges:
+        rule = rule_from(cell.rule)
+        total += model * (rule.slots(len(here.tasks)) if isinstance(rule, StreamingRule) else len(here.tasks))
+    return total
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Where a record was made."""
+    return {
+        "magmax": magmax.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
+        "threads": threads,
+    }
+
+
+def digest_of_file(path: Path) -> str:
+    """The xxh3 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def reset_peak() -> None:
+    """Begin to count this process's peak memory anew (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory() -> int | None:
+    """Bytes: the most resident memory since `reset_peak`, the accelerator's where there is one; None if unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def _bytes_of(items: Sequence[Any]) -> int:
+    some = items[:: max(1, len(items) // 200)]
+    return sum(np.asarray(item).nbytes for item in some) * len(items) // max(1, len(some))

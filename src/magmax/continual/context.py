@@ -1,0 +1,112 @@
+"""What every part of an experiment needs: data, encoder, head and tasks, built once in a process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from magmax.continual import registry
+from magmax.continual.data import Dataset, Labelled
+from magmax.continual.encoder import Encoder
+from magmax.continual.evaluate import Row, logits_of, score
+from magmax.continual.experiment import Experiment
+from magmax.continual.fit import FitSettings
+from magmax.continual.penalties import PENALTIES
+from magmax.continual.progress import NewBar, no_bars
+from magmax.continual.scenario import Task
+from magmax.continual.sequence import Protocol
+
+
+@dataclass(frozen=True)
+class Context:
+    """One seed of an experiment. The encoder has the weights of whoever used it last; `base` are theta_0's."""
+
+    experiment: Experiment
+    seed: int
+    encoder: Encoder
+    head: Tensor
+    base: dict[str, Tensor]
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+    tasks: tuple[Task, ...]
+
+    def row(self, learned: int, data: Labelled | None = None) -> Row:
+        """The row of R of the encoder as it is, after so many tasks; on the data that the recipe says, or on others."""
+        data = data or (self.test if self.experiment.on == "test" else self.validation)
+        logits = logits_of(self.encoder, self.head, data.items)
+        return score(logits, data, self.tasks, learned, self.experiment.among)
+
+    def tasks_of(self, chain: str) -> tuple[Task, ...]:
+        """The tasks that a chain trains on: all in one for "joint"."""
+        if chain != "joint":
+            return self.tasks
+        classes = tuple(dict.fromkeys(c for task in self.tasks for c in task.classes))
+        return (Task("All tasks", classes),)
+
+    def protocol(self, chain: str) -> Protocol:
+        """How a chain trains."""
+        options = self.experiment.chain_choices[chain]
+        settings = FitSettings(**self.experiment.fit.model_dump())
+        save_every = self.experiment.save_every
+        if chain == "joint":
+            steps = options["steps"] or settings.steps * len(self.tasks)
+            return Protocol(replace(settings, steps=steps), save_every=save_every)
+        return Protocol(
+            settings,
+            start="base" if chain == "independent" else "previous",
+            penalty=(lambda: PENALTIES[chain](**options)) if chain in PENALTIES else None,
+            replay=options.get("per_class", 0),
+            save_every=save_every,
+        )
+
+
+def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Context:
+    """Build what the recipe names; data, encoder and head are kept for the next call with the same names."""
+    parts = json.dumps([experiment.data, experiment.model, experiment.head], sort_keys=True)
+    dataset, encoder, head, base = _built(parts, new_bar)
+    encoder.model.load_state_dict(base)
+    tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
+    train, validation = hold_out(dataset.train, experiment.validation, seed)
+    return Context(experiment, seed, encoder, head, base, train, validation, dataset.test, tasks)
+
+
+def hold_out(data: Labelled, per_class: int, seed: int) -> tuple[Labelled, Labelled]:
+    """The data without, and only, so many random examples of each class; a class keeps at least half of its own."""
+    random = np.random.default_rng(seed)
+    held = np.zeros(len(data), dtype=bool)
+    for c in np.unique(data.labels):
+        own = random.permutation(np.flatnonzero(data.labels == c))
+        held[own[: min(per_class, len(own) // 2)]] = True
+    return data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
+
+
+def device() -> str:
+    """Where models run: the accelerator, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_kept: dict[str, Any] = {}
+
+
+def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Encoder, Tensor, dict[str, Tensor]]:
+    if parts not in _kept:
+        data, model, head = json.loads(parts)
+        dataset: Dataset = registry.build("data", data)
+        encoder: Encoder = registry.build("model", model)
+        encoder.model.to(device())
+        made: Tensor = registry.build("head", head, encoder, dataset)
+        ready = replace(
+            dataset,
+            train=replace(dataset.train, items=encoder.prepare(dataset.train.items, new_bar("Reading training data"))),
+            test=replace(dataset.test, items=encoder.prepare(dataset.test.items, new_bar("Reading test data"))),
+        )
+        base = {key: tensor.detach().cpu().clone() for key, tensor in encoder.model.state_dict().items()}
+        _kept.clear()
+        _kept[parts] = ready, encoder, made, base
+    return _kept[parts]

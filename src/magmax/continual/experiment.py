@@ -1,0 +1,191 @@
+"""An experiment in words: what is learned, how, and with which methods."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from magmax.continual import registry
+from magmax.errors import MagMaxError
+from magmax.rules import nearest, rule_from
+
+Choice = str | dict[str, Any]
+FORMAT = 1
+"""Of the records of a benchmark; a new one makes old records be computed again."""
+
+CHAINS: Mapping[str, Mapping[str, Any]] = {
+    "sequential": {},
+    "independent": {},
+    "lwf": {"weight": 0.3, "temperature": 2.0},
+    "ewc": {"weight": 5e5, "keep": 0.5, "samples": 256},
+    "ewc_released": {"weight": 5e5, "keep": 0.5},
+    "replay": {"per_class": 10},
+    "joint": {"steps": 0},
+}
+"""The ways to train, and their options: joint's steps are those of all tasks together where it says 0."""
+
+UNMERGED = ("replay", "joint")
+"""References that no merge is made of: replay keeps examples, joint sees all data at once."""
+
+LAST, ZERO_SHOT = "last", "zero_shot"
+
+
+class Fit(BaseModel):
+    """`FitSettings`, as a recipe writes them; steps are those of one task."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    steps: int = Field(ge=1)
+    batch: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    warmup: float = Field(0.1, ge=0, allow_inf_nan=False)
+    clip: float = Field(1.0, gt=0)
+    dropout: bool = False
+
+
+class Experiment(BaseModel):
+    """What `magmax train` and `magmax bench` do. Names come from the registry, or are package.module:function.
+
+    Attributes:
+        data, model, head, scenario: each a name, or {name: {option: value}}.
+        fit: the training of one task.
+        seeds: each draws the tasks' classes and the order of the examples anew.
+        chains: the ways to train; every rule merges the checkpoints of every chain but replay and joint.
+        rules: the merge rules, by name or {name: {option: value}}.
+        factors: scaling factors to choose from on the validation examples; beside the rule's own default.
+        validation: training examples of each class that nothing is trained on, for choosing the factor.
+        among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
+        rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
+            "default": after every task with the rules' own factors, after the last alone with the chosen ones.
+        on: "test", or "validation": measure on the validation examples, to choose a learning rate without the test set.
+        save_every: steps between two snapshots of a task's training; 0 for none.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    data: Choice
+    model: Choice
+    head: Choice
+    scenario: Choice
+    fit: Fit
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    chains: list[Choice] = ["sequential", "independent", "joint"]
+    rules: list[Choice | list[Any]] = ["average", "task_arithmetic", "ties", "random_mix", "magmax"]
+    factors: list[float] = []
+    validation: int = Field(0, ge=0)
+    among: Literal["seen", "all"] = "seen"
+    rows: Literal["all", "default", "last"] = "all"
+    on: Literal["test", "validation"] = "test"
+    save_every: int = Field(0, ge=0)
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds are different whole numbers from 0 on")
+        return seeds
+
+    def checked(self) -> Experiment:
+        """Itself. Raises MagMaxError for names and options that are none, and factors without validation examples."""
+        for kind, table in registry.TABLES.items():
+            registry.find(kind, table, registry.split(kind, getattr(self, kind))[0])
+        for chain in self.chains:
+            chain_options(chain)
+        for rule in self.rules:
+            rule_from(rule)
+        for kind, names in (("chain", list(self.chain_choices)), ("rule", [rule_name(r) for r in self.rules])):
+            wanted = self.chains if kind == "chain" else self.rules
+            if len(set(names)) < len(wanted):
+                raise MagMaxError(f"{kind}s: one is named twice: {', '.join(map(str, wanted))}")
+        if (self.factors or self.on == "validation") and not self.validation:
+            raise MagMaxError(
+                "factors are chosen on validation examples, never on the test set; say how many of each class are held "
+                "out of the training data, such as validation: 10"
+            )
+        return self
+
+    @property
+    def chain_choices(self) -> dict[str, dict[str, Any]]:
+        """The chains by name, each with all its options."""
+        return dict(chain_options(chain) for chain in self.chains)
+
+    def chain_recipe(self, seed: int, chain: str) -> dict[str, Any]:
+        """All that decides the checkpoints of a chain."""
+        keys = ("data", "model", "head", "scenario", "validation")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "fit": self.fit.model_dump(),
+            "seed": seed,
+            "chain": {chain: self.chain_choices.get(chain, {})},
+        }
+
+    def cells(self) -> list[Cell]:
+        """Everything that there is to measure: one cell for each seed, chain and rule, zero-shot first."""
+        found: list[Cell] = []
+        for seed in self.seeds:
+            found.append(Cell(seed=seed, chain=ZERO_SHOT, rule=ZERO_SHOT))
+            for chain in self.chain_choices:
+                if chain != "independent":
+                    found.append(Cell(seed=seed, chain=chain, rule=LAST))
+                if chain not in UNMERGED:
+                    found += [Cell(seed=seed, chain=chain, rule=rule) for rule in self.rules]
+        return found
+
+    def cell_recipe(self, cell: Cell) -> dict[str, Any]:
+        """All that decides a cell's record."""
+        measured = {key: getattr(self, key) for key in ("among", "rows", "on")}
+        chosen = {"rule": cell.rule, "factors": self.factors if cell.merges else []}
+        return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
+
+
+class Cell(BaseModel):
+    """One measurement: a rule applied to the checkpoints of one chain of one seed."""
+
+    model_config = ConfigDict(frozen=True)
+    seed: int
+    chain: str
+    rule: Choice | list[Any]
+
+    @property
+    def merges(self) -> bool:
+        return self.rule not in (LAST, ZERO_SHOT)
+
+    @property
+    def method(self) -> str:
+        """Its name: "zero_shot", or RULE/CHAIN."""
+        return ZERO_SHOT if self.rule == ZERO_SHOT else f"{rule_name(self.rule)}/{self.chain}"
+
+
+def rule_name(rule: Choice | list[Any]) -> str:
+    """A rule in one word that can be part of a file's name: "ties", "ties(density=0.1)", "dare+magmax"."""
+    if isinstance(rule, str):
+        return rule
+    if isinstance(rule, list):
+        return "+".join(rule_name(part) for part in rule)
+    ((name, options),) = rule.items()
+    told = ",".join(f"{key}={value}" for key, value in (options or {}).items())
+    return f"{name}({told})" if told else name
+
+
+def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
+    """A chain's name and all its options. Raises MagMaxError for a name or an option that is none."""
+    name, given = registry.split("chains", chain)
+    if name not in CHAINS:
+        raise MagMaxError(f"chains: there is no {name!r}; {nearest(name, list(CHAINS))}")
+    known = CHAINS[name]
+    for option, value in given.items():
+        if option not in known:
+            raise MagMaxError(
+                f"chains: {name} has no option {option!r}; {nearest(option, list(known)) if known else 'it takes none'}"
+            )
+        if type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
+            raise MagMaxError(f"chains: {name} needs {option} to be a number like {known[option]}, not {value!r}")
+    return name, {**known, **given}
+
+
+def digest_of(content: Mapping[str, Any] | Sequence[Any]) -> str:
+    """A short digest of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

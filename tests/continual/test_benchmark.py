@@ -1,0 +1,332 @@
+"""A benchmark: what is shared is trained once, what is there is read, and the numbers are those of doing it by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.continual import toys  # noqa: E402
+
+import magmax  # noqa: E402
+from magmax.continual import cells  # noqa: E402
+from magmax.continual.benchmark import Benchmark, cluster, process_pool  # noqa: E402
+from magmax.continual.cells import chain_folder  # noqa: E402
+from magmax.continual.context import context, hold_out  # noqa: E402
+from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
+from magmax.continual.results import write_results  # noqa: E402
+from magmax.continual.tables import against_best, comparisons, paired, summary, table, tidy  # noqa: E402
+from magmax.continual.weights import load_weights  # noqa: E402
+from magmax.errors import MagMaxError  # noqa: E402
+
+ALL = [
+    "sequential",
+    "independent",
+    "lwf",
+    {"ewc": {"samples": 4}},
+    "ewc_released",
+    {"replay": {"per_class": 2}},
+    "joint",
+]
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate({**toys.RECIPE, **changes})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the chains that were gone through, in order."""
+    found: list[str] = []
+    real = cells.fine_tune
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found.append(args[5].name.rpartition("-")[0])
+        return real(*args, **options)
+
+    monkeypatch.setattr(cells, "fine_tune", counted)
+    return found
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def records_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what differs from run to run."""
+    return [{k: v for k, v in record.items() if k not in ("seconds", "peak_memory")} for record in found]
+
+
+def test_every_method_is_measured_and_every_chain_trained_once(
+    tmp_path: Path, executor: Executor, trained: list[str]
+) -> None:
+    found = Benchmark(experiment(chains=ALL, seeds=[3]), tmp_path, executor).run()
+    names = [record["method"] for record in found]
+    merged = [
+        f"{r}/{c}" for c in ("sequential", "independent", "lwf", "ewc", "ewc_released") for r in ("average", "magmax")
+    ]
+    last = [f"last/{c}" for c in ("sequential", "lwf", "ewc", "ewc_released", "replay", "joint")]
+    assert sorted(names) == sorted(["zero_shot", *last, *merged])
+    assert sorted(trained) == sorted(f"{next(iter(c)) if isinstance(c, dict) else c}-seed3" for c in ALL)
+    assert all(
+        0 <= share <= 1 for r in found for v in r["variants"] for row in v["rows"].values() for share in row["tasks"]
+    )
+
+
+def test_a_row_is_what_merging_and_predicting_by_hand_gives(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(seeds=[1])
+    found = {r["method"]: r for r in Benchmark(work, tmp_path, executor).run()}
+    here = context(work, 1)
+    folder = chain_folder(tmp_path, work, 1, "independent")
+    theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
+    for learned in (1, 2, 3):
+        magmax.merge("magmax", theta[0], theta[1 : learned + 1], out=tmp_path / f"m{learned}.safetensors")
+        load_weights(here.encoder.model, tmp_path / f"m{learned}.safetensors")
+        with torch.inference_mode():
+            logits = here.encoder(here.test.items) @ here.head.T
+        seen = [c for task in here.tasks[:learned] for c in task.classes]
+        row = found["magmax/independent"]["variants"][0]["rows"][str(learned)]["tasks"]
+        for share, task in zip(row[:learned], here.tasks, strict=False):
+            rows = np.flatnonzero(np.isin(here.test.labels, task.classes))
+            predicted = np.array(seen)[logits[rows][:, seen].argmax(1).numpy()]
+            assert share == (predicted == here.test.labels[rows]).mean()
+
+
+def test_a_second_run_reads_and_a_new_rule_measures_only_itself(
+    tmp_path: Path, executor: Executor, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Benchmark(experiment(), tmp_path, executor).run()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    trained.clear()
+    assert Benchmark(experiment(), tmp_path, executor).run() == first
+    assert trained == []
+    more = Benchmark(experiment(rules=["average", "magmax", {"ties": {"density": 0.5}}]), tmp_path, executor).run()
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert len(more) == len(first) + 4
+    other = Benchmark(experiment(fit={**toys.RECIPE["fit"], "steps": 2}), tmp_path, executor).run()
+    assert len(other) == len(first)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert records_of(Benchmark(experiment(), tmp_path, executor).run()) == records_of(first)
+
+
+def test_a_benchmark_stopped_midway_goes_on_with_what_is_missing(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Benchmark(experiment(), tmp_path / "whole", executor).run()
+    done = 0
+
+    def stop(count: int, total: int, note: str = "") -> None:
+        nonlocal done
+        done = count
+        if count == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Benchmark(experiment(), tmp_path / "killed", executor, tell=stop).run()
+    assert done == 7
+    executor.submit(int).result()  # what was running when it stopped is over
+    found = list((tmp_path / "killed" / "cells").glob("*.json"))
+    assert 0 < len(found) < len(whole)
+    found[0].write_text("{")  # a damaged record is measured again
+    again = Benchmark(experiment(), tmp_path / "killed", executor).run()
+    assert records_of(again) == records_of(whole)
+
+
+def test_processes_give_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(seeds=[0], chains=["sequential"], rules=["magmax", "random_mix"])
+    with process_pool(2) as pool:
+        apart = Benchmark(work, tmp_path / "apart", pool).run()
+    assert records_of(apart) == records_of(Benchmark(work, tmp_path / "here", executor).run())
+
+
+def test_discarded_checkpoints_are_gone_and_the_records_stay(tmp_path: Path, executor: Executor) -> None:
+    found = Benchmark(experiment(), tmp_path, executor, discard=True).run()
+    assert list((tmp_path / "chains").iterdir()) == []
+    assert Benchmark(experiment(), tmp_path, executor).run() == found
+    assert list((tmp_path / "chains").iterdir()) == []
+
+
+def test_what_a_job_raises_is_raised_and_nothing_waits_for_ever(tmp_path: Path) -> None:
+    class Failing(Executor):
+        def submit(self, fn: Any, /, *args: Any, **options: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(MagMaxError("the disk is full"))
+            return future
+
+    with pytest.raises(MagMaxError, match="the disk is full"):
+        Benchmark(experiment(), tmp_path, Failing()).run()
+
+
+def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(
+        seeds=[0], chains=["sequential"], rules=["task_arithmetic"], factors=[0.1, 0.6, 2.0], validation=5
+    )
+    (record,) = [r for r in Benchmark(work, tmp_path, executor).run() if r["rule"] == "task_arithmetic"]
+    here = context(work, 0)
+    folder = chain_folder(tmp_path, work, 0, "sequential")
+    theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
+    by_hand = {}
+    for factor in work.factors:
+        magmax.merge("task_arithmetic", theta[0], theta[1:], factor, out=tmp_path / "m.safetensors")
+        load_weights(here.encoder.model, tmp_path / "m.safetensors")
+        by_hand[f"{factor:g}"] = np.mean(here.row(3, here.validation).tasks)
+    assert record["search"] == pytest.approx(by_hand)
+    default, chosen = record["variants"]
+    assert default["scaling_factor"] == 0.3
+    assert chosen["scaling_factor"] == float(max(by_hand, key=lambda f: by_hand[f]))
+
+
+def test_a_learning_rate_can_be_chosen_without_the_test_set(
+    tmp_path: Path, executor: Executor, trained: list[str]
+) -> None:
+    changes: dict[str, Any] = {"seeds": [0], "chains": ["sequential"], "rules": [], "validation": 4}
+    on_test = Benchmark(experiment(**changes), tmp_path, executor).run()
+    (zero, last) = Benchmark(experiment(**changes, on="validation"), tmp_path, executor).run()
+    here = context(experiment(**changes), 0)
+    assert zero["variants"][0]["rows"]["0"]["tasks"] == here.row(0, here.validation).tasks
+    load_weights(
+        here.encoder.model, chain_folder(tmp_path, experiment(**changes), 0, "sequential") / "theta_3.safetensors"
+    )
+    assert last["variants"][0]["rows"]["3"]["tasks"] == here.row(3, here.validation).tasks
+    assert last["models"] == on_test[1]["models"]
+    with pytest.raises(MagMaxError, match="validation: 10"):
+        experiment(on="validation").checked()
+
+
+def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
+    distributed = pytest.importorskip("distributed")
+    work = experiment(seeds=[0], chains=["sequential"], rules=["magmax"])
+    options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=50) as local:
+        dask, close = cluster(local.scheduler_address)
+        found = Benchmark(work, tmp_path / "dask", dask).run()
+        close()
+    assert records_of(found) == records_of(Benchmark(work, tmp_path / "here", executor).run())
+    with pytest.raises(MagMaxError, match="no Dask scheduler answers there"):
+        cluster("not an address")
+
+
+def test_held_out_examples_are_in_no_training_batch() -> None:
+    data = toys.blobs(per_class=9).train
+    rest, held = hold_out(data, 4, seed=0)
+    assert np.bincount(held.labels).tolist() == [4] * toys.CLASSES
+    assert len(rest) + len(held) == len(data)
+    whole = sorted(item.tobytes() for item in data.items)
+    assert sorted(item.tobytes() for item in (*rest.items, *held.items)) == whole
+    assert np.bincount(hold_out(data, 100, seed=0)[1].labels).tolist() == [4] * toys.CLASSES
+
+
+def test_joint_has_only_a_last_row_and_forgets_nothing(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(seeds=[0], chains=["joint"], rules=[])
+    rows = tidy(Benchmark(work, tmp_path, executor).run())
+    measured = {row["measure"] for row in rows if row["method"] == "last/joint"}
+    assert "average accuracy" in measured
+    assert "forgetting" not in measured
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(MagMaxError, match=r"chains: there is no 'sequentiall'; did you mean 'sequential'"):
+        experiment(chains=["sequentiall"]).checked()
+    with pytest.raises(MagMaxError, match=r"chains: ewc has no option 'lambda'"):
+        experiment(chains=[{"ewc": {"lambda": 1}}]).checked()
+    with pytest.raises(MagMaxError, match=r"joint needs steps to be a number like 0, not 'many'"):
+        experiment(chains=[{"joint": {"steps": "many"}}]).checked()
+    with pytest.raises(MagMaxError, match=r"never on the test set; .*validation: 10"):
+        experiment(factors=[0.5]).checked()
+    with pytest.raises(MagMaxError, match=r"rules: one is named twice: magmax, magmax"):
+        experiment(rules=["magmax", "magmax"]).checked()
+    with pytest.raises(MagMaxError, match=r"there is no rule 'tis'"):
+        experiment(rules=["tis"]).checked()
+    with pytest.raises(MagMaxError, match=r"data: there is no 'newsgroup'; did you mean 'newsgroups'"):
+        experiment(data="newsgroup").checked()
+    with pytest.raises(MagMaxError, match=r"data: .*toys:blobs has no option 'noize'; did you mean 'noise'"):
+        context(experiment(data={f"{toys.HERE}:blobs": {"noize": 1}}), 0)
+    with pytest.raises(MagMaxError, match=r"model: nowhere:encoder: cannot be imported"):
+        experiment(model="nowhere:encoder").checked()
+
+
+def test_names_of_rules() -> None:
+    assert rule_name([{"dare": {"drop": 0.5}}, "magmax"]) == "dare(drop=0.5)+magmax"
+    assert rule_name({"ties": None}) == "ties"
+
+
+def made_up(values: dict[str, list[float]], variant: str = "default") -> list[dict[str, Any]]:
+    """Tidy rows of one measure; methods with a slash and no "last" have a scaling factor."""
+    return [
+        {
+            "seed": seed, "method": method, "chain": method.rpartition("/")[2], "rule": method.partition("/")[0],
+            "variant": variant, "scaling_factor": None if method.startswith(("zero", "last")) else 0.5,
+            "measure": "average accuracy", "value": value,
+        }
+        for method, each in values.items()
+        for seed, value in enumerate(each)
+    ]  # fmt: skip
+
+
+def test_mean_deviation_interval_and_tests_against_textbook_numbers() -> None:
+    rows = made_up({"magmax/sequential": [0.6, 0.7, 0.65], "ties/sequential": [0.5, 0.66, 0.64]})
+    mean = summary(rows)["magmax/sequential", "default"]["average accuracy"]
+    assert (mean.mean, mean.std) == (pytest.approx(0.65), pytest.approx(0.05))
+    assert mean.half == pytest.approx(
+        4.302652729911275 * 0.05 / math.sqrt(3)
+    )  # the 97.5 % quantile of t with 2 degrees
+    pair = against_best(rows, "default")
+    assert pair is not None
+    assert (pair.other, pair.wins, pair.difference.n) == ("ties/sequential", 3, 3)
+    t = 0.05 / (np.std([0.1, 0.04, 0.01], ddof=1) / math.sqrt(3))
+    assert pair.p_t == pytest.approx(
+        1 - t / math.sqrt(2 + t * t)
+    )  # Student's distribution with 2 degrees, in closed form
+    assert pair.p_wilcoxon == pytest.approx(0.25)  # 2 of the 8 sign patterns are as extreme
+
+
+def test_references_do_not_compete_but_methods_without_a_factor_do() -> None:
+    rows = made_up(
+        {"magmax/sequential": [0.6, 0.6], "last/joint": [0.9, 0.9], "last/replay": [0.8, 0.8], "last/lwf": [0.5, 0.7]}
+    )
+    pair = against_best(rows, "default")
+    assert pair is not None
+    assert pair.other == "last/lwf"
+    assert against_best(made_up({"last/lwf": [0.5]}), "default") is None
+    chosen = made_up({"magmax/sequential": [0.6, 0.6]}, "chosen")
+    assert against_best([*chosen, *made_up({"last/lwf": [0.5, 0.7]})], "chosen") is not None
+
+
+def test_a_single_seed_and_equal_results_claim_nothing() -> None:
+    assert "proves nothing" in comparisons(made_up({"magmax/sequential": [0.6], "last/lwf": [0.5]}))[0]
+    same = paired("a", "b", "default", [0.5, 0.6], [0.5, 0.6])
+    assert (same.p_t, same.p_wilcoxon, same.wins) == (1.0, 1.0, 0)
+
+
+def test_the_files_agree_with_each_other(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(factors=[0.3, 0.7], validation=3)
+    found = Benchmark(work, tmp_path, executor).run()
+    files = write_results(work, found, tmp_path)
+    assert [path.name for path in files] == ["results.csv", "results.json", "results.md"]
+    with files[0].open(newline="") as lines:
+        tidied = list(csv.DictReader(lines))
+    content = json.loads(files[1].read_text())
+    assert "NaN" not in files[1].read_text()
+    for each in content["summary"]:
+        values = [
+            float(row["value"])
+            for row in tidied
+            if (row["method"], row["variant"], row["measure"]) == (each["method"], each["variant"], "forgetting")
+        ]
+        assert each["forgetting"]["mean"] == pytest.approx(np.mean(values))
+    lines_of_table = [line for line in files[2].read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines_of_table) == len(content["summary"]) == len(table(tidy(found)))
+    best = [each["average accuracy"]["mean"] for each in content["summary"]]
+    assert f"| {100 * max(best):.1f} ±" in lines_of_table[0]
+    assert content["recipe"]["fit"]["steps"] == 12
