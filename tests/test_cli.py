@@ -79,7 +79,7 @@ def test_a_dry_run_reports_problems_with_exit_code_2(run, files, tmp_path):
 
 def test_the_rules_are_listed_with_their_passes_and_memory(run):
     code, out, _ = run("rules")
-    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    rows = {line.split()[0]: line for line in out.splitlines()[1 : 1 + len(BUILT_IN)]}
     assert code == 0
     assert list(rows) == list(BUILT_IN)
     assert " 0 " in rows["iso_c"]

@@ -172,10 +172,8 @@ def test_models_lie_in_the_current_folder_or_beside_the_recipe(models, tmp_path,
 
 
 def test_a_hub_id_is_passed_on(written):
-    plan = load(written(START.replace("poet", "someone/poet-7b")))
-    assert plan.models == ["someone/poet-7b"]
-    with pytest.raises(MagMaxError, match="someone/poet-7b"):
-        plan.job("out")
+    for name in ("someone/poet-7b", "someone/poet-7b@main", "hf://someone/poet-7b", "someone/base+someone/adapter"):
+        assert load(written(START.replace("poet", name))).models == [name]
 
 
 def test_models_of_several_types_need_a_type_to_be_named(written, models, tmp_path):

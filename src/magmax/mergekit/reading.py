@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checkpoints.hub import hub_id
 from ..checkpoints.lora import base_and_adapter, within
 from ..document import Document, parse_yaml, validated
 from ..engine.merge import Options, default_names
@@ -18,7 +18,6 @@ from .given import Given, Level
 from .methods import ELSEWHERE, METHODS, PARAMETERS, Method
 from .words import Input, Recipe, known
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 OURS = ("out", "mismatch", "allow_nonfinite")
 """What assignments and flags may say beyond mergekit's own keys."""
 
@@ -237,7 +236,7 @@ class _Reading:
         beside = within(self.folder, model)
         if all(map(os.path.lexists, base_and_adapter(beside) or (beside,))):
             return beside
-        if all(HUB_ID.fullmatch(half) for half in model.split("+")):
+        if all(hub_id(half, self.folder) for half in model.split("+")):
             return model
         where = self.document.at(*place)
         self.problems.append(f"{where}: there is no {model}, neither in the current folder nor beside the recipe")
