@@ -19,7 +19,7 @@ from tests.continual import toys  # noqa: E402
 
 import magmax  # noqa: E402
 from magmax.continual import cells  # noqa: E402
-from magmax.continual.benchmark import Benchmark, process_pool  # noqa: E402
+from magmax.continual.benchmark import Benchmark, cluster, process_pool  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import context, hold_out  # noqa: E402
 from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
@@ -185,6 +185,36 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
     default, chosen = record["variants"]
     assert default["scaling_factor"] == 0.3
     assert chosen["scaling_factor"] == float(max(by_hand, key=lambda f: by_hand[f]))
+
+
+def test_a_learning_rate_can_be_chosen_without_the_test_set(
+    tmp_path: Path, executor: Executor, trained: list[str]
+) -> None:
+    changes: dict[str, Any] = {"seeds": [0], "chains": ["sequential"], "rules": [], "validation": 4}
+    on_test = Benchmark(experiment(**changes), tmp_path, executor).run()
+    (zero, last) = Benchmark(experiment(**changes, on="validation"), tmp_path, executor).run()
+    here = context(experiment(**changes), 0)
+    assert zero["variants"][0]["rows"]["0"]["tasks"] == here.row(0, here.validation).tasks
+    load_weights(
+        here.encoder.model, chain_folder(tmp_path, experiment(**changes), 0, "sequential") / "theta_3.safetensors"
+    )
+    assert last["variants"][0]["rows"]["3"]["tasks"] == here.row(3, here.validation).tasks
+    assert last["models"] == on_test[1]["models"]
+    with pytest.raises(MagMaxError, match="validation: 10"):
+        experiment(on="validation").checked()
+
+
+def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
+    distributed = pytest.importorskip("distributed")
+    work = experiment(seeds=[0], chains=["sequential"], rules=["magmax"])
+    options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=50) as local:
+        dask, close = cluster(local.scheduler_address)
+        found = Benchmark(work, tmp_path / "dask", dask).run()
+        close()
+    assert records_of(found) == records_of(Benchmark(work, tmp_path / "here", executor).run())
+    with pytest.raises(MagMaxError, match="no Dask scheduler answers there"):
+        cluster("not an address")
 
 
 def test_held_out_examples_are_in_no_training_batch() -> None:

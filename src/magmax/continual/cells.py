@@ -39,6 +39,9 @@ def cell_file(out: Path, experiment: Experiment, cell: Cell) -> Path:
     return out / "cells" / name
 
 
+MEMORY = "memory.json"
+"""Beside a chain's checkpoints: the peak memory of its training."""
+
 _alone = threading.Lock()
 """A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
 
@@ -55,9 +58,8 @@ def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: in
     folder = chain_folder(out, experiment, seed, chain)
     reset_peak()
     fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
-    told = {"peak_memory": peak_memory(), "examples": len(here.train)}
-    if not (folder / "memory.json").exists():
-        write_bytes(json.dumps(told).encode(), folder / "memory.json")
+    if not (folder / MEMORY).exists():
+        write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
     return f"{chain}, seed {seed}"
 
 
@@ -86,7 +88,7 @@ def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
         "rule": cell.rule if isinstance(cell.rule, str) else rule_name(cell.rule),
         "digest": digest_of(recipe_of_cell),
         **measured,
-        "peak_memory": peak_memory(),
+        "peak_memory": max(peak_memory() or 0, trained_in(paths)) or None,
         "stored_bytes": stored_bytes(here, cell),
         "models": {path.stem: digest_of_file(path) for path in paths},
         "recipe": recipe_of_cell,
@@ -94,6 +96,14 @@ def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
     }
     write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, experiment, cell))
     return f"{cell.method}, seed {cell.seed}"
+
+
+def trained_in(paths: Sequence[Path]) -> int:
+    """The peak memory of the training that made these checkpoints; 0 where it is not known."""
+    try:
+        return json.loads((paths[0].parent / MEMORY).read_text())["peak_memory"] or 0
+    except (IndexError, OSError, ValueError):
+        return 0
 
 
 class _Measured:

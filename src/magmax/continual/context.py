@@ -37,8 +37,8 @@ class Context:
     tasks: tuple[Task, ...]
 
     def row(self, learned: int, data: Labelled | None = None) -> Row:
-        """The row of R of the encoder as it is, after so many tasks; on the test data, or on others."""
-        data = data or self.test
+        """The row of R of the encoder as it is, after so many tasks; on the data that the recipe says, or on others."""
+        data = data or (self.test if self.experiment.on == "test" else self.validation)
         logits = logits_of(self.encoder, self.head, data.items)
         return score(logits, data, self.tasks, learned, self.experiment.among)
 

@@ -61,6 +61,7 @@ class Experiment(BaseModel):
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
         rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
             "default": after every task with the rules' own factors, after the last alone with the chosen ones.
+        on: "test", or "validation": measure on the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
     """
 
@@ -77,6 +78,7 @@ class Experiment(BaseModel):
     validation: int = Field(0, ge=0)
     among: Literal["seen", "all"] = "seen"
     rows: Literal["all", "default", "last"] = "all"
+    on: Literal["test", "validation"] = "test"
     save_every: int = Field(0, ge=0)
 
     @field_validator("seeds")
@@ -98,7 +100,7 @@ class Experiment(BaseModel):
             wanted = self.chains if kind == "chain" else self.rules
             if len(set(names)) < len(wanted):
                 raise MagMaxError(f"{kind}s: one is named twice: {', '.join(map(str, wanted))}")
-        if self.factors and not self.validation:
+        if (self.factors or self.on == "validation") and not self.validation:
             raise MagMaxError(
                 "factors are chosen on validation examples, never on the test set; say how many of each class are held "
                 "out of the training data, such as validation: 10"
@@ -134,7 +136,7 @@ class Experiment(BaseModel):
 
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
-        measured = {key: getattr(self, key) for key in ("among", "rows")}
+        measured = {key: getattr(self, key) for key in ("among", "rows", "on")}
         chosen = {"rule": cell.rule, "factors": self.factors if cell.merges else []}
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
 

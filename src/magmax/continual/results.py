@@ -58,10 +58,11 @@ def about(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[
     fit, seeds = experiment.fit, sorted({record["seed"] for record in records})
     warm = f"{fit.warmup:.0%} of the steps" if fit.warmup < 1 else f"{fit.warmup:g} steps"
     among = "the classes of the tasks learned so far" if experiment.among == "seen" else "the classes of all tasks"
+    where = "test examples" if experiment.on == "test" else "VALIDATION examples"
     return [
         f"data {json.dumps(experiment.data)}, model {json.dumps(experiment.model)}, "
         f"scenario {json.dumps(experiment.scenario)}; {fit.steps} steps a task, batch {fit.batch}, learning rate "
-        f"{fit.learning_rate:g}, warm-up {warm}; seeds {', '.join(map(str, seeds))}; test examples told apart among "
+        f"{fit.learning_rate:g}, warm-up {warm}; seeds {', '.join(map(str, seeds))}; {where} told apart among "
         f"{among}; factors chosen on {experiment.validation} training examples a class that were held out. "
         "joint and replay are references: they use data that the others may not keep."
     ]
