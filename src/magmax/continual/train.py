@@ -53,6 +53,8 @@ class Training:
         if self.chain not in self.experiment.chain_choices:
             known = ", ".join(self.experiment.chain_choices)
             raise MagMaxError(f"the recipe's chains are {known}; {self.chain!r} is none of them")
+        if self.chain == "given":
+            raise MagMaxError("the chain 'given' trains nothing; magmax bench merges and evaluates its models")
         first = team is None or team.is_main_process
         if first:
             self.prepare()
