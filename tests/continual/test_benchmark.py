@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 import magmax  # noqa: E402
@@ -215,6 +216,30 @@ def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Exec
     assert records_of(found) == records_of(Benchmark(work, tmp_path / "here", executor).run())
     with pytest.raises(MagMaxError, match="no Dask scheduler answers there"):
         cluster("not an address")
+
+
+def test_models_that_others_trained_stand_in_for_independent_ones(tmp_path: Path, executor: Executor) -> None:
+    work = experiment(seeds=[0], chains=["independent"], rules=["magmax"], sweep=[0.1, 0.5])
+    own = {r["method"]: r for r in Benchmark(work, tmp_path, executor).run()}["magmax/independent"]
+    folder = chain_folder(tmp_path, work, 0, "independent")
+    models = []
+    for t in (1, 2, 3):  # without the part that no task trains, and with a head of their own
+        tensors = load_file(folder / f"theta_{t}.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if not key.startswith("4.")}
+        models.append(str(tmp_path / f"theirs_{t}.safetensors"))
+        save_file({**kept, "head.weight": torch.ones(2)}, models[-1])
+    others = experiment(seeds=[0], chains=[{"given": {"models": models}}], rules=["magmax"], sweep=[0.1, 0.5])
+    found = Benchmark(others, tmp_path / "given", executor).run()
+    assert [r["method"] for r in found] == ["zero_shot", "magmax/given"]
+    assert found[1]["variants"] == own["variants"]
+    names = [variant["variant"] for variant in own["variants"]]
+    assert names == ["default", "factor 0.1", "factor 0.5"]
+    assert own["variants"][2]["rows"]["3"] == own["variants"][0]["rows"]["3"]
+    with pytest.raises(MagMaxError, match=r"given names 1 models for 3 tasks"):
+        Benchmark(experiment(chains=[{"given": {"models": models[:1]}}]), tmp_path / "few", executor).run()
+    save_file({"0.weight": torch.ones(3, 3)}, models[0])
+    with pytest.raises(MagMaxError, match=r"theirs_1.*: 0.weight is \(3, 3\) there and \(16, 6\) in the model"):
+        Benchmark(others, tmp_path / "shape", executor).run()
 
 
 def test_held_out_examples_are_in_no_training_batch() -> None:

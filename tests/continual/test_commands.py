@@ -15,7 +15,7 @@ from tests.continual import toys  # noqa: E402
 from magmax import cli, learning  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
-BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").glob("*.yaml"))
+BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").rglob("*.yaml"))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:

@@ -175,6 +175,9 @@ def test_pictures_are_read_when_they_are_asked_for_and_say_what_they_are(tmp_pat
         print(images({path!r}).train.items.identity)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == first.train.items.identity
+    few = first.train.pick(np.array([3, 1]))
+    assert isinstance(few.items, HubPictures)
+    assert pixels(few.items) == [pixels(first.train.items)[i] for i in (3, 1)]
     others = {
         id(data): data.items.identity for data in (first.train, first.test, images(path, train_per_class=1).train)
     }  # pyright: ignore

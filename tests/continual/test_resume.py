@@ -146,6 +146,20 @@ def test_another_recipe_is_an_error_that_names_the_change_and_restart_begins_aga
     assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
 
 
+def test_other_data_under_the_same_recipe_never_mix_with_the_old_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magmax.continual import context
+
+    Training(experiment(), tmp_path / "a").run()
+    others = toys.blobs(noise=0.3)
+    monkeypatch.setattr(toys, "blobs", lambda: others)
+    monkeypatch.setattr(context, "_kept", {})
+    Training(experiment(), tmp_path / "a").run()
+    Training(experiment(), tmp_path / "fresh").run()
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(MagMaxError, match="is not empty, and no training's folder"):

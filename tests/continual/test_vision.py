@@ -27,6 +27,7 @@ from magmax.continual.scenario import class_incremental  # noqa: E402
 from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
 from magmax.continual.view import View  # noqa: E402
 from magmax.continual.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, recalibrate, vit_s  # noqa: E402
+from magmax.continual.weights import save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 NAMES = ["a cat", "2 dogs", "bird", "tree"]
@@ -141,6 +142,25 @@ def test_clip_learns_and_what_it_learned_survives_the_merge(folder: Path, tmp_pa
     magmax.merge("magmax", base=base, models=[tuned], out=merged, scaling_factor=1.0)
     encoder.model.load_state_dict(load_file(merged))
     assert (predict(encoder, head, items) == learned).all()
+
+
+def test_checkpoints_of_the_image_tower_alone_merge_onto_the_base(folder: Path, tmp_path: Path) -> None:
+    """FusionBench publishes CLIPVisionModel: the hub's names, and no projection; the base's stays."""
+    encoder = clip(str(folder), train_projection=False)
+    base = tmp_path / "theta_0.safetensors"
+    save_weights(encoder.model, base)
+    tuned = []
+    for seed in (1, 2):
+        other = save_tiny_clip(tmp_path / f"clip{seed}", seed)
+        transformers.CLIPVisionModel.from_pretrained(other).save_pretrained(tmp_path / f"vision{seed}")
+        tuned.append(tmp_path / f"vision{seed}")
+    magmax.merge("average", base=base, models=tuned, out=tmp_path / "merged.safetensors", mismatch="base")
+    merged, before = load_file(tmp_path / "merged.safetensors"), load_file(base)
+    encoder.model.load_state_dict(merged)
+    assert torch.equal(merged["visual_projection.weight"], before["visual_projection.weight"])
+    name = "vision_model.encoder.layers.1.mlp.fc2.weight"
+    parts = [load_file(path / "model.safetensors")[name].double() for path in tuned]
+    np.testing.assert_allclose(merged[name].numpy(), ((parts[0] + parts[1]) / 2).numpy(), atol=1e-6)
 
 
 def test_a_model_without_words_says_what_to_use_instead() -> None:

@@ -19,7 +19,8 @@ import xxhash
 import magmax
 from magmax.continual.context import Context, context, device
 from magmax.continual.evaluate import Row
-from magmax.continual.experiment import ZERO_SHOT, Cell, Experiment, digest_of, rule_name
+from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, digest_of, rule_name
+from magmax.continual.given import take_in
 from magmax.continual.sequence import costs, fine_tune
 from magmax.continual.weights import load_weights, write_bytes
 from magmax.engine.job import Settings
@@ -57,7 +58,11 @@ def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: in
     here = context(experiment, seed)
     folder = chain_folder(out, experiment, seed, chain)
     reset_peak()
-    fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
+    if chain == "given":
+        models = experiment.chain_choices[chain]["models"]
+        take_in(models, [task.name for task in here.tasks], here.base, folder)
+    else:
+        fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
     if not (folder / MEMORY).exists():
         write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
     return f"{chain}, seed {seed}"
@@ -126,6 +131,7 @@ class _Measured:
                 chosen = float(max(search, key=lambda factor: search[factor]))
                 same = chosen == default
                 variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
+            variants += [self.variant(f"factor {factor:g}", factor) for factor in self.here.experiment.sweep]
         told = {} if self.cell.rule == ZERO_SHOT else costs(self.paths[0].parent)
         training = sum(each["seconds"] for each in told.values())
         seconds = {"training": training, "merging": self.merging, "evaluating": self.evaluating}
@@ -203,7 +209,7 @@ def stored_bytes(here: Context, cell: Cell) -> int:
         return 0
     if cell.chain == "joint":
         return _bytes_of(here.train.items)
-    total = 0 if cell.chain == "independent" else model
+    total = 0 if cell.chain in APART else model
     total += trained if cell.chain.startswith("ewc") else 0
     if cell.chain == "replay":
         kept = here.experiment.chain_choices["replay"]["per_class"] * len({c for t in here.tasks for c in t.classes})

@@ -83,9 +83,10 @@ class Labelled:
         return len(self.items)
 
     def pick(self, rows: np.ndarray) -> Labelled:
-        """The examples at these positions, in this order."""
+        """The examples at these positions, in this order; items that have a `pick` of their own stay unread."""
         domains = None if self.domains is None else self.domains[rows]
-        return Labelled([self.items[i] for i in rows], self.labels[rows], domains)
+        pick = getattr(self.items, "pick", None)
+        return Labelled(pick(rows) if pick else [self.items[i] for i in rows], self.labels[rows], domains)
 
     def sample_per_class(self, n: int, seed: int) -> Labelled:
         """At most n random examples of every class, in their old order; the same for the same seed."""

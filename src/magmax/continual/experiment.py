@@ -25,11 +25,16 @@ CHAINS: Mapping[str, Mapping[str, Any]] = {
     "ewc_released": {"weight": 5e5, "keep": 0.5},
     "replay": {"per_class": 10},
     "joint": {"steps": 0},
+    "given": {"models": []},
 }
-"""The ways to train, and their options: joint's steps are those of all tasks together where it says 0."""
+"""The ways to train, and their options: joint's steps are those of all tasks together where it says 0; given trains
+nothing, but takes the models that are named, one for each task, as if they had been trained independently."""
 
 UNMERGED = ("replay", "joint")
 """References that no merge is made of: replay keeps examples, joint sees all data at once."""
+
+APART = ("independent", "given")
+"""Chains whose tasks all begin at theta_0, so that the last checkpoint knows the last task alone."""
 
 LAST, ZERO_SHOT = "last", "zero_shot"
 
@@ -57,6 +62,7 @@ class Experiment(BaseModel):
         chains: the ways to train; every rule merges the checkpoints of every chain but replay and joint.
         rules: the merge rules, by name or {name: {option: value}}.
         factors: scaling factors to choose from on the validation examples; beside the rule's own default.
+        sweep: scaling factors to report, each for itself, on the test examples after the last task.
         validation: training examples of each class that nothing is trained on, for choosing the factor.
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
         rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
@@ -75,6 +81,7 @@ class Experiment(BaseModel):
     chains: list[Choice] = ["sequential", "independent", "joint"]
     rules: list[Choice | list[Any]] = ["average", "task_arithmetic", "ties", "random_mix", "magmax"]
     factors: list[float] = []
+    sweep: list[float] = []
     validation: int = Field(0, ge=0)
     among: Literal["seen", "all"] = "seen"
     rows: Literal["all", "default", "last"] = "all"
@@ -128,7 +135,7 @@ class Experiment(BaseModel):
         for seed in self.seeds:
             found.append(Cell(seed=seed, chain=ZERO_SHOT, rule=ZERO_SHOT))
             for chain in self.chain_choices:
-                if chain != "independent":
+                if chain not in APART:
                     found.append(Cell(seed=seed, chain=chain, rule=LAST))
                 if chain not in UNMERGED:
                     found += [Cell(seed=seed, chain=chain, rule=rule) for rule in self.rules]
@@ -137,7 +144,8 @@ class Experiment(BaseModel):
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
         measured = {key: getattr(self, key) for key in ("among", "rows", "on")}
-        chosen = {"rule": cell.rule, "factors": self.factors if cell.merges else []}
+        factors = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        chosen = {"rule": cell.rule, **factors}
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
 
 
@@ -181,7 +189,10 @@ def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
             raise MagMaxError(
                 f"chains: {name} has no option {option!r}; {nearest(option, list(known)) if known else 'it takes none'}"
             )
-        if type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
+        if name == "given":
+            if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
+                raise MagMaxError(f"chains: given needs models to be a list of paths, not {value!r}")
+        elif type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
             raise MagMaxError(f"chains: {name} needs {option} to be a number like {known[option]}, not {value!r}")
     return name, {**known, **given}
 

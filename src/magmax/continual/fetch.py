@@ -68,7 +68,7 @@ def fetch(source: Source, cache: Path | None = None, tell: Tell = silent) -> Pat
             fresh.mkdir()
             _unpack(source, archive, fresh)
             _verify(source, fresh, f"{archive.name} is not what this version of magmax knows; do not use it.")
-            _put_in_place(fresh, folder)
+            put_in_place(fresh, folder)
     _verify(source, folder, f"Delete the folder {folder} and run again to download it afresh.")
     tell(source.size, source.size)
     return folder
@@ -78,7 +78,8 @@ def _folder(source: Source, cache: Path | None) -> Path:
     return (cache or cache_folder()) / (source.folder or f"{source.package}-{source.version}")
 
 
-def _put_in_place(fresh: Path, folder: Path) -> None:
+def put_in_place(fresh: Path, folder: Path) -> None:
+    """Moves a finished folder to where it belongs, all at once; one that is there already stays."""
     try:
         os.replace(fresh, folder)
     except OSError:

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from magmax.continual.data import Dataset, Labelled, held_out, rows_per_class
+from magmax.continual.data import Dataset, Labelled, held_out
 from magmax.continual.fetch import cache_folder
 from magmax.continual.joining import join
 from magmax.errors import MagMaxError
@@ -42,6 +42,10 @@ class HubPictures(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.table[int(index)][self.column]
+
+    def pick(self, rows: np.ndarray) -> HubPictures:
+        """The pictures at these positions."""
+        return HubPictures(self.table.select(rows), self.column)
 
     def __iter__(self) -> Iterator[Any]:
         return (row[self.column] for row in self.table.select_columns([self.column]))
@@ -146,9 +150,8 @@ def _read(form: Format, splits: Mapping[str, Any], seed: int, *limits: int | Non
         parts, labels, numbers = _split(parts[0], labels[0], numbers[0])
     data = []
     for part, own, of, n in zip(parts, labels, numbers, limits, strict=True):
-        rows = rows_per_class(own, n, seed)
-        kept = part if n is None else part.select(rows)
-        data.append(Labelled(HubPictures(kept, str(form.image)), own[rows], None if of is None else of[rows]))
+        whole = Labelled(HubPictures(part, str(form.image)), own, of)
+        data.append(whole if n is None else whole.sample_per_class(n, seed))
     prompts = [[template.format(word) for template in form.templates] for word in words]
     return Dataset(data[0], data[1], words, domains, prompts)
 

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from magmax.continual.fetch import cache_folder
+from magmax.continual.fetch import cache_folder, put_in_place
 from magmax.continual.joining import Chained
 from magmax.continual.progress import Tell, silent
 from magmax.continual.view import View
@@ -83,8 +83,4 @@ def _store(pictures: Iterator[np.ndarray], folder: Path) -> None:
             out.flush()
             os.fsync(out.fileno())
         np.save(fresh / "shapes.npy", np.array(shapes, dtype=np.int64).reshape(-1, 3))
-        try:
-            os.replace(fresh, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been faster
-                raise
+        put_in_place(fresh, folder)

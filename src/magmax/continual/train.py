@@ -15,7 +15,7 @@ from magmax.continual.evaluate import Row
 from magmax.continual.experiment import UNMERGED, Cell, Experiment
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.sequence import fine_tune
-from magmax.continual.weights import load_weights, write_bytes
+from magmax.continual.weights import MADE_FROM, load_weights, read_metadata, write_bytes
 from magmax.engine.running import Running
 from magmax.errors import MagMaxError
 
@@ -53,6 +53,8 @@ class Training:
         if self.chain not in self.experiment.chain_choices:
             known = ", ".join(self.experiment.chain_choices)
             raise MagMaxError(f"the recipe's chains are {known}; {self.chain!r} is none of them")
+        if self.chain == "given":
+            raise MagMaxError("the chain 'given' trains nothing; magmax bench merges and evaluates its models")
         first = team is None or team.is_main_process
         if first:
             self.prepare()
@@ -105,14 +107,35 @@ class _Work:
         self.training, self.here, self.new_bar = training, here, new_bar
         self.file = training.out / METRICS
         self.metrics: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.running: Running | None = None
-        if training.chain not in UNMERGED:
-            rule = with_seed(Cell(seed=training.seed, chain=training.chain, rule=training.rule))
-            self.running = Running(training.out / MERGE, rule, training.out / "theta_0.safetensors")
+        self.running = self.begin()
+
+    def begin(self) -> Running | None:
+        """The running merge, as it was left or new; None for a chain that nothing is merged from."""
+        training = self.training
+        if training.chain in UNMERGED:
+            return None
+        rule = with_seed(Cell(seed=training.seed, chain=training.chain, rule=training.rule))
+        return Running(training.out / MERGE, rule, self.theta(0))
+
+    def theta(self, t: int) -> Path:
+        return self.training.out / f"theta_{t}.safetensors"
+
+    def absorb(self, t: int) -> None:
+        """Absorb the tasks up to t that are not; all of them anew where task t was trained again, on other data."""
+        assert self.running is not None
+        names = [f"task {i} {read_metadata(self.theta(i)).get(MADE_FROM, '')[:8]}" for i in range(1, t + 1)]
+        if [task.name for task in self.running.tasks][:t] != names[: len(self.running.tasks)]:
+            shutil.rmtree(self.training.out / MERGE)
+            self.metrics = {what: {i: r for i, r in rows.items() if int(i) < t} for what, rows in self.metrics.items()}
+            self.running = self.begin()
+            assert self.running is not None
+        for i in range(len(self.running.tasks), t):
+            self.running.absorb(self.theta(i + 1), names[i])
 
     def after(self, t: int, path: Path) -> None:
-        if self.running is not None and len(self.running.tasks) < t:
-            self.running.absorb(path, f"task {t}")
+        """What is called when theta_t is there."""
+        if self.running is not None:
+            self.absorb(t)
         learned = len(self.here.tasks) if self.training.chain == "joint" else t
         key = str(learned)
         if key in self.metrics.get("model", {}) and key in self.metrics.get("merged", {key: None}):

