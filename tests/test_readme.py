@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.models import saved, small_model
 
 README = Path(__file__).parent.parent / "README.md"
@@ -46,6 +47,9 @@ def workplace(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     (tmp_path / "theirs.yaml").write_text(THEIRS)
     torch.save(torch.nn.Linear(2, 3), tmp_path / "old-research.pt")
+    for name in TASKS[:2]:
+        lora = LoraConfig(r=2, target_modules=["0"])
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), lora).save_pretrained(tmp_path / "adapters" / name)
     (tmp_path / "score.py").write_text("print(0.5)\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -44,7 +44,10 @@ def shards(seed: int) -> dict[str, bytes]:
     return {**files, "model.safetensors.index.json": json.dumps({"weight_map": names}).encode()}
 
 
-SMALL = {"config.json": b'{"model_type": "small"}', "tokenizer.json": b"{}", "1_Pooling/config.json": b"{}"}
+SMALL = {
+    "config.json": b'{"model_type": "small"}', "tokenizer.json": b"{}",
+    "modules.json": b'[{"path": "1_Pooling"}]', "1_Pooling/config.json": b"{}",
+}  # fmt: skip
 WASTE = {"pytorch_model.bin": b"x" * 5000, "tf_model.h5": b"x", "onnx/model.onnx": b"x", ".gitattributes": b"x"}
 
 
