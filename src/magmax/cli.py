@@ -386,7 +386,8 @@ def rules() -> None:
         options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
         factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else "(transform)"
         memory = "a block" if isinstance(part, StreamingRule) or not isinstance(part, Rule) else "a block a model"
-        rows.append((name, options, factor, str(part.passes), memory, kind.paper))
+        passes = part.passes_told if isinstance(part, Rule) else str(part.passes)
+        rows.append((name, options, factor, passes, memory, kind.paper))
     header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
     _print_table(header, rows)
 

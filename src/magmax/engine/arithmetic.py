@@ -45,6 +45,9 @@ class MergeKernel(Kernel):
         answers = ask(self.rule, self.reader, self.tasks, merged, threads, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
+    def note(self) -> str:
+        return self.rule.explain(list(self.answers.values()))
+
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:
             return [self.carry(slab)]

@@ -155,6 +155,8 @@ class Job:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
         kernel = self.kernel.prepared(settings.threads, settings.progress)
+        if words := kernel.note():
+            settings.note(words)
         work = Pass(self.inputs, self.sinks(draft), kernel, settings.threads, True, journal, parts)
         reused = sum(work.cost(key, start, stop) for key, start, stop, _ in parts)
         if reused:

@@ -106,7 +106,7 @@ def merge(
         return Path(fspath(out))
     if opened.path is not None:
         raise MagMaxError("merging files needs `out`, the path of the result")
-    tensors = merge_in_memory(rule, opened, others, options, settings or Settings())
+    tensors = merge_in_memory(rule.named([m.label for m in others]), opened, others, options, settings or Settings())
     return like(base, opened, tensors, options)
 
 
@@ -120,6 +120,7 @@ def merge_job(
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
     names = names or default_names([str(m.path or m.label) for m in models])
+    rule = rule.named(names)
     kernel = _kernel(rule, base, models, options)
 
     def refuse_twins(digests: Sequence[str]) -> None:
@@ -184,6 +185,8 @@ def merge_in_memory(
     kernel = _kernel(rule, base, models, options)
     memory = MemorySink(kernel.out)
     kernel = kernel.prepared(settings.threads, settings.progress)
+    if words := kernel.note():
+        settings.note(words)
     Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
     return memory.tensors
 

@@ -20,6 +20,7 @@ from .prune import Prune
 from .random_mix import RandomMix
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
+from .tunable import Tunable
 
 __all__ = [
     "Address",
@@ -37,10 +38,11 @@ __all__ = [
     "StreamingRule",
     "TaskArithmetic",
     "Ties",
+    "Tunable",
     "chain",
 ]
 
-RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude)
+RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude, Tunable)
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
@@ -115,5 +117,7 @@ def _unfit(value: Any, hint: Any) -> str | None:
     """What an option should be, in words, if this value is not it."""
     if get_origin(hint) is Literal:
         return None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    if not isinstance(hint, type):
+        return None  # of several types: the part itself checks it
     fits = type(value) is hint or (hint is float and type(value) is int)
     return None if fits else hint.__name__

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..errors import MagMaxError
 from .plan import Address, Answer, Array, Block, Plan, Scope, Span, answered, namespace
@@ -38,6 +38,11 @@ class Rule(ABC):
         return 0
 
     @property
+    def passes_told(self) -> str:
+        """`passes` in words, where they depend on options or on the number of tasks T."""
+        return str(self.passes)
+
+    @property
     def default_factor(self) -> float:
         """`scaling_factor`, or what it is for the rule at the end of a chain."""
         return self.scaling_factor
@@ -59,6 +64,14 @@ class Rule(ABC):
         """Raise MagMaxError if the rule cannot merge so many tasks."""
         if tasks < 1:
             raise MagMaxError(f"{self.name} needs at least one model to merge; none was given")
+
+    def named(self, names: Sequence[str]) -> Self:
+        """The rule with what it says of models by name said of them in order. By default it says nothing."""
+        return self
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        return ""
 
     def describe(self) -> dict[str, Any]:
         """The rule as a recipe writes it: {name: {option: value}}."""

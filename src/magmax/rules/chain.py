@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from ..errors import MagMaxError
 from .base import Rule, State, StreamingRule
@@ -71,6 +71,12 @@ class Chain(Rule):
 
     def describe(self) -> dict[str, Any]:
         return {"chain": [part.describe() for part in (*self.before, self.rule)]}
+
+    def named(self, names: Sequence[str]) -> Self:
+        return replace(self, rule=self.rule.named(names))
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        return self.rule.explain([rules for _, rules in answers])
 
     def plan(self, scope: Scope) -> Plan:
         answers: list[Answer] = []

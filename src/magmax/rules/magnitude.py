@@ -161,7 +161,7 @@ def ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[Rank]]:
     lows = [max(0, _quantile(sampled[task, 1:], share, widest) - (BINS // 2 << shift)) for task in range(scope.tasks)]
     while True:
         counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
-        located = [_locate(counts, keep) for counts in counted]
+        located = [locate(counts, keep) for counts in counted]
         if None in located:
             lows, shift = everywhere, widest
             continue
@@ -172,7 +172,7 @@ def ranked(keep: int, scope: Scope) -> Generator[Fold, Any, list[Rank]]:
         shift = max(0, shift - 16)
 
 
-def _locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
+def locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
     """The bin of the k-th largest, how many are wanted of it, and how many it holds; None if it is outside."""
     wanted = keep - int(counts[0])
     downward = np.cumsum(counts[:0:-1])
