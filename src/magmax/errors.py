@@ -1,5 +1,7 @@
 """The one error a user of magmax has to catch."""
 
+import difflib
+
 
 class MagMaxError(ValueError):
     """An input that cannot be used as given: the message names it and says what would work."""
@@ -10,3 +12,9 @@ def listed(heading: str, problems: list[str]) -> MagMaxError:
     if len(problems) == 1:
         return MagMaxError(problems[0])
     return MagMaxError("\n".join([f"{heading} ({len(problems)} problems)", *(f"  - {p}" for p in problems)]))
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """A hint for a word that is none of those known."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"

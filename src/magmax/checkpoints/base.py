@@ -20,6 +20,7 @@ class Checkpoint(ABC):
         specs: key -> (dtype, shape), in the order of the file.
         aliases: key -> the key in `specs` whose storage it shares (tied weights).
         metadata: the header's own strings.
+        relative: whether the floating tensors are task vectors, to be added to a base.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Checkpoint(ABC):
     specs: dict[str, Spec]
     aliases: dict[str, str]
     metadata: dict[str, str]
+    relative: bool = False
 
     def __init__(self, label: str, specs: dict[str, Spec]) -> None:
         self.label, self.specs, self.aliases, self.metadata = label, specs, {}, {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, nearest
 from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
@@ -40,18 +39,13 @@ __all__ = [
     "Ties",
     "Tunable",
     "chain",
+    "nearest",
 ]
 
 RULES: tuple[type[Rule], ...] = (MagMax, Average, TaskArithmetic, Ties, RandomMix, KthMagnitude, Tunable)
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """A hint for a word that is none of those known."""
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"
 
 
 def all_parts() -> dict[str, type[Rule] | type[Before]]:

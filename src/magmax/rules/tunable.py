@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, nearest
 from .base import Rule
 from .plan import Answer, Array, Block, Plan, Scope, Span
 from .prices import Priced, priced
@@ -85,8 +84,7 @@ class Tunable(Rule):
         given = dict(cast("Named", self.preference))
         for name in given:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}?" if close else f"the models are {', '.join(names)}"
+                hint = nearest(name, list(names))
                 raise MagMaxError(f"the preference names {name!r}, which is none of the models; {hint}")
         return replace(self, preference=[given.get(name, 0.0) for name in names])
 
