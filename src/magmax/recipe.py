@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import path as os_path
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from .checkpoints import open_checkpoint
+from .checkpoints import Checkpoint, open_checkpoint
 from .checkpoints.lora import base_and_adapter, within
-from .engine.job import Job
+from .engine.job import Job, Settings
 from .engine.merge import Options, default_names, merge_job
 from .errors import MagMaxError, listed
-from .rules import Rule, make_rule, nearest, rule_from
+from .rules import Rule, Tunable, make_rule, nearest, rule_from
 
 FUSION_BENCH = "MagMaxAlgorithm"
 
@@ -29,6 +29,24 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
     path: str
     name: str | None = None
+
+
+class Target(BaseModel):
+    """Where the preference of the rule tunable comes from. Paths are relative to the recipe's folder.
+
+    Attributes:
+        data: labelled texts of the target: a CSV with the columns text and label, or a folder of LABEL/NAME.txt.
+        samples: the folder of the tasks' training samples, NAME.csv or NAME/ for each model's name.
+        method: label, ot, cos, mmd, or auto to try all of them.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    data: str
+    samples: str
+    method: Literal["label", "ot", "cos", "mmd", "auto"] = "auto"
+    encoder: str | None = None
+    max_tokens: int = 64
 
 
 class Recipe(BaseModel):
@@ -42,6 +60,7 @@ class Recipe(BaseModel):
         dtype: the output's floating type; by default the base's.
         mismatch: "strict" or "base".
         allow_nonfinite: let NaN and infinity through.
+        target: for the rule tunable, where its preference comes from, if it is not written out.
         out: a `.safetensors` file or a folder.
     """
 
@@ -53,6 +72,7 @@ class Recipe(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     mismatch: Literal["strict", "base"] = "strict"
     allow_nonfinite: bool = False
+    target: Target | None = None
     out: str | None = None
 
     @field_validator("models")
@@ -73,15 +93,41 @@ class Plan:
     names: Sequence[str]
     options: Options
     out: str | None
+    target: Target | None = None
 
-    def job(self, out: str | None = None) -> Job:
+    def job(self, out: str | None = None, settings: Settings | None = None) -> Job:
         """Open every input and check it. Raises MagMaxError for all that does not fit."""
         where = out or self.out
         if where is None:
             raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
         base = open_checkpoint(self.base)
         models = [open_checkpoint(m, base=base) for m in self.models]
-        return merge_job(self.rule, base, models, Path(where), self.options, self.names)
+        rule = self.preferred(base, models, settings) if self.target else self.rule
+        return merge_job(rule, base, models, Path(where), self.options, self.names)
+
+    def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
+        """The rule, with the preference that comes from the target, if there is one."""
+        if not isinstance(self.rule, Tunable):
+            raise MagMaxError(f"a target says what the rule tunable prefers; the rule is {self.rule.name}")
+        if self.target is None:
+            return self.rule.named(self.names)
+        from .preference.text import text_preference
+
+        encoder = Path(self.target.encoder) if self.target.encoder else None
+        weights = text_preference(
+            self.target.method,
+            Path(self.target.data),
+            Path(self.target.samples),
+            encoder,
+            base,
+            models,
+            self.names,
+            self.rule,
+            self.options,
+            settings or Settings(),
+            self.target.max_tokens,
+        )
+        return replace(self.rule, preference=weights)
 
 
 def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
@@ -124,7 +170,11 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None
-    return Plan(rule, within(folder, recipe.base), paths, names, options, out)
+    target = recipe.target
+    if target is not None:
+        moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
+        target = target.model_copy(update=moved)
+    return Plan(rule, within(folder, recipe.base), paths, names, options, out, target)
 
 
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
@@ -241,7 +291,8 @@ def _explained(file: str, lines: Mapping[str, int], error: Mapping[str, Any]) ->
     line = next((lines[".".join(parts[:n])] for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in lines), None)
     where = f"{file}, line {line}" if line else file
     if error["type"] == "extra_forbidden":
-        known = list((Recipe if len(parts) == 1 else Model).model_fields)
+        holder = Recipe if len(parts) == 1 else Target if parts[0] == "target" else Model
+        known = list(holder.model_fields)
         return f"{where}: unknown key {name!r}; {nearest(parts[-1], known)}"
     if error["type"] == "missing":
         return f"{where}: {name} is missing"

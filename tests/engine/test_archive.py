@@ -89,7 +89,7 @@ def test_a_part_in_8_bits_is_near_the_exact_merge_in_far_fewer_bytes(archived, f
     theirs = loaded(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "theirs.safetensors"))
     start = loaded(base)["wide.weight"]
     ours, exact = (t["wide.weight"] - start for t in (loaded(tmp_path / "ours.safetensors"), theirs))
-    assert (ours - exact).norm() < 0.1 * exact.norm()
+    assert (ours - exact).norm() < 0.2 * exact.norm()
     floats = sum(t.nbytes for t in loaded(base).values() if t.dtype == torch.float32)
     assert archive.tensors.nbytes < 4 * floats * (1 / 8 + 0.5 + 12 / 1024 + 0.01) / 4 * 1.01
 

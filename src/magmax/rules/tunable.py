@@ -73,6 +73,11 @@ class Tunable(Rule):
         return Span(self.span)
 
     @property
+    def shares(self) -> Sequence[float]:
+        """The weights, to the sum 1."""
+        return [weight / sum(self._weights) for weight in self._weights]
+
+    @property
     def _weights(self) -> Weights:
         if self.preference and isinstance(next(iter(self.preference)), tuple):
             return tuple(weight for _, weight in cast("Named", self.preference))
