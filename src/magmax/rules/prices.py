@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .chance import draws
 from .plan import Address, Block, Counts, Fold, Scope
-from .settle import balanced, best_of, settled
+from .settle import balanced, best_of, narrowed, settled
 from .winners import Winners
 
 Floats = NDArray[np.float64]
@@ -99,13 +99,13 @@ class Columns(NamedTuple):
 class Undecided(Fold):
     """What prices decide, and the elements that they nearly leave open.
 
-    Of each block: how many moved elements each task wins by more than `window`, the sum of their magnitudes and of
-    their worths, the number of all others, and of a part of these (`rate`, chosen by their address) offset, random
-    word and magnitudes.
+    Of each block: how many moved elements each task wins by more than its `windows` over every other, the sums of their
+    magnitudes and of their worths, the number of all others, and of a part of these (`rate`, chosen by their address)
+    offset, random word and magnitudes.
     """
 
     priced: Priced
-    window: float
+    windows: Floats
     rate: float
     apart: bool = True
 
@@ -121,9 +121,9 @@ class Undecided(Fold):
             net = worth - np.array(self.priced.prices)[:, None]
             best = best_of(net)
             rows = np.arange(len(best))
-            highest = net[best, rows]
-            net[best, rows] = -np.inf
-            open_ = columns.moved & (highest - net.max(axis=0) <= self.window)
+            lead = net[best, rows] - net
+            lead[best, rows] = np.inf
+            open_ = columns.moved & (lead <= self.windows[best].T).any(axis=0)
             sure = np.flatnonzero(columns.moved & ~open_)
             clear += np.bincount(best[sure], minlength=tasks)
             sums += columns.magnitudes[best[sure], sure].sum(), worth[best[sure], sure].sum()
@@ -172,40 +172,39 @@ def priced(scope: Scope, among: Sequence[int], wanted: Sequence[int], seed: int)
     tasks, quota = len(among), np.array(wanted)
     room = max(1 << 12, ROOM // tasks)
     state = Priced(among, [0.0] * tasks, 0.0, seed, {})
-    window, rate = math.inf, min(1.0, room / scope.elements)
+    windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / scope.elements)
     for left in reversed(range(ROUNDS)):
-        found = Found.read((yield Undecided(state, window, rate)), tasks)
+        found = Found.read((yield Undecided(state, windows, rate)), tasks)
         if not state.noise:
             state = replace(state, noise=_noise(found.columns.magnitudes))
         worth, old = found.columns.worth(state.noise), np.array(state.prices)
         share = quota - found.clear
         if rate == 1 and share.min() >= 0:
             prices, at = settled(worth, share, balanced(worth, share, old))
-            if np.ptp(prices - old) <= window:
+            if _within(prices - old, windows):
                 return _finished(state, found, prices, at, quota)
-        parts = share.clip(0) * (worth.shape[1] / share.clip(0).sum())
-        prices = balanced(worth, parts, old)
-        state = replace(state, prices=prices.tolist())
-        near = max(found.near / ZOOM, room / 2)
-        if near < found.near and (part := _margin(worth, prices, near / found.near)) <= window - np.ptp(prices - old):
-            window = part
         else:
-            near = found.near
-        window, rate = (window, min(1.0, room / near)) if left > 1 else (math.inf, 1.0)
+            prices = balanced(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
+        state = replace(state, prices=prices.tolist())
+        near = found.near
+        if _within(prices - old, windows) and near > 0.9 * room:
+            wanted_near = 0.9 * room if near < 2 * ZOOM * room else near / ZOOM
+            windows, near = narrowed(worth - prices[:, None], windows, wanted_near / near), wanted_near
+        rate = min(1.0, room / near)
+        if left == 1:
+            windows, rate = np.full((tasks, tasks), np.inf), 1.0
     raise AssertionError("in the last round every element is known")
+
+
+def _within(shift: Floats, windows: Floats) -> bool:
+    """Whether after a change of prices every element that was clear is still its task's."""
+    return bool((shift[:, None] - shift <= windows).all())
 
 
 def _noise(magnitudes: Floats) -> float:
     """A power of two, far below a typical magnitude."""
     typical = float(magnitudes.max(axis=0).mean()) if magnitudes.size else 0.0
     return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
-
-
-def _margin(worth: Floats, prices: Floats, part: float) -> float:
-    """How far the best task is ahead of the next, at most, in this part of the elements, the closest."""
-    net = worth - prices[:, None]
-    two = np.partition(net, len(net) - 2, axis=0)[-2:]
-    return float(np.partition(two[1] - two[0], place := int(part * net.shape[1]))[place])
 
 
 def _finished(state: Priced, found: Found, prices: Floats, at: NDArray[np.intp], quota: NDArray[np.int64]) -> Priced:

@@ -70,6 +70,34 @@ def _threshold(lead: Floats, count: int, old: float) -> float:
     return float(below + (above - below) / 2)
 
 
+def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
+    """For each ordered pair of tasks, by how much the first must lead the second for an element to be clear.
+
+    `part` of the elements, at most, are not clear in some pair; in each pair it is the same part of what the first
+    task has, as equal magnitudes may put most elements of one pair closer together than any of another.
+    """
+    at = best_of(net)
+    leads = {task: net[task, at == task] - net[:, at == task] for task in range(len(net)) if (at == task).any()}
+    ordered = {task: np.sort(lead, axis=1) for task, lead in leads.items()}
+
+    def at_part(share: float) -> Floats:
+        found = windows.copy()
+        for task, lead in ordered.items():
+            found[task] = np.minimum(found[task], lead[:, int(share * lead.shape[1])])
+        np.fill_diagonal(found, -1.0)
+        return found
+
+    low, high = 0.0, min(part, 1 - 2**-20)
+    for _ in range(12):
+        middle = (low + high) / 2
+        least = at_part(middle)
+        near = sum(int((lead <= least[task][:, None]).any(axis=0).sum()) for task, lead in leads.items())
+        low, high = (middle, high) if near <= part * net.shape[1] else (low, middle)
+    found = at_part(low)
+    np.fill_diagonal(found, 0.0)
+    return found
+
+
 def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> tuple[Floats, Places]:
     """The choice of most worth that gives each task just what is wanted, and prices that prove it.
 
