@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import as_tensor
-from ..continual.encoder import TextEncoder
+from ..continual.encoder import Encoder, TextEncoder
 from ..continual.evaluate import predict
 from ..continual.heads import zero_shot_head
 from ..engine.job import Settings
@@ -108,45 +108,37 @@ class TextTarget:
         own = own_shares(self.base, self.models, self.settings)
         fit, held = (self.target.pick(rows) for rows in halves(len(self.target.texts), seed))
         names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
-        self._put(None)
+        self._put(Options(scaling_factor=0.0), self.models)  # the base itself
         head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
         items = self.encoder.tokenize(held.texts)
         labels = np.array([names.index(label) for label in held.labels])
+        threads = self.settings.threads
+        predicted = predictor(self.encoder, head, items, self.base, self.models, options, rule, threads)
 
         def score(weights: Sequence[float]) -> float:
-            self._put(rule(weights), options)
-            return float((predict(self.encoder, head, items) == labels).mean())
+            return float((predicted(weights) == labels).mean())
 
-        methods = (
-            get_args(Method)[:-1]
-            if min(len(fit.texts), *(len(s.texts) for s in self.tasks)) > 1
-            else ("label", "ot", "cos")
-        )
-        choice = choose(dict(self._candidates(methods, fit)), own, score, pull=pull)
-        return self._again(choice, own), choice
-
-    def _again(self, choice: Choice, own: list[float]) -> list[float]:
-        """The winner, made of all samples."""
+        choice = choose(dict(self._candidates(fit)), own, score, pull=pull)
         best = choice.best
         if best.source in FIXED:
-            return list(best.weights)
-        return tempered(self.weights(cast("Method", best.source)), best.temperature)
+            return list(best.weights), choice
+        return tempered(self.weights(cast("Method", best.source)), best.temperature), choice
 
-    def _candidates(self, methods: Sequence[Method], fit: Samples) -> Iterator[tuple[str, list[float]]]:
-        pairs = None
-        for method in methods:
-            if method == "label":
-                try:
+    def _candidates(self, fit: Samples) -> Iterator[tuple[str, list[float]]]:
+        """A preference by each method that has what it needs; the others are told of."""
+        pairs = list(self._pairs(fit))
+        for method in ("label", *get_args(Distance)):
+            try:
+                if method == "label":
                     yield method, self.weights(method, fit)
-                except MagMaxError as error:
-                    self.settings.note(f"not tried: label ({error})")
-                continue
-            pairs = pairs or list(self._pairs(fit))
-            yield method, from_samples(pairs, cast("Distance", method))
+                else:
+                    yield method, from_samples(pairs, cast("Distance", method))
+            except MagMaxError as error:
+                self.settings.note(f"not tried: {method} ({error})")
 
     def _pairs(self, target: Samples) -> Iterator[tuple[Features, Features]]:
         for number, samples in enumerate(self.tasks):
-            self._put(MagMax(), Options(scaling_factor=1.0), [self.models[number]])
+            self._put(Options(scaling_factor=1.0), [self.models[number]])
             yield self._features(samples.texts[:MOST_SAMPLES]), self._features(target.texts)
 
     def _features(self, texts: Sequence[str]) -> Features:
@@ -156,15 +148,9 @@ class TextTarget:
             parts = [self.encoder(ids[at : at + BATCH]).cpu().numpy() for at in range(0, len(ids), BATCH)]
         return np.concatenate(parts)
 
-    def _put(self, rule: Rule | None, options: Options | None = None, models: Sequence[Checkpoint] = ()) -> None:
-        """Put a merge (of all models, if none are named) or the base into the encoder."""
-        made = merge_in_memory(
-            rule or MagMax(),
-            self.base,
-            models or self.models,
-            options or Options(scaling_factor=0.0),
-            Settings(self.settings.threads),
-        )
+    def _put(self, options: Options, models: Sequence[Checkpoint]) -> None:
+        """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
+        made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
         put_weights(self.encoder.model, self.base, made)
 
 
@@ -207,6 +193,25 @@ def text_preference(
         lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
     settings.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
     return weights
+
+
+def predictor(
+    encoder: Encoder,
+    head: torch.Tensor,
+    items: Sequence[Any],
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    options: Options,
+    rule: Callable[[Sequence[float]], Rule] = Tunable,
+    threads: int = 0,
+) -> Callable[[Sequence[float]], np.ndarray]:
+    """For a preference, the class of every item under the merge with it: what `score_methods` and `choose` ask."""
+
+    def predicted(weights: Sequence[float]) -> np.ndarray:
+        put_weights(encoder.model, base, merge_in_memory(rule(weights), base, models, options, Settings(threads)))
+        return predict(encoder, head, items)
+
+    return predicted
 
 
 def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
