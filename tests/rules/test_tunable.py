@@ -155,7 +155,7 @@ def test_optimal_retains_as_much_as_an_exact_solver(kind, tasks, monkeypatch):
         assert ours >= (1 - 1e-6) * np.abs(flat(theirs).astype(np.float64) - flat(base)).sum()
 
 
-@pytest.mark.parametrize("kind", ["random", "halves", "same", "tiny quota"])
+@pytest.mark.parametrize("kind", ["random", "halves", "same", "tiny quota", "mostly frozen"])
 def test_prices_found_on_a_sample_end_at_the_same_choice(kind, monkeypatch):
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(4, 60_000)).astype(np.float32) * np.float32([[1], [2], [1], [3]])
@@ -163,9 +163,11 @@ def test_prices_found_on_a_sample_end_at_the_same_choice(kind, monkeypatch):
         vectors = np.round(vectors).astype(np.float32)
     if kind == "same":
         vectors[1:] = vectors[0]
+    if kind == "mostly frozen":
+        vectors[:, draw.random(60_000) < 0.995] = 0
     preference = [2, 1, 4, 1e-4] if kind == "tiny quota" else [2, 1, 4, 3]
     everything = Tunable(preference=preference)(list(vectors))
-    monkeypatch.setattr(prices, "ROOM", 1 << 14)
+    monkeypatch.setattr(prices, "ROOM", 1 << (10 if kind == "mostly frozen" else 14))
     assert (Tunable(preference=preference)(list(vectors)) == everything).all()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .chance import draws
-from .plan import Address, Block, Counts, Fold, Scope
+from .plan import Address, Block, Counts, Fold
 from .settle import balanced, best_of, narrowed, settled
 from .winners import Winners
 
@@ -167,12 +167,12 @@ class Found(NamedTuple):
         return cls(heads[:, :tasks].sum(axis=0), retained, worth, int(heads[:, -1].sum()), columns, keys)
 
 
-def priced(scope: Scope, among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[Fold, Any, Priced]:
+def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[Fold, Any, Priced]:
     """Find who supplies each element, so that each of `among` supplies what is `wanted` of it and most is retained."""
     tasks, quota = len(among), np.array(wanted)
     room = max(1 << 12, ROOM // tasks)
     state = Priced(among, [0.0] * tasks, 0.0, seed, {})
-    windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / scope.elements)
+    windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / sum(wanted))
     for left in reversed(range(ROUNDS)):
         found = Found.read((yield Undecided(state, windows, rate)), tasks)
         if not state.noise:

@@ -118,7 +118,7 @@ class Tunable(Rule):
         if len(among) == 1:
             return replace(everyone, among=among)
         if self.selection == "optimal":
-            return (yield from priced(scope, among, quota, self.seed))
+            return (yield from priced(among, quota, self.seed))
         replay = replace(everyone, among=among, at_random=self.selection == "random")
         return (yield from replayed(replay, quota, supply if len(among) == scope.tasks else None))
 
