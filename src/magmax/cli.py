@@ -136,7 +136,8 @@ def sweep(
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
     with _settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
-        work = Sweep(plan.rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
+        rule = plan.preferred(base, models, settings) if plan.target else plan.rule
+        work = Sweep(rule, base, models, plan.names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
             raise MagMaxError(
                 f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"

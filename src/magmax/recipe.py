@@ -111,6 +111,8 @@ class Plan:
             raise MagMaxError(f"a target says what the rule tunable prefers; the rule is {self.rule.name}")
         if self.target is None:
             return self.rule.named(self.names)
+        if self.rule.preference:
+            raise MagMaxError("the rule tunable has a preference, and a target to take one from; keep one of the two")
         from .preference.text import text_preference
 
         encoder = Path(self.target.encoder) if self.target.encoder else None

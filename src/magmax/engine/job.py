@@ -68,6 +68,7 @@ class Job:
         sinks: gives the kernel's sinks, which lead into the draft.
         companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
+        extra_memory: bytes that these passes hold beside the blocks.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
     """
@@ -85,6 +86,7 @@ class Job:
     check: Callable[[Sequence[str]], None] = lambda digests: None
     origin: Provenance | None = None
     extra_passes: int = 0
+    extra_memory: int = 0
     shard_bytes: int = SHARD_BYTES
 
     @property
@@ -107,7 +109,7 @@ class Job:
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + slabs,
+            "peak_memory": IMPORTS_BYTES + slabs + self.extra_memory,
         }
 
     def problems(self) -> list[str]:

@@ -142,6 +142,7 @@ def merge_job(
         companions=beside(base, kernel, options),
         check=refuse_twins,
         extra_passes=rule.passes,
+        extra_memory=rule.memory,
         shard_bytes=options.shard_bytes,
     )
 

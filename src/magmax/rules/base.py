@@ -38,6 +38,11 @@ class Rule(ABC):
         return 0
 
     @property
+    def memory(self) -> int:
+        """Bytes that its questions take beside the blocks, at the usual most, where these are many."""
+        return 0
+
+    @property
     def passes_told(self) -> str:
         """`passes` in words, where they depend on options or on the number of tasks T."""
         return str(self.passes)

@@ -55,6 +55,10 @@ class Chain(Rule):
         return self.rule.passes + sum(b.passes for b in self.before)
 
     @property
+    def memory(self) -> int:
+        return self.rule.memory
+
+    @property
     def default_factor(self) -> float:
         return self.rule.default_factor
 

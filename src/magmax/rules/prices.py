@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 
 ROOM = 1 << 21
 """Magnitudes held at once."""
+COPIES = 8
+"""How often these are in memory, in one shape or another."""
 ROUNDS = 10
 ZOOM = 16
 """How many times fewer elements count as undecided from one round to the next."""

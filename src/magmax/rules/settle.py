@@ -41,7 +41,7 @@ def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
             stale = stale + 1 if least is not None and off >= least else 0
             if least is None or off < least:
                 least, kept = off, prices
-            if off <= len(worth) or stale > 3:
+            if off <= len(worth) + part.shape[1] // 10_000 or stale > 3:
                 break
         prices = kept
     return prices

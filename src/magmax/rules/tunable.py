@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 from ..errors import MagMaxError, nearest
 from .base import Rule
 from .plan import Answer, Array, Block, Plan, Scope, Span
-from .prices import Priced, priced
+from .prices import COPIES, ROOM, Priced, priced
 from .quota import Named, Weights, quotas, weights_of
 from .replay import Replay, replayed
 from .winners import Supply, picked
@@ -63,6 +63,10 @@ class Tunable(Rule):
         if self.selection == "optimal":
             return 4
         return (2 if self.selection == "random" else 3) * sum(weight > 0 for weight in self._weights) + 5
+
+    @property
+    def memory(self) -> int:
+        return 8 * COPIES * ROOM if self.selection == "optimal" else 0
 
     @property
     def passes_told(self) -> str:
