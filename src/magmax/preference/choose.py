@@ -40,8 +40,8 @@ def tempered(weights: Weights, temperature: float) -> list[float]:
 
     Of softmax(-b dist) it is softmax(-b dist / temperature).
 
-    >>> tempered([0.2, 0.8], 0.5)
-    [0.05882352941176471, 0.9411764705882353]
+    >>> tempered([0.5, 1], 0.5)
+    [0.2, 0.8]
     """
     values = np.asarray(weights, float)
     if not temperature > 0 or not values.max() > 0 or values.min() < 0:
