@@ -128,6 +128,14 @@ def test_options_out_of_range_are_refused(top, bits, archived):
         archived(top, bits)
 
 
+def test_an_archive_of_nothing_or_of_one_model_twice_is_refused(files, tmp_path):
+    base, tasks = (open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1]])
+    for models, names in (([], []), (tasks[:2], ["a", "a"]), ([tasks[0], tasks[0]], ["a", "b"])):
+        with pytest.raises(MagMaxError, match=r"needs models|same file"):
+            write_archive(base, models, names, tmp_path / "archive")
+    assert not (tmp_path / "archive").exists()
+
+
 def test_a_folder_that_is_no_archive_is_refused(tmp_path, archived):
     with pytest.raises(MagMaxError, match="is not an archive"):
         Archive(tmp_path)

@@ -24,6 +24,7 @@ from .archive import BLOCK, FILE, FORMAT, Archive
 from .ask import Questions
 from .compare import compare
 from .job import Settings
+from .merge import refuse_same_path
 from .reader import Reader
 from .stream import Slab, cores, hold_freed_memory, in_threads
 
@@ -153,16 +154,22 @@ def write_archive(
         bits: of each entry: 8 (linear, a scale for each block of 1024 elements), 16 (bfloat16) or 32 (exact).
 
     Raises:
-        MagMaxError: models that do not fit the base, options out of range, a place that cannot be written.
+        MagMaxError: no models, models that do not fit the base, NaN or infinity, options out of range, a place that
+            cannot be written.
     """
     settings = settings or Settings()
     if not 0 < top <= 1:
         raise MagMaxError(f"an archive needs top above 0 and at most 1, not {top}")
     if bits not in (8, 16, 32):
         raise MagMaxError(f"an archive needs bits to be 8, 16 or 32, not {bits}")
+    if not models or len(set(names)) < len(names):
+        raise MagMaxError(
+            f"an archive needs models, each with a name of its own; the names are {', '.join(names) or 'none'}"
+        )
     if out.suffix == ".safetensors":
         raise MagMaxError(f"{out}: an archive is a folder; name one without .safetensors")
     target, inputs = Target(out), [base, *models]
+    refuse_same_path(inputs)
     if problems := target.problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
         raise listed(f"{out} cannot be written", problems)
     carried = compare(base, models)

@@ -2,7 +2,7 @@
 
 Maximising sum_p |tau_win(p)[p]| under quotas is a transport problem whose dual has one price a task. Prices are found
 on a sample, then from the elements that are nearly undecided alone, ever fewer of them, until all of these are known
-and the last few can be settled exactly.
+and the last few can be settled exactly. Should that not come about in some rounds, all elements are held at once.
 """
 
 from __future__ import annotations
