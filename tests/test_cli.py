@@ -176,6 +176,50 @@ def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
     assert not list(tmp_path.glob("*task-vector*"))
 
 
+def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path):
+    base, tasks = files
+    words = ["tune", "--base", base, *tasks, "--prefer", "task1=3", "--prefer", "task3=1"]
+    code, out, err = run(*words, "--out", tmp_path / "a.safetensors")
+    assert code == 0
+    assert "from each: task1 75.0%, task2 0.0%, task3 25.0%, task4 0.0%" in out
+    assert "no choice could exceed" in err
+    rule = "{tunable: {preference: {task3: 1, task1: 3}}}"
+    run("merge", "--base", base, *tasks, "--rule", rule, "--out", tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    archive = tmp_path / "archive"
+    code, out, _ = run("archive", "--base", base, *tasks, "--out", archive, "--top", "1", "--bits", "32")
+    assert code == 0
+    assert "archived task1, task2, task3, task4" in out
+    words = ["tune", "--archive", archive, "--prefer", "task1=3", "--prefer", "task3=1", "--save", "mine"]
+    assert run(*words, "--out", tmp_path / "c.safetensors")[0] == 0
+    assert run("tune", "--archive", archive, "--preset", "mine", "--out", tmp_path / "d.safetensors")[0] == 0
+    for name in "cd":
+        assert same_bytes(loaded(tmp_path / f"{name}.safetensors"), loaded(tmp_path / "a.safetensors"))
+    assert run("presets", archive)[1].splitlines()[1].split() == ["mine", "0.75", "0", "0.25", "0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prefer", "task1"], "needs NAME=WEIGHT"),
+        (["--prefer", "task1=much"], "needs NAME=WEIGHT"),
+        (["--prefer", "task1=1", "--prefer", "task1=2"], "twice"),
+        (["--prefer", "tsk1=1"], "did you mean 'task1'"),
+        (["--prefer", "task1=-1"], "0 or more"),
+        (["--prefer", "task1=0"], "all of these are 0"),
+        ([], "tune needs --prefer"),
+        (["--preset", "x"], "need --archive"),
+        (["--target", "t.csv"], "go together"),
+        (["--archive", "a", "--prefer", "a=1"], "tune needs --base BASE and the models, or --archive"),
+    ],
+)
+def test_what_cannot_be_tuned_writes_nothing(words, message, run, files, tmp_path):
+    base, tasks = files
+    code, _, err = run("tune", "--base", base, *tasks, "--out", tmp_path / "o.safetensors", *words)
+    assert (code, message in err) == (2, True)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
 def test_a_sweep_never_touches_what_is_there(run, files, tmp_path):
     base, tasks = files
     kept = saved(small_model(7), tmp_path / "m-1.safetensors")
@@ -230,7 +274,20 @@ def test_merging_safetensors_needs_no_torch(files, tmp_path):
 
 
 def test_every_verb_explains_itself(run):
-    for verb in ("merge", "sweep", "absorb", "result", "status", "label", "restore", "inspect", "diff"):
+    for verb in (
+        "merge",
+        "sweep",
+        "absorb",
+        "result",
+        "status",
+        "label",
+        "restore",
+        "inspect",
+        "diff",
+        "tune",
+        "archive",
+        "presets",
+    ):
         code, out, _ = run(verb, "--help")
         assert code == 0
         assert "Usage: magmax " + verb in out

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from .checkpoints import Checkpoint, open_adapter, open_checkpoint
 from .checkpoints.base import PREFIX
 from .engine.adapters import AdapterOptions, adapter_job
-from .engine.job import Job
+from .engine.job import Job, Settings
 from .engine.merge import Options, merge_job
 from .errors import MagMaxError
-from .rules import Rule
+from .rules import Rule, Tunable
+
+
+class Target(BaseModel):
+    """Where the preference of the rule tunable comes from. Paths are relative to the recipe's folder.
+
+    Attributes:
+        data: labelled texts of the target: a CSV with the columns text and label, or a folder of LABEL/NAME.txt.
+        samples: the folder of the tasks' training samples, NAME.csv or NAME/ for each model's name.
+        method: label, ot, cos, mmd, or auto to try all of them.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    data: str
+    samples: str
+    method: Literal["label", "ot", "cos", "mmd", "auto"] = "auto"
+    encoder: str | None = None
+    max_tokens: int = 64
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,7 @@ class Plan:
         checked: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
             merge into.
         notes: what the user should know of the recipe before it is carried out.
+        target: where the preference of the rule tunable comes from, if it is not the rule's own.
         adapter_rank: merge adapters, without a base, into one adapter of at most this rank.
     """
 
@@ -35,6 +57,7 @@ class Plan:
     checked: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
     notes: Sequence[str] = ()
     adapter_rank: int | None = None
+    target: Target | None = None
 
     def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
         """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
@@ -52,7 +75,7 @@ class Plan:
         names = [r if i else n for n, r, i in zip(self.names, resolved, by_id, strict=True)]
         return self.checked(base, models), models, names
 
-    def job(self, out: str | None = None) -> Job:
+    def job(self, out: str | None = None, settings: Settings | None = None) -> Job:
         """Open every input and check it. Raises MagMaxError for all that does not fit."""
         where = out or self.out
         if where is None:
@@ -62,4 +85,31 @@ class Plan:
             adapters = [open_adapter(m) for m in self.models]
             return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
         base, models, names = self.opened()
-        return merge_job(self.rule, base, models, Path(where), self.options, names)
+        rule = self.preferred(base, models, settings) if self.target else self.rule
+        return merge_job(rule, base, models, Path(where), self.options, names)
+
+    def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
+        """The rule, with the preference that comes from the target, if there is one."""
+        if not isinstance(self.rule, Tunable):
+            raise MagMaxError(f"a target says what the rule tunable prefers; the rule is {self.rule.name}")
+        if self.target is None:
+            return self.rule.for_models(self.names)
+        if self.rule.preference:
+            raise MagMaxError("the rule tunable has a preference, and a target to take one from; keep one of the two")
+        from .preference.text import text_preference
+
+        encoder = Path(self.target.encoder) if self.target.encoder else None
+        weights = text_preference(
+            self.target.method,
+            Path(self.target.data),
+            Path(self.target.samples),
+            encoder,
+            base,
+            models,
+            self.names,
+            self.rule,
+            self.options,
+            settings or Settings(),
+            self.target.max_tokens,
+        )
+        return replace(self.rule, preference=weights)

@@ -16,7 +16,7 @@ from .checkpoints.lora import base_and_adapter, within
 from .document import Document, parse_yaml, read_document, read_text, validated
 from .engine.merge import Options, default_names
 from .errors import MagMaxError
-from .plan import Plan
+from .plan import Plan, Target
 from .rules import Number, Rule, make_rule, nearest, read, rule_from
 from .rules.values import FORMS
 
@@ -43,6 +43,7 @@ class Recipe(BaseModel):
         mismatch: "strict", "base" or "intersect".
         allow_nonfinite: let NaN and infinity through.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
+        target: for the rule tunable, where its preference comes from, if it is not written out.
         out: a `.safetensors` file or a folder.
     """
 
@@ -55,6 +56,7 @@ class Recipe(BaseModel):
     mismatch: Literal["strict", "base", "intersect"] = "strict"
     allow_nonfinite: bool = False
     adapter_rank: int | None = None
+    target: Target | None = None
     out: str | None = None
 
     @field_validator("models")
@@ -119,11 +121,16 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = os_path.join(folder, recipe.out) if recipe.out is not None else None
     base = within(folder, recipe.base) if recipe.base is not None else None
-    return Plan(rule, base, paths, names, options, out, adapter_rank=recipe.adapter_rank)
+    target = recipe.target
+    if target is not None:
+        moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
+        target = target.model_copy(update=moved)
+    return Plan(rule, base, paths, names, options, out, adapter_rank=recipe.adapter_rank, target=target)
 
 
 def _known(parts: Sequence[str]) -> list[str]:
-    return list((Recipe if len(parts) == 1 else Model).model_fields)
+    kind = Recipe if len(parts) == 1 else Target if parts[0] == "target" else Model
+    return list(kind.model_fields)
 
 
 def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:

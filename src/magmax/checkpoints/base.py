@@ -24,6 +24,7 @@ class Checkpoint(ABC):
         metadata: the header's own strings.
         notes: what a user should know of how it was read.
         origin: its id on the hub with the commit, as hf://..., or those of base+adapter; "" for what never was there.
+        relative: whether the floating tensors are task vectors, to be added to a base.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Checkpoint(ABC):
     metadata: dict[str, str]
     notes: list[str]
     origin: str = ""
+    relative: bool = False
 
     def __init__(self, label: str, specs: dict[str, Spec]) -> None:
         self.label, self.specs, self.aliases, self.metadata, self.notes = label, specs, {}, {}, []

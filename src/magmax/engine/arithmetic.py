@@ -76,6 +76,9 @@ class MergeKernel(Kernel):
         answers = ask(self.rule, self.rules, self.reader, self.tasks, self._elements(), threads, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
+    def note(self) -> str:
+        return self.rule.explain(list(self.answers.values()))
+
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:
             return [self.carry(slab)]

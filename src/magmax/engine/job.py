@@ -82,6 +82,8 @@ Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Wor
 def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
     """The pass of the job's kernel over all inputs."""
     kernel = job.kernel.prepared(settings.threads, settings.progress)
+    if words := kernel.note():
+        settings.note(words)
     return Pass(job.inputs, sinks, kernel, settings.threads, True, journal, parts)
 
 
@@ -100,7 +102,7 @@ class Job:
         check: called with the input digests before anything becomes visible; may refuse.
         stem: how the names of a folder's weight files begin.
         worker: what reads the inputs and fills the sinks.
-        memory: bytes that the worker takes beyond a pass over slabs.
+        memory: bytes that the questions and the worker take beside the slabs.
         report: lines to print of the work, once it is done.
     """
 

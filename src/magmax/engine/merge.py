@@ -116,7 +116,9 @@ def merge(
         return Path(fspath(out))
     if opened.path is not None:
         raise MagMaxError("merging files needs `out`, the path of the result")
-    tensors = merge_in_memory(rule, opened, others, options, settings or Settings())
+    tensors = merge_in_memory(
+        rule.for_models([m.label for m in others]), opened, others, options, settings or Settings()
+    )
     return like(base, opened, tensors, options)
 
 
@@ -130,6 +132,7 @@ def merge_job(
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
     names = names or default_names([m.place for m in models])
+    rule = rule.for_models(names)
     match = _match(rule, base, models, options)
     kernel = _kernel(rule, base, models, options, match)
 
@@ -153,6 +156,7 @@ def merge_job(
         companions=beside(base, kernel.out, options, match),
         check=refuse_twins,
         extra_passes=rule.passes,
+        memory=rule.memory,
         shard_bytes=options.shard_bytes,
     )
 
@@ -201,6 +205,8 @@ def merge_in_memory(
     kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
     memory = MemorySink(kernel.out)
     kernel = kernel.prepared(settings.threads, settings.progress)
+    if words := kernel.note():
+        settings.note(words)
     Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
     return memory.tensors
 

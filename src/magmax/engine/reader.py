@@ -41,6 +41,8 @@ class Reader:
 
     def task_vector(self, slab: Slab, number: int, base: NDArray[Any]) -> NDArray[Any]:
         vector = self.numbers(slab, number)
+        if self.inputs[number].relative:
+            return vector
         with np.errstate(over="ignore", invalid="ignore"):
             vector -= base
         return vector

@@ -89,6 +89,10 @@ class Kernel(ABC):
         """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
         return self
 
+    def note(self) -> str:
+        """What a user should hear once it is prepared. By default, nothing."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Pass:

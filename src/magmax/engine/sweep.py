@@ -42,6 +42,9 @@ class VectorKernel(Kernel):
     def prepared(self, threads: int, progress: Progress) -> Self:
         return replace(self, merge=self.merge.prepared(threads, progress))
 
+    def note(self) -> str:
+        return self.merge.note()
+
     def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.merge.carried:
             self.merge.carry(slab)

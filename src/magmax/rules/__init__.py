@@ -32,6 +32,7 @@ from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 from .tsv_m import TsvM
+from .tunable import Tunable
 from .values import Filters, Layers, Number, Numbers, PerModel, read
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "TsvM",
+    "Tunable",
     "chain",
     "nearest",
     "places",
@@ -77,7 +79,7 @@ __all__ = [
 
 RULES: tuple[type[Rule], ...] = (
     *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude),
-    *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM),
+    *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM, Tunable),
 )
 TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare, Della, Breadcrumbs)
 BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
@@ -151,6 +153,8 @@ def _fit(value: Any, hint: Any) -> Any:
         return read(value, per_model=hint == Numbers)
     if get_origin(hint) is Literal:
         wanted = None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
+    elif not isinstance(hint, type):
+        wanted = None  # of several types: the part itself checks it
     else:
         wanted = None if type(value) is hint or (hint is float and type(value) is int) else hint.__name__
     if wanted:

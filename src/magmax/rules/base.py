@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,16 @@ class Rule(Part):
     def passes(self) -> int:
         """How many questions it asks, at the usual most; each is a pass over all inputs."""
         return 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its questions take beside the blocks, at the usual most, where these are many."""
+        return 0
+
+    @property
+    def passes_told(self) -> str:
+        """`passes` in words, where they depend on options or on the number of tasks T."""
+        return str(self.passes)
 
     @property
     def default_factor(self) -> float:
@@ -75,6 +85,10 @@ class Rule(Part):
                 f"{self.name} asks of the whole model, so its numbers must be the same for all tensors; "
                 "use span: tensor"
             )
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        return ""
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -56,6 +56,10 @@ class Chain(Rule):
         return self.rule.passes + sum(b.passes for b in self.before)
 
     @property
+    def memory(self) -> int:
+        return self.rule.memory
+
+    @property
     def default_factor(self) -> float:
         return self.rule.default_factor
 
@@ -81,6 +85,9 @@ class Chain(Rule):
 
     def describe(self) -> dict[str, Any]:
         return {"chain": [part.describe() for part in (*self.before, self.rule)]}
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        return self.rule.explain([rules for _, rules in answers])
 
     def plan(self, scope: Scope) -> Plan:
         answers: list[Answer] = []

@@ -163,7 +163,7 @@ def ranked(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Rank
     lows = [max(0, middle - (BINS // 2 << shift)) for middle in middles]
     while True:
         counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
-        located = [(0, 0, 0) if n in known else _locate(counts, keeps[n]) for n, counts in enumerate(counted)]
+        located = [(0, 0, 0) if n in known else locate(counts, keeps[n]) for n, counts in enumerate(counted)]
         if None in located:
             lows, shift = everywhere, widest
             continue
@@ -175,7 +175,7 @@ def ranked(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Rank
         shift = max(0, shift - 16)
 
 
-def _locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
+def locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
     """The bin of the k-th largest, how many are wanted of it, and how many it holds; None if it is outside."""
     wanted = keep - int(counts[0])
     downward = np.cumsum(counts[:0:-1])

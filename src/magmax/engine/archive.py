@@ -1,0 +1,165 @@
+"""The archive of Tunable MagMax: of every task what a preference is likely to need, in far fewer bytes than its model.
+
+A folder: `model.safetensors` (or shards of it) and `archive.json`, which names the tasks, the base and its digest, the
+options, and presets. For task t (from 0) and a tensor K of n elements, of which only the entries of largest magnitude
+over the whole model are kept:
+
+    t/kept/K     U8, ceil(n / 8)       a bit for each element, the first the most significant: whether it is kept
+    t/starts/K   I64, ceil(n / BLOCK)  how many entries are kept before each block of BLOCK elements
+    t/values/K   I8, BF16, F32 or F64  the entries of tau_t that are kept, in order
+    t/scales/K   F32, ceil(n / BLOCK)  with 8 bits: an entry is value * scale of its block, rounded in K's compute type
+
+With top = 1 everything is kept, and `kept` and `starts` are left out. Entries that are not kept count as zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.dtypes import widen
+from ..checkpoints.writer import replace_file
+from ..errors import MagMaxError, listed, nearest
+from ..rules import Rule
+from ..rules.quota import weights_of
+from .job import Job
+from .merge import Options, merge_job
+
+FORMAT = 1
+BLOCK = 1024
+FILE = "archive.json"
+
+
+class Archive:
+    """An archive on disk. Raises MagMaxError for a folder that holds none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            about = json.loads((folder / FILE).read_text("utf-8"))
+            if about["format"] != FORMAT:
+                raise ValueError(f"it has format {about['format']}; this magmax reads {FORMAT}")
+            self.tasks = [str(name) for name in about["tasks"]]
+            self.top, self.bits = float(about["top"]), int(about["bits"])
+            self.presets: dict[str, dict[str, float]] = {
+                str(name): {str(task): float(weight) for task, weight in weights.items()}
+                for name, weights in about["presets"].items()
+            }
+            self._base_path, self._base_digest = about["base"]["path"], str(about["base"]["digest"])
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive makes one") from error
+        self._about = about
+        self.tensors = open_checkpoint(folder)
+
+    def base(self, given: str | None = None) -> Checkpoint:
+        """The base: the one given, or where it was when the archive was made."""
+        if given is None and self._base_path is None:
+            raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
+        return open_checkpoint(given or os.path.normpath(self.folder / self._base_path))
+
+    def models(self, base: Checkpoint) -> list[ArchivedTask]:
+        """Each task's vector, as far as it was kept."""
+        return [ArchivedTask(self, task, name, base) for task, name in enumerate(self.tasks)]
+
+    def job(self, rule: Rule, out: Path, options: Options, base: str | None = None) -> Job:
+        """The work of merging what was kept, into a file or folder."""
+        opened = self.base(base)
+        job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
+
+        def same_base(digests: Sequence[str]) -> None:
+            if digests[0] != self._base_digest:
+                raise MagMaxError(f"{opened.label}: is not the base that {self.folder} was made with")
+
+        return replace(job, check=same_base)
+
+    def preset(self, name: str) -> dict[str, float]:
+        if name not in self.presets:
+            raise MagMaxError(f"{self.folder}: has no preset {name!r}; {nearest(name, list(self.presets))}")
+        return self.presets[name]
+
+    def store(self, name: str, preference: Mapping[str, float]) -> None:
+        """Remember a preference under a name, in one step. Raises MagMaxError for weights that are none."""
+        weights_of(preference)
+        for task in preference:
+            if task not in self.tasks:
+                raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest(task, self.tasks)}")
+        self.presets[name] = dict(preference)
+        self._about["presets"] = self.presets
+        replace_file(self.folder / FILE, json.dumps(self._about, indent=2).encode() + b"\n")
+
+
+class ArchivedTask(Checkpoint):
+    """A task vector as an archive keeps it; tensors that are not merged are read from the base."""
+
+    relative = True
+
+    def __init__(self, archive: Archive, task: int, name: str, base: Checkpoint) -> None:
+        specs = {
+            key: Spec("F64" if spec.dtype == "F64" else "F32", spec.shape) if spec.floating else spec
+            for key, spec in base.specs.items()
+        }
+        super().__init__(name, specs)
+        self.aliases = dict(base.aliases)
+        self._tensors, self._base, self._task, self._bits = archive.tensors, base, task, archive.bits
+        self._sparse = archive.top < 1
+        problems = [
+            f"{archive.folder}: holds nothing of {key}, {spec}"
+            for key, spec in base.specs.items()
+            if spec.floating and spec.elements and not self._fits(key, spec)
+        ]
+        if problems:
+            raise listed(f"{archive.folder} does not fit {base.label}", problems)
+
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        if not self.specs[key].floating:
+            return self._base.read(key, start, stop)
+        if start == stop:
+            return np.zeros(0, self.specs[key].storage)
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        end = min(last * BLOCK, self.specs[key].elements)
+        places, total = np.arange(first * BLOCK, end), end - first * BLOCK
+        value = first * BLOCK
+        if self._sparse:
+            mask = np.unpackbits(self._part("kept", key, first * BLOCK // 8, -(-end // 8)), count=total)
+            places, value = np.flatnonzero(mask) + first * BLOCK, int(self._starts(key, first)[0])
+        stored = self._values(key, value, value + len(places))
+        dense = np.zeros(total, self.specs[key].storage)
+        if self._bits == 8:
+            scales = self._part("scales", key, 4 * first, 4 * last).view("<f4")
+            dense[places - first * BLOCK] = stored * scales[places // BLOCK - first].astype(dense.dtype)
+        else:
+            dense[places - first * BLOCK] = stored
+        return dense[start - first * BLOCK : stop - first * BLOCK]
+
+    def files(self) -> list[Path]:
+        return self._tensors.files()
+
+    def header_digests(self) -> list[str]:
+        return self._tensors.header_digests()
+
+    def _fits(self, key: str, spec: Spec) -> bool:
+        kept = self._tensors.specs.get(f"{self._task}/{'kept' if self._sparse else 'values'}/{key}")
+        return kept is not None and kept.shape == ((-(-spec.elements // 8) if self._sparse else spec.elements),)
+
+    def _values(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        name = f"{self._task}/values/{key}"
+        stored = self._tensors.read(name, start, stop)
+        dtype = self._tensors.specs[name].dtype
+        return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage)
+
+    def _starts(self, key: str, block: int) -> NDArray[np.int64]:
+        return self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")
+
+    def _part(self, kind: str, key: str, start: int, stop: int) -> NDArray[Any]:
+        """Bytes of one of the task's tensors."""
+        name = f"{self._task}/{kind}/{key}"
+        unit = self._tensors.specs[name].storage.itemsize
+        return self._tensors.read(name, start // unit, stop // unit).view(np.uint8)

@@ -1,0 +1,216 @@
+"""Making an archive of what a preference is likely to need; `archive.py` says what is in one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.dtypes import compute_dtype, narrow
+from ..checkpoints.slabs import Chunk, checkpoint_digest, chunks, slab_digest, tensor_digest
+from ..checkpoints.writer import Draft, Target
+from ..errors import MagMaxError, listed
+from ..rules import Prune
+from ..rules.plan import Scope
+from .archive import BLOCK, FILE, FORMAT, Archive
+from .ask import Questions
+from .compare import compare
+from .job import Settings
+from .merge import refuse_same_path
+from .reader import Reader
+from .stream import Slab, cores, hold_freed_memory, in_threads
+
+LEVELS = 127
+PIECE = 256 * BLOCK
+
+
+class Kept(NamedTuple):
+    """Which entries of one task vector are kept: those of at least this magnitude, or all."""
+
+    least: int | None
+    wide: bool
+
+    def where(self, vector: NDArray[Any]) -> NDArray[np.bool_]:
+        if self.least is None:
+            return np.ones(len(vector), np.bool_)
+        codes = np.abs(vector.astype(np.float64) if self.wide else vector)
+        return (codes.view(np.int64 if self.wide else np.int32) >= self.least) & (vector != 0)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """An archive being made."""
+
+    reader: Reader
+    keys: Sequence[str]
+    kept: Sequence[Kept]
+    bits: int
+    threads: int
+
+    def vectors(self, chunk: Chunk) -> list[NDArray[Any]]:
+        slab = Slab(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
+        base = self.reader.numbers(slab, 0)
+        return [self.reader.task_vector(slab, task, base) for task in range(1, len(self.reader.inputs))]
+
+    def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
+        """How many entries of each task are kept in each block."""
+        edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
+        masks = [kept.where(vector) for kept, vector in zip(self.kept, self.vectors(chunk), strict=True)]
+        return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
+
+    def starts(self, settings: Settings) -> dict[tuple[int, str], NDArray[np.int64]]:
+        """How many entries of a task's tensor are kept before each block, and in all."""
+        found: dict[tuple[int, str], NDArray[np.int64]] = {
+            (task, key): np.zeros(1 + -(-self.spec(key).elements // BLOCK), np.int64)
+            for task in range(len(self.kept))
+            for key in self.keys
+        }
+        with closing(in_threads(self.counts, self.pieces(), self.threads)) as done:
+            for chunk, counts in done:
+                first = 1 + chunk.start // BLOCK
+                for task, count in enumerate(counts):
+                    found[task, chunk.key][first : first + len(count)] = count
+                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+        return {place: np.cumsum(counts) for place, counts in found.items()}
+
+    def specs(self, starts: Mapping[tuple[int, str], NDArray[np.int64]]) -> dict[str, Spec]:
+        """The archive's tensors."""
+        found: dict[str, Spec] = {}
+        for (task, key), counts in starts.items():
+            blocks, total = len(counts) - 1, int(counts[-1])
+            wide = compute_dtype(self.spec(key).dtype) == np.float64
+            found[f"{task}/values/{key}"] = Spec(
+                {8: "I8", 16: "BF16"}.get(self.bits, "F64" if wide else "F32"), (total,)
+            )
+            if self.kept[task].least is not None:
+                found[f"{task}/kept/{key}"] = Spec("U8", (-(-self.spec(key).elements // 8),))
+                found[f"{task}/starts/{key}"] = Spec("I64", (blocks,))
+            if self.bits == 8:
+                found[f"{task}/scales/{key}"] = Spec("F32", (blocks,))
+        return found
+
+    def write(self, draft: Draft, starts: Mapping[tuple[int, str], NDArray[np.int64]], settings: Settings) -> None:
+        def work(chunk: Chunk) -> Chunk:
+            for task, vector in enumerate(self.vectors(chunk)):
+                self.put(draft, chunk, task, vector, starts[task, chunk.key])
+            return chunk
+
+        with closing(in_threads(work, self.pieces(), self.threads)) as done:
+            for chunk in done:
+                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+
+    def put(self, draft: Draft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]) -> None:
+        """Write one task's part of a chunk."""
+        mask, first = self.kept[task].where(vector), chunk.start // BLOCK
+        values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // BLOCK)])
+        if self.kept[task].least is not None:
+            draft.write(f"{task}/kept/{chunk.key}", chunk.start // 8, np.packbits(mask))
+            draft.write(f"{task}/starts/{chunk.key}", first, starts[first : first + len(counts)])
+        if self.bits == 8:
+            scales = np.zeros(len(counts), np.float32)
+            filled = counts > 0
+            if len(values):
+                edges = (starts[first : first + len(counts)] - starts[first])[filled]
+                scales[filled] = np.maximum.reduceat(np.abs(values), edges) / LEVELS
+            draft.write(f"{task}/scales/{chunk.key}", first, scales)
+            steps = np.repeat(np.where(scales > 0, scales, 1), counts)
+            values = np.rint(values / steps).clip(-LEVELS, LEVELS).astype(np.int8)
+        elif self.bits == 16:
+            values = narrow(values, "BF16")
+        draft.write(f"{task}/values/{chunk.key}", int(starts[first]), values)
+
+    def pieces(self) -> Iterator[Chunk]:
+        """Every tensor in parts of a whole number of blocks."""
+        for key in self.keys:
+            for start in range(0, self.spec(key).elements, PIECE):
+                yield Chunk(key, start, min(start + PIECE, self.spec(key).elements))
+
+    def spec(self, key: str) -> Spec:
+        return self.reader.inputs[0].specs[key]
+
+
+def write_archive(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    names: Sequence[str],
+    out: Path,
+    *,
+    top: float = 0.3,
+    bits: int = 8,
+    settings: Settings | None = None,
+) -> Archive:
+    """Store what tuning needs of each model's task vector.
+
+    Args:
+        top: the fraction of each task vector's entries to keep, those of largest magnitude over the whole model.
+        bits: of each entry: 8 (linear, a scale for each block of 1024 elements), 16 (bfloat16) or 32 (exact).
+
+    Raises:
+        MagMaxError: no models, models that do not fit the base, NaN or infinity, options out of range, a place that
+            cannot be written.
+    """
+    settings = settings or Settings()
+    if not 0 < top <= 1:
+        raise MagMaxError(f"an archive needs top above 0 and at most 1, not {top}")
+    if bits not in (8, 16, 32):
+        raise MagMaxError(f"an archive needs bits to be 8, 16 or 32, not {bits}")
+    if not models or len(set(names)) < len(names):
+        raise MagMaxError(
+            f"an archive needs models, each with a name of its own; the names are {', '.join(names) or 'none'}"
+        )
+    if out.suffix == ".safetensors":
+        raise MagMaxError(f"{out}: an archive is a folder; name one without .safetensors")
+    target, inputs = Target(out), [base, *models]
+    refuse_same_path(inputs)
+    if problems := target.problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
+        raise listed(f"{out} cannot be written", problems)
+    carried = compare(base, models).carried
+    keys = [key for key, spec in base.specs.items() if key not in carried and spec.elements]
+    hold_freed_memory()
+    kept, reader = _kept(Reader(inputs), keys, top, settings)
+    writing = Writing(reader, keys, kept, bits, settings.threads or cores())
+    starts = writing.starts(settings)
+    about = {
+        "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "presets": {},
+        "base": {"path": os.path.relpath(base.path, out) if base.path else None, "digest": _digest(base)},
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Draft(target, writing.specs(starts), {})
+    try:
+        draft.open(fresh=True)
+        writing.write(draft, starts, settings)
+        draft.publish({}, {FILE: json.dumps(about, indent=2).encode() + b"\n"})
+    except BaseException:
+        draft.discard()
+        raise
+    return Archive(out)
+
+
+def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
+    """Each task's threshold, found over the whole model."""
+    tasks, specs = len(reader.inputs) - 1, reader.inputs[0].specs
+    wide = any(specs[key].dtype == "F64" for key in keys)
+    if top == 1:
+        return [Kept(None, wide)] * tasks, reader
+    elements = {key: specs[key].elements for key in keys}
+    questions = Questions(reader, tasks, elements, settings.threads or cores(), settings.progress)
+    cuts = questions.answer(Prune(keep=top).plan(Scope(tasks, sum(elements.values()), wide)))
+    return [Kept(cut.code, wide) for cut in cuts], questions.reader
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """The digest that a merge notes of an input."""
+    tensors: dict[str, str] = {}
+    for key, spec in checkpoint.specs.items():
+        cuts = [cut for chunk in chunks(key, spec) for cut in chunk.slabs(spec)]
+        if cuts:
+            tensors[key] = tensor_digest(b"".join(slab_digest(checkpoint.read(key, *cut)) for cut in cuts))
+    return checkpoint_digest(checkpoint.specs, tensors)

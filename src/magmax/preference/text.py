@@ -1,0 +1,229 @@
+"""Preferences for text encoders: target and training samples from files, features from each task's own encoder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checkpoints import Checkpoint
+from ..checkpoints.memory import as_tensor
+from ..continual.encoder import Encoder, TextEncoder
+from ..continual.evaluate import predict
+from ..continual.heads import zero_shot_head
+from ..engine.job import Settings
+from ..engine.merge import Options, merge_in_memory
+from ..errors import MagMaxError, nearest
+from ..rules import MagMax, Rule, Tunable
+from .choose import FIXED, Choice, choose, halves, tempered
+from .own import own_shares
+from .sources import MOST_SAMPLES, Distance, Features, from_labels, from_samples
+
+Method = Literal["label", "ot", "cos", "mmd", "auto"]
+TEMPLATES = ("a message about {}",)
+TEMPERATURE = 20.0
+BATCH = 64
+
+
+class Samples(NamedTuple):
+    """Texts and the label of each."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def pick(self, rows: Sequence[int]) -> Samples:
+        return Samples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
+
+
+def read_samples(path: Path) -> Samples:
+    """Labelled texts: a CSV whose first line names the columns text and label, or a folder of LABEL/NAME.txt.
+
+    Raises MagMaxError where it is neither, or holds no sample.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*/*.txt"))
+        found = Samples([file.read_text("utf-8") for file in files], [file.parent.name for file in files])
+    else:
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise MagMaxError(f"{path}: cannot be read as a CSV with the columns text and label: {error}") from error
+        for line, row in enumerate(rows, start=2):
+            if row.get("text") is None or row.get("label") is None:
+                raise MagMaxError(
+                    f"{path}, line {line}: needs the columns text and label; it has {sorted(map(str, row))}"
+                )
+        found = Samples([row["text"] for row in rows], [row["label"] for row in rows])
+    if not found.texts:
+        raise MagMaxError(f"{path}: holds no sample; give a CSV with the columns text and label, or LABEL/NAME.txt")
+    return found
+
+
+def read_tasks(folder: Path, names: Sequence[str]) -> list[Samples]:
+    """Training samples of each task: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
+    found: list[Samples] = []
+    for name in names:
+        places = [place for place in (folder / f"{name}.csv", folder / name) if place.exists()]
+        if not places:
+            there = sorted(place.stem for place in folder.glob("*"))
+            hint = nearest(name, there) if there else "the folder is empty, or not there"
+            raise MagMaxError(f"{folder}: has no samples of {name!r} ({name}.csv, or a folder {name}); {hint}")
+        found.append(read_samples(places[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class TextTarget:
+    """What a preference can be made of: the models, their training samples, and samples of the target."""
+
+    encoder: TextEncoder
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    tasks: Sequence[Samples]
+    target: Samples
+    settings: Settings
+
+    def weights(self, method: Method, target: Samples | None = None) -> list[float]:
+        """A preference by one method; see `from_labels` and `from_samples`."""
+        target = target or self.target
+        if method == "label":
+            return from_labels(target.labels, [set(samples.labels) for samples in self.tasks])
+        return from_samples(self._pairs(target), cast("Distance", method))
+
+    def chosen(
+        self, options: Options, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01
+    ) -> tuple[list[float], Choice]:
+        """The best on held-out samples of all methods, uniform and MagMax's own counts; see `choose`.
+
+        Candidates are made of half of the target samples and scored, by accuracy among all labels with a zero-shot head
+        of the base, on the others; the winner's source is then asked again, of all samples.
+        """
+        own = own_shares(self.base, self.models, self.settings)
+        fit, held = (self.target.pick(rows) for rows in halves(len(self.target.texts), seed))
+        names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
+        self._put(Options(scaling_factor=0.0), self.models)  # the base itself
+        head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
+        items = self.encoder.tokenize(held.texts)
+        labels = np.array([names.index(label) for label in held.labels])
+        threads = self.settings.threads
+        predicted = predictor(self.encoder, head, items, self.base, self.models, options, rule, threads)
+
+        def score(weights: Sequence[float]) -> float:
+            return float((predicted(weights) == labels).mean())
+
+        choice = choose(dict(self._candidates(fit)), own, score, pull=pull)
+        best = choice.best
+        if best.source in FIXED:
+            return list(best.weights), choice
+        return tempered(self.weights(cast("Method", best.source)), best.temperature), choice
+
+    def _candidates(self, fit: Samples) -> Iterator[tuple[str, list[float]]]:
+        """A preference by each method that has what it needs; the others are told of."""
+        pairs = list(self._pairs(fit))
+        for method in ("label", *get_args(Distance)):
+            try:
+                if method == "label":
+                    yield method, self.weights(method, fit)
+                else:
+                    yield method, from_samples(pairs, cast("Distance", method))
+            except MagMaxError as error:
+                self.settings.note(f"not tried: {method} ({error})")
+
+    def _pairs(self, target: Samples) -> Iterator[tuple[Features, Features]]:
+        for number, samples in enumerate(self.tasks):
+            self._put(Options(scaling_factor=1.0), [self.models[number]])
+            yield self._features(samples.texts[:MOST_SAMPLES]), self._features(target.texts)
+
+    def _features(self, texts: Sequence[str]) -> Features:
+        self.encoder.model.eval()
+        ids = self.encoder.tokenize(texts)
+        with torch.inference_mode():
+            parts = [self.encoder(ids[at : at + BATCH]).cpu().numpy() for at in range(0, len(ids), BATCH)]
+        return np.concatenate(parts)
+
+    def _put(self, options: Options, models: Sequence[Checkpoint]) -> None:
+        """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
+        made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
+        put_weights(self.encoder.model, self.base, made)
+
+
+def text_preference(
+    method: Method,
+    data: Path,
+    samples: Path,
+    encoder: Path | None,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    names: Sequence[str],
+    rule: Tunable,
+    options: Options,
+    settings: Settings,
+    max_tokens: int = 64,
+) -> list[float]:
+    """A preference for models of texts, from files; what "auto" tried is told to `settings.note`.
+
+    Args:
+        data: labelled samples of the target, as `read_samples` reads them.
+        samples: the folder of each task's training samples, as `read_tasks` reads them.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base's own.
+        rule: the merge that "auto" tries preferences with; its own preference does not matter.
+    """
+    folder = encoder or base.path
+    if folder is None or not folder.is_dir():
+        raise MagMaxError(
+            f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
+        )
+    target = TextTarget(
+        TextEncoder.load(folder, max_tokens), base, models, read_tasks(samples, names), read_samples(data), settings
+    )
+    if method != "auto":
+        return target.weights(method)
+    weights, choice = target.chosen(options, lambda tried: replace(rule, preference=list(tried)))
+    lines = ["score  less pull  weights  candidate"]
+    for trial in choice.trials:
+        shares = " ".join(f"{weight:.3f}" for weight in trial.weights)
+        origin = f"{trial.source}, temperature {trial.temperature:g}"
+        lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
+    settings.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
+    return weights
+
+
+def predictor(
+    encoder: Encoder,
+    head: torch.Tensor,
+    items: Sequence[Any],
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    options: Options,
+    rule: Callable[[Sequence[float]], Rule] = Tunable,
+    threads: int = 0,
+) -> Callable[[Sequence[float]], np.ndarray]:
+    """For a preference, the class of every item under the merge with it: what `score_methods` and `choose` ask."""
+
+    def predicted(weights: Sequence[float]) -> np.ndarray:
+        put_weights(encoder.model, base, merge_in_memory(rule(weights), base, models, options, Settings(threads)))
+        return predict(encoder, head, items)
+
+    return predicted
+
+
+def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
+    """Copy merged tensors into a module. Raises MagMaxError where the module is not of the base's kind."""
+    state = model.state_dict()
+    missing = [key for key in state if base.resolve(key) not in tensors]
+    extra = [key for key in tensors if key not in state]
+    if missing or extra:
+        raise MagMaxError(
+            f"{base.label} does not hold the weights of this {type(model).__name__}: "
+            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(extra)} are not its own "
+            f"({', '.join(extra[:3])}); name the encoder that was fine-tuned"
+        )
+    made = {key: as_tensor(tensors[base.resolve(key)], base.spec(key), value) for key, value in state.items()}
+    model.load_state_dict(made)

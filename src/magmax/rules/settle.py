@@ -1,0 +1,176 @@
+"""A transport problem from many elements to few tasks, in memory: prices, then a flow for the last few elements."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
+
+SWEEPS = 60
+COARSE = (64, 8, 1)
+"""Prices are first found on every 64th element, then on every 8th."""
+
+
+def best_of(net: Floats) -> Places:
+    """The row of the largest entry of each column; of equal ones the last."""
+    return len(net) - 1 - net[::-1].argmax(axis=0)
+
+
+def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
+    """Prices under which about `wanted` elements go to each task, an element going to argmax_t worth_t - price_t.
+
+    One price after another is set so that its task gets what is wanted, the others' prices staying; only comparisons,
+    sums and differences are used, so that every machine finds the same.
+    """
+    prices = prices.copy()
+    for step in COARSE:
+        part = worth[:, ::step]
+        if part.shape[1] < 64 * len(worth) and step > 1:
+            continue
+        counts = np.rint(wanted * (part.shape[1] / worth.shape[1])).astype(np.int64)
+        least, kept = None, prices
+        stale = 0
+        for _ in range(SWEEPS):
+            prices = _swept(part, counts, prices)
+            off = int(np.abs(np.bincount(best_of(part - prices[:, None]), minlength=len(worth)) - counts).sum())
+            stale = stale + 1 if least is not None and off >= least else 0
+            if least is None or off < least:
+                least, kept = off, prices
+            if off <= len(worth) + part.shape[1] // 10_000 or stale > 3:
+                break
+        prices = kept
+    return prices
+
+
+def _swept(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> Floats:
+    """Each price in turn set for what is wanted of its task."""
+    prices = prices.copy()
+    net = worth - prices[:, None]
+    for task, count in enumerate(wanted.tolist()):
+        net[task] = -np.inf
+        prices[task] = _threshold(worth[task] - net.max(axis=0), count, prices[task])
+        net[task] = worth[task] - prices[task]
+    return prices
+
+
+def _threshold(lead: Floats, count: int, old: float) -> float:
+    """A number that `count` of the leads exceed."""
+    if not len(lead):
+        return old
+    if count <= 0:
+        return float(np.nextafter(lead.max(), np.inf))
+    if count >= len(lead):
+        return float(np.nextafter(lead.min(), -np.inf))
+    below, above = np.partition(lead, (len(lead) - count - 1, len(lead) - count))[[-count - 1, -count]]
+    return float(below + (above - below) / 2)
+
+
+def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
+    """For each ordered pair of tasks, by how much the first must lead the second for an element to be clear.
+
+    `part` of the elements, at most, are not clear in some pair; in each pair it is the same part of what the first
+    task has, as equal magnitudes may put most elements of one pair closer together than any of another.
+    """
+    at = best_of(net)
+    leads = {task: net[task, at == task] - net[:, at == task] for task in range(len(net)) if (at == task).any()}
+    ordered = {task: np.sort(lead, axis=1) for task, lead in leads.items()}
+
+    def at_part(share: float) -> Floats:
+        found = windows.copy()
+        for task, lead in ordered.items():
+            found[task] = np.minimum(found[task], lead[:, int(share * lead.shape[1])])
+        np.fill_diagonal(found, -1.0)
+        return found
+
+    low, high = 0.0, min(part, 1 - 2**-20)
+    for _ in range(12):
+        middle = (low + high) / 2
+        least = at_part(middle)
+        near = sum(int((lead <= least[task][:, None]).any(axis=0).sum()) for task, lead in leads.items())
+        low, high = (middle, high) if near <= part * net.shape[1] else (low, middle)
+    found = at_part(low)
+    np.fill_diagonal(found, 0.0)
+    return found
+
+
+def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> tuple[Floats, Places]:
+    """The choice of most worth that gives each task just what is wanted, and prices that prove it.
+
+    Starts from the choice under `prices`, the best for the counts it has, and moves one element after another along the
+    cheapest chain of tasks from a surplus to a deficit (successive shortest paths).
+    """
+    at = best_of(worth - prices[:, None])
+    surplus = np.bincount(at, minlength=len(worth)) - wanted
+    moves = int(surplus.clip(0).sum())
+    columns = _candidates(worth, at, moves)
+    near, spot = worth[:, columns], at[columns]
+    costs, movers = _costs(near, spot, prices)
+    for _ in range(moves):
+        chain = _cheapest(costs, surplus)
+        for task, other in pairwise(chain):
+            spot[movers[task, other]] = other
+        surplus[chain[0]] -= 1
+        surplus[chain[-1]] += 1
+        costs, movers = _costs(near, spot, prices)
+    at[columns] = spot
+    return prices + _potentials(costs), at
+
+
+def _candidates(worth: Floats, at: Places, moves: int) -> Places:
+    """For each ordered pair of tasks the elements that may have to move, as many as there are moves and one."""
+    found: set[int] = set()
+    for task in range(len(worth)):
+        own = np.flatnonzero(at == task)
+        for other in range(len(worth)):
+            if other != task and len(own):
+                cost = worth[task, own] - worth[other, own]
+                most = min(moves, len(own) - 1)
+                found.update(own[np.argpartition(cost, most)[: most + 1]].tolist())
+    return np.array(sorted(found), np.intp)
+
+
+def _costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
+    """For each ordered pair of tasks the least loss of moving an element from one to the other, and that element."""
+    tasks = len(worth)
+    costs, movers = np.full((tasks, tasks), np.inf), np.zeros((tasks, tasks), np.intp)
+    for task in range(tasks):
+        own = np.flatnonzero(at == task)
+        if len(own):
+            net = worth[:, own] - prices[:, None]
+            loss = net[task] - net
+            first = loss.argmin(axis=1)
+            movers[task] = own[first]
+            costs[task] = loss[np.arange(tasks), first]
+    np.fill_diagonal(costs, np.inf)
+    return costs, movers
+
+
+def _cheapest(costs: Floats, surplus: NDArray[np.int64]) -> list[int]:
+    """The chain of tasks of least total cost from one in surplus to one in deficit (Bellman and Ford)."""
+    reach = np.where(surplus > 0, 0.0, np.inf)
+    source = np.full(len(costs), -1)
+    for _ in range(len(costs)):
+        through = reach[:, None] + costs
+        least = through.min(axis=0)
+        better = least < reach
+        if not better.any():
+            break
+        source[better] = through.argmin(axis=0)[better]
+        reach = np.minimum(reach, least)
+    chain = [int(np.where(surplus < 0, reach, np.inf).argmin())]
+    while source[chain[0]] >= 0 and len(chain) <= len(costs):
+        chain.insert(0, int(source[chain[0]]))
+    return chain
+
+
+def _potentials(costs: Floats) -> Floats:
+    """The changes of price after which no move would gain anything."""
+    change = np.zeros(len(costs))
+    for _ in range(len(costs)):
+        change = np.minimum(change, (costs + change).min(axis=1))
+    return change

@@ -1,0 +1,157 @@
+"""An archive is its definition, and re-tuning from it is a merge of what it kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests.models import Tensors, loaded, same_bytes, saved, small_model
+
+import magmax
+from magmax import MagMaxError
+from magmax.checkpoints import open_checkpoint
+from magmax.engine.archive import Archive
+from magmax.engine.archiving import write_archive
+from magmax.engine.job import Settings
+from magmax.engine.merge import Options
+from magmax.rules import MagMax, Tunable
+
+BLOCK = 1024
+
+
+def vectors(base: Tensors, tuned: Tensors) -> Tensors:
+    return {
+        k: tuned[k].float() - base[k].float() for k, t in base.items() if t.dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def kept(vector: Tensors, top: float, bits: int) -> Tensors:
+    """What an archive keeps of a task vector, written plainly."""
+    sizes = torch.cat([v.abs().reshape(-1) for v in vector.values()])
+    least = sizes.sort(descending=True).values[round(top * len(sizes)) - 1]
+    found = {}
+    for key, values in vector.items():
+        flat = torch.where(values.abs() >= least, values, 0.0).reshape(-1)
+        if bits == 16:
+            flat = flat.to(torch.bfloat16).float()
+        for start in range(0, len(flat) if bits == 8 else 0, BLOCK):
+            part = flat[start : start + BLOCK]
+            scale = part.abs().max() / torch.tensor(127.0)
+            flat[start : start + BLOCK] = torch.round(part / scale) * scale if scale > 0 else 0.0
+        found[key] = flat.reshape(values.shape)
+    return found
+
+
+@pytest.fixture
+def archived(files, tmp_path):
+    def make(top: float, bits: int, **options) -> Archive:
+        base, tasks = files
+        models = [open_checkpoint(task) for task in tasks]
+        names = [task.stem for task in tasks]
+        out = tmp_path / f"archive-{top}-{bits}"
+        return write_archive(open_checkpoint(base), models, names, out, top=top, bits=bits, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("top", [0.3, 1])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_an_archive_keeps_what_its_definition_says(top, bits, archived, files):
+    base, tasks = files
+    archive = archived(top, bits, settings=Settings(threads=2))
+    opened = open_checkpoint(base)
+    start = loaded(base)
+    for task, model in zip(tasks, archive.models(opened), strict=True):
+        wanted = kept(vectors(start, loaded(task)), top, bits)
+        for key, tensor in wanted.items():
+            count = tensor.numel()
+            whole = model.read(key, 0, count)
+            assert (whole == tensor.reshape(-1).numpy()).all(), key
+            for first, last in ((0, count // 2), (count // 3, count), (count // 2, min(count, count // 2 + 1))):
+                assert (model.read(key, first, last) == whole[first:last]).all()
+
+
+def test_the_whole_in_32_bits_tunes_to_the_very_same_bytes(archived, files, tmp_path):
+    base, tasks = files
+    rule = Tunable(preference=[3, 1, 1, 0])
+    archive = archived(1, 32)
+    archive.job(rule, tmp_path / "ours.safetensors", Options()).run()
+    theirs = magmax.merge(rule, base, tasks, out=tmp_path / "theirs.safetensors")
+    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+
+
+def test_a_part_in_8_bits_is_near_the_exact_merge_in_far_fewer_bytes(archived, files, tmp_path):
+    base, tasks = files
+    archive = archived(0.5, 8)
+    archive.job(MagMax(), tmp_path / "ours.safetensors", Options(scaling_factor=1.0)).run()
+    theirs = loaded(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "theirs.safetensors"))
+    start = loaded(base)["wide.weight"]
+    ours, exact = (t["wide.weight"] - start for t in (loaded(tmp_path / "ours.safetensors"), theirs))
+    assert (ours - exact).norm() < 0.2 * exact.norm()
+    floats = sum(t.nbytes for t in loaded(base).values() if t.dtype == torch.float32)
+    assert archive.tensors.nbytes < 4 * floats * (1 / 8 + 0.5 + 12 / 1024 + 0.01) / 4 * 1.01
+
+
+def test_threads_change_no_byte(archived, files, tmp_path):
+    one = (archived(0.3, 8, settings=Settings(threads=1)).folder / "model.safetensors").read_bytes()
+    assert (archived(0.3, 8, settings=Settings(threads=3)).folder / "model.safetensors").read_bytes() == one
+
+
+def test_presets_are_stored_listed_and_told_apart(archived):
+    archive = archived(0.3, 8)
+    archive.store("cars first", {"task1": 3, "task2": 1})
+    archive.store("even", dict.fromkeys(archive.tasks, 1))
+    again = Archive(archive.folder)
+    assert list(again.presets) == ["cars first", "even"]
+    assert again.preset("cars first") == {"task1": 3, "task2": 1}
+    with pytest.raises(MagMaxError, match="did you mean 'even'"):
+        again.preset("evne")
+    with pytest.raises(MagMaxError, match="did you mean 'task1'"):
+        again.store("x", {"tsk1": 1})
+    with pytest.raises(MagMaxError, match="0 or more"):
+        again.store("x", {"task1": -1})
+    assert list(Archive(archive.folder).presets) == ["cars first", "even"]
+
+
+def test_another_base_is_refused_before_anything_is_written(archived, tmp_path):
+    other = saved(small_model(99), tmp_path / "other.safetensors")
+    with pytest.raises(MagMaxError, match="is not the base"):
+        archived(0.3, 8).job(MagMax(), tmp_path / "o.safetensors", Options(), str(other)).run()
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize(("top", "bits"), [(0, 8), (1.1, 8), (0.3, 4), (float("nan"), 8)])
+def test_options_out_of_range_are_refused(top, bits, archived):
+    with pytest.raises(MagMaxError, match="an archive needs"):
+        archived(top, bits)
+
+
+def test_an_archive_of_nothing_or_of_one_model_twice_is_refused(files, tmp_path):
+    base, tasks = (open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1]])
+    for models, names in (([], []), (tasks[:2], ["a", "a"]), ([tasks[0], tasks[0]], ["a", "b"])):
+        with pytest.raises(MagMaxError, match=r"needs models|same file"):
+            write_archive(base, models, names, tmp_path / "archive")
+    assert not (tmp_path / "archive").exists()
+
+
+def test_a_folder_that_is_no_archive_is_refused(tmp_path, archived):
+    with pytest.raises(MagMaxError, match="is not an archive"):
+        Archive(tmp_path)
+    archive = archived(0.3, 8)
+    about = json.loads((archive.folder / "archive.json").read_text())
+    (archive.folder / "archive.json").write_text(json.dumps(about | {"format": 2}))
+    with pytest.raises(MagMaxError, match="it has format 2"):
+        Archive(archive.folder)
+
+
+def test_half_precision_is_archived_as_its_task_vectors(tmp_path):
+    draw = np.random.default_rng(0)
+    models = [{"w": torch.from_numpy(draw.normal(size=3000).astype(np.float32)).bfloat16()} for _ in range(3)]
+    paths = [saved(m, tmp_path / f"{n}.safetensors") for n, m in enumerate(models)]
+    opened = [open_checkpoint(p) for p in paths]
+    archive = write_archive(opened[0], opened[1:], ["a", "b"], tmp_path / "archive", top=1, bits=32)
+    archive.job(MagMax(), tmp_path / "ours.safetensors", Options()).run()
+    theirs = magmax.merge("magmax", paths[0], paths[1:], out=tmp_path / "theirs.safetensors")
+    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))

@@ -1,0 +1,56 @@
+"""Environments have their mixture's shares, and methods are scored on rows that no preference was made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from magmax import MagMaxError
+from magmax.preference.environments import MIXTURES, environments, score_methods
+
+TASK_OF = np.repeat(np.arange(5), [100, 80, 120, 90, 60])
+
+
+def test_environments_have_the_shares_of_their_mixture():
+    drawn = environments(TASK_OF, draws=4)
+    assert [e.mixture for e in drawn] == [name for name in MIXTURES for _ in range(4)]
+    for environment in drawn:
+        everything = np.concatenate([environment.target, environment.scored])
+        assert len(set(everything.tolist())) == len(everything)
+        shares = [(TASK_OF[everything] == task).mean() for task in environment.tasks]
+        assert shares == pytest.approx(MIXTURES[environment.mixture], abs=0.02)
+        targets = [(TASK_OF[environment.target] == task).sum() for task in environment.tasks]
+        wholes = [(TASK_OF[everything] == task).sum() for task in environment.tasks]
+        assert targets == [max(1, round(0.1 * whole)) for whole in wholes]
+
+
+def test_the_same_seed_draws_the_same():
+    def drawn(seed):
+        return [(e.tasks, e.target.tolist(), e.scored.tolist()) for e in environments(TASK_OF, seed=seed)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_methods_are_scored_on_scored_rows_and_merged_once_for_each_preference():
+    labels = np.arange(len(TASK_OF))
+    asked = []
+
+    def predict(weights):
+        """Right on the tasks with weight."""
+        asked.append(weights)
+        return np.where(np.array(weights)[TASK_OF] > 0, labels, -1)
+
+    def first_task(environment):
+        return np.eye(5)[environment.tasks[0]]
+
+    drawn = environments(TASK_OF, mixtures={"D2": (0.8, 0.2)}, draws=3)
+    records = score_methods(drawn, {"all": lambda e: [1] * 5, "first": first_task}, predict, labels)
+    assert len(asked) == len(set(asked))
+    assert [r.accuracy for r in records if r.method == "all"] == [1.0] * 3
+    assert [r.accuracy for r in records if r.method == "first"] == pytest.approx([0.8] * 3, abs=0.02)
+
+
+@pytest.mark.parametrize("task_of", [[0, 0, 1, 1], [0, 0, 1, 1, 2]])
+def test_too_little_data_is_refused(task_of):
+    with pytest.raises(MagMaxError, match="need 3 tasks with two test samples"):
+        environments(np.array(task_of))

@@ -1,0 +1,206 @@
+"""A target given as files leads to the weights that its features, computed plainly, lead to."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tests.test_cli import run  # noqa: E402, F401
+
+from magmax import MagMaxError  # noqa: E402
+from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
+from magmax.preference.text import read_samples, read_tasks  # noqa: E402
+from magmax.recipe import load  # noqa: E402
+
+WORDS = [f"word{n}" for n in range(30)]
+NAMES = ("cars", "ships", "birds")
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+
+
+def texts(task: int, count: int, seed: int) -> list[tuple[str, str]]:
+    """Task t has the labels word(10t) and word(10t + 1), and texts of the words 10t to 10t + 9."""
+    draw = np.random.default_rng(seed)
+    return [
+        (" ".join(f"word{n}" for n in draw.integers(10 * task, 10 * task + 10, 4)), f"word{10 * task + n % 2}")
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base with its tokenizer, three fine-tuned models, their samples, and a target nearest to the second."""
+    folder = tmp_path_factory.mktemp("texts")
+    vocabulary = {
+        word: n
+        for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "message", "about", *WORDS])
+    }
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(folder / "base")
+        base = load_file(folder / "base" / "model.safetensors")
+        for name in NAMES:
+            save_file({k: v + 0.02 * torch.randn_like(v) for k, v in base.items()}, folder / f"{name}.safetensors")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(vocab=vocabulary, do_lower_case=True).save_pretrained(folder / "base")
+    for task, name in enumerate(NAMES):
+        write_csv(folder / "samples" / f"{name}.csv", texts(task, 12, task))
+    write_csv(folder / "target.csv", [*texts(1, 9, 7), *texts(0, 3, 8)])
+    return folder
+
+
+def plain_features(folder: Path, name: str, found: list[str]) -> np.ndarray:
+    """The mean of a text's last hidden states, to length 1, one text at a time."""
+    model = transformers.BertModel.from_pretrained(folder / "base").eval()
+    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    with torch.no_grad():
+        means = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in found]
+    return np.stack([(mean / mean.norm()).numpy() for mean in means])
+
+
+def words(folder: Path, method: str, *more: str) -> list[str]:
+    models = [str(folder / f"{name}.safetensors") for name in NAMES]
+    where = [
+        "--base",
+        str(folder / "base"),
+        "--target",
+        str(folder / "target.csv"),
+        "--samples",
+        str(folder / "samples"),
+    ]
+    return ["tune", *models, *where, "--method", method, *more]
+
+
+def told(out: str) -> list[float]:
+    line = next(line for line in out.splitlines() if line.startswith("from each: "))
+    return [float(part.rsplit(" ", 1)[1].rstrip("%")) / 100 for part in line.removeprefix("from each: ").split(", ")]
+
+
+@pytest.fixture(scope="module")
+def pairs(place):
+    """The features of each task's samples and of the target's, under the task's own encoder."""
+    target = read_samples(place / "target.csv").texts
+    return [
+        tuple(plain_features(place, name, found) for found in (samples.texts, target))
+        for name, samples in zip(NAMES, read_tasks(place / "samples", NAMES), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", ["ot", "cos", "mmd"])
+def test_samples_lead_to_the_weights_of_their_plain_features(method, place, pairs, run, tmp_path):  # noqa: F811
+    code, out, err = run(*words(place, method, "--out", tmp_path / "out.safetensors"))
+    assert code == 0, err
+    assert told(out) == pytest.approx(from_samples(pairs, method), abs=2e-3)
+
+
+def test_labels_are_counted(place, run, tmp_path):  # noqa: F811
+    _, out, _ = run(*words(place, "label", "--out", tmp_path / "out.safetensors"))
+    assert told(out) == [0.25, 0.75, 0]
+
+
+def test_auto_tells_what_it_tried_and_takes_the_best(place, run, tmp_path):  # noqa: F811
+    code, out, err = run(*words(place, "auto", "--out", tmp_path / "out.safetensors"))
+    assert code == 0, err
+    header, *rows = [line for line in err.splitlines() if "temperature" in line or line.startswith("score")]
+    assert header.split() == ["score", "less", "pull", "weights", "candidate"]
+    chosen = rows.pop().removeprefix("chosen: ")
+    tried = [row.split("  ") for row in rows]
+    assert {row[3].split(",")[0] for row in tried} == {"label", "ot", "cos", "mmd", "uniform", "magmax"}
+    best = max(float(row[1]) for row in tried)
+    assert best - 1e-4 <= float(next(row[1] for row in tried if row[3] == chosen)) <= best
+    own = own_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
+    assert next(row[2] for row in tried if row[3].startswith("magmax")) == " ".join(f"{share:.3f}" for share in own)
+    assert sum(told(out)) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_recipe_may_name_the_target(place, run):  # noqa: F811
+    recipe = place / "recipe.yaml"
+    recipe.write_text(
+        f"base: base\nmodels: [{', '.join(f'{name}.safetensors' for name in NAMES)}]\nrule: tunable\n"
+        "target: {data: target.csv, samples: samples, method: label}\nout: from-recipe.safetensors\n"
+    )
+    assert run("merge", recipe)[0] == 0
+    listed = run("merge", recipe, "target=null", "rule={tunable: {preference: [0.25, 0.75, 0]}}", "out=b.safetensors")
+    assert listed[0] == 0
+    assert (place / "from-recipe.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
+    assert run("sweep", recipe, "scaling_factor=0.5", "--out", place / "swept.safetensors")[0] == 0
+    assert (place / "swept-0.5.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
+    with pytest.raises(MagMaxError, match="keep one of the two"):
+        load(str(recipe), ["rule.preference=[1, 2, 3]"]).job()
+    with pytest.raises(MagMaxError, match="the rule is magmax"):
+        load(str(recipe), ["rule=magmax"]).job()
+    recipe.write_text(recipe.read_text().replace("method", "metod"))
+    with pytest.raises(MagMaxError, match="did you mean 'method'"):
+        load(str(recipe))
+
+
+def test_own_shares_are_the_counts_of_an_argmax(place):
+    base = load_file(place / "base" / "model.safetensors")
+    moved = [
+        torch.cat([(load_file(place / f"{n}.safetensors")[k] - base[k]).abs().reshape(-1) for k in base]) for n in NAMES
+    ]
+    counts = np.bincount(torch.stack(moved).argmax(0).numpy(), minlength=3)
+    shares = own_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
+    assert shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-6)
+
+
+def test_a_folder_of_texts_is_read_as_a_csv_is(tmp_path):
+    for label, name, text in (("a", "1", "one"), ("a", "2", "two"), ("b", "1", "three")):
+        (tmp_path / "t" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / label / f"{name}.txt").write_text(text)
+    write_csv(tmp_path / "t.csv", [("one", "a"), ("two", "a"), ("three", "b")])
+    assert read_samples(tmp_path / "t") == read_samples(tmp_path / "t.csv")
+    assert from_labels(read_samples(tmp_path / "t").labels, [{"a"}, {"b"}]) == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\n", "holds no sample"),
+        ("text,class\na,b\n", "line 2: needs the columns"),
+        ("\0", "needs the columns|cannot be read|no sample"),
+    ],
+)
+def test_files_that_hold_no_samples_are_refused(content, message, tmp_path):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(MagMaxError, match=message):
+        read_samples(tmp_path / "t.csv")
+    with pytest.raises(MagMaxError, match="cannot be read"):
+        read_samples(tmp_path / "nowhere.csv")
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(MagMaxError, match=r"no samples of 'trains' .*did you mean"):
+        read_tasks(tmp_path, ["trains"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prefer", "cars=1"], "tune needs --prefer NAME=WEIGHT"),
+        (["--save", "x"], "presets are kept in archives"),
+        (["--encoder", "nowhere"], "no folder with an encoder"),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(more, message, place, run, tmp_path):  # noqa: F811
+    code, _, err = run(*words(place, "cos", "--out", tmp_path / "o.safetensors", *more))
+    assert (code, message in err) == (2, True)
+    assert not (tmp_path / "o.safetensors").exists()
