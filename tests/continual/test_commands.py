@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
-from magmax import cli, learning  # noqa: E402
+from magmax import cli  # noqa: E402
+from magmax.cli import learning  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").rglob("*.yaml"))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from .errors import MagMaxError
+from ..errors import MagMaxError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from .continual.experiment import Experiment
+    from ..continual.experiment import Experiment
 
 Restart = Annotated[bool, Parameter(negative="", help="Clear the folder and begin again.")]
 
@@ -56,9 +56,9 @@ def train(
         Of torch; 0 leaves the choice to it.
     """
     experiment = read_experiment(recipe, assignments)
-    from .continual.progress import bars
-    from .continual.train import Training
-    from .recipe import parse_rule
+    from ..continual.progress import bars
+    from ..continual.train import Training
+    from ..recipe import parse_rule
 
     parsed, given = parse_rule(rule)
     factor = given if scaling_factor is None else scaling_factor
@@ -101,7 +101,7 @@ def evaluate(
     as_json
         Print JSON instead of a table.
     """
-    from .recipe import is_override
+    from ..recipe import is_override
 
     paths = [word for word in models if not is_override(word) or os.path.exists(word)]
     if not paths:
@@ -111,8 +111,8 @@ def evaluate(
     experiment = read_experiment(recipe, [word for word in models if word not in paths])
     from dataclasses import asdict
 
-    from .continual.progress import bars
-    from .continual.train import evaluate as measure
+    from ..continual.progress import bars
+    from ..continual.train import evaluate as measure
 
     _threads(threads)
     with bars() as new_bar:
@@ -153,9 +153,9 @@ def bench(
         The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
     """
     experiment = read_experiment(recipe, assignments)
-    from .continual.benchmark import Benchmark
-    from .continual.progress import bars
-    from .continual.results import show, write_results
+    from ..continual.benchmark import Benchmark
+    from ..continual.progress import bars
+    from ..continual.results import show, write_results
 
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
@@ -172,12 +172,12 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
 
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
     """
-    from .document import read_document, validated
+    from ..document import read_document, validated
 
     try:
         import torch  # noqa: F401
 
-        from .continual.experiment import Experiment, Fit
+        from ..continual.experiment import Experiment, Fit
     except ImportError as error:
         raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
     document = read_document(file)
@@ -192,8 +192,8 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
 
 def _assigned(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
-    from .document import parse_yaml
-    from .recipe import is_override
+    from ..document import parse_yaml
+    from ..recipe import is_override
 
     if not is_override(word):
         raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")
@@ -215,7 +215,7 @@ def _assigned(content: Any, word: str) -> dict[str, Any]:
 
 @contextmanager
 def _executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
-    from .continual.benchmark import cluster, process_pool
+    from ..continual.benchmark import cluster, process_pool
 
     if scheduler is not None:
         executor, close = cluster(scheduler)

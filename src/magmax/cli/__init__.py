@@ -1,0 +1,48 @@
+"""The command line: parse, call, print. Results go to stdout, progress and notes to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App, CycloptsError
+
+from .. import __version__
+from ..errors import MagMaxError
+from . import learning, looking, merging, recipes, running, tuning
+
+app = App(
+    name="magmax",
+    version=__version__,
+    help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
+)
+for verb in (
+    *(merging.merge, merging.sweep, tuning.tune, tuning.archive, tuning.presets),
+    *(running.absorb, running.result, running.status, running.label, running.restore),
+    *(looking.inspect, looking.convert, looking.diff, looking.rules, learning.train, learning.bench),
+):
+    app.command(verb)
+app.command(learning.evaluate, name="eval")
+
+own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
+for verb in (recipes.ls, recipes.cp, recipes.check):
+    own.command(verb)
+app.command(own)
+
+
+def main() -> None:
+    """The `magmax` command: exit code 0, or 2 for input that cannot be used, 130 for an interruption."""
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except MagMaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+    except OSError as error:
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

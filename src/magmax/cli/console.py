@@ -1,0 +1,108 @@
+"""What every verb prints: results to stdout, progress and notes to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..engine.job import Job, Outcome, Settings
+    from ..plan import Plan
+
+
+def say(text: str) -> None:
+    """A note to the user."""
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def shown_settings(total: int, words: str, threads: int, restart: bool) -> Generator[Settings]:
+    """Settings whose progress is a bar on stderr, where stderr is a terminal."""
+    from ..engine.job import Settings
+
+    if not sys.stderr.isatty():
+        yield Settings(threads, restart, note=say)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(words, total=total)
+        yield Settings(threads, restart, lambda count: bar.advance(task, count), say)
+
+
+def print_preview(job: Job, threads: int) -> None:
+    """The cost of a job; refuses one that could not run."""
+    if problems := job.problems():
+        from ..errors import listed
+
+        raise listed("this would stop the merge", problems)
+    cost = job.preview(threads)
+    print(f"passes        {cost['passes']}")
+    print(f"bytes to read {cost['read_bytes']:,}")
+    print(f"bytes written {cost['write_bytes']:,}")
+    print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
+    print(f"peak memory   about {in_bytes(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
+    for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
+        print(note)
+    print_carried(job)
+    print("no problem found; nothing was written")
+
+
+def print_outcome(words: str, outcome: Outcome) -> None:
+    """What was written, and what it took."""
+    print_carried(outcome)
+    read, written = in_bytes(outcome.read_bytes - outcome.reused_bytes), in_bytes(outcome.written_bytes)
+    print(f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {read} read, {written} written)")
+
+
+def print_notes(plan: Plan) -> None:
+    """What a recipe wants its user to know."""
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def print_carried(work: Job | Outcome) -> None:
+    """The tensors that were not merged, or not as a whole, and why."""
+    for tensors, done in ((work.partly, "merged in part"), (work.carried, "not merged")):
+        if tensors:
+            print(f"{len(tensors)} tensors were {done}:")
+            for key, why in tensors.items():
+                print(f"  {key}: {why}")
+
+
+def print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:
+    """Plain columns, so that other programs can read them."""
+    widths = [max(len(row[n]) for row in [tuple(header), *rows]) for n in range(len(header))]
+    for row in [tuple(header), *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_json(content: Any) -> None:
+    """Content as JSON."""
+    print(json.dumps(content, indent=2))
+
+
+def compact(content: Any) -> str:
+    """Content as JSON on one line."""
+    return json.dumps(content, separators=(", ", ": "))
+
+
+def in_bytes(count: int) -> str:
+    """A count of bytes in words, such as 352.9 MB."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.4g} {unit}"
+        amount /= 1000
+    return f"{amount:.4g} TB"

@@ -1,0 +1,166 @@
+"""The verbs of a running merge: absorb, result, status, label, restore."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError
+from .console import print_outcome, print_preview, print_table, shown_settings
+from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
+
+if TYPE_CHECKING:
+    from ..engine.running import Running
+
+
+def absorb(
+    state: str,
+    model: str,
+    *,
+    base: str | None = None,
+    rule: str | None = None,
+    name: str | None = None,
+    label: str | None = None,
+    winners: Annotated[bool, Parameter(negative="")] = False,
+    mismatch: Mismatch | None = None,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Add one more model to a running merge, in constant memory and disk.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder; made by the first absorb.
+    model
+        The next task's fine-tuned model.
+    base
+        The model that training started from; needed once, and again only if it moved.
+    rule
+        The merge rule; needed at most once. magmax by default.
+    name
+        What to call the task; by default the model's file name.
+    label
+        Name the new generation, so that it is kept and can be restored.
+    winners
+        From the start, also map which task supplied each element.
+    mismatch
+        From the start, what to do where a model's tensors are not the base's: as in merge.
+    """
+    size = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=None).opened(model).nbytes
+    with shown_settings(3 * size, f"absorbing {model}", threads, restart) as settings:
+        running = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=settings)
+        outcome = running.absorb(model, name, label)
+    print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
+
+
+def result(
+    state: str,
+    *,
+    out: str,
+    base: str | None = None,
+    scaling_factor: float | None = None,
+    dtype: Dtype | None = None,
+    allow_nonfinite: Nonfinite = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+) -> None:
+    """Write the merged model of a running merge.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    out
+        A .safetensors file, or a folder.
+    base
+        The base, if it moved.
+    scaling_factor
+        Multiplies the merged task vector. The rule's own by default.
+    dtype
+        The output's floating type. The base's by default.
+    """
+    from pathlib import Path
+
+    from ..engine.merge import Options
+
+    running = _running(state, base, None)
+    job = running.result_job(Path(out), Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
+    if dry_run:
+        print_preview(job, threads)
+        return
+    with shown_settings(job.read_bytes, "writing the result", threads, restart) as settings:
+        outcome = job.run(settings)
+    print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
+
+
+def status(state: str) -> None:
+    """Show a running merge: its rule, its tasks, its generations.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    """
+    found = _running(state, None, None).status()
+    ((name, options),) = found.rule.items()
+    print(f"rule   {name} {options or ''}".rstrip())
+    print(f"base   {found.base or 'in memory'}  {found.base_digest or ''}")
+    tasks = found.current.tasks if found.current else []
+    shares = [f"{share:.1%}" for share in found.shares] or [""] * len(tasks)
+    header = ["task", "name", "digest", *(["supplies"] if found.shares else [])]
+    rows = [
+        (str(n), t.name, t.digest, *([s] if s else [])) for n, (t, s) in enumerate(zip(tasks, shares, strict=True), 1)
+    ]
+    print_table(header, rows)
+    current = found.current.number if found.current else None
+    listed = [
+        (f"{g.number}{' (current)' * (g.number == current)}", g.label or "", str(len(g.tasks)))
+        for g in found.generations
+    ]
+    print_table(["generation", "label", "tasks"], listed)
+
+
+def label(state: str, label: str) -> None:
+    """Name the current generation of a running merge, so that it is kept.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    label
+        The name to give.
+    """
+    running = _running(state, None, None)
+    running.label(label)
+    print(f"labelled the state after {len(running.tasks)} tasks {label!r}")
+
+
+def restore(state: str, which: str) -> None:
+    """Go back to a generation of a running merge.
+
+    Parameters
+    ----------
+    state
+        The running merge's folder.
+    which
+        A generation's label or number.
+    """
+    running = _running(state, None, None)
+    for dropped in running.restore(which):
+        print(f"dropped generation {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
+    print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
+
+
+def _running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:
+    from pathlib import Path
+
+    from ..engine.running import Running
+    from ..recipe import parse_rule
+
+    new = not (Path(state) / "state.json").exists()
+    if new and "settings" not in options:
+        raise MagMaxError(f"{state}: is not a running merge (it has no state.json); magmax absorb makes one")
+    return Running(state, parse_rule(rule)[0] if rule else None, base, **options)
