@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.continual import cells  # noqa: E402
+from magmax.continual import cells, registry  # noqa: E402
 from magmax.continual.benchmark import Benchmark, cluster, process_pool  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import context, hold_out  # noqa: E402
+from magmax.continual.data import Labelled  # noqa: E402
 from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
 from magmax.continual.results import write_results  # noqa: E402
-from magmax.continual.tables import against_best, comparisons, paired, summary, table, tidy  # noqa: E402
+from magmax.continual.tables import against_best, comparisons, paired, signed_rank, summary, table, tidy  # noqa: E402
 from magmax.continual.weights import load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -181,7 +183,7 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
     for factor in work.factors:
         magmax.merge("task_arithmetic", theta[0], theta[1:], factor, out=tmp_path / "m.safetensors")
         load_weights(here.encoder.model, tmp_path / "m.safetensors")
-        by_hand[f"{factor:g}"] = np.mean(here.row(3, here.validation).tasks)
+        by_hand[str(factor)] = np.mean(here.row(3, here.validation).tasks)
     assert record["search"] == pytest.approx(by_hand)
     default, chosen = record["variants"]
     assert default["scaling_factor"] == 0.3
@@ -332,6 +334,44 @@ def test_a_single_seed_and_equal_results_claim_nothing() -> None:
     assert "proves nothing" in comparisons(made_up({"magmax/sequential": [0.6], "last/lwf": [0.5]}))[0]
     same = paired("a", "b", "default", [0.5, 0.6], [0.5, 0.6])
     assert (same.p_t, same.p_wilcoxon, same.wins) == (1.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "differences", [[0.01, 0.01, 0.02, 0.02, 0.03, 0.03, -0.01], [0.1, 0.1, 0.2, 0.3, -0.1, 0.2], [0.1, -0.2, 0.0, 0.4]]
+)
+def test_the_signed_rank_test_tries_every_sign(differences: list[float]) -> None:
+    some = [abs(d) for d in differences if d]
+    ranks = [sum(x < y for x in some) + (sum(x == y for x in some) + 1) / 2 for y in some]
+    sums = [abs(sum(s * r for s, r in zip(signs, ranks, strict=True))) for signs in product([1, -1], repeat=len(some))]
+    observed = abs(sum(math.copysign(r, d) for d, r in zip([d for d in differences if d], ranks, strict=True)))
+    expected = sum(total >= observed for total in sums) / len(sums)
+    assert signed_rank(np.array(differences)) == pytest.approx(expected)
+
+
+def test_differences_that_rounding_alone_sets_apart_are_one() -> None:
+    found = paired("a", "b", "default", [0.3, 0.5, 0.6], [0.2, 0.4, 0.5])
+    assert (found.p_t, found.p_wilcoxon) == (0.0, 0.25)
+
+
+def test_examples_are_held_out_in_every_domain() -> None:
+    labels, domains = np.repeat([0, 1], 30), np.tile([0, 1, 2], 20)
+    data = Labelled(list(range(60)), labels, domains)
+    rest, held = hold_out(data, 2, seed=0)
+    assert all(((held.labels == c) & (held.domains == d)).sum() == 2 for c in (0, 1) for d in (0, 1, 2))
+    assert sorted([*rest.items, *held.items]) == list(range(60))
+
+
+def test_the_head_does_not_see_the_examples_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def head(encoder: Any, dataset: Any) -> Any:
+        seen.extend(map(tuple, dataset.train.items))
+        return toys.head(encoder, dataset)
+
+    monkeypatch.setitem(registry.HEADS, "watched", head)
+    here = context(experiment(validation=4, factors=[0.5], head="watched"), 0)
+    assert seen
+    assert not {tuple(item) for item in here.validation.items} & set(seen)
 
 
 def test_the_files_agree_with_each_other(tmp_path: Path, executor: Executor) -> None:

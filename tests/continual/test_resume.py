@@ -146,6 +146,14 @@ def test_another_recipe_is_an_error_that_names_the_change_and_restart_begins_aga
     assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
 
 
+def test_restart_deletes_nothing_that_no_training_made(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"soup": ["salt"]}')
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(MagMaxError, match="nothing is deleted"):
+        Training(experiment(), tmp_path, restart=True).run()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_other_data_under_the_same_recipe_never_mix_with_the_old_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,18 @@ def test_directions_that_no_task_has_stay_untouched(rule):
     assert rule([np.zeros((0, 7))] * 2).shape == (0, 7)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_what_rounding_adds_to_a_low_rank_has_no_direction_of_its_own(rule):
+    """As of LoRA adapters: tuned weights stored in float32, less a base that is twenty times as large."""
+    draws = np.random.default_rng(1)
+    exact = [draws.normal(size=(40, 3)) @ draws.normal(size=(3, 60)) for _ in range(3)]
+    base = (20 * draws.normal(size=(40, 60))).astype(np.float32)
+    vectors = [(base + matrix.astype(np.float32)) - base for matrix in exact]
+    wanted, merged = rule(exact), rule(vectors, base=base)
+    assert np.linalg.norm(merged - wanted) < 1e-5 * np.linalg.norm(wanted)
+    assert np.linalg.matrix_rank(merged, tol=1e-4 * np.linalg.norm(merged)) == 9
+
+
 def test_what_is_no_matrix_or_too_narrow_for_its_tasks_is_averaged():
     for shape in [(), (5,), (2, 3, 4), (8, 4, 3, 3)]:
         vectors = [np.random.default_rng(n).normal(size=shape).astype(np.float32) for n in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import threading
 import time
@@ -126,9 +127,10 @@ class _Measured:
         else:
             default = self.rule.default_factor
             variants = [self.variant("default", default)]
-            search = {f"{factor:g}": self.validated(factor) for factor in self.here.experiment.factors}
-            if search:
-                chosen = float(max(search, key=lambda factor: search[factor]))
+            scores = {factor: self.validated(factor) for factor in self.here.experiment.factors}
+            search = {str(factor): score for factor, score in scores.items()}
+            if scores:
+                chosen = max(scores, key=lambda factor: scores[factor])
                 same = chosen == default
                 variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
             variants += [self.variant(f"factor {factor:g}", factor) for factor in self.here.experiment.sweep]
@@ -166,6 +168,9 @@ class _Measured:
         tasks = len(self.here.tasks)
         self.load(tasks, factor)
         found = self.timed(lambda: self.here.row(tasks, self.here.validation)).tasks
+        lacking = [task.name for task, share in zip(self.here.tasks, found, strict=True) if math.isnan(share)]
+        if lacking:
+            raise MagMaxError(f"no validation example of {', '.join(lacking)}; hold out more of each class")
         return sum(found) / len(found)
 
     def load(self, learned: int, factor: float | None) -> None:

@@ -67,21 +67,26 @@ class Context:
 
 
 def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Context:
-    """Build what the recipe names; data, encoder and head are kept for the next call with the same names."""
-    parts = json.dumps([experiment.data, experiment.model, experiment.head], sort_keys=True)
-    dataset, encoder, head, base = _built(parts, new_bar)
+    """Build what the recipe names; data and encoder are kept for the next call with the same names.
+
+    The head is made without the validation examples.
+    """
+    raw, dataset, encoder, base = _built(json.dumps([experiment.data, experiment.model], sort_keys=True), new_bar)
     encoder.model.load_state_dict(base)
+    rest = replace(raw, train=hold_out(raw.train, experiment.validation, seed)[0])
+    head = registry.build("head", experiment.head, encoder, rest)
     tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
     train, validation = hold_out(dataset.train, experiment.validation, seed)
     return Context(experiment, seed, encoder, head, base, train, validation, dataset.test, tasks)
 
 
 def hold_out(data: Labelled, per_class: int, seed: int) -> tuple[Labelled, Labelled]:
-    """The data without, and only, so many random examples of each class; a class keeps at least half of its own."""
+    """The data without, and only, so many random examples of each class (in each domain), at most half of them."""
     random = np.random.default_rng(seed)
     held = np.zeros(len(data), dtype=bool)
-    for c in np.unique(data.labels):
-        own = random.permutation(np.flatnonzero(data.labels == c))
+    domains = np.zeros(len(data), dtype=int) if data.domains is None else data.domains
+    for c, domain in np.unique(np.stack([data.labels, domains]), axis=1).T:
+        own = random.permutation(np.flatnonzero((data.labels == c) & (domains == domain)))
         held[own[: min(per_class, len(own) // 2)]] = True
     return data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
 
@@ -94,13 +99,13 @@ def device() -> str:
 _kept: dict[str, Any] = {}
 
 
-def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Encoder, Tensor, dict[str, Tensor]]:
+def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor]]:
+    """The data as they come, as the encoder takes them, the encoder, and theta_0."""
     if parts not in _kept:
-        data, model, head = json.loads(parts)
+        data, model = json.loads(parts)
         dataset: Dataset = registry.build("data", data)
         encoder: Encoder = registry.build("model", model)
         encoder.model.to(device())
-        made: Tensor = registry.build("head", head, encoder, dataset)
         ready = replace(
             dataset,
             train=replace(dataset.train, items=encoder.prepare(dataset.train.items, new_bar("Reading training data"))),
@@ -108,5 +113,5 @@ def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Encoder, Tensor, dict[
         )
         base = {key: tensor.detach().cpu().clone() for key, tensor in encoder.model.state_dict().items()}
         _kept.clear()
-        _kept[parts] = ready, encoder, made, base
+        _kept[parts] = dataset, ready, encoder, base
     return _kept[parts]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints import Checkpoint, open_checkpoint
 from magmax.checkpoints.memory import as_tensor
 from magmax.continual.weights import MADE_FROM, read_metadata, write_tensors
 from magmax.errors import MagMaxError, listed
@@ -51,17 +51,29 @@ def located(model: str) -> Path:
 
 def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     opened = open_checkpoint(place)
-    shared = [key for key in opened.specs if key in base]
+    there = {key: opened.resolve(_tied(key, opened, base)) for key in base}
+    shared = [key for key, name in there.items() if name in opened.specs]
     if not shared:
         ours, theirs = next(iter(base), "nothing"), next(iter(opened.specs), "nothing")
         raise MagMaxError(f"{place}: has no tensor of the model's names ({theirs} there, {ours} here)")
     apart = [
-        f"{place}: {key} is {opened.spec(key).shape} there and {tuple(base[key].shape)} in the model"
+        f"{place}: {key} is {opened.spec(there[key]).shape} there and {tuple(base[key].shape)} in the model"
         for key in shared
-        if tuple(opened.spec(key).shape) != tuple(base[key].shape)
+        if tuple(opened.spec(there[key]).shape) != tuple(base[key].shape)
     ]
     if apart:
         raise listed(f"{place}: is of another model", apart)
-    read = {key: opened.read(key, 0, opened.spec(key).units) for key in shared}
-    like = {key: torch.empty(0) for key in shared}
-    return {key: as_tensor(read[key], opened.spec(key), like[key]).to(base[key].dtype) for key in shared}
+    found: dict[str, Tensor] = {}
+    for key in shared:
+        spec = opened.spec(there[key])
+        stored = opened.read(there[key], 0, spec.units)
+        found[key] = as_tensor(stored, spec, torch.empty(0)).to(base[key].dtype)
+    return found
+
+
+def _tied(key: str, opened: Checkpoint, base: Mapping[str, Tensor]) -> str:
+    """The name under which a file that stores tied weights once, and does not say so, has the tensor."""
+    if opened.resolve(key) in opened.specs:
+        return key
+    twins = (other for other, tensor in base.items() if other in opened.specs and torch.equal(tensor, base[key]))
+    return next(twins, key)

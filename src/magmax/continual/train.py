@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from magmax.checkpoints.writer import remove
 from magmax.continual.cells import with_seed
 from magmax.continual.context import Context, context
 from magmax.continual.evaluate import Row
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RECIPE, METRICS, MERGE, MERGED = "recipe.json", "metrics.json", "merge", "merged.safetensors"
+MADE = (RECIPE, METRICS, MERGE, MERGED, "costs.json", "theta_", "step_", "penalty_")
+"""How the names of all that a training writes begin."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,25 @@ class Training:
             team.wait_for_everyone()
         return work.finish() if first else {}
 
+    def clear(self) -> None:
+        """Delete what a training made, and nothing else."""
+        try:
+            ours = json.loads((self.out / RECIPE).read_text()).keys() >= {"chain", "seed", "fit"}
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise MagMaxError(
+                f"{self.out}: its {RECIPE} is none of a training, so nothing is deleted; name another --out"
+            )
+        for path in self.out.iterdir():
+            if path.name.startswith(MADE):
+                remove(path)
+
     def prepare(self) -> None:
         """The folder made, cleared, or found to be of the same recipe."""
         file = self.out / RECIPE
         if self.restart and file.exists():
-            shutil.rmtree(self.out)
+            self.clear()
         if not file.exists():
             if self.out.exists() and any(self.out.iterdir()):
                 raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
@@ -125,7 +141,7 @@ class _Work:
         assert self.running is not None
         names = [f"task {i} {read_metadata(self.theta(i)).get(MADE_FROM, '')[:8]}" for i in range(1, t + 1)]
         if [task.name for task in self.running.tasks][:t] != names[: len(self.running.tasks)]:
-            shutil.rmtree(self.training.out / MERGE)
+            remove(self.training.out / MERGE)
             self.metrics = {what: {i: r for i, r in rows.items() if int(i) < t} for what, rows in self.metrics.items()}
             self.running = self.begin()
             assert self.running is not None

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..errors import MagMaxError
 from .plan import Array, namespace
-from .spectrum import SpectralRule, largest, nearest_isometry, norm, total, wide
+from .spectrum import SpectralRule, largest, nearest_isometry, total, wide
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,16 @@ class IsoCTS(SpectralRule):
         if not 0 <= self.common <= 1:
             raise MagMaxError(f"iso_cts needs common, a fraction, from 0 to 1, not {self.common}")
 
-    def merged(self, matrices: Sequence[Array]) -> Array:
+    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
         tasks, rank = len(matrices), min(matrices[0].shape)
         each = min(round((rank - int(self.common * rank)) / tasks), rank // tasks)
-        common = largest(total(matrices), rank - each * tasks)
+        common = largest(total(matrices), rank - each * tasks, sum(noises))
         xp = namespace(matrices[0])
         parts: list[tuple[Array, Array, Array]] = []
-        for matrix in matrices:
+        for matrix, noise in zip(matrices, noises, strict=True):
             rest = wide(matrix)
-            size = norm(rest)
             rest -= common[0] @ (xp.matrix_transpose(common[0]) @ rest)
-            parts.append(largest(rest, each, size))
+            parts.append(largest(rest, each, noise))
         us, ss, vhs = zip(*parts, common, strict=True)
-        isometry = nearest_isometry(xp.concat(us, axis=1))
-        return isometry * (xp.sum(xp.concat(ss)) / rank) @ nearest_isometry(xp.concat(vhs, axis=0))
+        isometry = nearest_isometry(xp.concat(us, axis=1), matrices[0])
+        return isometry * (xp.sum(xp.concat(ss)) / rank) @ nearest_isometry(xp.concat(vhs, axis=0), matrices[0])

@@ -34,8 +34,11 @@ class SpectralRule(Rule):
         return True
 
     @abstractmethod
-    def merged(self, matrices: Sequence[Array]) -> Array:
-        """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type."""
+    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+        """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type.
+
+        Singular values up to `noises`, one for each matrix, are what rounding may have made of zero.
+        """
 
     def merge(self, block: Block, answer: Answer) -> Array:
         shape, (first, *_) = block.shape, block.deltas
@@ -46,7 +49,9 @@ class SpectralRule(Rule):
             raise MagMaxError(
                 f"{block.at.key}: {self.name} takes singular values, not of NaN, infinity or above {LARGEST:g}"
             )
-        merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas])
+        size = 0.0 if block.base is None else norm(block.base)
+        noises = [_noise(size + norm(delta), shape, float(xp.finfo(delta.dtype).eps)) for delta in block.deltas]
+        merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas], noises)
         return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
 
 
@@ -73,21 +78,32 @@ def wide(matrix: Array) -> Array:
     return xp.astype(matrix, xp.float64)
 
 
-def largest(matrix: Array, count: int, scale: float = 0.0) -> tuple[Array, Array, Array]:
+def _noise(size: float, shape: tuple[int, ...], eps: float) -> float:
+    """The largest singular value of the rounding errors in a matrix of numbers of that Frobenius norm, with a margin.
+
+    Errors that are independent, eps / 4 of each element in the root mean square, have the norm
+    size * eps / 4 * (1 / sqrt(rows) + 1 / sqrt(columns)); the margin is sixteenfold. The decomposition adds its own.
+    """
+    rows, columns = shape
+    own = max(shape) * float(np.finfo(np.float64).eps)
+    return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), own)
+
+
+def largest(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
     """The `count` largest singular values s of a float64 matrix, largest first, with their vectors: u * s @ vh.
 
-    Fewer, where others are zero: those that rounding alone makes, up to max(rows, columns) * 2^-52 times the largest
-    (or `scale`, the size of what the matrix was computed from), have no direction of their own.
+    Fewer, where others are zero: those that rounding alone makes, up to `noise` or to max(rows, columns) * 2^-52 times
+    the largest, have no direction of their own.
     """
     xp = namespace(matrix)
     rows, columns = matrix.shape
     if rows > columns:
-        v, s, uh = largest(xp.matrix_transpose(matrix), count, scale)
+        v, s, uh = largest(xp.matrix_transpose(matrix), count, noise)
         return xp.matrix_transpose(uh), s, xp.matrix_transpose(v)
     if count == 0 or rows == 0:
         return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
     u, s, vh = _from_squares(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
-    least = columns * float(np.finfo(np.float64).eps) * max(float(s[0]), scale)
+    least = max(noise, columns * float(np.finfo(np.float64).eps) * float(s[0]))
     kept = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
     u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :kept], s[:kept], vh[:kept, :]))  # not views of all
     return u, s, vh
@@ -106,12 +122,17 @@ def _from_squares(matrix: Array, count: int) -> tuple[Array, Array, Array] | Non
     return u, s, vh
 
 
-def nearest_isometry(matrix: Array) -> Array:
-    """The matrix with its singular values, but for zeros, replaced by 1: the orthogonal factor of its polar form."""
-    u, _, vh = largest(matrix, min(matrix.shape))
+def nearest_isometry(matrix: Array, like: Array) -> Array:
+    """The matrix with its singular values, but for zeros, replaced by 1: the orthogonal factor of its polar form.
+
+    Its columns or rows are singular vectors of matrices of the type of `like`, known to its precision.
+    """
+    precision = 64 * float(namespace(like).finfo(like.dtype).eps)
+    u, _, vh = largest(matrix, min(matrix.shape), precision)
     return u @ vh
 
 
 def norm(matrix: Array) -> float:
     """The Frobenius norm."""
-    return math.sqrt(float(namespace(matrix).sum(matrix * matrix)))
+    xp = namespace(matrix)
+    return math.sqrt(float(xp.sum(wide(matrix) ** 2)))
