@@ -109,7 +109,7 @@ class MergeKernel(Kernel):
                 state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
             return rule.finish(state, self.tasks)
         vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
-        block = Block(where, vectors, base, slab.spec(0).shape if rule.whole else None)
+        block = Block(where, vectors, base, slab.shape if rule.whole else None)
         return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
