@@ -226,7 +226,7 @@ class Job:
         if None in (c.path for c in self.inputs):
             settings.note("starting afresh: inputs in memory cannot be recognised")
             return []
-        ours = self._identity()
+        ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
         changed = [name for name, now in ours.items() if identity.get(name) != now]
         if changed or len(identity) != len(ours):
             settings.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
