@@ -45,7 +45,8 @@ RULES = [
 ]  # fmt: skip
 NEEDED = {"kth_magnitude": {"k": 2}, "tunable": {"preference": (1, 2, 1)}}
 EVERY = [
-    *RULES, *(kind(**NEEDED.get(kind.name, {})) for kind in BUILT_IN.values() if issubclass(kind, Rule)), Tunable((1, 2, 1), span="tensor"),
+    *RULES, *(kind(**NEEDED.get(kind.name, {})) for kind in BUILT_IN.values() if issubclass(kind, Rule)),
+    Tunable((1, 2, 1), span="tensor"),
     chain(Della(span="tensor"), MagMax()), chain(Breadcrumbs(), IsoC()),
 ]  # fmt: skip
 STREAMING = [rule for rule in RULES if isinstance(rule, str | KthMagnitude | RandomMix)]
@@ -200,6 +201,18 @@ def test_nan_among_rows_that_are_not_merged_is_nobodys_business_and_elsewhere_re
     models[0]["embed"][100, 0] = torch.nan
     with pytest.raises(MagMaxError, match="embed holds"):
         merge("magmax", base, models, mismatch="intersect")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_nan_and_infinity_among_kept_rows_are_named_as_the_bases_own_where_they_must_be_converted(dtype, bad):
+    base = {key: t.clone() for key, t in BASE.items()}
+    base["embed"][101, 3] = bad
+    with pytest.raises(MagMaxError, match="embed: what is kept of the base as it is holds NaN or infinity"):
+        merge("magmax", base, MODELS, mismatch="intersect", dtype=dtype)
+    found = merge("magmax", base, MODELS, mismatch="intersect", dtype=dtype, allow_nonfinite=True)
+    wanted = base["embed"][101:].to(found["embed"].dtype)
+    torch.testing.assert_close(found["embed"][101:], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture

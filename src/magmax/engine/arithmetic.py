@@ -136,6 +136,11 @@ class MergeKernel(Kernel):
         spec = slab.spec(0)
         if not spec.floating or self.out[slab.key].dtype == spec.dtype:
             return base
+        if not self.reader.allow_nonfinite and not finite(base, spec.dtype):
+            raise MagMaxError(
+                f"{slab.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
+                f"{self.out[slab.key].dtype}; mend the base, or let them through with --allow-nonfinite"
+            )
         return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))
 
     def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:
