@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
         codes = np.asarray(magnitude_codes(delta, self.wide)).reshape(-1)
         if not self.row:
             there, ranks = self.tables[task - 1]
-            table: NDArray[np.float64] = np.empty(BINS)
+            table: NDArray[np.float64] = np.zeros(BINS)
             table[there] = ranks
             return table[codes >> (47 if self.wide else 15)]
         if at.offset % self.row or len(codes) % self.row:
