@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tests.robustness.files import model, write
@@ -20,7 +21,7 @@ from magmax.engine.job import Outcome, Settings
 from magmax.engine.merge import Options, merge_job
 from magmax.engine.running import Running
 from magmax.engine.sweep import Sweep
-from magmax.rules import MagMax, Prune, Rule, Ties, chain, make_rule
+from magmax.rules import MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 
 RULES_THAT_ASK = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
 SHARD = 300
@@ -36,13 +37,13 @@ def inputs(folder: Path, out: str = "") -> None:
 
 
 def merge(
-    folder: Path, out: str, tasks: Sequence[int] = (1, 2), restart: bool = False, rule: str = "magmax"
+    folder: Path, out: str, tasks: Sequence[int] = (1, 2), restart: bool = False, rule: Rule | str = "magmax"
 ) -> tuple[Outcome, list[str]]:
     """Merge some of the models; also what was noted."""
     notes: list[str] = []
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in tasks]
     base = open_checkpoint(folder / "base")
-    job = merge_job(make_rule(rule), base, models, folder / out, Options(shard_bytes=SHARD))
+    job = merge_job(as_rule(rule), base, models, folder / out, Options(shard_bytes=SHARD))
     return job.run(Settings(threads=1, restart=restart, note=notes.append)), notes
 
 
@@ -52,6 +53,22 @@ def merge_whole_tensors(folder: Path, out: str) -> tuple[Outcome, list[str]]:
 
 def merge_by_angles(folder: Path, out: str) -> tuple[Outcome, list[str]]:
     return merge(folder, out, rule="model_stock")
+
+
+def merge_by_preference(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+    return merge(folder, out, rule=Tunable(preference=(1, 2)))
+
+
+@dataclass(frozen=True)
+class Told(MagMax):
+    """A rule that describes itself with what JSON gives back otherwise."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"told": {"pair": (1, 2), "table": {1: "one"}}}
+
+
+def merge_by_a_rule_that_tells_a_tuple(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+    return merge(folder, out, rule=Told())
 
 
 def running(folder: Path) -> Running:

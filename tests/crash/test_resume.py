@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from tests.crash.harness import Call, Kill, Nursery, tree
-from tests.crash.scenarios import inputs, merge, merge_by_angles, merge_whole_tensors
+from tests.crash.scenarios import (
+    inputs,
+    merge,
+    merge_by_a_rule_that_tells_a_tuple,
+    merge_by_angles,
+    merge_by_preference,
+    merge_whole_tensors,
+)
 from tests.crash.test_kills import completed, copied, prepared
 from tests.robustness.files import model, write
 
@@ -34,7 +41,9 @@ def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(out: str, 
     assert shares[-1] == 1
 
 
-@pytest.mark.parametrize("work", [merge_whole_tensors, merge_by_angles])
+@pytest.mark.parametrize(
+    "work", [merge_whole_tensors, merge_by_angles, merge_by_preference, merge_by_a_rule_that_tells_a_tuple]
+)
 @pytest.mark.parametrize("out", OUTS)
 def test_a_rule_that_asks_or_takes_whole_tensors_resumes_too(
     work: Callable[..., object], out: str, child: Nursery, tmp_path: Path

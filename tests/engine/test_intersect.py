@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from tests import models as plain
@@ -17,11 +19,35 @@ from magmax.checkpoints import open_checkpoint, slabs
 from magmax.cli import main
 from magmax.engine.job import Settings
 from magmax.recipe import build
-from magmax.rules import Dare, KthMagnitude, MagMax, Prune, RandomMix, Ties, chain
+from magmax.rules import (
+    BUILT_IN,
+    Block,
+    Breadcrumbs,
+    Dare,
+    Della,
+    IsoC,
+    KthMagnitude,
+    MagMax,
+    NearSwap,
+    Prune,
+    RandomMix,
+    Rule,
+    Slerp,
+    Ties,
+    Tunable,
+    chain,
+)
+from magmax.rules.plan import Answer, Array, Counts, Fold, Plan, Scope
 
 RULES = [
     "magmax", "average", "task_arithmetic", KthMagnitude(k=2), RandomMix(), Ties(), Ties(0.5, span="tensor"),
     chain(Prune(keep=0.3), MagMax()), chain(Dare(drop=0.4), Ties(0.4)), chain(Prune(0.5, "bottom"), Ties()),
+]  # fmt: skip
+NEEDED = {"kth_magnitude": {"k": 2}, "tunable": {"preference": (1, 2, 1)}}
+EVERY = [
+    *RULES, *(kind(**NEEDED.get(kind.name, {})) for kind in BUILT_IN.values() if issubclass(kind, Rule)),
+    Tunable((1, 2, 1), span="tensor"),
+    chain(Della(span="tensor"), MagMax()), chain(Breadcrumbs(), IsoC()),
 ]  # fmt: skip
 STREAMING = [rule for rule in RULES if isinstance(rule, str | KthMagnitude | RandomMix)]
 
@@ -80,16 +106,59 @@ def test_ties_counts_what_is_merged_and_nothing_else():
     assert (flat(floats(found)) == wanted).all()
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", EVERY, ids=str)
 def test_the_rows_that_all_have_are_merged_as_if_there_were_no_others(rule, tmp_path):
-    wanted = expected(rule, BASE, MODELS, ROWS, 0.5)
-    assert same_bytes(merge(rule, BASE, MODELS, 0.5, mismatch="intersect"), wanted)
+    models = MODELS[1:2] if isinstance(rule, Slerp | NearSwap) else MODELS
+    wanted = expected(rule, BASE, models, ROWS, 0.5)
+    assert same_bytes(merge(rule, BASE, models, 0.5, mismatch="intersect"), wanted)
     base = saved(BASE, tmp_path / "base.safetensors")
-    files = [saved(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(MODELS)]
+    files = [saved(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(models)]
     for threads in (1, 3):
         out = tmp_path / f"out{threads}.safetensors"
         merge(rule, base, files, 0.5, out, mismatch="intersect", settings=Settings(threads=threads))
         assert same_bytes(loaded(out), wanted)
+
+
+@dataclass(frozen=True)
+class Shapes(Fold):
+    """Adds up the shape of every block, as the block tells it."""
+
+    def zeros(self) -> Counts:
+        return np.zeros(4, np.int64)
+
+    def count(self, block: Block, into: Counts) -> None:
+        assert block.shape is not None
+        into[: len(block.shape)] += block.shape
+
+
+@dataclass(frozen=True)
+class Asking(Rule):
+    """A rule of whole tensors, which asks for their shapes before it merges."""
+
+    name: ClassVar[str] = "asking"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = ""
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def plan(self, scope: Scope) -> Plan:
+        return (yield Shapes())
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        assert answer.tolist() == [101 + 101 + 48 + 7, 24 + 33 + 5, 2, 0]
+        assert block.shape == {"embed": (101, 24), "bias": (101,), "layer": (48, 33), "head": (7, 5, 2)}[block.at.key]
+        return block.deltas[0]
+
+
+def test_whole_tensors_have_the_shape_of_what_is_merged_when_asked_and_when_merged():
+    found = merge(Asking(), BASE, MODELS, mismatch="intersect")
+    assert raw(found["embed"]) == raw(torch.cat([MODELS[0]["embed"][:101], BASE["embed"][101:]]))
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -132,6 +201,18 @@ def test_nan_among_rows_that_are_not_merged_is_nobodys_business_and_elsewhere_re
     models[0]["embed"][100, 0] = torch.nan
     with pytest.raises(MagMaxError, match="embed holds"):
         merge("magmax", base, models, mismatch="intersect")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_nan_and_infinity_among_kept_rows_are_named_as_the_bases_own_where_they_must_be_converted(dtype, bad):
+    base = {key: t.clone() for key, t in BASE.items()}
+    base["embed"][101, 3] = bad
+    with pytest.raises(MagMaxError, match="embed: what is kept of the base as it is holds NaN or infinity"):
+        merge("magmax", base, MODELS, mismatch="intersect", dtype=dtype)
+    found = merge("magmax", base, MODELS, mismatch="intersect", dtype=dtype, allow_nonfinite=True)
+    wanted = base["embed"][101:].to(found["embed"].dtype)
+    torch.testing.assert_close(found["embed"][101:], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture

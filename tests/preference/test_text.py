@@ -204,3 +204,40 @@ def test_words_that_do_not_go_together_are_refused(more, message, place, run, tm
     code, _, err = run(*words(place, "cos", "--out", tmp_path / "o.safetensors", *more))
     assert (code, message in err) == (2, True)
     assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize(("method", "mismatch"), [("ot", "base"), ("auto", "intersect")])
+def test_models_that_differ_from_the_base_are_merged_as_the_recipe_says(method, mismatch, place, run):  # noqa: F811
+    one = load_file(place / "cars.safetensors")
+    key = "embeddings.word_embeddings.weight"
+    more = torch.cat([one[key], torch.full((2, one[key].shape[1]), torch.nan)])
+    save_file({**one, key: more}, place / "resized.safetensors")
+    for name in NAMES:
+        samples = (place / "samples" / f"{name}.csv").read_bytes()
+        (place / "resized-samples").mkdir(exist_ok=True)
+        (place / "resized-samples" / f"{'resized' if name == 'cars' else name}.csv").write_bytes(samples)
+    recipe = place / "mismatch.yaml"
+    recipe.write_text(
+        f"base: base\nmodels: [{', '.join(f'{name}.safetensors' for name in ('resized', *NAMES[1:]))}]\n"
+        f"rule: tunable\nmismatch: {mismatch}\nout: {method}-{mismatch}.safetensors\n"
+        f"target: {{data: target.csv, samples: resized-samples, method: {method}}}\n"
+    )
+    code, _, err = run("merge", recipe)
+    assert code == 0, err
+
+
+def test_own_shares_count_what_is_merged(place):
+    base = load_file(place / "base" / "model.safetensors")
+    models = [load_file(place / f"{name}.safetensors") for name in NAMES]
+    key = "embeddings.word_embeddings.weight"
+    models[0][key] = models[0][key][:7].clone()
+    models[1][key][20, 0] = torch.nan
+    for mismatch, rows in (("base", 0), ("intersect", 7)):
+        cut = [{k: t[:rows] if k == key else t for k, t in model.items()} for model in (base, *models)]
+        shares = own_shares(base, models, mismatch=mismatch)
+        assert shares == pytest.approx(own_shares(cut[0], cut[1:]), rel=1e-12)
+    for model in (base, models[0]):
+        model[key][0, 0] = torch.inf
+    with pytest.raises(MagMaxError, match="infinite"):
+        own_shares(base, models, mismatch="intersect")
+    assert sum(own_shares(base, models, mismatch="intersect", allow_nonfinite=True)) == pytest.approx(1)

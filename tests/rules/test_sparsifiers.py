@@ -28,7 +28,7 @@ from magmax.rules import (
     rule_from,
 )
 from magmax.rules.chance import draws
-from magmax.rules.plan import Address
+from magmax.rules.plan import Address, Block, Scope, answered
 
 NUMBERS = [(0.5, 0.1), (0.9, 0.01), (0.7, 0.6), (0.0, 0.2), (1.0, 0.2), (0.4, 0.0)]
 
@@ -239,3 +239,17 @@ def test_a_number_that_makes_no_sense_in_one_layer_is_refused_before_any_work():
     base = {f"layers.{n}.w": torch.zeros(3, 3) for n in range(3)}
     with pytest.raises(MagMaxError, match=r"layers.2.w: della needs .* not 0.95 -\+ 0.15"):
         magmax.merge(rule, base, [base])
+
+
+def test_della_over_tensors_remembers_only_the_magnitudes_that_a_tensor_has():
+    draw = np.random.default_rng(0)
+    vectors = [draw.normal(size=5000).astype(dtype) for dtype in ("f4", "f4")]
+    vectors[0][::7] = 0
+    block = Block(Address("w", 0), vectors)
+    for wide in (False, True):
+        answer = answered(Della(span="tensor").plan(Scope(2, 5000, wide)), block)
+        assert sum(array.nbytes for pair in answer.tables for array in pair) < 60_000
+        for task, vector in enumerate(vectors, start=1):
+            codes = np.abs(vector).astype("f8" if wide else "f4").view("i8" if wide else "i4") >> (47 if wide else 15)
+            wanted = [((codes < code).sum() + ((codes == code).sum() - 1) / 2) / 4999 for code in codes]
+            assert (answer.of(vector, task, block.at) == wanted).all()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from tests.rules.test_planned import flat, model
 
 import magmax
 from magmax import MagMaxError
-from magmax.checkpoints import slabs
+from magmax.checkpoints import open_checkpoint, slabs
 from magmax.engine.job import Settings
-from magmax.rules import MagMax, Prune, Tunable, chain, prices
+from magmax.engine.merge import Options, merge_job
+from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain, prices
 from magmax.rules.chance import draws
 from magmax.rules.plan import Address
 from magmax.rules.quota import quotas
@@ -289,3 +291,34 @@ def test_a_preference_must_fit_the_models(tmp_path):
     named = magmax.merge(Tunable(preference={"sport": 3, "news": 1}), base, models, out=tmp_path / "a.safetensors")
     listed = magmax.merge(Tunable(preference=[1, 3]), base, models, out=tmp_path / "b.safetensors")
     assert named.read_bytes() == listed.read_bytes()
+
+
+@dataclass(frozen=True)
+class Remembering(Before):
+    """A transform whose questions take memory."""
+
+    name: ClassVar[str] = "remembering"
+    paper: ClassVar[str] = ""
+
+    @property
+    def memory(self) -> int:
+        return 1000
+
+    def apply(self, delta: Any, task: int, at: Address, answer: Any) -> Any:
+        return delta
+
+
+def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
+    base, model = (open_checkpoint(saved({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors")) for n in (1, 2))
+
+    def told(rule: Rule, threads: int) -> int:
+        preview = merge_job(rule, base, [model], tmp_path / "out.safetensors", Options()).preview(threads)
+        return preview["peak_memory"]
+
+    for threads in (1, 6):
+        free = told(Tunable((1,), selection="random"), threads)
+        held = Tunable((1,)).memory
+        assert held > 100_000_000
+        assert told(Tunable((1,)), threads) - free == held
+        assert told(Tunable((1,), span="tensor"), threads) - free == threads * held
+        assert told(chain(Remembering(), Tunable((1,))), threads) - free == 1000 + held

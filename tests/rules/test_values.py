@@ -20,9 +20,12 @@ from magmax.rules import (
     Filters,
     Layers,
     MagMax,
+    NearSwap,
     PerModel,
     Place,
     Prune,
+    Sce,
+    Slerp,
     TaskArithmetic,
     Ties,
     chain,
@@ -261,3 +264,18 @@ def test_the_number_of_each_model():
     assert each(PerModel((1, 2)), 2) == [1, 2]
     with pytest.raises(MagMaxError, match="resolve the rule first"):
         each(Layers((0, 1)), 2)
+
+
+@pytest.mark.parametrize(("kind", "option"), [(Sce, "density"), (Slerp, "t"), (NearSwap, "t")])
+def test_one_number_for_all_models_is_not_given_for_each(kind, option):
+    for value in (PerModel((0.5, 0.5)), PerModel((Layers((0.5,)), 0.5)), read({"a": 0.5, "b": 0.25})):
+        with pytest.raises(MagMaxError, match=f"{kind.name} needs one {option} for all models, not one for each"):
+            kind(**{option: value})
+    assert getattr(kind(**{option: Layers((0.5, 0.25))}), option) == Layers((0.5, 0.25))
+
+
+def test_a_gradient_of_nothing_or_of_an_unknown_kind_is_refused():
+    with pytest.raises(MagMaxError, match="Layers needs at least one number"):
+        Layers(())
+    with pytest.raises(MagMaxError, match="outside to be ends or first, not 'frist'"):
+        Layers((0.5,), outside="frist")  # pyright: ignore[reportArgumentType]

@@ -109,7 +109,7 @@ class MergeKernel(Kernel):
                 state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
             return rule.finish(state, self.tasks)
         vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
-        block = Block(where, vectors, base, slab.spec(0).shape if rule.whole else None)
+        block = Block(where, vectors, base, slab.shape if rule.whole else None)
         return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
@@ -136,6 +136,11 @@ class MergeKernel(Kernel):
         spec = slab.spec(0)
         if not spec.floating or self.out[slab.key].dtype == spec.dtype:
             return base
+        if not self.reader.allow_nonfinite and not finite(base, spec.dtype):
+            raise MagMaxError(
+                f"{slab.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
+                f"{self.out[slab.key].dtype}; mend the base, or let them through with --allow-nonfinite"
+            )
         return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))
 
     def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:

@@ -144,4 +144,5 @@ class Questions:
             slab = Slab(self.reader.inputs, chunk.key, [(start, end)], digest=False)
             base = self.reader.numbers(slab, 0)
             deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
-            yield Block(Address(chunk.key, start), deltas, base)
+            shape = slab.shape if self._whole and end == stop else None
+            yield Block(Address(chunk.key, start), deltas, base, shape)

@@ -103,6 +103,7 @@ class Job:
         stem: how the names of a folder's weight files begin.
         worker: what reads the inputs and fills the sinks.
         memory: bytes that the questions and the worker take beside the slabs.
+        memory_a_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
     """
 
@@ -124,6 +125,7 @@ class Job:
     stem: str = "model"
     worker: Worker = slab_by_slab
     memory: int = 0
+    memory_a_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
 
     @property
@@ -137,13 +139,15 @@ class Job:
     def preview(self, threads: int = 0) -> dict[str, int]:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
+        threads = 1 if self.kernel.whole else threads or cores()
+        memory = self.memory + threads * self.memory_a_thread
         return {
             "passes": 1 + self.extra_passes,
             "read_bytes": self.read_bytes,
             "write_bytes": size,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + self._arrays(threads or cores()) + self.memory,
+            "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
         }
 
     def _arrays(self, threads: int) -> int:
@@ -226,7 +230,7 @@ class Job:
         if None in (c.path for c in self.inputs):
             settings.note("starting afresh: inputs in memory cannot be recognised")
             return []
-        ours = self._identity()
+        ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
         changed = [name for name, now in ours.items() if identity.get(name) != now]
         if changed or len(identity) != len(ours):
             settings.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")

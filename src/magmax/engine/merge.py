@@ -20,6 +20,7 @@ from ..checkpoints.writer import SHARD_BYTES, Target
 from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
 from ..rules import Filters, Layers, Number, Rule, as_rule, nearest
+from ..rules.plan import Span
 from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
 from .companions import companions
@@ -135,6 +136,7 @@ def merge_job(
     rule = rule.for_models(names)
     match = _match(rule, base, models, options)
     kernel = _kernel(rule, base, models, options, match)
+    apart = rule.questions_span is Span.TENSOR
 
     def refuse_twins(digests: Sequence[str]) -> None:
         seen: dict[str, str] = {}
@@ -156,7 +158,8 @@ def merge_job(
         companions=beside(base, kernel.out, options, match),
         check=refuse_twins,
         extra_passes=rule.passes,
-        memory=rule.memory,
+        memory=0 if apart else rule.memory,
+        memory_a_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
     )
 

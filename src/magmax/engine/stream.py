@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -44,6 +45,13 @@ class Slab:
 
     def spec(self, number: int) -> Spec:
         return self._inputs[number].spec(self.key)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's shape, of a slab that is all of its tensor or the leading rows of it: with as many rows."""
+        shape = self.spec(0).shape
+        row = math.prod(shape[1:])
+        return ((self.stop - self.start) // row, *shape[1:]) if shape and row else shape
 
     def stored(self, number: int) -> NDArray[Any]:
         """The slab's units in input `number`, digested as they are read; the caller may overwrite them."""

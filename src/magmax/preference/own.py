@@ -7,26 +7,33 @@ from typing import Any
 
 from ..checkpoints import open_checkpoint
 from ..engine.ask import Questions
-from ..engine.compare import compare
+from ..engine.compare import Mismatch, compare
 from ..engine.job import Settings
 from ..engine.reader import Reader
 from ..engine.stream import cores
 from ..rules.winners import Supply
 
 
-def own_shares(base: Any, models: Sequence[Any], settings: Settings | None = None) -> list[float]:
+def own_shares(
+    base: Any,
+    models: Sequence[Any],
+    settings: Settings | None = None,
+    mismatch: Mismatch = "strict",
+    allow_nonfinite: bool = False,
+) -> list[float]:
     """Each task's share of the elements that moved, when MagMax merges them; one pass over the models.
 
     Args:
         base, models: paths, state dicts, modules or checkpoints, as in `magmax.merge`.
+        mismatch, allow_nonfinite: see `Options`; what the merge keeps of the base is not counted.
     """
     settings = settings or Settings()
     opened = open_checkpoint(base)
     others = [open_checkpoint(model, base=opened) for model in models]
-    carried = compare(opened, others).carried
-    elements = {key: spec.elements for key, spec in opened.specs.items() if key not in carried}
+    match = compare(opened, others, mismatch)
+    elements = {k: match.extents.get(k, s.elements) for k, s in opened.specs.items() if k not in match.carried}
     wide = any(opened.specs[key].dtype == "F64" for key in elements)
-    reader = Reader([opened, *others])
+    reader = Reader([opened, *others], allow_nonfinite)
     questions = Questions(reader, len(others), elements, settings.threads or cores(), settings.progress)
 
     def plan() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -89,6 +89,7 @@ class TextTarget:
     tasks: Sequence[Samples]
     target: Samples
     settings: Settings
+    options: Options = field(default_factory=Options)
 
     def weights(self, method: Method, target: Samples | None = None) -> list[float]:
         """A preference by one method; see `from_labels` and `from_samples`."""
@@ -98,22 +99,22 @@ class TextTarget:
         return from_samples(self._pairs(target), cast("Distance", method))
 
     def chosen(
-        self, options: Options, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01
+        self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01
     ) -> tuple[list[float], Choice]:
         """The best on held-out samples of all methods, uniform and MagMax's own counts; see `choose`.
 
         Candidates are made of half of the target samples and scored, by accuracy among all labels with a zero-shot head
         of the base, on the others; the winner's source is then asked again, of all samples.
         """
-        own = own_shares(self.base, self.models, self.settings)
+        own = own_shares(self.base, self.models, self.settings, self.options.mismatch, self.options.allow_nonfinite)
         fit, held = (self.target.pick(rows) for rows in halves(len(self.target.texts), seed))
         names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
-        self._put(Options(scaling_factor=0.0), self.models)  # the base itself
+        self._put(0.0, self.models)  # the base itself
         head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
         items = self.encoder.tokenize(held.texts)
         labels = np.array([names.index(label) for label in held.labels])
         threads = self.settings.threads
-        predicted = predictor(self.encoder, head, items, self.base, self.models, options, rule, threads)
+        predicted = predictor(self.encoder, head, items, self.base, self.models, self.options, rule, threads)
 
         def score(weights: Sequence[float]) -> float:
             return float((predicted(weights) == labels).mean())
@@ -138,7 +139,7 @@ class TextTarget:
 
     def _pairs(self, target: Samples) -> Iterator[tuple[Features, Features]]:
         for number, samples in enumerate(self.tasks):
-            self._put(Options(scaling_factor=1.0), [self.models[number]])
+            self._put(1.0, [self.models[number]])
             yield self._features(samples.texts[:MOST_SAMPLES]), self._features(target.texts)
 
     def _features(self, texts: Sequence[str]) -> Features:
@@ -148,8 +149,9 @@ class TextTarget:
             parts = [self.encoder(ids[at : at + BATCH]).cpu().numpy() for at in range(0, len(ids), BATCH)]
         return np.concatenate(parts)
 
-    def _put(self, options: Options, models: Sequence[Checkpoint]) -> None:
+    def _put(self, factor: float, models: Sequence[Checkpoint]) -> None:
         """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
+        options = replace(self.options, scaling_factor=factor, dtype=None)
         made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
         put_weights(self.encoder.model, self.base, made)
 
@@ -181,11 +183,17 @@ def text_preference(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
         )
     target = TextTarget(
-        TextEncoder.load(folder, max_tokens), base, models, read_tasks(samples, names), read_samples(data), settings
+        TextEncoder.load(folder, max_tokens),
+        base,
+        models,
+        read_tasks(samples, names),
+        read_samples(data),
+        settings,
+        options,
     )
     if method != "auto":
         return target.weights(method)
-    weights, choice = target.chosen(options, lambda tried: replace(rule, preference=list(tried)))
+    weights, choice = target.chosen(lambda tried: replace(rule, preference=list(tried)))
     lines = ["score  less pull  weights  candidate"]
     for trial in choice.trials:
         shares = " ".join(f"{weight:.3f}" for weight in trial.weights)

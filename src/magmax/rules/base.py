@@ -39,7 +39,8 @@ class Rule(Part):
 
     @property
     def memory(self) -> int:
-        """Bytes that its questions take beside the blocks, at the usual most, where these are many."""
+        """Bytes that its questions take beside the blocks, at the usual most, where these are many; of one tensor,
+        where they are asked of one tensor after another, for each thread then asks of its own."""
         return 0
 
     @property

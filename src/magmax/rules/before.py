@@ -19,6 +19,11 @@ class Before(Part):
         return 0
 
     @property
+    def memory(self) -> int:
+        """Bytes that its questions take beside the blocks, at the usual most, where these are many."""
+        return 0
+
+    @property
     def questions_span(self) -> Span | None:
         """Over what the plan's questions range; None if it asks none."""
         return None if type(self).plan is Before.plan else Span.MODEL

@@ -57,7 +57,7 @@ class Chain(Rule):
 
     @property
     def memory(self) -> int:
-        return self.rule.memory
+        return self.rule.memory + sum(b.memory for b in self.before)
 
     @property
     def default_factor(self) -> float:

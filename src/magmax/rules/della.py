@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .before import Before
 from .chance import masked_at_random
-from .magnitude import Window, magnitude_codes
+from .magnitude import BINS, Window, magnitude_codes
 from .plan import Address, Answer, Array, Counts, Plan, Scope, Span, namespace
 from .values import Numbers, PerModel, each, need, one
 
@@ -21,18 +22,21 @@ class Ranks(NamedTuple):
 
     Attributes:
         row: the length of the rows to rank within; 0 where `tables` tell the ranks.
-        tables: for each task the rank of each magnitude, by the first 16 of its bits.
+        tables: for each task the magnitudes it has, as the first 16 of their bits, and their ranks.
         wide: whether the magnitudes are of float64.
     """
 
     row: int
-    tables: NDArray[np.float64] = np.empty((0, 0))
+    tables: Sequence[tuple[NDArray[np.uint16], NDArray[np.float64]]] = ()
     wide: bool = False
 
     def of(self, delta: Array, task: int, at: Address) -> NDArray[np.float64]:
         codes = np.asarray(magnitude_codes(delta, self.wide)).reshape(-1)
         if not self.row:
-            return self.tables[task - 1][codes >> (47 if self.wide else 15)]
+            there, ranks = self.tables[task - 1]
+            table: NDArray[np.float64] = np.zeros(BINS)
+            table[there] = ranks
+            return table[codes >> (47 if self.wide else 15)]
         if at.offset % self.row or len(codes) % self.row:
             raise MagMaxError(
                 f"{at.key}: its rows of {self.row:,} elements are too long to be ranked by della; use span: tensor"
@@ -109,7 +113,8 @@ class Della(Before):
         below = np.cumsum(equal, axis=1) - equal
         last = scope.elements - 1
         ranks = (below + (equal - 1) / 2) / last if last else np.full(equal.shape, 0.5)
-        return Ranks(0, ranks, scope.wide)
+        there = [np.flatnonzero(of_task).astype(np.uint16) for of_task in equal]  # few: every tensor has its own
+        return Ranks(0, [(codes, of_task[codes]) for codes, of_task in zip(there, ranks, strict=True)], scope.wide)
 
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
         ranks: Ranks = answer

@@ -33,7 +33,7 @@ class NearSwap(Rule):
     t: Number = 0.0001
 
     def __post_init__(self) -> None:
-        need(self.name, "t", self.t, 0)
+        need(self.name, "t", self.t, 0, per_model=False)
 
     def check(self, tasks: int) -> None:
         alone(self, tasks)

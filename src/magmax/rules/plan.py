@@ -37,7 +37,8 @@ class Block:
 
     Attributes:
         base: the same place in theta_0, never to be overwritten; None where bare task vectors are merged.
-        shape: the tensor's shape where the block is all of it; None where it may be a part.
+        shape: the tensor's shape where the block is all of it, or all of its rows that are merged; None where it may be
+            less.
     """
 
     at: Address

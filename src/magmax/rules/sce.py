@@ -47,7 +47,7 @@ class Sce(Rule):
     density: Number = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "density", self.density, 0, 1)
+        need(self.name, "density", self.density, 0, 1, per_model=False)
 
     @property
     def passes(self) -> int:

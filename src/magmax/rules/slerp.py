@@ -36,7 +36,7 @@ class Slerp(Combination):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        need(self.name, "t", self.t, 0, 1)
+        need(self.name, "t", self.t, 0, 1, per_model=False)
 
     @property
     def needs_base(self) -> bool:

@@ -102,7 +102,7 @@ class Tunable(Rule):
         return replace(self, preference=[given.get(name, 0.0) for name in names])
 
     def describe(self) -> dict[str, Any]:
-        told = self._weights if self._weights is self.preference else dict(cast("Named", self.preference))
+        told = list(self._weights) if self._weights is self.preference else dict(cast("Named", self.preference))
         return {self.name: {**super().describe()[self.name], "preference": told}}
 
     def check(self, tasks: int) -> None:

@@ -65,6 +65,12 @@ class Layers(Value):
     values: tuple[float, ...]
     outside: Literal["ends", "first"] = "ends"
 
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise MagMaxError("Layers needs at least one number, that of depth 0; it has none")
+        if self.outside not in ("ends", "first"):
+            raise MagMaxError(f"Layers needs outside to be ends or first, not {self.outside!r}")
+
     def at(self, place: Place) -> float:
         last = len(self.values) - 1
         depth = place.depth if place.inside or self.outside == "ends" else 0
@@ -216,8 +222,13 @@ def written(value: Any) -> Any:
     return value.written() if isinstance(value, Value) else value
 
 
-def need(part: str, option: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise MagMaxError unless every number of an option is finite and from `low` to `high`."""
+def need(
+    part: str, option: str, value: Any, low: float = -math.inf, high: float = math.inf, per_model: bool = True
+) -> None:
+    """Raise MagMaxError unless every number of an option is finite and from `low` to `high`; or where it is given for
+    each model, and may not be."""
+    if not per_model and isinstance(value, Value) and value.per_model:
+        raise MagMaxError(f"{part} needs one {option} for all models, not one for each: {written(value)}")
     for number in numbers(value):
         if not low <= number <= high or not math.isfinite(number):
             limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
