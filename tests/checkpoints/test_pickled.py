@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,9 @@ from tests.models import Tensors, loaded, magmax, merged_by, raw, same_bytes, sa
 
 import magmax as package
 from magmax import MagMaxError
+from magmax.checkpoints import pickled
 from magmax.checkpoints.pickled import PickledModel
+from magmax.checkpoints.torchfile import LEGACY_MAGIC
 from magmax.engine.convert import convert_job
 
 SOURCE = """
@@ -351,6 +354,93 @@ def test_pickles_no_pickler_would_write(name: str, tmp_path: Path) -> None:
     with pytest.raises(MagMaxError, match=r"^raw: "):
         PickledModel(tmp_path / "raw.pt", "raw")
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_conjugated_and_negated_views_are_refused(zipped: bool, tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j])
+    for lazy in (torch._neg_view(torch.tensor([1.0, 2.0])), z.conj(), torch._neg_view(z.conj())):
+        torch.save({"w": lazy}, tmp_path / "lazy.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(MagMaxError, match=r"^lazy: .*resolve_conj\(\)\.resolve_neg\(\)"):
+            PickledModel(tmp_path / "lazy.pt", "lazy")
+    mended = {"w": z.conj().resolve_conj()}
+    torch.save(mended, tmp_path / "fine.pt", _use_new_zipfile_serialization=zipped)
+    assert same_bytes(mended, convert(tmp_path / "fine.pt", tmp_path / "fine.safetensors"))
+
+
+def zipped(path: Path, **records: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(f"c/{name.replace('__', '.')}", content)
+
+
+DOUBLED = b"N" + b"q\x00h\x00\x86" * 30
+"""A tuple of two of a tuple of two of ..., 30 deep: to print or to hash it would take minutes."""
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\n%bX\x03\0\0\0cpuK\x01tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % b"X\x01\0\0\x000" + b"K\0K\x01\x85K\x01\x85\x89}tR"
+HOSTILE = {
+    "a storage's key": STORAGE % DOUBLED + b".",
+    "a tensor's type": TENSOR.replace(b"_v2", b"_v3").replace(b"tR", DOUBLED + b"tR") + b".",
+    "a tensor's flags": TENSOR.replace(b"tR", DOUBLED + b"tR") + b".",
+    "a codec": b"c_codecs\nencode\nX\0\0\0\0" + DOUBLED + b"\x86R.",
+    "a layout": b"ctorch.serialization\n_get_layout\n" + DOUBLED + b"\x85R.",
+    "a called name": b"c__builtin__\ngetattr\nN" + DOUBLED + b"\x86R)R.",
+    "a key": b"}c__builtin__\ngetattr\n" + DOUBLED + b"\x85RNs.",
+    "a mapping of itself": b"}q\x01(" + b"".join(b"M" + bytes([n, 1]) + b"h\x01" for n in range(200)) + b"u.",
+    "a model that is itself": b"}q\x01(X\x05\0\0\0modelh\x01X\x01\0\0\0w" + TENSOR + b"u.",
+    "a short item": b"cx\nY\n)\x81(NNu0cx\nY\n)\x81()\x85e.",
+    "an item that cannot be hashed": b"cx\nY\n)\x81(]N\x86e.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_small_files_that_hold_one_thing_many_times_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    zipped(tmp_path / "h.pt", data__pkl=b"\x80\x02" + HOSTILE[name], **{"data/0": bytes(4)})
+    with pytest.raises(MagMaxError, match=r"^h: "):
+        PickledModel(tmp_path / "h.pt", "h")
+
+
+def test_modules_that_share_their_modules_many_times_over_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickled, "MOST_PARTS", 10_000)
+    net = torch.nn.Sequential()
+    for _ in range(40):
+        net = torch.nn.Sequential(net, net)
+    torch.save(net, tmp_path / "dag.pt")
+    with pytest.raises(MagMaxError, match="without an end"):
+        PickledModel(tmp_path / "dag.pt", "dag")
+
+
+def test_records_that_would_inflate_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile.ZipFile, "read", None)
+    for name in ("byteorder", "data.pkl"):
+        with zipfile.ZipFile(tmp_path / "big.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"c/{name}", bytes(100_000))
+            archive.writestr("c/data.pkl", b"N.") if name == "byteorder" else None
+        with pytest.raises(MagMaxError, match=rf"^big: the file holds c/{name} compressed"):
+            PickledModel(tmp_path / "big.pt", "big")
+    zipped(tmp_path / "long.pt", data__pkl=b"N.", byteorder=bytes(7))
+    with pytest.raises(MagMaxError, match="byteorder of 7 bytes"):
+        PickledModel(tmp_path / "long.pt", "long")
+
+
+@pytest.mark.parametrize("passing", [None, 3, "w"])
+def test_a_module_whose_passing_buffers_are_no_set_is_refused(passing: Any, tmp_path: Path) -> None:
+    net = torch.nn.BatchNorm1d(2)
+    net._non_persistent_buffers_set = passing  # pyright: ignore[reportAttributeAccessIssue]
+    torch.save(net, tmp_path / "p.pt")
+    with pytest.raises(MagMaxError, match=r"^p: _non_persistent_buffers_set is a .*, not a set"):
+        PickledModel(tmp_path / "p.pt", "p")
+
+
+@pytest.mark.parametrize("keys", [[["0"]], ["0"], [{}], 5])
+def test_legacy_files_with_a_storage_that_cannot_be_are_refused(keys: Any, tmp_path: Path) -> None:
+    head = [pickle.dumps(part, 2) for part in (LEGACY_MAGIC, 1001, {"little_endian": True})]
+    stored = b"\x80\x02" + TENSOR.replace(b"K\x01tQ", b"K\x01NtQ") + b"."
+    (tmp_path / "old.pt").write_bytes(b"".join([*head, stored, pickle.dumps(keys, 2), (2**63).to_bytes(8, "little")]))
+    with pytest.raises(MagMaxError, match="ends before its last tensor" if keys == ["0"] else "that nothing names"):
+        PickledModel(tmp_path / "old.pt", "old")
 
 
 def test_modules_in_one_another_without_end_are_refused(tmp_path: Path) -> None:

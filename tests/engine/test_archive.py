@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tests.models import Tensors, loaded, same_bytes, saved, small_model
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.writer import Draft
 from magmax.engine.archive import Archive
 from magmax.engine.archiving import write_archive
 from magmax.engine.job import Settings
@@ -155,3 +159,68 @@ def test_half_precision_is_archived_as_its_task_vectors(tmp_path):
     archive.job(MagMax(), tmp_path / "ours.safetensors", Options()).run()
     theirs = magmax.merge("magmax", paths[0], paths[1:], out=tmp_path / "theirs.safetensors")
     assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_float64_beyond_the_range_of_float32(bits, tmp_path):
+    base = saved({"w": torch.zeros(4, dtype=torch.float64)}, tmp_path / "base.safetensors")
+    wide = torch.tensor([1e200, -3e199, 0, 1e190], dtype=torch.float64)
+    model = open_checkpoint(saved({"w": wide}, tmp_path / "wide.safetensors"))
+
+    def archive():
+        return write_archive(open_checkpoint(base), [model], ["a"], tmp_path / "archive", top=1, bits=bits)
+
+    if bits == 16:
+        with pytest.raises(MagMaxError, match=r"wide\.safetensors: w differs from the base by more than 3\.39e\+38"):
+            archive()
+        assert not (tmp_path / "archive").exists()
+        return
+    read = archive().models(open_checkpoint(base))[0].read("w", 0, 4)
+    assert np.abs(read - wide.numpy()).max() <= (1e200 / 254 * (1 + 1e-9) if bits == 8 else 0)
+
+
+def test_the_same_weights_under_two_paths_are_refused(files, tmp_path):
+    base, tasks = files
+    copy = shutil.copy(tasks[0], tmp_path / "copy.safetensors")
+    models = [open_checkpoint(path) for path in (tasks[0], copy)]
+    with pytest.raises(MagMaxError, match=r"copy\.safetensors: holds the same tensors as .*name each model once"):
+        write_archive(open_checkpoint(base), models, ["a", "b"], tmp_path / "archive")
+    assert not (tmp_path / "archive").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EFBIG, errno.ENOSPC])
+def test_a_full_disk_is_explained_and_nothing_is_left(code, files, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Draft, "write", full)
+    model = open_checkpoint(files[1][0])
+    with pytest.raises(MagMaxError, match="File too large" if code == errno.EFBIG else "no space left.*begins anew"):
+        write_archive(open_checkpoint(files[0]), [model], ["a"], tmp_path / "archive")
+    assert not [path for path in tmp_path.iterdir() if "archive" in path.name]
+
+
+def test_a_base_with_an_adapter_is_remembered_as_both(tmp_path, monkeypatch):
+    draw = np.random.default_rng(1)
+
+    def tensor(*shape):
+        return torch.from_numpy(draw.normal(size=shape).astype(np.float32))
+
+    saved({"q.weight": tensor(8, 6)}, tmp_path / "base.safetensors")
+    (tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.q.lora_{n}.weight": tensor(*s) for n, s in (("A", (2, 6)), ("B", (8, 2)))}
+    saved(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    model = open_checkpoint(saved({"q.weight": tensor(8, 6)}, tmp_path / "model.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    given = "base.safetensors+adapter"
+    opened = open_checkpoint(given)
+    write_archive(opened, [model], ["a"], tmp_path / "made" / "archive", base_given=given)
+    monkeypatch.chdir("/")
+    again = Archive(tmp_path / "made" / "archive").base()
+    assert (
+        again.read("q.weight", 0, 48)
+        == open_checkpoint(f"{tmp_path}/base.safetensors+{tmp_path}/adapter").read("q.weight", 0, 48)
+    ).all()
+    Archive(tmp_path / "made" / "archive").job(MagMax(), tmp_path / "out.safetensors", Options()).run()

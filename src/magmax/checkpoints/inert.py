@@ -94,8 +94,14 @@ def _bytes(content: Any = b"") -> bytes:
 
 def _encode(text: str, codec: str = "latin1") -> bytes:
     if codec != "latin1":
-        raise ValueError(f"bytes in the codec {codec!r}")
+        raise ValueError("bytes in another codec than latin1")
     return text.encode("latin1")
+
+
+def _text(text: Any) -> str:
+    if type(text) is not str:
+        raise TypeError("a name that is no text")
+    return text
 
 
 def _old_object(kind: Global, *_: Any) -> Record:
@@ -113,7 +119,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "frozenset": _frozenset, "bytearray": _bytes, "complex": complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _old_object, "copyreg.__newobj__": _new_object,
-    "torch.Size": _copied(tuple), "torch.serialization._get_layout": str,
+    "torch.Size": _copied(tuple), "torch.serialization._get_layout": _text,
 }  # fmt: skip
 PLAIN: Calls = _PLAIN
 """Calls that make plain data; the names of builtins are without their module."""
@@ -319,10 +325,10 @@ class Machine:
         self._push(self._persistent(identity))
 
 
-def told(made: Any) -> str:
+def told(made: Any, deep: int = 9) -> str:
     """What messages call something found in a pickle."""
-    if isinstance(made, Record) and made.name == "getattr" and len(made.args) == 2:
-        return f"{told(made.args[0])}.{made.args[1]}"
+    if deep and isinstance(made, Record) and made.name == "getattr" and [type(a) for a in made.args[1:]] == [str]:
+        return f"{told(made.args[0], deep - 1)}.{made.args[1]}"
     if isinstance(made, Global | Record):
         return made.name if "." in made.name else f"builtins.{made.name}"
     return f"an object of type {type(made).__name__}"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError
-from .base import Checkpoint
+from .base import PREFIX, Checkpoint
 from .dtypes import Spec, widen
 from .factors import scaled_product
 from .fitted import Adapter
@@ -98,6 +98,16 @@ def within(folder: str, text: str) -> str:
 def seen_from(folder: str, text: str) -> str:
     """A path, or every part of "BASE+ADAPTER", so that `within(folder, ...)` gives it back."""
     return each_part(text, lambda part: os.path.relpath(part, folder or "."))
+
+
+def path_from(folder: Path, given: object, opened: Checkpoint) -> str | None:
+    """What opens a checkpoint again, as seen from a folder: its ids on the hub, or the path, or every part of
+    "BASE+ADAPTER", that was given; None if nothing does."""
+    if opened.origin and all(origin.startswith(PREFIX) for origin in opened.origin.split("+")):
+        return opened.origin
+    if isinstance(given, str | os.PathLike):
+        return each_part(os.fspath(given), lambda part: os.path.relpath(part, folder))
+    return None if opened.path is None or isinstance(opened, LoraModel) else os.path.relpath(opened.path, folder)
 
 
 def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:

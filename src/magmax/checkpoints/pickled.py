@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
 """What savers call the model, where they save it beside other things."""
 SCRIPT = "__torch__."
 DEEPEST = 100
-MOST_TENSORS = 1_000_000
+MOST_PARTS = 1_000_000
 DATA_PARALLEL = "module."
 
 
@@ -75,8 +76,13 @@ class PickledModel(Checkpoint):
             if name not in inside:
                 raise MagMaxError(f"{self.label}: has no part {name!r}; {_listing(root)}")
             root = inside[name]
-        while not part and not _is_module(root):
-            holding = {name: value for name, value in _parts(root).items() if _holds_tensors(value)}
+        known: dict[tuple[int, int], bool] = {}
+        for level in itertools.count():
+            if part or _is_module(root):
+                break
+            if level > DEEPEST:
+                raise self._endless()
+            holding = {name: value for name, value in _parts(root).items() if _holds_tensors(value, known)}
             direct = [name for name, value in holding.items() if isinstance(value, Stored)]
             nested = [name for name in holding if name not in direct]
             called = [name for name in nested if name in MODEL_NAMES]
@@ -97,7 +103,7 @@ class PickledModel(Checkpoint):
         found: dict[str, Stored] = {}
         problems: list[str] = []
         if _is_module(model):
-            self._walk(model, "", found, problems, 0)
+            self._walk(model, "", found, problems, itertools.count())
         else:
             for name, value in _parts(model).items():
                 if isinstance(value, Stored):
@@ -110,27 +116,44 @@ class PickledModel(Checkpoint):
             raise MagMaxError(f"{self.label}: holds {_kind(model)}, and no tensor of a model in it")
         return found
 
-    def _walk(self, module: Record, prefix: str, found: dict[str, Stored], problems: list[str], depth: int) -> None:
-        if depth > DEEPEST or len(found) > MOST_TENSORS:
-            raise MagMaxError(f"{self.label}: its modules lie in one another without an end")
+    def _walk(
+        self,
+        module: Record,
+        prefix: str,
+        found: dict[str, Stored],
+        problems: list[str],
+        visits: Iterator[int],
+        depth: int = 0,
+    ) -> None:
+        attributes = module.attributes
         if module.name.startswith(SCRIPT):
-            children = {n: v for n, v in module.attributes.items() if isinstance(v, Record) and _is_module(v)}
-            own = {n: v for n, v in module.attributes.items() if isinstance(v, Stored)}
+            children = {n: v for n, v in _parts(attributes).items() if _is_module(v)}
+            own = {n: v for n, v in _parts(attributes).items() if isinstance(v, Stored)}
         else:
-            attributes = module.attributes
-            passing = attributes.get("_non_persistent_buffers_set", ())
+            passing = attributes.get("_non_persistent_buffers_set", set())
+            if not isinstance(passing, set | frozenset):
+                raise MagMaxError(f"{self.label}: {prefix}_non_persistent_buffers_set is {_kind(passing)}, not a set")
             buffers = {n: v for n, v in _parts(attributes.get("_buffers")).items() if n not in passing}
             own, children = _parts(attributes["_parameters"]) | buffers, _parts(attributes["_modules"])
         for name, value in own.items():
+            self._refuse_endless(depth, visits)
             if isinstance(value, Stored):
                 found[prefix + name] = value
             elif value is not None:
                 problems.append(f"{self.label}: {prefix}{name} is {_kind(value)}, not a tensor that can be read")
         for name, child in children.items():
+            self._refuse_endless(depth, visits)
             if _is_module(child):
-                self._walk(child, f"{prefix}{name}.", found, problems, depth + 1)
+                self._walk(child, f"{prefix}{name}.", found, problems, visits, depth + 1)
             elif child is not None:
                 problems.append(f"{self.label}: {prefix}{name} is {_kind(child)}, not a module")
+
+    def _refuse_endless(self, depth: int, visits: Iterator[int]) -> None:
+        if depth > DEEPEST or next(visits) > MOST_PARTS:
+            raise self._endless()
+
+    def _endless(self) -> MagMaxError:
+        return MagMaxError(f"{self.label}: its modules lie in one another without an end")
 
     def _stripped(self, found: dict[str, Stored], prefix: str) -> dict[str, Stored]:
         kept = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
@@ -150,23 +173,36 @@ def _is_module(value: Any) -> bool:
 
 def _parts(value: Any) -> dict[str, Any]:
     """What a mapping or an object of an unknown class holds, by name."""
-    held: Mapping[Any, Any] = {}
     if isinstance(value, dict):
-        held = cast("dict[Any, Any]", value)
+        held = list(cast("dict[Any, Any]", value).items())
     elif isinstance(value, Record):
-        held = value.attributes | {item[0]: item[1] for item in value.items if isinstance(item, tuple)}
-    return {str(name): part for name, part in held.items()}
+        pairs = [cast("tuple[Any, ...]", item) for item in value.items if isinstance(item, tuple)]
+        held = [*value.attributes.items(), *((pair[0], pair[1]) for pair in pairs if len(pair) == 2)]
+    else:
+        held = []
+    return {_text(name): part for name, part in held}
 
 
-def _holds_tensors(value: Any, depth: int = 0) -> bool:
-    """Whether a tensor is in a value, or in what it holds, a few levels down."""
+def _text(name: Any) -> str:
+    """A key as a name; of what is neither text nor a number only the kind, for it may hold itself many times over."""
+    if isinstance(name, str):
+        return name
+    return str(name) if isinstance(name, int) and name.bit_length() < 64 else told(name)
+
+
+def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 0) -> bool:
+    """Whether a tensor is in a value, or in what it holds, a few levels down; what is `known` is not sought again."""
     if isinstance(value, Stored) or _is_module(value):
         return True
-    return depth < 4 and any(_holds_tensors(part, depth + 1) for part in _parts(value).values())
+    place = id(value), depth
+    if place not in known:
+        known[place] = depth < 4 and any(_holds_tensors(part, known, depth + 1) for part in _parts(value).values())
+    return known[place]
 
 
 def _listing(root: Any) -> str:
-    names = [name for name, value in _parts(root).items() if _holds_tensors(value)]
+    known: dict[tuple[int, int], bool] = {}
+    names = [name for name, value in _parts(root).items() if _holds_tensors(value, known)]
     return f"choose one with --part: {', '.join(names[:20]) or 'none holds tensors'}"
 
 

@@ -51,6 +51,7 @@ class Stored:
     """A tensor in a file: a view, by offset and strides in elements, of a storage that begins at byte `begin`.
 
     `dtype` is a key of `BITS`; `file` and `begin` are known once the whole of the torch file has been read.
+    `lazy` says that the values are those of the storage conjugated or negated, which torch does when it loads them.
     """
 
     storage: Storage
@@ -58,6 +59,7 @@ class Stored:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    lazy: bool = False
     file: RangeFile | None = None
     begin: int = 0
 
@@ -68,7 +70,7 @@ class Stored:
     @property
     def place(self) -> tuple[Any, ...]:
         """What is equal for tensors that are one and the same memory."""
-        return self.storage.key, self.dtype, self.offset, self.shape, self.strides
+        return self.storage.key, self.dtype, self.offset, self.shape, self.strides, self.lazy
 
     def elements(self, start: int, stop: int) -> NDArray[Any]:
         """Elements start..stop of the flattened tensor, as unsigned integers of their size."""
@@ -134,14 +136,22 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Stored:
+def _tensor(
+    storage: Any, offset: int, shape: Any, strides: Any, _grad: Any = None, _hooks: Any = None, flags: Any = None
+) -> Stored:
     if not isinstance(storage, Storage):
         raise TypeError("a tensor of no storage")
-    return Stored(storage, storage.dtype, int(offset), _lengths(shape), _lengths(strides))
+    if not isinstance(flags, dict | None):
+        raise TypeError(f"a tensor with flags that are {told(flags)}")
+    set_flags = cast("dict[Any, Any]", flags or {})
+    lazy = any(value is not False for value in set_flags.values())
+    return Stored(storage, storage.dtype, int(offset), _lengths(shape), _lengths(strides), lazy)
 
 
-def _typed_tensor(storage: Any, offset: int, shape: Any, strides: Any, _g: Any, _h: Any, kind: Any, *_: Any) -> Any:
-    return replace(_tensor(storage, offset, shape, strides), dtype=dtype_of(kind))
+def _typed_tensor(
+    storage: Any, offset: int, shape: Any, strides: Any, _grad: Any, _hooks: Any, kind: Any, flags: Any = None
+) -> Stored:
+    return replace(_tensor(storage, offset, shape, strides, flags=flags), dtype=dtype_of(kind))
 
 
 def _same(tensor: Any, *_: Any) -> Any:
@@ -176,7 +186,7 @@ def dtype_of(kind: Any) -> str:
     """safetensors' name of a type that a pickle names as torch's."""
     name = kind.name.removeprefix("torch.") if isinstance(kind, Global) else ""
     if name not in TORCH_NAMES:
-        raise ValueError(f"tensors of type {name or kind!r}, which cannot be stored")
+        raise ValueError(f"tensors of type {name or told(kind)}, which cannot be stored")
     return TORCH_NAMES[name]
 
 
@@ -203,6 +213,11 @@ class TorchFile:
 
     def laid_out(self, tensor: Stored) -> Stored:
         """The tensor with its place in the file. Raises MagMaxError where the file has no such place."""
+        if tensor.lazy:
+            raise MagMaxError(
+                f"{self._label}: a tensor {tensor.spec} is a conjugated or negated view, whose values are not those "
+                "stored; save it again after resolve_conj().resolve_neg()"
+            )
         begin, length = self.places.get(tensor.storage.key, (0, -1))
         problem = tensor.problem()
         if length < 0:
@@ -219,13 +234,9 @@ class TorchFile:
                 entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
                 if "data.pkl" not in entries:
                     raise self._bad("is a zip archive, but not of torch (it has no data.pkl)")
-                if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+                if "byteorder" in entries and self._record(archive, entries["byteorder"], 6) != b"little":
                     raise self._bad("was written on a big-endian machine, which is not supported")
-                if entries["data.pkl"].file_size > LARGEST_PICKLE:
-                    raise self._bad(
-                        f"has a pickle of {entries['data.pkl'].file_size:,} bytes, too many for names alone"
-                    )
-                pickled = archive.read(entries["data.pkl"])
+                pickled = self._record(archive, entries["data.pkl"], LARGEST_PICKLE)
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             if isinstance(error, MagMaxError):
                 raise
@@ -235,10 +246,20 @@ class TorchFile:
                 self.places[name.removeprefix("data/")] = self._entry(info, begin)
         return self._machine(io.BytesIO(pickled)).run()
 
-    def _entry(self, info: zipfile.ZipInfo, begin: int) -> tuple[int, int]:
-        """Where an entry's bytes lie: after its local header, whose length only the header itself tells."""
+    def _record(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+        """The content of an entry, which cannot take more memory than it has bytes in the file."""
+        self._refuse_compressed(info)
+        if info.file_size > most:
+            raise self._bad(f"has a record {info.filename} of {info.file_size:,} bytes, where {most:,} are the most")
+        return archive.read(info)
+
+    def _refuse_compressed(self, info: zipfile.ZipInfo) -> None:
         if info.compress_type != zipfile.ZIP_STORED:
             raise self._bad(f"holds {info.filename} compressed, as torch never does")
+
+    def _entry(self, info: zipfile.ZipInfo, begin: int) -> tuple[int, int]:
+        """Where an entry's bytes lie: after its local header, whose length only the header itself tells."""
+        self._refuse_compressed(info)
         header = self._file.bytes(begin + info.header_offset, 30)
         at = begin + info.header_offset + 30 + int.from_bytes(header[26:28], "little")
         return at + int.from_bytes(header[28:30], "little"), info.file_size
@@ -255,13 +276,13 @@ class TorchFile:
         root = self._machine(reader, sizes).run()
         keys = Machine(reader, self._label, {}).run()
         for key in cast("list[Any]", keys) if isinstance(keys, list) else [keys]:
-            if key not in sizes:
-                raise self._bad(f"holds a storage {key!r} that nothing names")
+            if type(key) is not str or key not in sizes:
+                raise self._bad(f"holds a storage {key if type(key) is str else told(key)} that nothing names")
             count = int.from_bytes(reader.read(8), "little")
             self.places[key] = begin + reader.tell(), count * sizes[key]
+            if sum(self.places[key]) > self._file.size:
+                raise self._bad("ends before its last tensor; copy or download it again")
             reader.seek(count * sizes[key], io.SEEK_CUR)
-        if begin + reader.tell() > self._file.size:
-            raise self._bad("ends before its last tensor; copy or download it again")
         return root
 
     def _machine(self, stream: Any, sizes: dict[str, int] | None = None) -> Machine:
@@ -273,6 +294,8 @@ class TorchFile:
             name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else ""
             if name not in STORAGES or any(part is not None for part in view):
                 raise self._bad(f"holds a storage of kind {told(kind)}, which cannot be read")
+            if type(key) not in (str, int) or type(elements) is not int:
+                raise self._bad(f"holds a storage with the key {told(key)} and a length of {told(elements)}")
             storage = Storage(str(key), STORAGES[name], int(elements))
             if sizes is not None:
                 sizes[storage.key] = BITS[storage.dtype] // 8

@@ -145,7 +145,14 @@ def archive(
     size = opened.nbytes + sum(model.nbytes for model in inputs)
     with shown_settings(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
         made = write_archive(
-            opened, inputs, default_names(list(models)), Path(out), top=top, bits=bits, settings=settings
+            opened,
+            inputs,
+            default_names(list(models)),
+            Path(out),
+            top=top,
+            bits=bits,
+            base_given=base,
+            settings=settings,
         )
     size = made.tensors.nbytes
     print(f"archived {', '.join(made.tasks)}: {out} ({in_bytes(size)}, {size / opened.nbytes:.2f} times the base)")

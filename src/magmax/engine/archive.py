@@ -7,7 +7,8 @@ over the whole model are kept:
     t/kept/K     U8, ceil(n / 8)       a bit for each element, the first the most significant: whether it is kept
     t/starts/K   I64, ceil(n / BLOCK)  how many entries are kept before each block of BLOCK elements
     t/values/K   I8, BF16, F32 or F64  the entries of tau_t that are kept, in order
-    t/scales/K   F32, ceil(n / BLOCK)  with 8 bits: an entry is value * scale of its block, rounded in K's compute type
+    t/scales/K   F32 or F64, ceil(n / BLOCK)  with 8 bits: an entry is value * scale of its block, in K's compute type,
+                                              which is the type of the scale
 
 With top = 1 everything is kept, and `kept` and `starts` are left out. Entries that are not kept count as zero.
 """
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.dtypes import widen
+from ..checkpoints.lora import each_part
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError, listed, nearest
 from ..rules import Rule
@@ -63,7 +65,10 @@ class Archive:
         """The base: the one given, or where it was when the archive was made."""
         if given is None and self._base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        return open_checkpoint(given or os.path.normpath(self.folder / self._base_path))
+        here = os.fspath(self.folder)
+        return open_checkpoint(
+            given or each_part(self._base_path, lambda part: os.path.normpath(os.path.join(here, part)), here)
+        )
 
     def models(self, base: Checkpoint) -> list[ArchivedTask]:
         """Each task's vector, as far as it was kept."""
@@ -133,7 +138,8 @@ class ArchivedTask(Checkpoint):
         stored = self._values(key, value, value + len(places))
         dense = np.zeros(total, self.specs[key].storage)
         if self._bits == 8:
-            scales = self._part("scales", key, 4 * first, 4 * last).view("<f4")
+            kind = self._tensors.specs[f"{self._task}/scales/{key}"].storage
+            scales = self._part("scales", key, kind.itemsize * first, kind.itemsize * last).view(kind)
             dense[places - first * BLOCK] = stored * scales[places // BLOCK - first].astype(dense.dtype)
         else:
             dense[places - first * BLOCK] = stored

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.dtypes import compute_dtype, narrow
+from ..checkpoints.lora import path_from
 from ..checkpoints.slabs import Chunk, checkpoint_digest, chunks, slab_digest, tensor_digest
 from ..checkpoints.writer import Draft, Target
 from ..errors import MagMaxError, listed
@@ -23,13 +23,14 @@ from ..rules.plan import Scope
 from .archive import BLOCK, FILE, FORMAT, Archive
 from .ask import Questions
 from .compare import compare
-from .job import Settings
-from .merge import refuse_same_path
+from .job import Settings, explained
+from .merge import refuse_same_path, refuse_twins
 from .reader import Reader
 from .stream import Slab, cores, hold_freed_memory, in_threads
 
 LEVELS = 127
 PIECE = 256 * BLOCK
+LARGEST_BF16 = (2 - 2**-7) * 2.0**127
 
 
 class Kept(NamedTuple):
@@ -94,7 +95,7 @@ class Writing:
                 found[f"{task}/kept/{key}"] = Spec("U8", (-(-self.spec(key).elements // 8),))
                 found[f"{task}/starts/{key}"] = Spec("I64", (blocks,))
             if self.bits == 8:
-                found[f"{task}/scales/{key}"] = Spec("F32", (blocks,))
+                found[f"{task}/scales/{key}"] = Spec("F64" if wide else "F32", (blocks,))
         return found
 
     def write(self, draft: Draft, starts: Mapping[tuple[int, str], NDArray[np.int64]], settings: Settings) -> None:
@@ -114,8 +115,14 @@ class Writing:
         if self.kept[task].least is not None:
             draft.write(f"{task}/kept/{chunk.key}", chunk.start // 8, np.packbits(mask))
             draft.write(f"{task}/starts/{chunk.key}", first, starts[first : first + len(counts)])
+        most = {8: float(np.finfo(vector.dtype).max), 16: LARGEST_BF16}.get(self.bits, np.inf)
+        if np.abs(values).max(initial=0) > most:
+            raise MagMaxError(
+                f"{self.reader.inputs[1 + task].label}: {chunk.key} differs from the base by more than {most:.3g}, "
+                f"the most that {self.bits} bits hold; archive it with --bits 32"
+            )
         if self.bits == 8:
-            scales = np.zeros(len(counts), np.float32)
+            scales = np.zeros(len(counts), vector.dtype)
             filled = counts > 0
             if len(values):
                 edges = (starts[first : first + len(counts)] - starts[first])[filled]
@@ -145,6 +152,7 @@ def write_archive(
     *,
     top: float = 0.3,
     bits: int = 8,
+    base_given: object = None,
     settings: Settings | None = None,
 ) -> Archive:
     """Store what tuning needs of each model's task vector.
@@ -152,10 +160,11 @@ def write_archive(
     Args:
         top: the fraction of each task vector's entries to keep, those of largest magnitude over the whole model.
         bits: of each entry: 8 (linear, a scale for each block of 1024 elements), 16 (bfloat16) or 32 (exact).
+        base_given: the path, id or BASE+ADAPTER that `base` was opened from, to be remembered in the archive.
 
     Raises:
-        MagMaxError: no models, models that do not fit the base, NaN or infinity, options out of range, a place that
-            cannot be written.
+        MagMaxError: no models, models that do not fit the base or are the same, NaN or infinity, differences too large
+            for the bits, options out of range, a place that cannot be written, no space left.
     """
     settings = settings or Settings()
     if not 0 < top <= 1:
@@ -174,20 +183,24 @@ def write_archive(
         raise listed(f"{out} cannot be written", problems)
     carried = compare(base, models).carried
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.elements]
+    refuse_twins(models, [_digest(model) for model in models])
     hold_freed_memory()
     kept, reader = _kept(Reader(inputs), keys, top, settings)
     writing = Writing(reader, keys, kept, bits, settings.threads or cores())
     starts = writing.starts(settings)
     about = {
         "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "presets": {},
-        "base": {"path": os.path.relpath(base.path, out) if base.path else None, "digest": _digest(base)},
+        "base": {"path": path_from(out, base_given, base), "digest": _digest(base)},
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
     draft = Draft(target, writing.specs(starts), {})
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         draft.open(fresh=True)
         writing.write(draft, starts, settings)
         draft.publish({}, {FILE: json.dumps(about, indent=2).encode() + b"\n"})
+    except OSError as error:
+        draft.discard()
+        raise explained(error, out, "it begins anew") from error
     except BaseException:
         draft.discard()
         raise

@@ -195,7 +195,7 @@ class Job:
                 draft.close()
                 journal.close()
         except OSError as error:
-            raise self._explained(error) from error
+            raise explained(error, self.target.path, "it resumes where it stopped") from error
 
     def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
         began = time.perf_counter()
@@ -255,15 +255,15 @@ class Job:
     def _metadata(self, provenance: Provenance) -> dict[str, str]:
         return {"format": "pt", **self.metadata, **provenance.metadata()}
 
-    def _explained(self, error: OSError) -> MagMaxError:
-        where = error.filename or self.target.path
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(nearest_folder(self.target.path)).free
-            return MagMaxError(
-                f"{self.target.path}: no space left ({free:,} bytes free); free some and run the same command again: "
-                "it resumes where it stopped"
-            )
-        return MagMaxError(f"{where}: {error.strerror or error}")
+
+def explained(error: OSError, out: Path, again: str) -> MagMaxError:
+    """What the operating system refused while `out` was made; `again` says what the same command then does."""
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(nearest_folder(out)).free
+        return MagMaxError(
+            f"{out}: no space left ({free:,} bytes free); free some and run the same command again: {again}"
+        )
+    return MagMaxError(f"{error.filename or out}: {error.strerror or error}")
 
 
 def _allocated(partial: Path) -> int:

@@ -138,13 +138,6 @@ def merge_job(
     kernel = _kernel(rule, base, models, options, match)
     apart = rule.questions_span is Span.TENSOR
 
-    def refuse_twins(digests: Sequence[str]) -> None:
-        seen: dict[str, str] = {}
-        for model, digest in zip(models, digests[1:], strict=True):
-            if digest in seen:
-                raise MagMaxError(f"{model.label}: holds the same tensors as {seen[digest]}; name each model once")
-            seen[digest] = model.label
-
     return Job(
         target=Target(out),
         inputs=[base, *models],
@@ -156,7 +149,7 @@ def merge_job(
         partly={key: part.why for key, part in match.partly.items()},
         metadata=kept_metadata(base),
         companions=beside(base, kernel.out, options, match),
-        check=refuse_twins,
+        check=lambda digests: refuse_twins(models, digests[1:]),
         extra_passes=rule.passes,
         memory=0 if apart else rule.memory,
         memory_a_thread=rule.memory if apart else 0,
@@ -283,6 +276,15 @@ def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
         if real in seen:
             raise MagMaxError(f"{checkpoint.label}: is the same file as {seen[real]}; name each model once")
         seen[real] = checkpoint.label
+
+
+def refuse_twins(models: Sequence[Checkpoint], digests: Sequence[str]) -> None:
+    """Raise MagMaxError if two models hold the same tensors, wherever they are."""
+    seen: dict[str, str] = {}
+    for model, digest in zip(models, digests, strict=True):
+        if digest in seen:
+            raise MagMaxError(f"{model.label}: holds the same tensors as {seen[digest]}; name each model once")
+        seen[digest] = model.label
 
 
 def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: Options) -> Any:

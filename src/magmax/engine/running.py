@@ -16,7 +16,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
-from ..checkpoints.lora import LoraModel, base_and_adapter, each_part
+from ..checkpoints.lora import base_and_adapter, each_part, path_from
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
@@ -390,12 +390,7 @@ class Running:
 
     def _base_path(self) -> str | None:
         """Where the base that was given is, as seen from the state; None if it cannot be opened again from there."""
-        given, base = self._base_given, self._base()
-        if base.origin and all(origin.startswith(PREFIX) for origin in base.origin.split("+")):
-            return base.origin
-        if isinstance(given, str | PathLike):
-            return each_part(fspath(given), lambda part: os.path.relpath(part, self.path))
-        return None if base.path is None or isinstance(base, LoraModel) else os.path.relpath(base.path, self.path)
+        return path_from(self.path, self._base_given, self._base())
 
     def _load(self) -> None:
         self._state = read_state(self._file)
