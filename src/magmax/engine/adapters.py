@@ -18,8 +18,8 @@ from ..checkpoints.peft import CONFIG, PeftFolder
 from ..checkpoints.slabs import chunks, slab_digest, tensor_digest
 from ..checkpoints.writer import Target
 from ..errors import MagMaxError
-from ..rules import Number, Rule, as_rule
-from ..rules.values import written
+from ..rules import Number, Place, Rule, as_rule
+from ..rules.values import at, written
 from .arithmetic import MergeKernel
 from .job import Job, Settings, provenance_file
 from .layerwise import AdapterMerge, AdapterOptions, Fit
@@ -151,6 +151,14 @@ def adapter_job(
     if rule.needs_base:
         raise MagMaxError(f"{rule.name} combines whole weights, and adapters hold changes alone; choose another rule")
     layers, updates = same_layers(folders)
+    for layer in layers:
+        first, last = (Place(layer.key, depth) for depth in (0, 1))
+        factor = options.scaling_factor
+        if rule.at(first) != rule.at(last) or (factor is not None and at(factor, first) != at(factor, last)):
+            raise MagMaxError(
+                "adapters do not tell how many layers their base has, which a gradient over layers needs; "
+                "merge into the base (--base), or give numbers by filter"
+            )
     merge = AdapterMerge(rule, folders, options, layers, updates)
     merge.kernel().check_placed()
     recipe = {

@@ -182,8 +182,15 @@ def text_preference(
         raise MagMaxError(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
         )
+    try:
+        encoder_there = TextEncoder.load(folder, max_tokens)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MagMaxError(
+            f"{folder}: no encoder with its tokenizer can be loaded: {reason}; name one: --encoder"
+        ) from error
     target = TextTarget(
-        TextEncoder.load(folder, max_tokens),
+        encoder_there,
         base,
         models,
         read_tasks(samples, names),
