@@ -19,7 +19,7 @@ from magmax.cli import main
 from magmax.engine.job import Settings
 from magmax.engine.lowrank import Pair, nearest_to_dense, nearest_to_sum, sum_error
 from magmax.recipe import build
-from magmax.rules import Dare, Ties, chain
+from magmax.rules import Dare, Layers, Ties, chain, make_rule
 from magmax.rules.kth_magnitude import KthMagnitude
 
 PREFIX = "base_model.model."
@@ -360,3 +360,12 @@ def test_on_the_command_line_and_in_recipes(adapters, tmp_path, monkeypatch, cap
     recipe.write_text("models: [task0, task1]\nadapter_rank: 3\nout: swept\n")
     code, _, err = command(monkeypatch, capsys, "sweep", recipe, "scaling_factor=0.1,0.2")
     assert (code, "has no base" in err) == (2, True)
+
+
+def test_a_gradient_over_layers_is_refused_as_adapters_do_not_tell_their_number(adapters, tmp_path):
+    gradient = make_rule("task_arithmetic", {"weights": {"layers": [0.1, 1]}})
+    with pytest.raises(MagMaxError, match="how many layers"):
+        merge_adapters(gradient, adapters, 3, tmp_path / "out")
+    with pytest.raises(MagMaxError, match="how many layers"):
+        merge_adapters("average", adapters, 3, tmp_path / "out", Layers((0.1, 1)))
+    assert not (tmp_path / "out").exists()

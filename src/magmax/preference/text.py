@@ -183,14 +183,12 @@ def text_preference(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
         )
     try:
-        encoder_there = TextEncoder.load(folder, max_tokens)
+        loaded = TextEncoder.load(folder, max_tokens)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MagMaxError(
-            f"{folder}: no encoder with its tokenizer can be loaded: {reason}; name one: --encoder"
-        ) from error
+        raise MagMaxError(f"{folder}: has no encoder with its tokenizer: {reason}; name one: --encoder") from error
     target = TextTarget(
-        encoder_there,
+        loaded,
         base,
         models,
         read_tasks(samples, names),
