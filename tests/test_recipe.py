@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.models import saved, small_model
 
 from magmax import MagMaxError
 from magmax.recipe import load, parse_rule
@@ -114,3 +115,14 @@ def test_every_unknown_key_is_named_at_once(tmp_path):
 def test_an_assignment_to_nothing_is_an_error(tmp_path):
     with pytest.raises(MagMaxError, match=r"cannot set base\.path"):
         load(written(tmp_path, WHOLE), ["base.path=x"])
+
+
+@pytest.mark.parametrize("line", [f"scaling_factor: 1{400 * '0'}", f"rule: {{average: {{weights: 1{400 * '0'}}}}}"])
+def test_a_number_beyond_all_floats_is_refused(tmp_path, line):
+    (tmp_path / "recipe.yaml").write_text(
+        f"base: base.safetensors\nmodels: [a.safetensors]\nout: o.safetensors\n{line}\n"
+    )
+    for number, name in enumerate(("base", "a")):
+        saved(small_model(number), tmp_path / f"{name}.safetensors")
+    with pytest.raises(MagMaxError, match="finite"):
+        load(str(tmp_path / "recipe.yaml")).job()

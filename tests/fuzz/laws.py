@@ -23,6 +23,7 @@ from tests.robustness.files import data, entries, model, with_header, write, wri
 
 from magmax import merge_adapters
 from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.lora import within
 from magmax.engine.merge import merge
 from magmax.engine.running import Running
 from magmax.errors import MagMaxError
@@ -212,7 +213,7 @@ def recipe(draw: random.Random, folder: Path) -> None:
         plan = load(str(file), words)
         said = yaml.safe_load(content.decode())
         if not words:
-            assert plan.base == os.path.join(folder, said["base"])
+            assert plan.base == within(str(folder), said["base"])
             assert len(plan.models) == len(plan.names) == len(said["models"])
         plan.job(str(folder / "out.safetensors"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -70,8 +71,11 @@ class Options:
             return self.scaling_factor
         if isinstance(self.scaling_factor, Value):
             raise MagMaxError("scaling_factor is one for all models; give the rule weights")
-        factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
-        if not np.isfinite(factor):
+        try:
+            factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
+        except OverflowError:
+            factor = math.inf
+        if not math.isfinite(factor):
             raise MagMaxError(f"scaling_factor must be a finite number, not {factor}")
         return factor
 

@@ -212,7 +212,7 @@ def numbers(value: Any) -> Iterator[float]:
     if isinstance(value, Value):
         yield from value.numbers()
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
+        yield value if isinstance(value, float) or abs(value) < 1 << 1000 else math.inf
     else:
         raise MagMaxError(f"{value!r} is not a number, Layers, Filters or PerModel; `values.read` takes lists and maps")
 
