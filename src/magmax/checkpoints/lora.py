@@ -106,8 +106,14 @@ def path_from(folder: Path, given: object, opened: Checkpoint) -> str | None:
     if opened.origin and all(origin.startswith(PREFIX) for origin in opened.origin.split("+")):
         return opened.origin
     if isinstance(given, str | os.PathLike):
-        return each_part(os.fspath(given), lambda part: os.path.relpath(part, folder))
+        return seen_from(os.fspath(folder), os.fspath(given))
     return None if opened.path is None or isinstance(opened, LoraModel) else os.path.relpath(opened.path, folder)
+
+
+def path_back(folder: Path, told: str) -> str:
+    """What `path_from` told of a folder, as it is seen from here."""
+    here = os.fspath(folder)
+    return each_part(told, lambda part: os.path.normpath(os.path.join(here, part)), here)
 
 
 def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:

@@ -43,6 +43,11 @@ def chunks(key: str, spec: Spec, whole: bool = False) -> Iterator[Chunk]:
         yield Chunk(key, start, min(start + stride, spec.units))
 
 
+def slabs(key: str, spec: Spec) -> list[tuple[int, int]]:
+    """The (start, stop) of each slab of the tensor, in units of it."""
+    return [cut for chunk in chunks(key, spec) for cut in chunk.slabs(spec)]
+
+
 def _cut(spec: Spec) -> tuple[int, int]:
     """(rows a slab, units a row); zero rows where a single row is longer than a slab."""
     if not spec.floating or not spec.shape:

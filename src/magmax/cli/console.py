@@ -41,6 +41,15 @@ def shown_settings(total: int, words: str, threads: int, restart: bool) -> Gener
         yield Settings(threads, restart, lambda count: bar.advance(task, count), say)
 
 
+def done_or_shown(job: Job, words: str, threads: int, restart: bool, dry_run: bool) -> Outcome | None:
+    """Do the job under a bar of these words; or, on a dry run, print what it would cost."""
+    if dry_run:
+        print_preview(job, threads)
+        return None
+    with shown_settings(job.read_bytes, words, threads, restart) as settings:
+        return job.run(settings)
+
+
 def print_preview(job: Job, threads: int) -> None:
     """The cost of a job; refuses one that could not run."""
     if problems := job.problems():
@@ -69,7 +78,7 @@ def print_outcome(words: str, outcome: Outcome) -> None:
 def print_notes(plan: Plan) -> None:
     """What a recipe wants its user to know."""
     for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
 
 
 def print_carried(work: Job | Outcome) -> None:

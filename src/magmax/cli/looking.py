@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .console import compact, in_bytes, print_json, print_outcome, print_preview, print_table, shown_settings
+from .console import compact, done_or_shown, in_bytes, print_json, print_outcome, print_table, shown_settings
 from .options import DryRun, Restart, Threads
 
 
@@ -82,12 +82,8 @@ def convert(
     from ..engine.convert import convert_job
 
     job = convert_job(old, out, part, strip, inert)
-    if dry_run:
-        print_preview(job, threads)
-        return
-    with shown_settings(job.read_bytes, f"converting {old}", threads, restart) as settings:
-        outcome = job.run(settings)
-    print_outcome(f"converted {old}", outcome)
+    if outcome := done_or_shown(job, f"converting {old}", threads, restart, dry_run):
+        print_outcome(f"converted {old}", outcome)
 
 
 def diff(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .console import print_notes, print_outcome, print_preview, print_table, say, shown_settings
+from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
 from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
 
 if TYPE_CHECKING:
@@ -72,11 +72,9 @@ def merge(
     plan = _plan(models, flags)
     print_notes(plan)
     job = plan.job(settings=Settings(threads, note=say))
-    if dry_run:
-        print_preview(job, threads)
+    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run)
+    if outcome is None:
         return
-    with shown_settings(job.read_bytes, f"merging {len(plan.models)} models", threads, restart) as settings:
-        outcome = job.run(settings)
     for line in job.report():
         print(line)
     what = "models" if plan.adapter_rank is None else "adapters"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .console import print_outcome, print_preview, print_table, shown_settings
+from .console import done_or_shown, print_outcome, print_table, shown_settings
 from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
 
 if TYPE_CHECKING:
@@ -88,12 +88,8 @@ def result(
 
     running = _running(state, base, None)
     job = running.result_job(Path(out), Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
-    if dry_run:
-        print_preview(job, threads)
-        return
-    with shown_settings(job.read_bytes, "writing the result", threads, restart) as settings:
-        outcome = job.run(settings)
-    print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
+    if outcome := done_or_shown(job, "writing the result", threads, restart, dry_run):
+        print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
 
 
 def status(state: str) -> None:

@@ -67,14 +67,19 @@ class Context:
 
 
 def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Context:
-    """Build what the recipe names; data and encoder are kept for the next call with the same names.
+    """Build what the recipe names; data, encoder and heads are kept for the next call with the same names.
 
     The head is made without the validation examples.
     """
-    raw, dataset, encoder, base = _built(json.dumps([experiment.data, experiment.model], sort_keys=True), new_bar)
+    raw, dataset, encoder, base, heads = _built(
+        json.dumps([experiment.data, experiment.model], sort_keys=True), new_bar
+    )
     encoder.model.load_state_dict(base)
-    rest = replace(raw, train=hold_out(raw.train, experiment.validation, seed)[0])
-    head = registry.build("head", experiment.head, encoder, rest)
+    of_head = json.dumps([experiment.head, experiment.validation, seed], sort_keys=True)
+    if of_head not in heads:
+        rest = replace(raw, train=hold_out(raw.train, experiment.validation, seed)[0])
+        heads[of_head] = registry.build("head", experiment.head, encoder, rest)
+    head = heads[of_head]
     tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
     train, validation = hold_out(dataset.train, experiment.validation, seed)
     return Context(experiment, seed, encoder, head, base, train, validation, dataset.test, tasks)
@@ -99,8 +104,8 @@ def device() -> str:
 _kept: dict[str, Any] = {}
 
 
-def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor]]:
-    """The data as they come, as the encoder takes them, the encoder, and theta_0."""
+def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
+    """The data as they come, as the encoder takes them, the encoder, theta_0, and the heads made so far."""
     if parts not in _kept:
         data, model = json.loads(parts)
         dataset: Dataset = registry.build("data", data)
@@ -113,5 +118,5 @@ def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict
         )
         base = {key: tensor.detach().cpu().clone() for key, tensor in encoder.model.state_dict().items()}
         _kept.clear()
-        _kept[parts] = dataset, ready, encoder, base
+        _kept[parts] = dataset, ready, encoder, base, {}
     return _kept[parts]

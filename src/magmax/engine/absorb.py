@@ -109,18 +109,13 @@ class ResultKernel(Kernel):
     """The merged tensor of one slab from the base (input 0) and the slots."""
 
     merge: MergeKernel
-    rule: StreamingRule
     slots: int
-
-    @cached_property
-    def rules(self) -> Mapping[str, StreamingRule]:
-        """The rule as it is for each tensor."""
-        return placed(self.rule, self.merge.reader.inputs[0].specs)
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.merge.carried:
             return [self.merge.kept(slab, slab.stored(0))]
-        rule = self.rules[slab.key]
+        rule = self.merge.rules[slab.key]
+        assert isinstance(rule, StreamingRule)
         stored = [slab.stored(number) for number in range(1, self.slots + 1)]
 
         def vector(head: Slab, base: NDArray[Any]) -> NDArray[Any]:

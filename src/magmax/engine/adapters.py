@@ -15,7 +15,7 @@ from ..checkpoints import Spec, open_adapter
 from ..checkpoints.journal import Journal
 from ..checkpoints.layers import Layer, config_of, same_layers
 from ..checkpoints.peft import CONFIG, PeftFolder
-from ..checkpoints.slabs import chunks, slab_digest, tensor_digest
+from ..checkpoints.slabs import slab_digests, slabs, tensor_digest
 from ..checkpoints.writer import Target
 from ..errors import MagMaxError
 from ..rules import Number, Place, Rule, as_rule
@@ -219,5 +219,5 @@ def _digests(folder: PeftFolder) -> dict[str, str]:
 
 
 def _digest(stored: NDArray[Any], key: str, spec: Spec) -> str:
-    cuts = (cut for chunk in chunks(key, spec) for cut in chunk.slabs(spec))
-    return tensor_digest(b"".join(slab_digest(stored[start:stop]) for start, stop in cuts))
+    cuts = slabs(key, spec)
+    return tensor_digest(slab_digests(stored, cuts) if cuts else b"")

@@ -16,7 +16,6 @@ With top = 1 everything is kept, and `kept` and `starts` are left out. Entries t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.dtypes import widen
-from ..checkpoints.lora import each_part
+from ..checkpoints.lora import path_back
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError, listed, nearest
 from ..rules import Rule
@@ -65,10 +64,7 @@ class Archive:
         """The base: the one given, or where it was when the archive was made."""
         if given is None and self._base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        here = os.fspath(self.folder)
-        return open_checkpoint(
-            given or each_part(self._base_path, lambda part: os.path.normpath(os.path.join(here, part)), here)
-        )
+        return open_checkpoint(given or path_back(self.folder, self._base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTask]:
         """Each task's vector, as far as it was kept."""

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.dtypes import compute_dtype, narrow
 from ..checkpoints.lora import path_from
-from ..checkpoints.slabs import Chunk, checkpoint_digest, chunks, slab_digest, tensor_digest
+from ..checkpoints.slabs import Chunk, checkpoint_digest, slab_digest, slabs, tensor_digest
 from ..checkpoints.writer import Draft, Target
 from ..errors import MagMaxError, listed
 from ..rules import Prune
-from ..rules.plan import Scope
 from .archive import BLOCK, FILE, FORMAT, Archive
 from .ask import Questions
 from .compare import compare
@@ -209,21 +208,19 @@ def write_archive(
 
 def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
     """Each task's threshold, found over the whole model."""
-    tasks, specs = len(reader.inputs) - 1, reader.inputs[0].specs
-    wide = any(specs[key].dtype == "F64" for key in keys)
+    elements = {key: reader.inputs[0].specs[key].elements for key in keys}
+    questions = Questions(reader, elements, settings.threads or cores(), settings.progress)
+    scope = questions.scope
     if top == 1:
-        return [Kept(None, wide)] * tasks, reader
-    elements = {key: specs[key].elements for key in keys}
-    questions = Questions(reader, tasks, elements, settings.threads or cores(), settings.progress)
-    cuts = questions.answer(Prune(keep=top).plan(Scope(tasks, sum(elements.values()), wide)))
-    return [Kept(cut.code, wide) for cut in cuts], questions.reader
+        return [Kept(None, scope.wide)] * scope.tasks, reader
+    cuts = questions.answer(Prune(keep=top).plan(scope))
+    return [Kept(cut.code, scope.wide) for cut in cuts], questions.reader
 
 
 def _digest(checkpoint: Checkpoint) -> str:
     """The digest that a merge notes of an input."""
     tensors: dict[str, str] = {}
     for key, spec in checkpoint.specs.items():
-        cuts = [cut for chunk in chunks(key, spec) for cut in chunk.slabs(spec)]
-        if cuts:
+        if cuts := slabs(key, spec):
             tensors[key] = tensor_digest(b"".join(slab_digest(checkpoint.read(key, *cut)) for cut in cuts))
     return checkpoint_digest(checkpoint.specs, tensors)

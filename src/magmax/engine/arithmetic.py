@@ -73,7 +73,7 @@ class MergeKernel(Kernel):
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        answers = ask(self.rule, self.rules, self.reader, self.tasks, self._elements(), threads, progress)
+        answers = ask(self.rule, self.rules, self.reader, self._elements(), threads, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
     def note(self) -> str:

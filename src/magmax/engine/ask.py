@@ -32,7 +32,6 @@ def ask(
     rule: Rule,
     placed: Mapping[str, Rule],
     reader: Reader,
-    tasks: int,
     elements: Mapping[str, int],
     threads: int,
     progress: Progress,
@@ -42,20 +41,17 @@ def ask(
     Args:
         elements: of each tensor to be merged, how many leading elements are.
     """
-    specs = reader.inputs[0].specs
-    wide = any(specs[key].dtype == "F64" for key in elements)
     threads = 1 if rule.whole else threads or cores()
     hold_freed_memory()
     if rule.questions_span is Span.MODEL:
-        questions = Questions(reader, tasks, elements, threads, progress, rule.whole)
-        scope = Scope(tasks, sum(elements.values()), wide)
-        return Answers({None: questions.answer(rule.plan(scope))}, questions.reader)
+        questions = Questions(reader, elements, threads, progress, rule.whole)
+        return Answers({None: questions.answer(rule.plan(questions.scope))}, questions.reader)
 
     def one(key: str) -> tuple[Answer, bool]:
-        spec = specs[key]
+        spec = reader.inputs[0].specs[key]
         row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else elements[key]
-        scope = Scope(tasks, elements[key], spec.dtype == "F64", row)
-        questions = Questions(reader, tasks, {key: elements[key]}, 1, progress, rule.whole)
+        questions = Questions(reader, {key: elements[key]}, 1, progress, rule.whole)
+        scope = replace(questions.scope, row=row)
         return questions.answer(placed[key].plan(scope)), questions.reader.checked
 
     asked = [key for key, count in elements.items() if count]
@@ -72,18 +68,14 @@ class Questions:
     """
 
     def __init__(
-        self,
-        reader: Reader,
-        tasks: int,
-        elements: Mapping[str, int],
-        threads: int,
-        progress: Progress,
-        whole: bool = False,
+        self, reader: Reader, elements: Mapping[str, int], threads: int, progress: Progress, whole: bool = False
     ) -> None:
-        self.reader, self._tasks, self._threads, self._progress = reader, tasks, threads, progress
+        self.reader, self._threads, self._progress = reader, threads, progress
         self._whole = whole
         self._elements, specs = elements, reader.inputs[0].specs
         self._specs = {key: specs[key] for key in elements}
+        wide = any(spec.dtype == "F64" for spec in self._specs.values())
+        self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide)
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
@@ -143,6 +135,6 @@ class Questions:
             end = min(stop, start + fold.sample) if fold.sample else stop
             slab = Slab(self.reader.inputs, chunk.key, [(start, end)], digest=False)
             base = self.reader.numbers(slab, 0)
-            deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self._tasks + 1)]
+            deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self.scope.tasks + 1)]
             shape = slab.shape if self._whole and end == stop else None
             yield Block(Address(chunk.key, start), deltas, base, shape)

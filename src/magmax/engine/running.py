@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
-from ..checkpoints.lora import base_and_adapter, each_part, path_from
+from ..checkpoints.lora import base_and_adapter, path_back, path_from
 from ..checkpoints.slabs import chunks
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
@@ -255,12 +254,7 @@ class Running:
         if given is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            here = os.fspath(self.path)
-
-            def from_here(part: str) -> str:
-                return os.path.normpath(os.path.join(here, part))
-
-            given = each_part(self._state.base_path, from_here, here)
+            given = path_back(self.path, self._state.base_path)
             gone = not Path(given).exists() and not distributed(Path(given))
             if gone and not base_and_adapter(given) and not given.startswith(PREFIX):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
@@ -333,7 +327,7 @@ class Running:
         factor, out = options.factor(self.rule), options.out_specs(base)
         merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.carried, match.extents)
         merge.check_placed()
-        return ResultKernel(merge, self.rule, len(slots))
+        return ResultKernel(merge, len(slots))
 
     def _narrowed(self, base: Checkpoint, match: Match) -> Match:
         """The match of one more model, without what a model absorbed before has not."""

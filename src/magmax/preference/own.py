@@ -32,12 +32,11 @@ def own_shares(
     others = [open_checkpoint(model, base=opened) for model in models]
     match = compare(opened, others, mismatch)
     elements = {k: match.extents.get(k, s.elements) for k, s in opened.specs.items() if k not in match.carried}
-    wide = any(opened.specs[key].dtype == "F64" for key in elements)
     reader = Reader([opened, *others], allow_nonfinite)
-    questions = Questions(reader, len(others), elements, settings.threads or cores(), settings.progress)
+    questions = Questions(reader, elements, settings.threads or cores(), settings.progress)
 
     def plan() -> Any:
-        return (yield Supply(len(others), wide))
+        return (yield Supply(questions.scope.tasks, questions.scope.wide))
 
     counts = questions.answer(plan())
     return [float(count) / max(1, int(counts.sum())) for count in counts]

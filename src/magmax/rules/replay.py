@@ -6,7 +6,7 @@ question to all blocks, and nothing is held between the steps but a few cuts a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .chance import draws
 from .magnitude import Cut, Equals, Rank, Window, exact_cuts, locate
-from .plan import Address, Block, Counts, Fold
+from .plan import Address, Block, Fold, Seen
 from .winners import Codes, Winners, codes_of, moved, strongest
 
 Keys = NDArray[Any]
@@ -48,6 +48,10 @@ class Replay:
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element, as far as the steps go."""
         return self._replayed(block)[1]
+
+    def as_deltas(self, block: Block) -> Block:
+        """The block with its keys, as the numbers whose magnitudes they are, in the place of task vectors."""
+        return replace(block, deltas=[_floats(keys) for keys in self.keys(block)])
 
     def keys(self, block: Block) -> list[Keys]:
         """What the next cuts are to be found on."""
@@ -161,7 +165,7 @@ def largest_members(
     """
     wide, shift = replay.wide, _widest(replay.wide)
     lows = [0] * arrays
-    counts = yield Through(Window(lows, shift, wide), replay)
+    counts = yield Seen(Window(lows, shift, wide), replay.as_deltas)
     members = [int(own[2:].sum()) for own in counts]
     keeps = wanted(members)
     none = 1 << (63 if wide else 31)
@@ -176,33 +180,11 @@ def largest_members(
         if shift == 0:
             break
         shift = max(0, shift - 16)
-        counts = yield Through(Window(lows, shift, wide), replay)
+        counts = yield Seen(Window(lows, shift, wide), replay.as_deltas)
     if all(rank.wanted == rank.equal for rank in ranks):
         return [Cut(rank.code, wide=wide) for rank in ranks], members
-    equals = yield Through(Equals([rank.code for rank in ranks], wide), replay)
+    equals = yield Seen(Equals([rank.code for rank in ranks], wide), replay.as_deltas)
     return exact_cuts(ranks, equals, wide), members
-
-
-@dataclass(frozen=True)
-class Through(Fold):
-    """A question put to the keys of a replay's next step."""
-
-    fold: Window | Equals
-    replay: Replay
-
-    @property
-    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.apart
-
-    @property
-    def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.only
-
-    def zeros(self) -> Counts:
-        return self.fold.zeros()
-
-    def count(self, block: Block, into: Counts) -> None:
-        self.fold.count(replace(block, deltas=[_floats(keys) for keys in self.replay.keys(block)]), into)
 
 
 def _widest(wide: bool) -> int:
