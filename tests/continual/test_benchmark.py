@@ -195,7 +195,7 @@ def test_a_learning_rate_can_be_chosen_without_the_test_set(
 ) -> None:
     changes: dict[str, Any] = {"seeds": [0], "chains": ["sequential"], "rules": [], "validation": 4}
     on_test = Benchmark(experiment(**changes), tmp_path, executor).run()
-    (zero, last) = Benchmark(experiment(**changes, on="validation"), tmp_path, executor).run()
+    (zero, last) = Benchmark(experiment(**changes, measure_on="validation"), tmp_path, executor).run()
     here = context(experiment(**changes), 0)
     assert zero["variants"][0]["rows"]["0"]["tasks"] == here.row(0, here.validation).tasks
     load_weights(
@@ -204,7 +204,7 @@ def test_a_learning_rate_can_be_chosen_without_the_test_set(
     assert last["variants"][0]["rows"]["3"]["tasks"] == here.row(3, here.validation).tasks
     assert last["models"] == on_test[1]["models"]
     with pytest.raises(MagMaxError, match="validation: 10"):
-        experiment(on="validation").checked()
+        experiment(measure_on="validation").checked()
 
 
 def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:

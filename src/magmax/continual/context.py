@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magmax.continual import registry
 from magmax.continual.data import Dataset, Labelled
-from magmax.continual.encoder import Encoder
+from magmax.continual.encoder import Encoder, InBfloat16
 from magmax.continual.evaluate import Row, logits_of, score
 from magmax.continual.experiment import Experiment
 from magmax.continual.fit import FitSettings
@@ -38,7 +38,7 @@ class Context:
 
     def row(self, learned: int, data: Labelled | None = None) -> Row:
         """The row of R of the encoder as it is, after so many tasks; on the data that the recipe says, or on others."""
-        data = data or (self.test if self.experiment.on == "test" else self.validation)
+        data = data or (self.test if self.experiment.measure_on == "test" else self.validation)
         logits = logits_of(self.encoder, self.head, data.items)
         return score(logits, data, self.tasks, learned, self.experiment.among)
 
@@ -79,10 +79,10 @@ def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Con
     if of_head not in heads:
         rest = replace(raw, train=hold_out(raw.train, experiment.validation, seed)[0])
         heads[of_head] = registry.build("head", experiment.head, encoder, rest)
-    head = heads[of_head]
     tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
     train, validation = hold_out(dataset.train, experiment.validation, seed)
-    return Context(experiment, seed, encoder, head, base, train, validation, dataset.test, tasks)
+    used = InBfloat16(encoder) if experiment.precision == "bfloat16" else encoder
+    return Context(experiment, seed, used, heads[of_head], base, train, validation, dataset.test, tasks)
 
 
 def hold_out(data: Labelled, per_class: int, seed: int) -> tuple[Labelled, Labelled]:

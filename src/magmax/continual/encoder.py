@@ -32,6 +32,28 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class InBfloat16:
+    """An encoder that computes in bfloat16 what loses little by it (torch's autocast), with weights and features kept.
+
+    On a processor with bfloat16 instructions about twice as fast to train; on one without, slower.
+    """
+
+    encoder: Encoder
+
+    @property
+    def model(self) -> nn.Module:
+        return self.encoder.model
+
+    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[Any]:
+        return self.encoder.prepare(items, tell)
+
+    def __call__(self, items: Sequence[Any]) -> Tensor:
+        # Weights in a cache would go stale where the caller is inside an autocast of its own.
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, cache_enabled=False):
+            return self.encoder(items).float()
+
+
+@dataclass(frozen=True)
 class TextEncoder:
     """A transformer over token ids: its last hidden states' mean over a text's tokens, scaled to length 1.
 

@@ -67,8 +67,9 @@ class Experiment(BaseModel):
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
         rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
             "default": after every task with the rules' own factors, after the last alone with the chosen ones.
-        on: "test", or "validation": measure on the validation examples, to choose a learning rate without the test set.
+        measure_on: "test", or "validation": measure on the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
+        precision: what the encoder computes in, training and evaluating; weights are float32 and heads made in float32.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -85,8 +86,9 @@ class Experiment(BaseModel):
     validation: int = Field(0, ge=0)
     among: Literal["seen", "all"] = "seen"
     rows: Literal["all", "default", "last"] = "all"
-    on: Literal["test", "validation"] = "test"
+    measure_on: Literal["test", "validation"] = "test"
     save_every: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("seeds")
     @classmethod
@@ -107,7 +109,7 @@ class Experiment(BaseModel):
             wanted = self.chains if kind == "chain" else self.rules
             if len(set(names)) < len(wanted):
                 raise MagMaxError(f"{kind}s: one is named twice: {', '.join(map(str, wanted))}")
-        if (self.factors or self.on == "validation") and not self.validation:
+        if (self.factors or self.measure_on == "validation") and not self.validation:
             raise MagMaxError(
                 "factors are chosen on validation examples, never on the test set; say how many of each class are held "
                 "out of the training data, such as validation: 10"
@@ -124,6 +126,7 @@ class Experiment(BaseModel):
         keys = ("data", "model", "head", "scenario", "validation")
         return {
             **{key: getattr(self, key) for key in keys},
+            **({} if self.precision == "float32" else {"precision": self.precision}),
             "fit": self.fit.model_dump(),
             "seed": seed,
             "chain": {chain: self.chain_choices.get(chain, {})},
@@ -143,7 +146,7 @@ class Experiment(BaseModel):
 
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
-        measured = {key: getattr(self, key) for key in ("among", "rows", "on")}
+        measured = {key: getattr(self, key) for key in ("among", "rows", "measure_on")}
         factors = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
         chosen = {"rule": cell.rule, **factors}
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}

@@ -58,7 +58,7 @@ def about(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[
     fit, seeds = experiment.fit, sorted({record["seed"] for record in records})
     warm = f"{fit.warmup:.0%} of the steps" if fit.warmup < 1 else f"{fit.warmup:g} steps"
     among = "the classes of the tasks learned so far" if experiment.among == "seen" else "the classes of all tasks"
-    where = "test examples" if experiment.on == "test" else "VALIDATION examples"
+    where = "test examples" if experiment.measure_on == "test" else "VALIDATION examples"
     return [
         f"data {json.dumps(experiment.data)}, model {json.dumps(experiment.model)}, "
         f"scenario {json.dumps(experiment.scenario)}; {fit.steps} steps a task, batch {fit.batch}, learning rate "
