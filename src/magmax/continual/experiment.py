@@ -67,7 +67,7 @@ class Experiment(BaseModel):
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
         rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
             "default": after every task with the rules' own factors, after the last alone with the chosen ones.
-        measure_on: "test", or "validation": measure on the validation examples, to choose a learning rate without the test set.
+        measure_on: "test", or "validation": the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
         precision: what the encoder computes in, training and evaluating; weights are float32 and heads made in float32.
     """
