@@ -1,4 +1,4 @@
-"""What the site says from the code itself: a page of all rules, and the results as they were measured (an mkdocs hook)."""
+"""An mkdocs hook: the pages that the site makes of the code itself, all rules, and the results as they were measured."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def rules_page() -> str:
     before = [kind for kind in kinds.values() if not issubclass(kind, Rule)]
     parts = [
         "# Rules",
-        "A rule makes one merged task vector $m$ of the task vectors tau_1 ... tau_T; the merged model is "
-        "`theta_0 + scaling_factor * m`. `magmax rules` prints the same in short.".replace("$m$", "m"),
+        "A rule makes one merged task vector `m` of the task vectors `tau_1 ... tau_T`; the merged model is "
+        "`theta_0 + scaling_factor * m`. `magmax rules` prints the same in short.",
         *(section(kind) for kind in merging),
         "# Transforms",
         "They stand before a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",
@@ -74,11 +74,11 @@ def rendered(docstring: str) -> str:
 
 
 def recipe_of(name: str) -> str | None:
-    """The shipped recipe that uses the rule under its plain name."""
-    for path in sorted(RECIPES.glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if re.search(rf"^rule: (\{{)?{name}\b|^rule: \[.*\b{name}\b", text, re.M):
-            return text
+    """A shipped recipe that uses the rule: by itself, if there is one, or in a chain."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))]
+    for form in (rf"^rule: \{{?{name}\b", rf"^rule: \[.*\b{name}\b"):
+        if found := next((text for text in texts if re.search(form, text, re.MULTILINE)), None):
+            return found
     return None
 
 
