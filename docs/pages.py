@@ -1,4 +1,4 @@
-"""An mkdocs hook: the pages that the site makes of the code itself, all rules, and the results as they were measured."""
+"""An mkdocs hook: the pages that are made of the code itself, all rules, and of the results as they were measured."""
 
 from __future__ import annotations
 
@@ -74,12 +74,10 @@ def rendered(docstring: str) -> str:
 
 
 def recipe_of(name: str) -> str | None:
-    """A shipped recipe that uses the rule: by itself, if there is one, or in a chain."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))]
-    for form in (rf"^rule: \{{?{name}\b", rf"^rule: \[.*\b{name}\b"):
-        if found := next((text for text in texts if re.search(form, text, re.MULTILINE)), None):
-            return found
-    return None
+    """The shipped recipe that has the rule's name, or else the first that uses it."""
+    own = RECIPES / f"{name.replace('_', '-')}.yaml"
+    texts = [path.read_text(encoding="utf-8") for path in (own, *sorted(RECIPES.glob("*.yaml"))) if path.exists()]
+    return next((text for text in texts if re.search(rf"^rule:.*\b{name}\b", text, re.MULTILINE)), None)
 
 
 def results_page() -> str:
