@@ -314,7 +314,7 @@ def test_a_chain_is_written_and_read_again_and_knows_its_parts_order():
     assert rule_from(["slerp", "calibrate_weights"]).needs_base
     assert Slerp().scaled_by(3.0) == Slerp()
     for parts in ((CalibrateWeights(), MagMax()), (CalibrateWeights(),), (MagMax(), CalibrateWeights(), Dare())):
-        with pytest.raises(MagMaxError, match="then transforms of its result"):
+        with pytest.raises(MagMaxError, match="then what calibrates its result"):
             chain(*parts)
     with pytest.raises(MagMaxError, match="same transform twice"):
         chain(KthMagnitude(), CalibrateWeights(), CalibrateWeights())

@@ -29,8 +29,8 @@ def chain(*parts: Before | Rule | After) -> Rule:
     if len(rules) != 1 or flat != [*befores, *rules, *afters]:
         names = ", ".join(getattr(p, "name", repr(p)) for p in flat) or "nothing"
         raise MagMaxError(
-            "a chain is transforms, then one merge rule, then transforms of its result (calibrate_weights); this one is "
-            f"{names}"
+            "a chain is transforms and then one merge rule, then what calibrates its result (calibrate_weights); this "
+            f"one is {names}"
         )
     if len({*befores, *afters}) < len(befores) + len(afters):
         raise MagMaxError("a chain has the same transform twice; give each a seed, or another option, of its own")
