@@ -223,7 +223,7 @@ def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name:
     """Train a chain and measure all its cells that are not there yet; a job for a process of its own, of one thread."""
     chosen = Study.model_validate(study)
     ready = prepare(chosen, work)
-    paths = train_chain(ready, seed, name)
+    paths, made_at = train_chain(ready, seed, name), commit()
     for rule, how in cells_of(chosen):
         recipe = cell_recipe(chosen, seed, name, rule, how)
         if read_cell(out, recipe) is not None:
@@ -237,7 +237,7 @@ def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name:
             "models": {path.stem: digest_of_file(path) for path in [ready.base, *paths]},
             "test_bytes": {domain: bytes_of(ready.tokenizer, ready.test[domain]) for domain in chosen.domains},
             "seconds": round(time.perf_counter() - began, 3),
-            "commit": commit(),
+            "commit": made_at,
             "environment": environment(1),
         }
         write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, recipe))
