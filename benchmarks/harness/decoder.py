@@ -121,16 +121,17 @@ def prepare(study: Study, work: Path, tell: Tell = silent) -> Ready:
     def cut(part: str, names: Sequence[str], most: int | None) -> dict[str, Labelled]:
         return {name: windows(tokenizer, getattr(texts[name], part), length, most) for name in names}
 
-    train = cut("train", list(texts), None)
+    train = cut("train", study.domains, None)
     validation = cut("validation", study.domains, study.windows.validation)
     test = cut("test", study.measured, study.windows.test)
     base = work / "theta_0.safetensors"
     ready = Ready(study, work, base, tokenizer, train, validation, test)
-    items = [item for name in study.pretraining for item in ready.train[name].items]
-    shape = study.model.model_dump()
-    told = made_from({"model": shape, "fit": asdict(study.pretrain), "windows": _digest(items), "as": study.precision})
+    told = made_from(
+        {"model": study.model.model_dump(), "fit": asdict(study.pretrain), "texts": digest(general)}
+        | {"as": study.precision}
+    )
     if read_metadata(base) != told:
-        model = ready.model()
+        model, items = ready.model(), windows(tokenizer, general, length).items
         _train(model, items, study.pretrain, study, 0, work / "step_0.safetensors", told, tell)
         save_weights(model, base, told)
     return ready
