@@ -66,8 +66,8 @@ def about(study: Study, experiment: Experiment, records: Sequence[Record]) -> st
         f"{json.dumps(experiment.scenario)}), seeds {', '.join(map(str, study.seeds))}; {study.draws} environments of "
         f"each kind, {study.target:.0%} of each the target sample and the rest scored, among all classes. Accuracies "
         "in %, mean ± standard deviation over seeds of the mean over environments. oracle: the true mixture; manual: "
-        "its tasks in equal parts; auto: chosen on half of the target sample. The sources label, ot, cos, mmd and auto see "
-        f"the target sample alone. {sum(r['merges'] for r in records)} merges, "
+        "its tasks in equal parts; auto: chosen on half of the target sample. The sources label, ot, cos, mmd and auto "
+        f"see the target sample alone. {sum(r['merges'] for r in records)} merges, "
         f"{sum(r['seconds'] for r in records):.0f} s."
     )
 
