@@ -19,16 +19,21 @@ from ...continual.data import Labelled
 from ...continual.evaluate import predict
 from ...engine.job import Settings
 from ...engine.merge import Options, merges_in_memory
-from ...rules import Rule
+from ...rules import Average, MagMax, Rule, Tunable
 from ..own import own_shares
 from ..sources import MOST_SAMPLES, Features
 
 Classes = NDArray[np.int64]
 BATCH = 64
+MOVED_ALONE = (MagMax, Average, Tunable)
+"""Rules that tensors which no task moved have no part in."""
 
 
 class Learned:
-    """theta_0 .. theta_T, of which only the tensors that some task moved are held: the others decide no merge.
+    """theta_0 .. theta_T, of which only the tensors that some task moved are held.
+
+    The others decide no merge but of rules that count every entry, such as TIES, whose density is of the whole model:
+    for these everything is read from the files.
 
     Attributes:
         task_of: the task (from 0) of each test example; of held-out training examples `held_task_of`.
@@ -75,10 +80,13 @@ class Learned:
         if not factors:
             return
         self.merges += 1
-        models, settings = models or self.models, Settings(threads=1)
-        for tensors in merges_in_memory(rule, self.base, models, factors, Options(), settings):
+        base, models = self.base, models or self.models
+        if not isinstance(rule, MOVED_ALONE):
+            base = open_checkpoint(self.here.base, "theta_0")
+            models = [open_checkpoint(path, base=base) for path in self.paths]
+        for tensors in merges_in_memory(rule, base, models, factors, Options(), Settings(threads=1)):
             like = self.here.base
-            made = {key: as_tensor(tensors[key], self.base.spec(key), like[key]) for key in self.moved}
+            made = {key: as_tensor(tensors[key], base.spec(key), like[key]) for key in self.moved}
             self.here.encoder.model.load_state_dict(made, strict=False)
             yield
 
