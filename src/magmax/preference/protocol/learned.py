@@ -51,7 +51,7 @@ class Learned:
         self.task_of = tasks_of(here, here.test)
         self.held_task_of = tasks_of(here, here.validation)
         self.merges = 0
-        self._known: dict[tuple[str, float, tuple[int, ...]], Classes] = {}
+        self._known: dict[tuple[str, float], tuple[frozenset[int], Classes]] = {}
         self._features: dict[int, tuple[Features, Features, Features]] = {}
         here.encoder.model.load_state_dict(here.base)
 
@@ -65,13 +65,13 @@ class Learned:
         return own_shares(self.base, self.models, Settings(threads=1))
 
     def predicted(self, rule: Rule, factors: Sequence[float], tasks: Sequence[int]) -> list[Classes]:
-        """The class of each test example of these tasks (of the others -1) under the merge, for each scaling factor."""
-        among = tuple(sorted(tasks))
-        keys = [(repr(rule), factor, among) for factor in factors]
-        missing = list(dict.fromkeys(key for key in keys if key not in self._known))
-        for key, _ in zip(missing, self.merged(rule, [factor for _, factor, _ in missing]), strict=True):
-            self._known[key] = self.seen(self.here.test, np.isin(self.task_of, among))
-        return [self._known[key] for key in keys]
+        """The class of each test example of these tasks, at least, under the merge, for each scaling factor."""
+        asked = frozenset(tasks)
+        keys = [(repr(rule), factor) for factor in dict.fromkeys(factors)]
+        missing = [key for key in keys if not asked <= self._known.get(key, (frozenset[int](),))[0]]
+        for key, _ in zip(missing, self.merged(rule, [factor for _, factor in missing]), strict=True):
+            self._known[key] = asked, self.seen(self.here.test, np.isin(self.task_of, list(asked)))
+        return [self._known[repr(rule), factor][1] for factor in factors]
 
     def merged(
         self, rule: Rule, factors: Sequence[float], models: Sequence[Checkpoint] | None = None

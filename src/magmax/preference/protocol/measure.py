@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...rules import Average, MagMax, PerModel, Rule, Ties, Tunable
 from ..environments import MIXTURES, Environment, environments
 from .learned import Classes, Learned
-from .study import Part, Selection, Study, shares_of
+from .study import Part, Study, shares_of
 from .target import TEST, Target, Weights, known
 
 HALF = 0.5
@@ -74,26 +74,27 @@ class Measure:
         self.factor = float(base["chosen"]["magmax"])
         self.variants = {"0.5": HALF, "chosen": self.factor}
 
-    def drawn(self, name: str, draws: int) -> list[Environment]:
-        """The environments of one kind; the same for every chain of a seed."""
-        order = list(MIXTURES).index(name) if name in MIXTURES else 100 + int(name[1:])
-        mixtures = {name: shares_of(name)}
-        seed = [self.learned.here.seed, order]
-        return environments(self.learned.task_of, mixtures=mixtures, draws=draws, target=self.study.target, seed=seed)
+    def drawn(self, kind: str, draw: int) -> Environment:
+        """An environment; the same for every chain of a seed, and however many are drawn."""
+        order = list(MIXTURES).index(kind) if kind in MIXTURES else 100 + int(kind[1:])
+        return environments(
+            self.learned.task_of,
+            mixtures={kind: shares_of(kind)},
+            draws=draw + 1,
+            target=self.study.target,
+            seed=[self.learned.here.seed, order],
+        )[draw]
 
-    def environments(self, part: Part) -> list[Row]:
-        """Every method in every environment of one kind."""
-        study = self.study
-        draws = study.draws if part.name in MIXTURES else study.crowd_draws
-        rows: list[Row] = []
-        for environment in self.drawn(part.name, draws):
-            target = Target(self.learned, TEST, environment.target)
-            preferences = {source: self.preference(source, target, environment.draw) for source in study.sources}
-            mixture = known(shares_of(part.name), environment.tasks, self.learned.tasks)
-            preferences |= {source: {"weights": list(weights)} for source, weights in mixture.items()}
-            rows += self.scored(environment, self.fixed())
-            for source, found in preferences.items():
-                rows += self.scored(environment, self.preferred(source, found, environment))
+    def environment(self, part: Part) -> list[Row]:
+        """Every method in one environment."""
+        environment = self.drawn(part.kind, part.draw)
+        target = Target(self.learned, TEST, environment.target)
+        preferences = {source: self.preference(source, target, part.draw) for source in self.study.sources}
+        mixture = known(shares_of(part.kind), environment.tasks, self.learned.tasks)
+        preferences |= {source: {"weights": list(weights)} for source, weights in mixture.items()}
+        rows = self.scored(environment, self.fixed())
+        for source, found in preferences.items():
+            rows += self.scored(environment, self.preferred(source, found, environment))
         return rows
 
     def preference(self, source: str, target: Target, seed: int) -> dict[str, Any]:
@@ -113,19 +114,23 @@ class Measure:
 
     def preferred(self, source: str, found: Mapping[str, Any], environment: Environment) -> Iterator[Tried]:
         """`tunable` under a preference, by every selection of this draw, and the control."""
-        wanted: list[Selection] = [name for name, draws in self.study.selections.items() if environment.draw < draws]
-        yield from self.selected(source, found, environment, wanted)
+        others = self.study.selected(environment.mixture, environment.draw)
+        yield from self.selected(source, found, environment, ["optimal", *others])
         if source in CONTROLLED:
             rule = Average(weights=PerModel(tuple(found["weights"])))
             factors = {"0.5": HALF, "chosen": float(self.base["chosen"]["average"])}
             yield self.tried(f"{CONTROL}/{source}", rule, factors, found, environment)
 
     def selected(
-        self, source: str, found: Mapping[str, Any], environment: Environment, selections: Sequence[Selection]
+        self, source: str, found: Mapping[str, Any], environment: Environment, selections: Sequence[str]
     ) -> Iterator[Tried]:
         """`tunable` under a preference."""
         for selection in selections:
-            rule = Tunable(preference=tuple(found["weights"]), selection=selection, seed=self.learned.here.seed)
+            rule = Tunable(
+                preference=tuple(found["weights"]),
+                selection=cast("Literal['optimal', 'smallest', 'random']", selection),
+                seed=self.learned.here.seed,
+            )
             yield self.tried(f"tunable/{selection}/{source}", rule, self.variants, found, environment)
 
     def tried(

@@ -57,7 +57,7 @@ def samples(measure: Measure) -> list[Row]:
     assert words is not None
     rows: list[Row] = []
     for number, name in enumerate(study.mixtures):
-        for environment in measure.drawn(name, max(study.draws, words.draws))[: words.draws]:
+        for environment in (measure.drawn(name, draw) for draw in range(words.draws)):
             drawn = np.random.default_rng([measure.learned.here.seed, number, environment.draw])
             order = held_out_order(measure.learned, environment, shares_of(name), drawn)
             for per_task in words.per_task:

@@ -106,16 +106,16 @@ def methods_table(table: Table, kinds: Sequence[str]) -> str:
 
 def selections_table(table: Table, kinds: Sequence[str], study: Study) -> str:
     """The selections against each other, on the environments that all were tried in."""
-    draws = min(study.selections.values())
+    draws = min(study.selections.values(), default=0)
     by_source: dict[tuple[str, str], dict[str, list[float]]] = {}
     for method, variant, values in ordered(table, kinds, draws):
         if method.startswith("tunable/"):
             _, selection, source = method.split("/")
             by_source.setdefault((source, variant), {})[selection] = values
-    names = list(study.selections)
+    names = ["optimal", *study.selections]
     lines = [[*key, *(percent(own.get(name, [])) for name in names)] for key, own in by_source.items()]
     title = f"Selections, on {draws} environments of each kind:\n\n"
-    return title + drawn(["preference", "factor", *names], lines) if len(names) > 1 else ""
+    return title + drawn(["preference", "factor", *names], lines) if draws else ""
 
 
 def crowd_table(table: Table) -> str:
@@ -134,11 +134,11 @@ def crowd_table(table: Table) -> str:
 def comparisons(table: Table, study: Study) -> list[Paired]:
     """Every source against MagMax and against the oracle, and the oracle against the control, over all mixtures."""
     kinds, found = [kind for kind in study.mixtures if kind in table.mixtures], []
-    draws = min(study.selections.values())
+    draws = min(study.selections.values(), default=0)
     for variant in VARIANTS:
         pairs = [(f"{OURS}{source}", "magmax", None) for source in (*study.sources, "manual", "oracle")]
         pairs += [(f"{OURS}{source}", ORACLE, None) for source in (*study.sources, "manual")]
-        pairs += [(ORACLE, f"tunable/{name}/oracle", draws) for name in study.selections if name != "optimal"]
+        pairs += [(ORACLE, f"tunable/{name}/oracle", draws) for name in study.selections if draws]
         pairs += [(ORACLE, "weighted_average/oracle", None)]
         found += [table.against(ours, other, variant, kinds, several) for ours, other, several in pairs]
     return [pair for pair in found if pair is not None]

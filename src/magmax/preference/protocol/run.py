@@ -129,7 +129,7 @@ class _Chain:
             return {"rows": samples(measure)}
         if part.name == ARCHIVE:
             return {"rows": archives(measure, self.folder / "archive")}
-        return {"rows": measure.environments(part)}
+        return {"rows": measure.environment(part)}
 
     def write(self, part: Part, content: dict[str, Any], took: dict[str, Any]) -> None:
         recipe = self.study.recipe(self.experiment, part)
@@ -145,4 +145,4 @@ class _Chain:
             "environment": environment(self.threads),
         }
         file = part_file(self.study, self.experiment, self.out, part)
-        write_bytes(json.dumps(record, indent=1).encode() + b"\n", file)
+        write_bytes(json.dumps(record).encode() + b"\n", file)

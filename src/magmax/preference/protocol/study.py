@@ -16,7 +16,7 @@ FORMAT = 1
 """Of the records; a new one makes old records be computed again."""
 
 Source = Literal["label", "ot", "cos", "mmd", "auto"]
-Selection = Literal["optimal", "smallest", "random"]
+Selection = Literal["smallest", "random"]
 BASELINES, CURVES, SAMPLES, ARCHIVE = "baselines", "curves", "samples", "archive"
 
 
@@ -70,7 +70,8 @@ class Study(_Words):
             for none.
         target: the part of each environment's examples that preferences are made of; the rest is scored.
         sources: where preferences come from.
-        selections: how `tunable` chooses under a preference, and on how many of the draws that is tried.
+        selections: how else than by `optimal`, which is always tried, `tunable` chooses under a preference, and on how
+            many draws of each of the mixtures.
         factors: scaling factors for the rules to choose from, on the training examples that were held out; beside
             their own defaults and 0.5. By default the experiment's. `tunable` takes what MagMax chose.
         temperatures, pull: of `auto`; see `choose`.
@@ -85,7 +86,7 @@ class Study(_Words):
     crowd_draws: int = Field(2, ge=0)
     target: float = Field(0.1, gt=0, lt=1)
     sources: list[Source] = list(get_args(Source))
-    selections: dict[Selection, int] = {"optimal": 5, "smallest": 5, "random": 5}
+    selections: dict[Selection, int] = {"smallest": 5, "random": 5}
     factors: list[float] = []
     temperatures: list[float] = list(TEMPERATURES)
     pull: float = Field(0.01, ge=0)
@@ -112,24 +113,34 @@ class Study(_Words):
         return self.model_copy(update={"seeds": self.seeds or experiment.seeds, "factors": factors})
 
     def parts(self, tasks: int) -> list[str]:
-        """What is measured of each chain, one record each: the baselines first, then kinds of environments."""
+        """What is measured of each chain, one record each: the baselines, the environments ("D1-0"), other questions.
+
+        Of every kind of environment the first draw comes before any second one.
+        """
         widths = {len(MIXTURES[name]) for name in self.mixtures if len(set(MIXTURES[name])) == 1}
-        crowds = [f"M{m}" for m in range(1, tasks + 1) if m not in widths] if self.crowd_draws else []
         mixtures = [name for name in self.mixtures if len(MIXTURES[name]) <= tasks]
+        crowds = [f"M{m}" for m in range(1, tasks + 1) if m not in widths]
+        drawn = [f"{name}-{draw}" for draw in range(self.draws) for name in mixtures]
+        drawn += [f"{name}-{draw}" for draw in range(self.crowd_draws) for name in crowds]
         asked = {CURVES: self.curves, SAMPLES: self.samples, ARCHIVE: self.archive}
-        return [BASELINES, *mixtures, *crowds, *(name for name, words in asked.items() if words is not None)]
+        return [BASELINES, *drawn, *(name for name, words in asked.items() if words is not None)]
+
+    def selected(self, kind: str, draw: int) -> list[Selection]:
+        """The other selections that are tried in this environment."""
+        return [name for name, draws in self.selections.items() if kind in MIXTURES and draw < draws]
 
     def recipe(self, experiment: Experiment, part: Part) -> dict[str, Any]:
         """All that decides a record."""
         keys = {
             BASELINES: ["factors"],
             CURVES: ["factors", "curves"],
-            SAMPLES: ["factors", "draws", "target", "temperatures", "pull", "samples", "mixtures"],
+            SAMPLES: ["factors", "target", "temperatures", "pull", "samples", "mixtures"],
             ARCHIVE: ["factors", "archive"],
         }
-        mixture = ["factors", "target", "sources", "selections", "temperatures", "pull"]
-        mixture.append("crowd_draws" if part.name.startswith("M") else "draws")
-        told = self.model_dump(include=set(keys.get(part.name, mixture)))
+        environment = ["factors", "target", "sources", "temperatures", "pull"]
+        told = self.model_dump(include=set(keys.get(part.name, environment)))
+        if part.name not in keys:
+            told["selections"] = self.selected(part.kind, part.draw)
         return {"format": FORMAT, **experiment.chain_recipe(part.seed, part.chain), "part": part.name, **told}
 
     def digest(self, experiment: Experiment, part: Part) -> str:
@@ -142,6 +153,16 @@ class Part(NamedTuple):
     seed: int
     chain: str
     name: str
+
+    @property
+    def kind(self) -> str:
+        """Of an environment "D1-0": D1."""
+        return self.name.partition("-")[0]
+
+    @property
+    def draw(self) -> int:
+        """Of an environment "D1-0": 0."""
+        return int(self.name.partition("-")[2] or 0)
 
 
 def shares_of(name: str) -> Sequence[float]:

@@ -12,7 +12,7 @@ from ...continual.data import Labelled
 from ...errors import MagMaxError
 from ...rules import Tunable
 from ..choose import FIXED, choose, halves, tempered
-from ..sources import Distance, from_labels, from_samples
+from ..sources import Distance, from_labels, from_samples, uniform
 from .learned import Learned
 
 Weights = tuple[float, ...]
@@ -42,14 +42,16 @@ class Target(NamedTuple):
 
     def score(self, weights: Sequence[float], factor: float) -> float:
         """The accuracy on the sample of a merge with this preference."""
-        mask = np.isin(np.arange(len(self.data)), self.rows)
-        (found,) = [
-            self.learned.seen(self.data, mask) for _ in self.learned.merged(Tunable(preference=weights), [factor])
-        ]
+        rule, mask = Tunable(preference=weights), np.isin(np.arange(len(self.data)), self.rows)
+        everywhere = list(weights) in (self.learned.own, uniform(self.learned.tasks))
+        if self.part == TEST and everywhere:  # tried in every environment
+            (found,) = self.learned.predicted(rule, [factor], range(self.learned.tasks))
+        else:
+            (found,) = [self.learned.seen(self.data, mask) for _ in self.learned.merged(rule, [factor])]
         return float((found[self.rows] == self.data.labels[self.rows]).mean())
 
     def chosen(self, factor: float, temperatures: Sequence[float], pull: float, seed: int) -> dict[str, Any]:
-        """What `auto` finds: its weights, the source and temperature that won, and how many merges it took.
+        """What `auto` finds: its weights, the source and temperature that won, and how many candidates there were.
 
         Half of the sample makes candidates and the other half tells them apart, by accuracy among all classes; the
         winner is then asked again, of the whole sample. Raises MagMaxError for fewer than two rows.
@@ -61,7 +63,6 @@ class Target(NamedTuple):
                 candidates[source] = fit.weights(source)
             except MagMaxError:
                 continue  # such as mmd, which needs two rows
-        before = self.learned.merges
         choice = choose(
             candidates,
             self.learned.own,
@@ -69,9 +70,10 @@ class Target(NamedTuple):
             pull=pull,
             temperatures=temperatures,
         )
-        best, tries = choice.best, self.learned.merges - before
+        best = choice.best
         final = best.weights if best.source in FIXED else tempered(self.weights(best.source), best.temperature)
-        return {"weights": list(final), "origin": best.source, "temperature": best.temperature, "tries": tries}
+        told = {"origin": best.source, "temperature": best.temperature, "tries": len(choice.trials)}
+        return {"weights": list(final), **told}
 
 
 def known(shares: Sequence[float], tasks: Sequence[int], total: int) -> dict[str, Weights]:

@@ -57,7 +57,7 @@ class Table:
     def __init__(self, rows: Sequence[Row], measure: str = "accuracy") -> None:
         self.values: dict[tuple[str, str], dict[tuple[str, int, int], float]] = {}
         for row in rows:
-            if row["measure"] == measure and row["part"] == row["mixture"]:
+            if row["measure"] == measure and row["part"] == f"{row['mixture']}-{row['draw']}":
                 key = row["mixture"], row["seed"], row["draw"]
                 self.values.setdefault((row["method"], row["variant"]), {})[key] = row["value"]
 
