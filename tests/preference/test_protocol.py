@@ -6,19 +6,23 @@ import csv
 import json
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
+from tests.test_cli import run  # noqa: E402, F401
 
 import magmax  # noqa: E402
 from magmax import MagMaxError  # noqa: E402
+from magmax.cli import deploying  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import Context, context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
@@ -30,6 +34,7 @@ from magmax.preference.protocol.run import Runs  # noqa: E402
 from magmax.preference.protocol.study import Study  # noqa: E402
 from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
 
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "continual" / "environments"
 SMALL: dict[str, Any] = {
     "experiment": "toy.yaml",
     "chains": ["independent"],
@@ -234,6 +239,30 @@ def test_the_files_agree_with_the_records(records: dict[str, Any], place: Path) 
     assert "| magmax | chosen | " in files[2].read_text()
     line = next(line for line in files[2].read_text().splitlines() if line.startswith("| magmax | chosen"))
     assert line.endswith(f"| {100 * mean:.1f} |")
+
+
+def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    toys.written(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
+    few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
+    monkeypatch.setattr(deploying, "executor_of", lambda jobs, scheduler: nullcontext(executor))
+    code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
+    assert "| tunable/optimal/label | chosen |" in out
+    assert "paired t-test over 2 seeds" in out
+    assert len(list((tmp_path / "out" / "environments" / "cells").iterdir())) == 4
+    code, _, err = run("environments", tmp_path / "study.yaml", "sauces=[ot]", "--out", tmp_path / "out")
+    assert code == 2
+    assert "did you mean 'sources'" in err
+    code, _, err = run("environments", tmp_path / "study.yaml", "experiment=3", "--out", tmp_path / "out")
+    assert (code, "whose chains are merged, not 3" in err) == (2, True)
+
+
+@pytest.mark.parametrize("recipe", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_the_repository_can_be_read(recipe: Path) -> None:
+    study, experiment = deploying.read_study(str(recipe))
+    assert study.seeds == experiment.seeds == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
