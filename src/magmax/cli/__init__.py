@@ -8,7 +8,7 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import learning, looking, merging, recipes, running, tuning
+from . import deploying, learning, looking, merging, recipes, running, tuning
 
 app = App(
     name="magmax",
@@ -18,7 +18,15 @@ app = App(
 for verb in (
     *(merging.merge, merging.sweep, tuning.tune, tuning.archive, tuning.presets),
     *(running.absorb, running.result, running.status, running.label, running.restore),
-    *(looking.inspect, looking.convert, looking.diff, looking.rules, learning.train, learning.bench),
+    *(
+        looking.inspect,
+        looking.convert,
+        looking.diff,
+        looking.rules,
+        learning.train,
+        learning.bench,
+        deploying.environments,
+    ),
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")

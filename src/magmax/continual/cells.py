@@ -23,6 +23,7 @@ from magmax.continual.evaluate import Row
 from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, digest_of, rule_name
 from magmax.continual.given import take_in
 from magmax.continual.sequence import costs, fine_tune
+from magmax.continual.statistics import recalibrate
 from magmax.continual.weights import load_weights, write_bytes
 from magmax.engine.job import Settings
 from magmax.engine.merge import merge
@@ -185,6 +186,8 @@ class _Measured:
             merged = merge(self.rule, self.here.base, self.paths[:learned], factor, settings=Settings(threads=1))
             self.merging += time.perf_counter() - began
             model.load_state_dict(merged)
+            if self.here.experiment.batch_norm == "recalibrated":
+                recalibrate(self.here.encoder, self.here.some_training_items())
 
     def timed(self, work: Callable[[], Row]) -> Row:
         began = time.perf_counter()

@@ -70,6 +70,8 @@ class Experiment(BaseModel):
         measure_on: "test", or "validation": the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
         precision: what the encoder computes in, training and evaluating; weights are float32 and heads made in float32.
+        batch_norm: the statistics of merged models: "frozen", as the merge has them (theta_0's, unless training moved
+            them), or "recalibrated" on training examples of all tasks, which an exemplar-free method may not keep.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -89,6 +91,7 @@ class Experiment(BaseModel):
     measure_on: Literal["test", "validation"] = "test"
     save_every: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    batch_norm: Literal["frozen", "recalibrated"] = "frozen"
 
     @field_validator("seeds")
     @classmethod
@@ -147,7 +150,9 @@ class Experiment(BaseModel):
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
         measured = {key: getattr(self, key) for key in ("among", "rows", "measure_on")}
-        factors = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        factors: dict[str, Any] = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        if cell.merges and self.batch_norm != "frozen":
+            factors["batch_norm"] = self.batch_norm
         chosen = {"rule": cell.rule, **factors}
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
 
