@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from magmax.rules import Rule, StreamingRule, all_parts
+from magmax.rules import After, Before, Rule, StreamingRule, all_parts
 from magmax.rules.part import Part
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,8 @@ def rules_page() -> str:
     """Every rule and transform: what it computes, its options, its cost, its paper, a recipe."""
     kinds = all_parts()
     merging = [kind for kind in kinds.values() if issubclass(kind, Rule)]
-    before = [kind for kind in kinds.values() if not issubclass(kind, Rule)]
+    before = [kind for kind in kinds.values() if issubclass(kind, Before)]
+    after = [kind for kind in kinds.values() if issubclass(kind, After)]
     parts = [
         "# Rules",
         "A rule makes one merged task vector `m` of the task vectors `tau_1 ... tau_T`; the merged model is "
@@ -44,6 +45,9 @@ def rules_page() -> str:
         "# Transforms",
         "They stand before a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",
         *(section(kind) for kind in before),
+        "# Calibration",
+        "It stands after a rule in a chain: `rule: [magmax, calibrate_weights]`.",
+        *(section(kind) for kind in after),
     ]
     return "\n\n".join(parts) + "\n"
 
