@@ -26,7 +26,7 @@ from torch import nn  # noqa: E402
 
 from magmax import MagMaxError  # noqa: E402
 from magmax.calibrate import FeatureOptions, calibrate_features, run_items  # noqa: E402
-from magmax.calibrate.gram import measure_gram  # noqa: E402
+from magmax.calibrate.weights import measure_gram  # noqa: E402
 from magmax.checkpoints import open_checkpoint  # noqa: E402
 from magmax.checkpoints.memory import StateDict  # noqa: E402
 

@@ -15,10 +15,11 @@ from ..engine.job import Settings
 from ..engine.merge import default_names
 from ..errors import MagMaxError
 from .fold import Coefficients
-from .gram import Gram, measure_gram
+from .gram import Gram
 from .measure import Measurement, evaluating
 from .report import Report
 from .samples import Run, run_items
+from .weights import measure_gram
 
 Samples = Sequence[Sequence[Any]]
 """For each task its unlabelled items, as `run` takes them."""

@@ -1,19 +1,13 @@
-"""One pass over base, merged model and models: how long their task vectors are, and at what angles."""
+"""How long task vectors and the merged one are, and at what angles: whether a model is a merge of others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint
-from ..engine.compare import Mismatch, compare
-from ..engine.job import Settings
-from ..engine.reader import Reader
-from ..engine.stream import Kernel, Pass, Slab, cores
 from ..errors import MagMaxError
 
 LEAST_CORRELATION = 0.1
@@ -87,48 +81,3 @@ class Gram:
         """The L2 norms of the task vectors over these tensors together; the merged one's is the last."""
         gram = sum((self.tensors[key] for key in keys if key in self.tensors), np.zeros_like(self.whole))
         return np.sqrt(np.diag(gram)).tolist()
-
-
-@dataclass(frozen=True)
-class _Products(Kernel):
-    """Inner products, slab by slab."""
-
-    reader: Reader
-    apart: Mapping[str, str]
-    found: dict[str, dict[int, Matrix]] = field(default_factory=dict[str, dict[int, Matrix]])
-
-    @property
-    def gathers(self) -> bool:
-        return True
-
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
-        if slab.key not in self.apart:
-            base = self.reader.numbers(slab, 0)
-            order = [*range(2, len(self.reader.inputs)), 1]
-            vectors = np.stack([self.reader.task_vector(slab, number, base) for number in order]).astype(np.float64)
-            self.found.setdefault(slab.key, {})[slab.start] = vectors @ vectors.T
-        return []
-
-
-def measure_gram(
-    base: Checkpoint,
-    merged: Checkpoint,
-    models: Sequence[Checkpoint],
-    names: Sequence[str],
-    settings: Settings | None = None,
-    mismatch: Mismatch = "strict",
-) -> Gram:
-    """Read every input once, slab by slab. Raises MagMaxError for models that do not fit the base, NaN or infinity."""
-    settings = settings or Settings()
-    apart = compare(base, [merged, *models], mismatch)
-    skipped = {**apart.carried, **{key: part.why for key, part in apart.partly.items()}}
-    inputs = [base, merged, *models]
-    kernel = _Products(Reader(inputs), skipped)
-    Pass(inputs, [], kernel, settings.threads or cores(), digest=False).run(settings.progress)
-    size = len(models) + 1
-    tensors = {
-        key: sum((kernel.found[key][start] for start in sorted(kernel.found[key])), np.zeros((size, size)))
-        for key in base.specs
-        if key in kernel.found
-    }
-    return Gram(tensors, skipped, list(names))

@@ -260,7 +260,7 @@ class Measurement:
         for part in (part for site in self._sites for stage in site.stages for part in stage.parts):
             outcome = self._outcomes.get(part) or _Outcome(Tally(len(self.models)), why="the samples do not reach it")
             keys = [self._key(piece) for piece in part.pieces.values()]
-            before = mean(outcome.tally.merged)
+            before, weights = mean(outcome.tally.merged), self.gram.norms(keys)
             layers.append(
                 Layer(
                     name=part.name,
@@ -274,7 +274,8 @@ class Measurement:
                     features_after=[outcome.xi * value for value in before],
                     by_samples=self._by_samples(outcome.tally),
                     by_place=outcome.tally.by_place(),
-                    weights=self.gram.norms(keys),
+                    weights=weights,
+                    weight_after=outcome.xi * weights[-1],
                     cosine=self.gram.cosine(keys),
                 )
             )

@@ -22,6 +22,7 @@ class Layer:
         by_samples: xi as the first 1, 2, 4 ... samples of each task would have it, on the same inputs.
         by_place: xi at each place of a call: a token's position, a channel.
         weights: the L2 norms of the task vectors, and of the merged one (the last), before the calibration.
+        weight_after: the merged one's norm afterwards.
         cosine: the mean cosine of pairs of task vectors.
     """
 
@@ -37,12 +38,8 @@ class Layer:
     by_samples: Mapping[int, float] = field(default_factory=dict[int, float])
     by_place: Sequence[float] | None = None
     weights: Sequence[float] = ()
+    weight_after: float = 0.0
     cosine: float | None = None
-
-    @property
-    def weight_after(self) -> float:
-        """The norm of the merged task vector after the calibration."""
-        return self.xi * self.weights[-1] if self.weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Report:
 
     def as_json(self) -> str:
         """As JSON; what is not finite is null."""
-        layers = [{**asdict(layer), "weight_after": layer.weight_after} for layer in self.layers]
+        layers = [asdict(layer) for layer in self.layers]
         content = {"models": self.names, "layers": layers, "left_alone": self.left, "notes": self.notes}
         return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
 
