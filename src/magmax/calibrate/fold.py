@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -72,6 +73,20 @@ def of_units(xi: NDArray[np.float64], spec: Spec, start: int, stop: int) -> NDAr
         return xi
     row = max(1, spec.elements // spec.shape[0])
     return xi[np.arange(start, stop) // row]
+
+
+class InMemory(Checkpoint):
+    """A merge that has not been written: flat arrays of stored units."""
+
+    def __init__(self, specs: Mapping[str, Spec], tensors: Mapping[str, NDArray[Any]], aliases: dict[str, str]) -> None:
+        super().__init__("the merged model", dict(specs))
+        self.aliases, self._tensors = aliases, tensors
+
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        return self._tensors[key][start:stop].copy()
+
+    def files(self) -> list[Path]:
+        return []
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import as_tensor
@@ -58,7 +60,8 @@ class Loaded:
 def load_module(folder: Path, checkpoint: Checkpoint) -> Loaded:
     """Build what a folder's config.json describes, and put the checkpoint's weights in; no code of the folder is run.
 
-    The class is the one that the config names, or its backbone, whichever finds all its weights in the checkpoint.
+    The class is the one that the config names, or its backbone, with a pooler or without: the first that finds all its
+    weights in the checkpoint.
 
     Raises:
         MagMaxError: no config, an architecture that transformers has not, weights that are missing.
@@ -84,14 +87,17 @@ def _candidates(folder: Path) -> Iterator[nn.Module]:
         import transformers
     except ModuleNotFoundError as error:
         raise MagMaxError("calibrating in feature space runs the model: pip install 'magmax[train]'") from error
+    backbone = transformers.AutoModel.from_config
     try:
         config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         config.dtype = torch.float32
-        kinds: list[Any] = [getattr(transformers, name, None) for name in config.architectures or []]
-        with torch.random.fork_rng(devices=[]):
-            for kind in filter(None, kinds):
-                yield kind(config)
-            yield transformers.AutoModel.from_config(config)
+        named = [getattr(transformers, name, None) for name in config.architectures or []]
+        for make in [*filter(None, named), backbone, partial(backbone, add_pooling_layer=False)]:
+            made: nn.Module | None = None
+            with suppress(TypeError), torch.random.fork_rng(devices=[]):  # not every model has a pooler to leave out
+                made = make(config)
+            if made is not None:
+                yield made
     except (OSError, ValueError, KeyError, AttributeError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MagMaxError(f"{folder}: has no config.json of a model that transformers knows: {said}") from error
@@ -101,14 +107,33 @@ def _matched(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str],
     """The checkpoint's name of each of the module's tensors, and those that it has not."""
     prefix = str(getattr(module, "base_model_prefix", "")) + "."
     state = module.state_dict()
+    saved = _saved_names(module, state)
+    renames: list[Callable[[str], str]] = [
+        str,
+        lambda key: prefix + key,
+        lambda key: key.removeprefix(prefix),
+        lambda key: saved.get(key, key),
+    ]
     best: tuple[dict[str, str], list[str]] = {}, list(state)
-    for rename in (str, lambda key: prefix + key, lambda key: key.removeprefix(prefix)):
+    for rename in renames:
         names = {key: rename(key) for key in state if checkpoint.resolve(rename(key)) in checkpoint.specs}
         there = {value.data_ptr() for key, value in state.items() if key in names}
         missing = [key for key, value in state.items() if key not in names and value.data_ptr() not in there]
         if len(missing) < len(best[1]):
             best = names, missing
     return best
+
+
+def _saved_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What transformers calls the tensors in the files that it writes, where that is not what the module does."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 there was no difference
+        return {}
+    own = {(value.data_ptr(), value.shape): key for key, value in state.items()}
+    saved = revert_weight_conversion(module, dict(state))  # pyright: ignore[reportArgumentType]
+    places = {name: (value.data_ptr(), value.shape) for name, value in saved.items()}
+    return {own[place]: name for name, place in places.items() if place in own}
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:

@@ -62,6 +62,15 @@ class Report:
         content = {"models": self.names, "layers": layers, "left_alone": self.left, "notes": self.notes}
         return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
 
+    def lines(self) -> list[str]:
+        """What is worth knowing at once: the range of xi, what was clipped or left alone and why."""
+        xis = sorted(layer.xi for layer in self.layers if layer.xi != 1)
+        found = (
+            [f"xi of {len(xis)} layers: {xis[0]:.3g} to {xis[-1]:.3g}, median {xis[len(xis) // 2]:.3g}"] if xis else []
+        )
+        found += [f"{layer.name}: {layer.why}" for layer in self.layers if layer.why]
+        return found + [f"left alone: {name} ({why})" for name, why in self.left.items()]
+
     def rows(self) -> list[tuple[str, ...]]:
         """A table of what was done: layer, xi, features of tasks, merged before and after, and why."""
         found: list[tuple[str, ...]] = []

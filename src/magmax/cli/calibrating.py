@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .console import print_outcome, print_preview, say, shown_settings
+from .console import print_outcome, print_preview, shown_settings
 from .options import DryRun, Restart, Threads
-
-if TYPE_CHECKING:
-    from ..calibrate.report import Report
 
 
 def calibrate(
@@ -120,17 +117,6 @@ def calibrate(
         replace_file(Path(report), found.report.as_json().encode())
     if plot:
         draw(found.report, Path(plot))
-    _tell(found.report)
+    for line in found.report.lines():
+        print(line)
     print_outcome(f"calibrated {len(found.coefficients)} tensors in {space} space", outcome)
-
-
-def _tell(report: Report) -> None:
-    """What is worth knowing at once; the rest is in the report."""
-    xis = sorted(layer.xi for layer in report.layers if layer.xi != 1)
-    if xis:
-        print(f"xi of {len(xis)} layers: {xis[0]:.3g} to {xis[-1]:.3g}, median {xis[len(xis) // 2]:.3g}")
-    for layer in report.layers:
-        if layer.why:
-            print(f"{layer.name}: {layer.why}")
-    for name, why in report.left.items():
-        say(f"left alone: {name} ({why})")
