@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .report import Layer, Report
     from .samples import run_items
     from .sensitive import find_sensitive
-    from .unfolded import unfolded
+    from .unfold import unfolded
 
 _HOMES = {
     "Calibration": ".features",
@@ -22,7 +22,7 @@ _HOMES = {
     "draw": ".plot",
     "find_sensitive": ".sensitive",
     "run_items": ".samples",
-    "unfolded": ".unfolded",
+    "unfolded": ".unfold",
 }
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -51,11 +52,18 @@ def unfolded(
 
 def _correction(part: Part, base: dict[str, Tensor], layer: Layer, per: str) -> Any:
     places = torch.tensor(layer.by_place or [], dtype=torch.float64)
+    here = threading.local()
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if getattr(here, "inside", False):  # `change` calls the layer
+            return None
         inputs: Inputs = args, kwargs
         now = {name: piece.values for name, piece in part.pieces.items()}
-        moved = part.change({name: now[name] - base[name] for name in now}, inputs).to(output)
+        here.inside = True
+        try:
+            moved = part.change({name: now[name] - base[name] for name in now}, inputs).to(output)
+        finally:
+            here.inside = False
         xi = torch.tensor(layer.xi, dtype=torch.float64)
         if per == "place" and part.kind != "norm" and layer.measured == layer.xi:
             xi = _of_places(part, places, output, layer.xi)
