@@ -325,7 +325,7 @@ def test_what_cannot_be_calibrated_is_refused():
 
 
 def test_what_is_not_a_merge_of_these_is_refused_unless_told_otherwise():
-    model = made(lambda: nn.Sequential(nn.Linear(5, 200), nn.Linear(200, 3)))
+    model = made(lambda: nn.Sequential(nn.Linear(5, 2000), nn.Linear(2000, 3)))
     base, (first, second, other) = tuned(model, 3)
     samples = floats(4, 5)
     said = refused(base, [first, second], samples, merged=other, model=model)

@@ -22,7 +22,7 @@ RULES = [
 def states(tasks: int, alike: float = 0.0):
     """A base and fine-tuned models, whose task vectors have this cosine."""
     draw = np.random.default_rng(0)
-    base = {"a": draw.normal(size=(60, 50)), "b": draw.normal(size=300)}
+    base = {"a": draw.normal(size=(200, 150)), "b": draw.normal(size=300)}
     base = {key: value.astype(np.float32) for key, value in base.items()}
     common = {key: draw.normal(size=value.shape) for key, value in base.items()}
     models = [
@@ -57,7 +57,7 @@ def test_every_rule_makes_a_merge(rule, tasks):
 def test_an_unrelated_model_is_refused_and_lengths_and_cosines_are_told():
     base, (first, second, other) = states(3, 0.0)
     found = measured(base, other, [first, second])
-    assert found.correlation < 0.1
+    assert found.correlation < 0.05
     with pytest.raises(MagMaxError, match=r"merged\.safetensors: is not a merge of a, b"):
         found.check("merged.safetensors")
     found.check("merged.safetensors", any_model=True)
