@@ -187,6 +187,7 @@ def test_pictures(run, tmp_path):  # noqa: F811
     code, out, err = run(*given(tmp_path, *words))
     assert code == 0, err
     assert "tensors in dual space" in out
+    assert "left alone: embeddings (ViTEmbeddings with cls_token, position_embeddings is no kind of layer" in out
 
 
 def refused(run, *words):  # noqa: F811

@@ -193,6 +193,8 @@ def test_weights_that_two_layers_share_are_calibrated_once_and_what_cannot_be_fo
     assert told["head"].xi == 1
     assert model.head.weight is model.embed.weight
     assert list(found.left) == ["Words"]
+    assert found.lines()[-1].startswith("left alone: Words (Words with token is no kind of layer")
+    assert "head: shares embed.weight with embed, and is calibrated there" in found.lines()
     assert "token" in found.left["Words"]
     assert torch.equal(model.token, merged["token"])
 

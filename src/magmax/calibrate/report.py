@@ -69,7 +69,11 @@ class Report:
             [f"xi of {len(xis)} layers: {xis[0]:.3g} to {xis[-1]:.3g}, median {xis[len(xis) // 2]:.3g}"] if xis else []
         )
         found += [f"{layer.name}: {layer.why}" for layer in self.layers if layer.why]
-        return found + [f"left alone: {name} ({why})" for name, why in self.left.items()]
+        for why in dict.fromkeys(self.left.values()):
+            names = [name for name, reason in self.left.items() if reason == why]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found.append(f"left alone: {', '.join(names[:3])}{more} ({why})")
+        return found
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table of what was done: layer, xi, features of tasks, merged before and after, and why."""
