@@ -36,9 +36,10 @@ class CalibrateWeights(After):
 
     m is scaling_factor times what the rule merged, so that the magnitude of scaling_factor no longer matters; xi = 1
     where m = 0 or xi is no number. `per` each tensor (the norm's default) or each of its rows (the ellipsoid's).
-    Matrices and convolutions, as (outputs, rest), are calibrated; embeddings, norms and vectors stay. Beyond a mean of
-    the task vectors' cosine matrix of `guard`, a tensor stays too; 1 guards none. `sensitive` names tensors that may
-    only shrink, xi <= 1, or the JSON file of a `Sensitivity`; the others may then only grow, xi >= 1.
+    Matrices and convolutions, as (outputs, rest), are calibrated; embeddings, norms and vectors stay as merged. So does
+    a tensor where the mean of the task vectors' cosine matrix, its diagonal included, exceeds `guard`; 1 guards none.
+    `sensitive` names tensors that may only shrink, xi <= 1, or the JSON file of a `Sensitivity`; the others may then
+    only grow, xi >= 1.
 
     The norm is the plain reading of the paper's text, the ellipsoid what its released code computes. That supposes
     task vectors to be orthogonal: where they are alike, as those of sequential fine-tuning, it shrinks them.
