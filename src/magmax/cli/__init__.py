@@ -8,7 +8,7 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import learning, looking, merging, recipes, running, tuning
+from . import learning, looking, merging, recipes, running, studying, tuning
 
 app = App(
     name="magmax",
@@ -19,6 +19,7 @@ for verb in (
     *(merging.merge, merging.sweep, tuning.tune, tuning.archive, tuning.presets),
     *(running.absorb, running.result, running.status, running.label, running.restore),
     *(looking.inspect, looking.convert, looking.diff, looking.rules, learning.train, learning.bench),
+    *(studying.study, studying.report),
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")
