@@ -191,13 +191,13 @@ def _print(found: Study) -> None:
 def _written(found: Study, folder: Path) -> list[Path]:
     from ..checkpoints.writer import replace_file
     from ..report.compose import figures_of
-    from ..report.page import single, standalone_svg
+    from ..report.page import single, standalone_svgs
 
     figures = figures_of(found)
     paths = found.write(folder)
     paths.append(single(found, figures).write(folder / f"{found.kind}.html"))
     for figure in figures:
-        if (drawing := standalone_svg(figure)) is not None:
-            paths.append(folder / f"{figure.ident}.svg")
+        for name, drawing in standalone_svgs(figure).items():
+            paths.append(folder / f"{name}.svg")
             replace_file(paths[-1], drawing.encode())
     return paths

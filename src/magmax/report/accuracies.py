@@ -9,8 +9,8 @@ from ..continual.experiment import LAST, ZERO_SHOT
 from ..study.methods import Method, rivals
 from ..study.records import Band, Study, bands
 from .charts import Axis, dots, lines, number, percent
-from .figures import NONE, Cell, Figure, Table, heat
-from .marks import COLOURS, Markup, Point, Series, colour
+from .figures import NONE, Cell, Figure, Table, alternatives, heat
+from .marks import DASHES, Markup, Point, Series, colour
 
 SHOWN = 6
 """How many methods the curves show until others are chosen."""
@@ -36,7 +36,8 @@ def methods_figure(found: Sequence[Method]) -> Figure:
         tip += f"\n{main.n} seed{'s' * (main.n > 1)}"
         aside = (-0.16 if method.variant == "default" else 0.17) if method.name in twice else 0.0
         place = main.mean, names.index(method.name) + aside
-        point = Point(*place, tip, main.mean - half, main.mean + half, method.variant == "chosen")
+        ends = max(0.0, main.mean - half), min(1.0, main.mean + half)
+        point = Point(*place, tip, *ends, method.variant == "chosen")
         series.append(Series(method.label, [point], _colour(found, method)))
     axis = Axis("average accuracy on all tasks after the last", percent)
     several = any(method.main.n > 1 for method in found)
@@ -54,9 +55,9 @@ def methods_figure(found: Sequence[Method]) -> Figure:
 
 
 def methods_table(found: Sequence[Method]) -> Table:
-    """Everything that was measured of each method."""
+    """Everything that was measured of each method, with the rule's own factor and the chosen one."""
     rows: list[list[Cell]] = []
-    for method in found:
+    for method in (method for method in found if method.variant in ("default", "chosen")):
         main = method.main
         between = f"{100 * (main.mean - main.half):.1f} … {100 * (main.mean + main.half):.1f}" if main.n > 1 else NONE
         factors = " ".join(f"{factor:.3g}" for factor in method.factors)
@@ -84,7 +85,7 @@ def matrix_figure(found: Sequence[Method]) -> Figure:
     everything = [method.accuracy(i, j).mean for method in shown for i in range(tasks + 1) for j in range(1, tasks + 1)]
     known = [value for value in everything if math.isfinite(value)]
     low, high = min(known), max(known)
-    body = Markup("")
+    parts: dict[str, Markup] = {}
     for method in shown:
         rows = []
         for i in range(tasks + 1):
@@ -98,14 +99,14 @@ def matrix_figure(found: Sequence[Method]) -> Figure:
         columns = [*(f"task {j}" for j in range(1, tasks + 1)), "mean"]
         caption = f"Accuracy in % of {method.label}"
         drawn = heat("R, in %", columns, rows, low, high, caption, faint, last_apart=True)
-        body += Markup('<div data-choice="{}">{}</div>').format(method.label, drawn)
+        parts[method.label] = drawn
     lead = (
         "R[i, j]: the accuracy on task j after learning the tasks 1 to i, the mean over seeds. Outlined cells are of "
         "tasks that were still to come. Read down a column to see a task being forgotten."
     )
     best = shown[0]
     alt = f"{best.label}: {best.main.mean:.1%} on average after the last of {tasks} tasks."
-    return Figure("matrix", "Every task after every task", lead, alt, body, choices=[method.label for method in shown])
+    return Figure("matrix", "Every task after every task", lead, alt, alternatives(parts), choices=list(parts))
 
 
 def curve_figures(found: Sequence[Method]) -> list[Figure]:
@@ -118,11 +119,12 @@ def curve_figures(found: Sequence[Method]) -> list[Figure]:
 
     def mark(band: Band, x: int, what: str) -> Point:
         spread = f" ± {100 * band.std:.1f}" if band.n > 1 else ""
-        return Point(x, band.mean, f"{what}: {100 * band.mean:.1f} %{spread}", band.low, band.high)
+        return Point(x, band.mean, f"{what}: {100 * band.mean:.1f} %{spread}", *_within(band))
 
     def series(points: dict[str, list[Point]]) -> list[Series]:
         return [
-            Series(m.label, points[m.label], _colour(found, m), _dashed(found, m), m.label not in first) for m in shown
+            Series(m.label, points[m.label], _colour(found, m), _dash(found, m.chain), m.label not in first)
+            for m in shown
         ]
 
     seen = {
@@ -139,7 +141,7 @@ def curve_figures(found: Sequence[Method]) -> list[Figure]:
     whole = Figure("learned", "As tasks come", lead, alt, lines(drawn, across, up), drawn, True, Table(header, rows))
 
     every = [m.accuracy(i, j) for m in shown for i in range(tasks + 1) for j in range(1, tasks + 1)]
-    known = [end for band in every if band.n for end in (band.low, band.high)]
+    known = [end for band in every if band.n for end in _within(band)]
     up = Axis("", percent, limits=(min(known), max(known)))
     panels = Markup("")
     for j in range(1, tasks + 1):
@@ -188,7 +190,7 @@ def sweep_figure(study: Study) -> Figure:
             Series(
                 str(value),
                 [
-                    Point(band.mean, names.index(name), tip(name, value, band), band.low, band.high)
+                    Point(band.mean, names.index(name), tip(name, value, band), *_within(band))
                     for (name, other), band in told.items()
                     if other == value
                 ],
@@ -198,18 +200,23 @@ def sweep_figure(study: Study) -> Figure:
         ]
         body = dots(names, series, Axis("average accuracy after the last task", percent), joined=True)
     else:
+        kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+        chains = sorted({name.rpartition("/")[2] for name in names}, key=lambda name: (name != "sequential", name))
+        peaks = {name: max(band.mean for (other, _), band in told.items() if other == name) for name in names}
+        first = sorted(names, key=lambda name: -peaks[name])[:SHOWN]
         series = [
             Series(
                 name,
                 [
-                    Point(float(value), band.mean, tip(name, value, band), band.low, band.high)
+                    Point(float(value), band.mean, tip(name, value, band), *_within(band))
                     for (other, value), band in told.items()
                     if other == name
                 ],
-                colour(n),
-                n >= COLOURS,
+                colour(kinds.index(name.rpartition("/")[0])),
+                chains.index(name.rpartition("/")[2]) % DASHES,
+                name not in first,
             )
-            for n, name in enumerate(names)
+            for name in names
         ]
         written = percent if x == "keep" else number
         label = {"keep": "part kept of each task vector", "dropped": "task vectors left out"}.get(x, x)
@@ -226,7 +233,8 @@ def sweep_figure(study: Study) -> Figure:
     ]
     table = Table(["series", x.replace("_", " "), "accuracy, %", "± std", "seeds"], rows)
     several = any(band.n > 1 for band in told.values())
-    lead = study.definition + (" Bands are one standard deviation over seeds." if several else "")
+    drawn = "Whiskers" if study.kind == "penalties" else "Bands"
+    lead = study.definition + (f" {drawn} are one standard deviation over seeds." if several else "")
     return Figure(study.kind, study.title, lead, " ".join(study.findings), body, series, True, table)
 
 
@@ -249,14 +257,19 @@ def _learned(name: str) -> int:
     return 0 if name == "before any" else int(name.removeprefix("after "))
 
 
-def _names(found: Sequence[Method]) -> list[str]:
-    return sorted({method.name for method in found}, key=lambda name: (name == ZERO_SHOT, name))
+def _within(band: Band) -> tuple[float, float]:
+    """The ends of a band of accuracies, which cannot be beyond 0 and 1."""
+    return max(0.0, band.low), min(1.0, band.high)
 
 
 def _colour(found: Sequence[Method], method: Method) -> Markup:
-    """One for each method, whichever way its factor was chosen, in every figure of a page."""
-    return colour(_names(found).index(method.name))
+    """One for each rule, however the tasks were trained, in every figure of a page."""
+    rules = sorted({other.rule for other in found}, key=lambda rule: (rule == ZERO_SHOT, rule == LAST, rule))
+    return colour(rules.index(method.rule))
 
 
-def _dashed(found: Sequence[Method], method: Method) -> bool:
-    return _names(found).index(method.name) >= COLOURS
+def _dash(found: Sequence[Method], chain: str) -> int:
+    """One for each way of training."""
+    chains = [other.chain for other in found if other.chain != ZERO_SHOT]
+    order = sorted(set(chains), key=lambda name: (name != "sequential", chains.index(name)))
+    return order.index(chain) % DASHES if chain in order else 0

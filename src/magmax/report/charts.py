@@ -20,6 +20,7 @@ from .marks import (
     path,
     reach,
     shortened,
+    stripe,
     text,
     ticks,
 )
@@ -63,19 +64,20 @@ def dots(names: Sequence[str], series: Sequence[Series], axis: Axis, joined: boo
     """
 
     def draw(width: float) -> Markup:
-        frame = _Rows(names, axis, _values(series) + [v for v, _ in axis.marked], width)
+        aside = _aside(series) if joined else [0.0] * len(series)
+        frame = _Rows(names, axis, _values(series) + [v for v, _ in axis.marked], width, 10 * len(series) * any(aside))
         inside = [frame.drawn()]
-        if joined:
+        if joined and not any(aside):
             for row in range(len(names)):
                 spread = [p.x for s in series for p in s.points if p.y == row and p.known]
                 spread += [0.0] * (axis.zero and len(series) == 1)
                 if len(spread) > 1:
                     y = frame.y(row)
                     inside.append(line(frame.x(min(spread)), y, frame.x(max(spread)), y, "range"))
-        for each in series:
+        for each, off in zip(series, aside, strict=True):
             marks: list[Markup] = []
             for p in (p for p in each.points if p.known):
-                y = frame.y(p.y)
+                y = frame.y(p.y) + off
                 if p.spread:
                     marks.append(line(frame.x(p.low), y, frame.x(p.high), y, "interval"))
                     marks += [line(frame.x(end), y - 3, frame.x(end), y + 3, "interval") for end in (p.low, p.high)]
@@ -109,13 +111,17 @@ def stacks(names: Sequence[str], series: Sequence[Series], axis: Axis) -> Markup
 class _Rows:
     """The frame of a chart in rows: names beside their rows, or above them where there is little room."""
 
-    def __init__(self, names: Sequence[str], axis: Axis, values: Sequence[float], width: float) -> None:
+    def __init__(
+        self, names: Sequence[str], axis: Axis, values: Sequence[float], width: float, room: float = 0
+    ) -> None:
         self.names, self.axis, self.width = names, axis, width
         self.above = width < 500
         longest = max((len(name) for name in names), default=0)
         self.letters = 46 if self.above else 34
         left = 6.0 if self.above else 14 + LETTER * min(longest, self.letters)
-        self.step = 44.0 if self.above else (28.0 if len(names) <= 24 else 20.0)
+        self.striped = room > 0
+        self.step = max(room + 12, 28.0 if len(names) <= 24 else 20.0)
+        self.step += 16.0 if self.above else 0.0
         self.top = 28.0 if axis.marked else 12.0
         self.bottom = self.top + self.step * len(names)
         self.height = self.bottom + 40
@@ -125,10 +131,12 @@ class _Rows:
         self.x = Scale(self.marks[0], self.marks[-1], left + 8, width - 22)
 
     def y(self, row: float) -> float:
-        return self.top + self.step * (row + (0.66 if self.above else 0.5))
+        return self.top + self.step * (row + 0.5) + (8.0 if self.above else 0.0)
 
     def drawn(self) -> Markup:
         parts: list[Markup] = []
+        for row in range(0, len(self.names), 2) if self.striped else ():
+            parts.append(stripe(self.top + self.step * row, self.width, self.step))
         for mark in self.marks:
             x = self.x(mark)
             parts.append(line(x, self.top - 4, x, self.bottom, "grid"))
@@ -165,7 +173,7 @@ def lines(series: Sequence[Series], across: Axis, up: Axis, small: bool = False)
                 back = [(frame.x(p.x), frame.y(low)) for p, (low, _) in zip(known, spread, strict=True)]
                 marks.append(path(there + back[::-1], "band", closed=True))
             if len(places) > 1:
-                marks.append(path(places, "line dashed" if each.dash else "line"))
+                marks.append(path(places, f"line d{each.dash}"))
             marks += [dot(*at, p.tip, 3 if small else 3.6) for at, p in zip(places, known, strict=True)]
             inside.append(group(each, *marks))
         return drawing(width, frame.height, "plane small" if small else "plane", *inside)
@@ -217,6 +225,12 @@ class _Plane:
             parts.append(text((left + right) / 2, bottom + 38, self.across.label, "axis", "middle"))
             parts.append(text(6, top - 16, self.up.label, "axis"))
         return Markup("").join(parts)
+
+
+def _aside(series: Sequence[Series]) -> list[float]:
+    """How far each series is moved within its row, so that intervals do not lie on each other."""
+    apart = 10.0 if len(series) > 1 and any(p.spread for s in series for p in s.points) else 0.0
+    return [apart * (n - (len(series) - 1) / 2) for n in range(len(series))]
 
 
 def _values(series: Sequence[Series]) -> list[float]:

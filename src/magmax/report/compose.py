@@ -128,7 +128,7 @@ def weight_tiles(studies: Sequence[Study]) -> list[Tile]:
         for (chain,), band in list(bands(pairs, ["chain"], "cosine").items())[:2]:
             label = "mean cosine" + ("" if chain == "given" else f", {chain}")
             if band.n:
-                tiles.append(Tile(f"{band.mean:.2f}", label, "of two task vectors"))
+                tiles.append(Tile(f"{round(band.mean, 2) + 0.0:.2f}", label, "of two task vectors"))
     return tiles
 
 

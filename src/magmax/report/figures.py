@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .marks import Markup, Series
 
 NONE = "\N{EM DASH}"
 """What stands where there is no number."""
+
+
+TURNS = {"deep": 0.758, "bright": 0.603}
+"""From where on a cell needs the other ink, on the light page and on the dark one: black and white are then read
+equally well, with a contrast above 4.5."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Figure:
         body: the drawing, or coloured tables.
         key: the series, to be chosen among if `chosen`.
         table: its numbers; None where the body is a table itself.
-        choices: names of parts of the body of which one is shown at a time.
+        choices: names of parts of the body of which one is shown at a time; `choice` is what they are.
     """
 
     ident: str
@@ -61,6 +66,15 @@ class Figure:
     chosen: bool = False
     table: Table | None = None
     choices: Sequence[str] = field(default_factory=list[str])
+    choice: str = "Method"
+
+
+def alternatives(parts: Mapping[str, Markup]) -> Markup:
+    """Parts of a figure's body, by the names of its `choices`."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    inside = (Markup('<div data-choice="{}">{}</div>').format(name, part) for name, part in parts.items())
+    return Markup("").join(inside)
 
 
 def heat(
@@ -92,7 +106,8 @@ def _heat_cell(cell: Cell, low: float, high: float, faint: bool, apart: bool) ->
     if cell.value is None or not math.isfinite(cell.value):
         return Markup('<td class="none">{}</td>').format(cell.words)
     share = (cell.value - low) / (high - low) if high > low else 0.5
-    kinds = "mark" + (" strong" if share > 0.55 else "") + (" faint" if faint else "") + (" apart" if apart else "")
+    inks = [name for name, turn in TURNS.items() if share > turn]
+    kinds = " ".join(["mark", *inks, *["faint"] * faint, *["apart"] * apart])
     return Markup('<td class="{}" style="--v:{}" data-tip="{}">{}</td>').format(
         kinds, f"{min(1, max(0, share)):.3f}", cell.tip or cell.words, cell.words
     )

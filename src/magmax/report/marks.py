@@ -38,14 +38,14 @@ class Series:
 
     Attributes:
         colour: a class, and a style where the class needs one: `colour(n)` or `shade(k)`.
-        dash: whether its line is broken, to tell two of one colour apart.
+        dash: how its line is broken, from 0 (whole) to 3, to tell two of one colour apart.
         hidden: whether it waits to be chosen.
     """
 
     name: str
     points: Sequence[Point]
     colour: Markup
-    dash: bool = False
+    dash: int = 0
     hidden: bool = False
 
     @property
@@ -53,7 +53,7 @@ class Series:
         return Markup(' data-series="{}"').format(self.name) + (Markup(" hidden") if self.hidden else "")
 
 
-COLOURS = 10
+COLOURS, DASHES = 10, 4
 
 
 def colour(number: int) -> Markup:
@@ -128,6 +128,26 @@ def box(x: float, y: float, width: float, height: float, tip: str) -> Markup:
     )
 
 
+def stripe(y: float, width: float, height: float) -> Markup:
+    """A row's ground."""
+    return Markup('<rect x="0" y="{}" width="{}" height="{}" rx="6" class="stripe"/>').format(
+        f"{y:.1f}", f"{width:g}", f"{height:.1f}"
+    )
+
+
+def legend(series: Sequence[Series], width: float, top: float) -> tuple[Markup, float]:
+    """The names of all series that are shown, in lines from `top` on, and where they end."""
+    x, y, parts = 14.0, top + 14, Markup("")
+    for each in (each for each in series if not each.hidden):
+        wide = 46 + LETTER * len(each.name)
+        if x > 14 and x + wide > width:
+            x, y = 14.0, y + 22
+        sign = path([(x, y - 4), (x + 22, y - 4)], f"line d{each.dash}")
+        parts += Markup("<g {}>{}</g>").format(each.colour, sign) + text(x + 29, y, each.name, "name")
+        x += wide
+    return parts, y + 14
+
+
 def dot(x: float, y: float, tip: str, radius: float = 4, hollow: bool = False) -> Markup:
     """A mark that tells something."""
     return Markup('<circle cx="{}" cy="{}" r="{}" class="{}" data-tip="{}"/>').format(
@@ -163,6 +183,6 @@ def shortened(words: str, letters: int) -> str:
 
 
 __all__ = [
-    "LETTER", "Markup", "Point", "Scale", "Series", "box", "colour", "dot", "drawing", "escape", "group",
-    "line", "path", "reach", "shade", "shades", "shortened", "text", "ticks",
+    "LETTER", "Markup", "Point", "Scale", "Series", "box", "colour", "dot", "drawing", "escape", "group", "legend",
+    "line", "path", "reach", "shade", "shades", "shortened", "stripe", "text", "ticks",
 ]  # fmt: skip

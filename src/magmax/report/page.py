@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ from ..study.advice import Advice
 from ..study.records import Study
 from .charts import Axis, dots, number
 from .figures import Cell, Figure, Table
-from .marks import Markup, Point, Series, colour
+from .marks import Markup, Point, Series, colour, legend
 
 FAR_OFF = 0.005
 """Coefficients nearer to 1 than this do nothing worth a colour."""
@@ -103,20 +104,20 @@ def calibration_figure(coefficients: Mapping[str, float]) -> Figure:
     return Figure("calibration", "Calibration coefficients", lead, alt, dots(names, key, axis), key, table=table)
 
 
-def standalone_svg(figure: Figure) -> str | None:
-    """The drawing for wide windows as a file of its own, in colours for light and dark; None for coloured tables."""
-    body = str(figure.body)
-    if '<div class="wide"><svg ' not in body:
-        return None
-    drawing = body.split('<div class="wide">', 1)[1].split("</svg>", 1)[0] + "</svg>"
-    style = Markup("<title>{}</title><desc>{}</desc><style>{}</style>").format(
-        figure.title, figure.alt, Markup(_asset("figures.css"))
-    )
-    head, rest = drawing.split(">", 1)
-    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" role="img" ').replace(
-        ' aria-hidden="true" focusable="false"', ""
-    )
-    return f"{head}>{style}{rest}\n"
+def standalone_svgs(figure: Figure) -> dict[str, str]:
+    """The drawings for wide windows, each to be a file of its own, in colours for light and dark; none of tables."""
+    drawings = re.findall(r'<div class="wide">(<svg .*?</svg>)</div>', str(figure.body), re.DOTALL)
+    names = [f"{figure.ident}-{choice}" for choice in figure.choices] or [figure.ident]
+    words = (figure.title, figure.alt, Markup(_asset("figures.css")))
+    style = Markup("<title>{}</title><desc>{}</desc><style>{}</style>").format(*words)
+    made: dict[str, str] = {}
+    for name, drawing in zip(names, drawings, strict=False):
+        head, _, rest = drawing.partition(">")
+        width, height = map(float, re.findall(r"viewBox=.0 0 (\S+) ([^ \"]+)", head)[0])
+        key, end = legend(figure.key, width, height) if figure.key else (Markup(""), height)
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width:g} {end:g}"'
+        made[name] = f"{head}>{style}{rest.removesuffix('</svg>')}{key}</svg>\n"
+    return made
 
 
 @cache

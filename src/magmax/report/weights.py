@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..study.records import Band, Record, Study, bands
 from ..study.tally import WHOLE
 from .charts import Axis, dots, lines, number, percent, stacks
-from .figures import NONE, Cell, Figure, Table, heat
+from .figures import NONE, Cell, Figure, Table, alternatives, heat
 from .marks import Markup, Point, Series, colour, shades
 
 
@@ -65,66 +65,62 @@ def consistency(study: Study) -> list[Figure]:
 
 
 def contribution(study: Study) -> list[Figure]:
-    """Who wins under MagMax: a bar for each layer, a figure for each way of training."""
+    """Who wins under MagMax: a bar for each layer; before it, if there are several ways of training, one for each."""
+    by = ["chain", "layer", "task"]
+    told, weight = bands(study.records, by, "share"), bands(study.records, by, "magnitude")
+    chains, layers, tasks = (_each(study.records, name) for name in by)
+    axis = Axis("share of the elements that changed", percent)
+
+    def part(names: Sequence[str], keys: Sequence[tuple[str, str]]) -> tuple[Markup, list[Series]]:
+        """A bar for each (chain, layer)."""
+        series: list[Series] = []
+        for task, shade in zip(tasks, shades(len(tasks)), strict=True):
+            points: list[Point] = []
+            for row, (name, (chain, layer)) in enumerate(zip(names, keys, strict=True)):
+                share, amount = told[chain, layer, task], weight[chain, layer, task]
+                tip = f"{name}\n{task}: {_spread(share, percent)} of the elements\n"
+                points.append(Point(share.mean, row, f"{tip}{_spread(amount, percent)} of the magnitude"))
+            series.append(Series(task, points, shade))
+        return stacks(names, series, axis), series
+
     found: list[Figure] = []
-    for chain in _each(study.records, "chain"):
-        own = [record for record in study.records if record["chain"] == chain]
-        layers, tasks = _each(own, "layer"), _each(own, "task")
-        told, weight = bands(own, ["task", "layer"], "share"), bands(own, ["task", "layer"], "magnitude")
-        colours = shades(len(tasks))
-        series = [
-            Series(
-                task,
-                [
-                    Point(
-                        told[task, layer].mean,
-                        row,
-                        f"{layer}\n{task}: {_spread(told[task, layer], percent)} of the elements\n"
-                        f"{_spread(weight[task, layer], percent)} of the magnitude",
-                    )
-                    for row, layer in enumerate(layers)
-                ],
-                colours[t],
-            )
-            for t, task in enumerate(tasks)
-        ]
-        header = ["layer", *(f"{task}, %" for task in tasks)]
-        rows = [[Cell(layer), *(_share(told[task, layer]) for task in tasks)] for layer in layers]
-        body = stacks(layers, series, Axis("share of the elements that changed", percent))
-        title = study.title + _in(chain)
-        found.append(_figure(study, chain, title, study.definition, body, series, Table(header, rows)))
+    if len(chains) > 1:
+        body, key = part(chains, [(chain, WHOLE) for chain in chains])
+        found.append(_figure(study, "overview", study.title, study.definition, body, key, None))
+    drawn = {chain: part(layers, [(chain, layer) for layer in layers]) for chain in chains}
+    rows = [
+        [Cell(_of(chain)), Cell(layer), *(_share(told[chain, layer, task]) for task in tasks)]
+        for chain in chains
+        for layer in layers
+    ]
+    table = Table(["training", "layer", *(f"{task}, %" for task in tasks)], rows)
+    title = "The same, layer by layer" if found else study.title
+    bodies = {chain: body for chain, (body, _) in drawn.items()}
+    found.append(_figure(study, "", title, study.definition, bodies, drawn[chains[0]][1], table))
     return found
 
 
 def cosine(study: Study) -> list[Figure]:
     """A table of angles, and their mean by layer."""
-    chains = _each(study.records, "chain")
-    found: list[Figure] = []
+    chains, tasks = _each(study.records, "chain"), _each(study.records, "task")
+    told = bands([r for r in study.records if r["layer"] == WHOLE], ["chain", "task", "other"], "cosine")
+    low = min(0.0, *(band.mean for band in told.values() if band.n))
+    bodies: dict[str, Markup] = {}
     for chain in chains:
-        own = [r for r in study.records if r["chain"] == chain and r["layer"] == WHOLE]
-        tasks, told = _each(own, "task"), bands(own, ["task", "other"], "cosine")
-        low = min(0.0, *(band.mean for band in told.values() if band.n))
-        rows = [(task, [_angle(told[task, other], task, other) for other in tasks]) for task in tasks]
-        title = study.title + _in(chain)
-        body = heat("cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_in(chain)}")
-        found.append(_figure(study, chain, title, study.definition, body, [], None))
+        rows = [(task, [_angle(told[chain, task, other], task, other) for other in tasks]) for task in tasks]
+        bodies[chain] = heat("cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_in(chain)}")
+    found = [_figure(study, "", study.title, study.definition, bodies, [], None)]
     pairs = [r for r in study.records if r["task"] != r["other"]]
-    layers, told = _each(pairs, "layer"), bands(pairs, ["chain", "layer"], "cosine")
+    layers, means = _each(pairs, "layer"), bands(pairs, ["chain", "layer"], "cosine")
     if len(layers) > 1:
-        series = [
-            Series(
-                chain,
-                [
-                    Point(told[chain, layer].mean, row, f"{layer}\n{_of(chain)}: {told[chain, layer].mean:.3f}")
-                    for row, layer in enumerate(layers)
-                ],
-                colour(n),
-            )
-            for n, chain in enumerate(chains)
-        ]
+        series: list[Series] = []
+        for n, chain in enumerate(chains):
+            own = [means[chain, layer].mean for layer in layers]
+            marks = [Point(v, row, f"{layers[row]}\n{_of(chain)}: {v:.3f}") for row, v in enumerate(own)]
+            series.append(Series(chain, marks, colour(n)))
         body = dots(layers, series, Axis("mean cosine of two task vectors", number, True), joined=True)
-        rows = [[Cell(layer), *(Cell.number(told[chain, layer].mean) for chain in chains)] for layer in layers]
-        table = Table(["layer", *(f"{_of(chain)} mean cosine" for chain in chains)], rows)
+        cells = [[Cell(layer), *(Cell.number(means[chain, layer].mean) for chain in chains)] for layer in layers]
+        table = Table(["layer", *(f"{_of(chain)} mean cosine" for chain in chains)], cells)
         lead = "The mean over all pairs of tasks, layer by layer."
         found.append(_figure(study, "layers", "Likeness by layer", lead, body, series, table))
     return found
@@ -132,42 +128,39 @@ def cosine(study: Study) -> list[Figure]:
 
 def norms(study: Study) -> list[Figure]:
     """How far each task moved each layer."""
-    found: list[Figure] = []
-    for chain in _each(study.records, "chain"):
-        own = [record for record in study.records if record["chain"] == chain]
-        layers, tasks = _each(own, "layer"), _each(own, "task")
-        relative, norm = bands(own, ["task", "layer"], "relative"), bands(own, ["task", "layer"], "norm")
-        colours = shades(len(tasks))
-        series = [
-            Series(
-                task,
-                [
-                    Point(
-                        relative[task, layer].mean,
-                        row,
-                        f"{layer}\n{task}: {_spread(relative[task, layer], percent)} of the base's norm\n"
-                        f"L2 norm {_spread(norm[task, layer], number)}",
-                    )
-                    for row, layer in enumerate(layers)
-                ],
-                colours[t],
-            )
-            for t, task in enumerate(tasks)
+    by = ["chain", "layer", "task"]
+    relative, norm = bands(study.records, by, "relative"), bands(study.records, by, "norm")
+    chains, layers, tasks = (_each(study.records, name) for name in by)
+    axis = Axis("norm of the task vector, in % of the base's", percent, True)
+    bodies: dict[str, Markup] = {}
+    series: list[Series] = []
+    for chain in chains:
+        series = []
+        for task, shade in zip(tasks, shades(len(tasks)), strict=True):
+            points: list[Point] = []
+            for row, layer in enumerate(layers):
+                share, length = relative[chain, layer, task], norm[chain, layer, task]
+                tip = f"{layer}\n{task}: {_spread(share, percent)} of the base's norm\n"
+                points.append(Point(share.mean, row, f"{tip}L2 norm {_spread(length, number)}"))
+            series.append(Series(task, points, shade))
+        bodies[chain] = dots(layers, series, axis, joined=True)
+    rows = [
+        [
+            Cell(_of(chain)),
+            Cell(layer),
+            *(Cell.share(relative[chain, layer, task].mean, 3) for task in tasks),
+            *(Cell.number(norm[chain, layer, task].mean) for task in tasks),
         ]
-        header = ["layer", *(f"{task}, % of the base" for task in tasks), *(f"{task}, L2 norm" for task in tasks)]
-        rows = [
-            [
-                Cell(layer),
-                *(Cell.share(relative[task, layer].mean, 3) for task in tasks),
-                *(Cell.number(norm[task, layer].mean) for task in tasks),
-            ]
-            for layer in layers
-        ]
-        axis = Axis("norm of the task vector, in % of the base's", percent, True)
-        body = dots(layers, series, axis, joined=True)
-        title = study.title + _in(chain)
-        found.append(_figure(study, chain, title, study.definition, body, series, Table(header, rows)))
-    return found
+        for chain in chains
+        for layer in layers
+    ]
+    header = [
+        "training",
+        "layer",
+        *(f"{task}, % of the base" for task in tasks),
+        *(f"{task}, L2 norm" for task in tasks),
+    ]
+    return [_figure(study, "", study.title, study.definition, bodies, series, Table(header, rows))]
 
 
 FIGURES: Mapping[str, Callable[[Study], list[Figure]]] = {
@@ -180,11 +173,22 @@ FIGURES: Mapping[str, Callable[[Study], list[Figure]]] = {
 
 
 def _figure(
-    study: Study, part: str, title: str, lead: str, body: Markup, key: Sequence[Series], table: Table | None
+    study: Study,
+    part: str,
+    title: str,
+    lead: str,
+    body: Markup | Mapping[str, Markup],
+    key: Sequence[Series],
+    table: Table | None,
 ) -> Figure:
-    ident = study.kind + (f"-{part}" if part not in ("", "given") else "")
+    """A figure of a study, or a part of one; a body for each way of training is shown one at a time."""
+    ident = f"{study.kind}-{part}" if part else study.kind
     alt = " ".join(study.findings) or lead
-    return Figure(ident, title, lead, alt, body, key if len(key) > 1 else (), table=table)
+    several = {} if isinstance(body, Markup) else body
+    drawn = body if isinstance(body, Markup) else alternatives(body)
+    choices = [chain for chain in several if len(several) > 1]
+    shown = key if len(key) > 1 else ()
+    return Figure(ident, title, lead, alt, drawn, shown, table=table, choices=choices, choice="Training")
 
 
 def _mark(band: Band, row: int, what: str, written: Callable[[float], str]) -> Point:

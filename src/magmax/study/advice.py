@@ -42,13 +42,19 @@ class Advice:
 
 
 def about_weights(tallies: Tallies) -> list[Advice]:
-    """What the task vectors alone suggest."""
-    found: list[Advice] = []
+    """What the task vectors alone suggest; of several chains together where it is the same."""
+    told: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for chain in dict.fromkeys(origin.chain for origin in tallies):
         own = {origin: found for origin, found in tallies.items() if origin.chain == chain}
-        before = "" if chain == "given" else f"{chain}: "
         for rule in (_signs, _directions, _shares, _lengths):
-            found += [Advice(a.kind, f"{before}{a.headline}", a.because) for a in rule(own)]
+            for each in rule(own):
+                told.setdefault((each.kind, each.headline), []).append((chain, each.because))
+    found: list[Advice] = []
+    for (kind, headline), reasons in told.items():
+        chains = [chain for chain, _ in reasons if chain != "given"]
+        where = f"{', '.join(chains)}: " if chains else ""
+        because = " ".join(f"{chain}: {why}" if len(chains) > 1 else why for chain, why in reasons)
+        found.append(Advice(kind, where + headline, because))
     if apart := {key for each in tallies.values() for key, why in each.apart.items() if "is not merged" not in why}:
         some = ", ".join(sorted(apart)[:3]) + (", ..." if len(apart) > 3 else "")
         found.append(
@@ -94,7 +100,7 @@ def _directions(tallies: Tallies) -> Iterator[Advice]:
         yield Advice(
             "caution",
             f"Do not sum these: with `task_arithmetic` take a scaling factor near 1/{tasks}",
-            f"The mean cosine of two task vectors is {mean:.2f}, so that a sum goes the common way {tasks} times.",
+            f"the mean cosine of two task vectors is {mean:.2f}, and a sum goes the common way {tasks} times.",
         )
 
 
@@ -171,7 +177,9 @@ def _worth(found: Sequence[Method], records: Records) -> Iterator[Advice]:
     """Merging against the last model of the same chain, and against not training at all."""
     ours = rivals(found)
     merged = [method for method in ours if method.rule not in (LAST, ZERO_SHOT)]
-    last = next((method for method in ours if method.rule == LAST), None)
+    unmerged = [method for method in ours if method.rule == LAST]
+    last = next((method for method in unmerged if merged and method.chain == merged[0].chain), None)
+    last = last or next(iter(unmerged), None)
     zero = next((method for method in ours if method.rule == ZERO_SHOT), None)
     if merged and last:
         gain = 100 * (merged[0].main.mean - last.main.mean)
