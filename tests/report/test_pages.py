@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def checked(path: Path) -> Read:
     idents = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(idents)) == len(idents)
     assert not re.search(r"https?://|//cdn|@import|url\(", text.replace("http://www.w3.org/2000/svg", ""))
+    for table in page.tables:
+        assert len({len(row) for row in table}) == 1, table[0]
     for tag, attributes in page.elements:
         assert tag not in ("img", "iframe", "object", "embed")
         assert "src" not in attributes
@@ -183,7 +186,7 @@ def test_a_report_of_a_benchmark(run, tmp_path: Path) -> None:
 
     found = {method.label: method for method in methods(load_run(folder).records)}
     table = next(t for t in page.tables if t[0][0] == "method" and "scaling factor" in t[0][1])
-    assert {row[0] for row in table[1:]} == set(found)
+    assert {row[0] for row in table[1:]} == {label for label, m in found.items() if m.variant == "default"}
     for row in table[1:]:
         assert row[2] == f"{100 * found[row[0]].main.mean:.1f}"
     matrix = next(t for t in page.tables if t[0][0] == "R, in %")
@@ -194,13 +197,22 @@ def test_a_report_of_a_benchmark(run, tmp_path: Path) -> None:
 def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
     """Toys trained here: the checkpoints are still there, so that the weights are shown, chain by chain."""
     pytest.importorskip("torch")
+    from magmax.cli.learning import read_experiment
+    from magmax.continual.benchmark import Benchmark
+    from magmax.continual.results import write_results
+
     recipe = toys.written(tmp_path / "toy.yaml", seeds=[0, 1])
-    assert run("bench", recipe, "--out", tmp_path / "bench")[0] == 0
+    experiment = read_experiment(str(recipe))
+    with ThreadPoolExecutor(1) as executor:
+        records = Benchmark(experiment, tmp_path / "bench", executor).run()
+    write_results(experiment, records, tmp_path / "bench")
     code, told, errors = run("report", tmp_path / "bench", "--out", tmp_path / "bench.html")
     assert code == 0, errors
     page = checked(tmp_path / "bench.html")
     figures = {attributes["id"] for tag, attributes in page.elements if tag == "figure"}
-    assert {"figure-conflicts", "figure-contribution-sequential", "figure-contribution-independent"} <= figures
+    assert {"figure-conflicts", "figure-contribution-overview", "figure-norms"} <= figures
+    choices = [attributes["data-choice"] for tag, attributes in page.elements if "data-choice" in attributes]
+    assert choices.count("sequential") == choices.count("independent") == 3, "contribution, cosine, norms"
     code, told, errors = run("study", "conflicts", "--from", tmp_path / "bench", "--json")
     assert code == 0, errors
     origins = {(r["chain"], r["seed"]) for r in json.loads(told)["records"]}
@@ -215,6 +227,27 @@ def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
     told_means = {row[0]: row[2] for row in table[1:]}
     assert told_means["last/sequential"] == f"{100 * sum(metrics['model']['3']['tasks']) / 3:.1f}"
     assert told_means["random_mix(seed=5)/sequential"] == f"{100 * sum(metrics['merged']['3']['tasks']) / 3:.1f}"
+
+
+@pytest.mark.parametrize("kind", ["scaling", "penalties", "curves"])
+def test_a_study_of_accuracies_is_written_in_every_form(run, tmp_path: Path, kind: str) -> None:
+    folder, out = runs.results(tmp_path / "results"), tmp_path / "study"
+    code, _, errors = run("study", kind, "--from", folder, "--out", out)
+    assert code == 0, errors
+    checked(out / f"{kind}.html")
+    drawings = list(out.glob("*.svg"))
+    assert drawings
+    for drawing in drawings:
+        shown = {
+            group.get("data-series")
+            for group in ElementTree.fromstring(drawing.read_text()).iter("{http://www.w3.org/2000/svg}g")
+            if group.get("data-series") and group.get("hidden") is None
+        }
+        words = {
+            text.text for text in ElementTree.fromstring(drawing.read_text()).iter("{http://www.w3.org/2000/svg}text")
+        }
+        assert shown
+        assert shown <= words, "the drawing has its key"
 
 
 def test_calibration_coefficients(run, models: list[Path], tmp_path: Path) -> None:

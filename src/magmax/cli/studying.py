@@ -15,6 +15,7 @@ from .console import print_table, shown_settings
 from .options import Threads
 
 if TYPE_CHECKING:
+    from ..study.methods import Records
     from ..study.records import Study
     from ..study.weights import Tallies
 
@@ -58,13 +59,13 @@ def study(
         raise MagMaxError(f"there is no study {what!r}; {nearest(what, [*STUDIES, *SCORED])}")
     if top is not None and (what != "conflicts" or not 0 < top <= 1):
         raise MagMaxError(f"--top is a fraction from 0 to 1 for the study conflicts, not {top} for {what}")
-    found = _studied(what, models, base, source, top, threads)
+    found, cells = _studied(what, models, base, source, top, threads)
     if as_json:
         print(found.as_json(), end="")
     else:
         _print(found)
     if out is not None:
-        print(", ".join(map(str, _written(found, Path(out)))))
+        print(", ".join(map(str, _written(found, cells, Path(out)))))
 
 
 def report(
@@ -129,27 +130,28 @@ def coefficients_of(path: Path) -> dict[str, float]:
 
 def _studied(
     what: str, models: Sequence[str], base: str | None, source: str | None, top: float | None, threads: int
-) -> Study:
+) -> tuple[Study, Records]:
+    """The study, and the benchmark's cells if it is of one."""
     from ..study.scored import SCORED, study_scored
     from ..study.weights import study_weights
 
     if source is None:
         if what in SCORED:
             raise MagMaxError(f"{what} is read from accuracies; give a benchmark's results: --from FOLDER")
-        return study_weights(what, _tallies(models, base, top, threads), top)
+        return study_weights(what, _tallies(models, base, top, threads), top), ()
     if models or base:
         raise MagMaxError("give either models and their --base, or --from FOLDER, not both")
     from ..study.runs import load_run
 
     run = load_run(Path(source))
     if what in SCORED:
-        return study_scored(what, run.cells)
+        return study_scored(what, run.cells), run.cells
     if not run.chains:
         raise MagMaxError(
             f"{source}: has no checkpoints any more (magmax bench --discard deletes them); {what} needs them"
         )
     with shown_settings(_bytes(run.chains.values()), "reading checkpoints", threads, False) as settings:
-        return study_weights(what, run.tallies(top, threads, settings.progress), top)
+        return study_weights(what, run.tallies(top, threads, settings.progress), top), run.cells
 
 
 def _tallies(models: Sequence[str], base: str | None, top: float | None, threads: int) -> Tallies:
@@ -188,12 +190,13 @@ def _print(found: Study) -> None:
         print(f"... {len(found.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
 
 
-def _written(found: Study, folder: Path) -> list[Path]:
+def _written(found: Study, cells: Records, folder: Path) -> list[Path]:
+    """The records, the page and the drawings of a study, each as a file."""
     from ..checkpoints.writer import replace_file
     from ..report.compose import figures_of
     from ..report.page import single, standalone_svgs
 
-    figures = figures_of(found)
+    figures = figures_of(found, cells)
     paths = found.write(folder)
     paths.append(single(found, figures).write(folder / f"{found.kind}.html"))
     for figure in figures:

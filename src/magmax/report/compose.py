@@ -8,7 +8,7 @@ from typing import Any
 
 from ..continual.experiment import LAST, ZERO_SHOT
 from ..study.advice import Advice, about_methods, about_weights, in_order
-from ..study.methods import Method, best_two, methods, rivals
+from ..study.methods import Method, Records, best_two, methods, rivals
 from ..study.records import Study, bands
 from ..study.runs import Run
 from ..study.scored import SWEEPS, has, study_scored
@@ -28,11 +28,12 @@ SECTIONS = {
 }
 
 
-def figures_of(study: Study) -> list[Figure]:
-    """The figures of a study."""
-    if study.kind in FIGURES:
-        return FIGURES[study.kind](study)
-    return [sweep_figure(study)]
+def figures_of(study: Study, cells: Records = ()) -> list[Figure]:
+    """The figures of a study; curves are drawn from the benchmark's cells."""
+    if study.kind == "curves":
+        found = methods(cells)
+        return [matrix_figure(found), *curve_figures(found)]
+    return FIGURES[study.kind](study) if study.kind in FIGURES else [sweep_figure(study)]
 
 
 def weights_page(tallies: Tallies, base: str, coefficients: Mapping[str, float] | None = None) -> Page:

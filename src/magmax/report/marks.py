@@ -50,7 +50,7 @@ class Series:
 
     @property
     def attributes(self) -> Markup:
-        return Markup(' data-series="{}"').format(self.name) + (Markup(" hidden") if self.hidden else "")
+        return Markup(' data-series="{}"').format(self.name) + (Markup(' hidden=""') if self.hidden else "")
 
 
 COLOURS, DASHES = 10, 4

@@ -20,6 +20,8 @@ from .charts import Axis, dots, number
 from .figures import Cell, Figure, Table
 from .marks import Markup, Point, Series, colour, legend
 
+MARGIN = 16.0
+"""Around a drawing that is a file of its own."""
 FAR_OFF = 0.005
 """Coefficients nearer to 1 than this do nothing worth a colour."""
 
@@ -115,8 +117,10 @@ def standalone_svgs(figure: Figure) -> dict[str, str]:
         head, _, rest = drawing.partition(">")
         width, height = map(float, re.findall(r"viewBox=.0 0 (\S+) ([^ \"]+)", head)[0])
         key, end = legend(figure.key, width, height) if figure.key else (Markup(""), height)
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width:g} {end:g}"'
-        made[name] = f"{head}>{style}{rest.removesuffix('</svg>')}{key}</svg>\n"
+        place = -MARGIN, -MARGIN, width + 2 * MARGIN, end + 2 * MARGIN
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{" ".join(f"{n:g}" for n in place)}"'
+        ground = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="12" class="ground"/>').format(*place)
+        made[name] = f"{head}>{style}{ground}{rest.removesuffix('</svg>')}{key}</svg>\n"
     return made
 
 

@@ -89,11 +89,11 @@ def contribution(study: Study) -> list[Figure]:
         found.append(_figure(study, "overview", study.title, study.definition, body, key, None))
     drawn = {chain: part(layers, [(chain, layer) for layer in layers]) for chain in chains}
     rows = [
-        [Cell(_of(chain)), Cell(layer), *(_share(told[chain, layer, task]) for task in tasks)]
+        [*_place(chain, layer, chains), *(_share(told[chain, layer, task]) for task in tasks)]
         for chain in chains
         for layer in layers
     ]
-    table = Table(["training", "layer", *(f"{task}, %" for task in tasks)], rows)
+    table = Table([*_places(chains), *(f"{task}, %" for task in tasks)], rows)
     title = "The same, layer by layer" if found else study.title
     bodies = {chain: body for chain, (body, _) in drawn.items()}
     found.append(_figure(study, "", title, study.definition, bodies, drawn[chains[0]][1], table))
@@ -146,21 +146,16 @@ def norms(study: Study) -> list[Figure]:
         bodies[chain] = dots(layers, series, axis, joined=True)
     rows = [
         [
-            Cell(_of(chain)),
-            Cell(layer),
+            *_place(chain, layer, chains),
             *(Cell.share(relative[chain, layer, task].mean, 3) for task in tasks),
             *(Cell.number(norm[chain, layer, task].mean) for task in tasks),
         ]
         for chain in chains
         for layer in layers
     ]
-    header = [
-        "training",
-        "layer",
-        *(f"{task}, % of the base" for task in tasks),
-        *(f"{task}, L2 norm" for task in tasks),
-    ]
-    return [_figure(study, "", study.title, study.definition, bodies, series, Table(header, rows))]
+    units = [f"{task}, {unit}" for unit in ("% of the base", "L2 norm") for task in tasks]
+    table = Table([*_places(chains), *units], rows)
+    return [_figure(study, "", study.title, study.definition, bodies, series, table)]
 
 
 FIGURES: Mapping[str, Callable[[Study], list[Figure]]] = {
@@ -215,6 +210,15 @@ def _angle(band: Band, task: str, other: str) -> Cell:
 def _each(records: Sequence[Record], name: str) -> list:
     """The values of a column, in the order they come."""
     return list(dict.fromkeys(record[name] for record in records))
+
+
+def _places(chains: Sequence[str]) -> list[str]:
+    """The columns that say what a row is of."""
+    return ["training", "layer"] if len(chains) > 1 else ["layer"]
+
+
+def _place(chain: str, layer: str, chains: Sequence[str]) -> list[Cell]:
+    return [Cell(chain), Cell(layer)] if len(chains) > 1 else [Cell(layer)]
 
 
 def _of(chain: str) -> str:
