@@ -8,7 +8,7 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import calibrating, deploying, learning, looking, merging, recipes, running, tuning
+from . import calibrating, deploying, learning, looking, merging, recipes, running, studying, tuning
 
 app = App(
     name="magmax",
@@ -18,15 +18,8 @@ app = App(
 for verb in (
     *(merging.merge, merging.sweep, calibrating.calibrate, tuning.tune, tuning.archive, tuning.presets),
     *(running.absorb, running.result, running.status, running.label, running.restore),
-    *(
-        looking.inspect,
-        looking.convert,
-        looking.diff,
-        looking.rules,
-        learning.train,
-        learning.bench,
-        deploying.environments,
-    ),
+    *(looking.inspect, looking.convert, looking.diff, looking.rules),
+    *(learning.train, learning.bench, deploying.environments, studying.study, studying.report),
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")
