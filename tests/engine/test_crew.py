@@ -17,7 +17,7 @@ import pytest
 import torch
 from tests.checkpoints.test_dcp import save
 from tests.checkpoints.test_lora import adapter, base_model, linear
-from tests.engine.dawdling import SLOWLY, Dawdling
+from tests.engine.dawdling import SLOWLY, Dawdling, hide
 from tests.models import saved, small_model
 
 import magmax
@@ -233,22 +233,6 @@ def read_address(there: Path) -> str:
             return json.loads(there.read_text())["address"]
         time.sleep(0.01)
     raise TimeoutError("after 30 s there is no scheduler")
-
-
-def hide(folder: str) -> None:
-    """In a worker: what is in a folder is there for others alone; nothing is hidden where the folder is ""."""
-    true_exists, true_stat = getattr(os, "true", (os.path.exists, Path.stat))
-
-    def exists(path: Any) -> bool:
-        return not os.fspath(path).startswith(folder) and true_exists(path)
-
-    def stat(path: Path, **options: Any) -> os.stat_result:
-        if str(path).startswith(folder):
-            raise FileNotFoundError(2, "No such file or directory", str(path))
-        return true_stat(path, **options)
-
-    os.true = true_exists, true_stat
-    os.path.exists, Path.stat = (exists, stat) if folder else (true_exists, true_stat)
 
 
 @pytest.mark.parametrize("what", ["in", "out"])
