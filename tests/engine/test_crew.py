@@ -24,6 +24,7 @@ import magmax
 from magmax import MagMaxError, Running
 from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.writer import Target
+from magmax.cli import app
 from magmax.engine import crew, stream
 from magmax.engine.ground import Ground
 from magmax.engine.job import Settings
@@ -250,6 +251,25 @@ def test_a_worker_without_the_folder_is_refused_with_the_reason(what, files, tmp
     assert poor in str(told.value)
     assert fine not in str(told.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command_line_names_a_scheduler(files, tmp_path, dask, capsys):
+    base, tasks = files
+    address = dask.scheduler.address
+    words = ["merge", *map(str, tasks), "--base", str(base), "--out", str(tmp_path / "out.safetensors")]
+    app([*words, "--scheduler", address, "--dry-run"], result_action="return_value")
+    assert "workers       2, 1 shares at once, peak memory about " in capsys.readouterr().out
+    assert not (tmp_path / "out.safetensors").exists()
+    app([*words, "--scheduler", address], result_action="return_value")
+    magmax.merge("magmax", base, tasks, out=tmp_path / "alone.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+
+
+def test_adapters_are_merged_into_one_by_threads_alone(tmp_path, pool):
+    folders = [adapter(tmp_path / name, linear("m.q", 20, 12)) for name in ("one", "two")]
+    with pytest.raises(MagMaxError, match="by threads of this process"):
+        magmax.merge_adapters("average", folders, 2, tmp_path / "out", settings=Settings(executor=pool))
+    assert not list(tmp_path.glob("out*"))
 
 
 def opened(base: Path, tasks: list[Path]) -> tuple[Any, list[Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -20,11 +22,21 @@ def cores() -> int:
 
 
 def process_pool(workers: int) -> Executor:
-    """Processes that begin from nothing, so that no thread of this one is copied into them."""
-    import multiprocessing
+    """Processes that begin from nothing, so that no thread of this one is copied into them; and that end with it."""
     from concurrent.futures import ProcessPoolExecutor
 
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
