@@ -197,18 +197,28 @@ def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> di
     result = dict(content)
     for word in overrides:
         name, _, text = word.partition("=")
-        head, *rest = name.split(".")
-        if head == "method" and rest:
-            head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
-            rest = [] if head == "scaling_factor" else rest
-        value = parse_yaml(text, word)
-        if not rest:
-            result[head] = value
-        elif head == "rule" and len(rest) == 1:
-            result["rule"] = _with_option(result.get("rule", "magmax"), rest[0], value)
-        else:
-            raise MagMaxError(f"cannot set {name}; write KEY=VALUE or rule.OPTION=VALUE")
+        result = with_value(result, name, parse_yaml(text, word))
     return result
+
+
+def with_value(content: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The recipe's content with a value put in: by a key, by rule.OPTION, or by rule.PART.OPTION of a chain."""
+    head, *rest = name.split(".")
+    if head == "method" and rest:
+        head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
+        rest = [] if head == "scaling_factor" else rest
+    if not rest:
+        return {**content, head: value}
+    rule = content.get("rule", "magmax")
+    if head == "rule" and len(rest) == 1:
+        return {**content, "rule": _with_option(rule, rest[0], value)}
+    if head == "rule" and len(rest) == 2 and isinstance(rule, list):
+        parts = [part if isinstance(part, str) else next(iter(part), "") for part in rule]
+        if rest[0] not in parts:
+            raise MagMaxError(f"cannot set {name}: the chain has no part {rest[0]!r}; {nearest(rest[0], parts)}")
+        place = parts.index(rest[0])
+        return {**content, "rule": [*rule[:place], _with_option(rule[place], rest[1], value), *rule[place + 1 :]]}
+    raise MagMaxError(f"cannot set {name}; write KEY=VALUE or rule.OPTION=VALUE, or rule.PART.OPTION=VALUE of a chain")
 
 
 def _with_option(rule: Any, option: str, value: Any) -> Any:

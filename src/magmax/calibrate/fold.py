@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
+from ..engine.crew import Crew
 from ..engine.reader import finite
 from ..engine.stream import Kernel, Progress, Slab
 from ..errors import MagMaxError
@@ -124,8 +125,8 @@ class ThenFold(Kernel):
     def gathers(self) -> bool:
         return self.merge.gathers
 
-    def prepared(self, threads: int, progress: Progress) -> Self:
-        return type(self)(self.merge.prepared(threads, progress), self.coefficients, self.out)
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
+        return type(self)(self.merge.prepared(crew, progress), self.coefficients, self.out)
 
     def note(self) -> str:
         return self.merge.note()

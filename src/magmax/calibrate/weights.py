@@ -14,7 +14,7 @@ from ..checkpoints import Checkpoint
 from ..engine.compare import Mismatch, compare
 from ..engine.job import Settings
 from ..engine.reader import Reader
-from ..engine.stream import Kernel, Pass, Slab, cores
+from ..engine.stream import Kernel, Pass, Slab
 from ..rules import CalibrateWeights
 from ..rules.calibrate_weights import is_calibrated
 from ..rules.lengths import measures
@@ -119,7 +119,7 @@ def _measured(
     """By tensor the measures of each of its parts, of so many elements each: shape (parts, T + 1, T + 2)."""
     inputs = [base, merged, *models]
     kernel = _Measured(Reader(inputs), sizes)
-    Pass(inputs, [], kernel, settings.threads or cores(), digest=False).run(settings.progress)
+    Pass(inputs, [], kernel, settings.crew, digest=False).run(settings.progress)
     made: dict[str, NDArray[np.float64]] = {}
     for key, size in sizes.items():
         width = len(models) + 1

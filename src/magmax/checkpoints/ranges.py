@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 from ..errors import MagMaxError
 
@@ -20,6 +21,10 @@ class RangeFile:
             raise MagMaxError(f"{self.label}: cannot be opened: {error.strerror}") from error
         weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the file is opened again."""
+        return type(self), (self.path.absolute(), self.label)
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on."""

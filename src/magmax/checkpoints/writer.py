@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class Shard:
             return False
 
     def open(self, fresh: bool) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
         self._fd = os.open(self.path, flags, 0o666)
         if fresh:
             self._put(memoryview(self._header_bytes), 0)
@@ -132,6 +133,15 @@ class Shard:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "path": self.path.absolute(), "_fd": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process the file on disk is opened, to be filled by both, until nobody needs this any more."""
+        self.__dict__.update(state)
+        self.open(fresh=False)
+        weakref.finalize(self, os.close, self._fd)
 
     def _put(self, view: memoryview, offset: int) -> None:
         while view:
@@ -170,8 +180,8 @@ class Draft:
         """Create the files, or with fresh=False take up those of an interrupted run."""
         if fresh:
             remove(self.target.partial)
-        if self.target.folder:
-            self.target.partial.mkdir(exist_ok=True)
+            if self.target.folder:
+                self.target.partial.mkdir()
         for shard in self._shards:
             shard.open(fresh)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
-from .learning import assigned, executor_of, read_experiment
+from .learning import assigned, read_experiment
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
@@ -46,10 +46,11 @@ def environments(
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
     study, experiment = read_study(recipe, assignments)
+    from ..engine.workers import hired
     from ..preference.protocol.report import write_report
     from ..preference.protocol.run import Runs
 
-    with executor_of(jobs, scheduler) as executor, bars() as new_bar:
+    with hired(jobs, scheduler) as executor, bars() as new_bar:
         work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
         records = work.run()
     files = write_report(study, experiment, records, Path(out))

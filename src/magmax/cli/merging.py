@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
-from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
+from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +32,7 @@ def merge(
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Merge fine-tuned models into their base.
 
@@ -72,7 +73,7 @@ def merge(
     plan = _plan(models, flags)
     print_notes(plan)
     job = plan.job(settings=Settings(threads, note=say))
-    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run)
+    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler)
     if outcome is None:
         return
     for line in job.report():
@@ -89,6 +90,7 @@ def sweep(
     keep: Annotated[bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")] = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Merge once, then write or evaluate the result at many scaling factors.
 
@@ -125,7 +127,8 @@ def sweep(
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
-    with shown_settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
+    words = f"sweeping {len(chosen)} scaling factors"
+    with shown_settings(total, words, threads, restart, scheduler) as settings:
         rule = plan.preferred(base, models, settings) if plan.target else plan.rule
         work = Sweep(rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):

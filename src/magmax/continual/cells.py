@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import platform
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ import xxhash
 
 import magmax
 from magmax.calibrate import FeatureOptions, calibrate_features
-from magmax.continual.context import Context, context, device
+from magmax.continual.context import Context, alone, context, device
 from magmax.continual.evaluate import Row
 from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
 from magmax.continual.given import take_in
@@ -47,13 +46,10 @@ def cell_file(out: Path, experiment: Experiment, cell: Cell) -> Path:
 MEMORY = "memory.json"
 """Beside a chain's checkpoints: the peak memory of its training."""
 
-_alone = threading.Lock()
-"""A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
-
 
 def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) -> str:
     """Train all checkpoints of a chain, or find them there; `recipe` is the experiment as JSON. Returns its name."""
-    with _alone:
+    with alone:
         return _chain(Experiment.model_validate_json(recipe), Path(out), seed, chain, threads)
 
 
@@ -74,7 +70,7 @@ def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: in
 
 def run_cell(recipe: str, out: str, cell: Cell, threads: int = 1) -> str:
     """Measure a cell whose chain is trained, and write its record. Returns its name."""
-    with _alone:
+    with alone:
         return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +106,9 @@ def device() -> str:
     """Where models run: the accelerator, if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+
+alone = threading.Lock()
+"""A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
 
 _kept: dict[str, Any] = {}
 

@@ -6,8 +6,10 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +17,20 @@ from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
-from ..errors import MagMaxError, listed
+from ..errors import MagMaxError, UnfinishedError, listed
+from .crew import Crew, cores
+from .ground import Ground
 from .ledger import Ledger
 from .provenance import Provenance
-from .stream import Kernel, Pass, Progress, Sink, cores
+from .stream import Kernel, Pass, Progress, Sink
+from .workers import Cluster
 
 ARRAYS_A_THREAD = 10
 ARRAYS_A_DECOMPOSITION = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
+DASK_BYTES = 60_000_000
+"""What Dask itself takes in a worker: measured."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,27 @@ class Settings:
         restart: forget an interrupted run instead of resuming it.
         progress: told of bytes read, as they are.
         note: told of things worth knowing, such as a resumption.
+        executor: its workers work instead of threads of this process: a pool of threads or processes, or the executor
+            of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path again, so
+            that they need the inputs and the output's folder on a file system that all share.
+        ground: what those workers must see; a job finds out.
     """
 
     threads: int = 0
     restart: bool = False
     progress: Progress = lambda _: None
     note: Callable[[str], None] = lambda _: None
+    executor: Executor | None = None
+    ground: Ground | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise MagMaxError(f"threads must be 0 (one for each processor) or more, not {self.threads}")
+
+    @property
+    def crew(self) -> Crew:
+        """Those who work."""
+        return Crew(self.threads, self.executor, self.ground)
 
 
 @dataclass(frozen=True)
@@ -81,10 +99,10 @@ Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Wor
 
 def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
     """The pass of the job's kernel over all inputs."""
-    kernel = job.kernel.prepared(settings.threads, settings.progress)
+    kernel = job.kernel.prepared(settings.crew, settings.progress)
     if words := kernel.note():
         settings.note(words)
-    return Pass(job.inputs, sinks, kernel, settings.threads, True, journal, parts)
+    return Pass(job.inputs, sinks, kernel, settings.crew, True, journal, parts)
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,18 @@ class Job:
             "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
         }
 
+    def workers(self, executor: Executor | None) -> list[tuple[int, int]]:
+        """Of each worker of a Dask cluster, how many shares it does at once and the bytes it holds at most.
+
+        Raises UnfinishedError if there is none, or one that does not see the inputs.
+        """
+        cluster = Cluster.of(executor)
+        if cluster is None:
+            return []
+        Crew(executor=executor, ground=Ground.of(self.inputs)).muster()
+        fixed = IMPORTS_BYTES + DASK_BYTES
+        return [(n, fixed + self._arrays(n) + n * self.memory_a_thread) for n in cluster.threads().values()]
+
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
         specs = [*self.specs.values(), *self.inputs[0].specs.values()]
@@ -175,8 +205,9 @@ class Job:
         """Do the work and publish the output.
 
         Raises:
-            MagMaxError: an input that cannot be used, a place that cannot be written, or no space left. After the last,
-                what was finished stays beside the output and the same job takes it up again.
+            MagMaxError: an input that cannot be used, a place that cannot be written, no space left, or workers that
+                are lost (`UnfinishedError`). After the last two, what was finished stays beside the output and the
+                same job takes it up again.
         """
         settings = settings or Settings()
         try:
@@ -187,9 +218,10 @@ class Job:
             draft = self.draft()
             try:
                 return self._run(draft, journal, settings)
-            except MagMaxError:
-                draft.discard()
-                journal.remove()
+            except MagMaxError as error:
+                if not (isinstance(error, UnfinishedError) and journal.load()[1]):
+                    draft.discard()
+                    journal.remove()
                 raise
             finally:
                 draft.close()
@@ -205,11 +237,12 @@ class Job:
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
-        work = self.worker(self, self.sinks(draft), journal, settings, parts)
-        reused = work.reused
-        if reused:
-            settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
-        ledger = work.run(settings.progress)
+        with self._staffed(settings) as settings:
+            work = self.worker(self, self.sinks(draft), journal, settings, parts)
+            reused = work.reused
+            if reused:
+                settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
+            ledger = work.run(settings.progress)
         outputs = ledger.tensors[len(self.inputs) :]
         digests = ledger.digests(self.inputs)
         self.check(digests)
@@ -221,6 +254,17 @@ class Job:
         return Outcome(
             self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
         )
+
+    @contextmanager
+    def _staffed(self, settings: Settings) -> Generator[Settings]:
+        """The settings with workers that see what they must, where these are in other processes."""
+        if settings.executor is None or isinstance(settings.executor, ThreadPoolExecutor):
+            yield settings
+            return
+        with Ground.of(self.inputs).staked(self.target) as ground:
+            settings = replace(settings, ground=ground)
+            settings.crew.muster()
+            yield settings
 
     def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -91,6 +92,7 @@ def merge(
     mismatch: Mismatch = "strict",
     allow_nonfinite: bool = False,
     settings: Settings | None = None,
+    executor: Executor | None = None,
 ) -> Any:
     """base + scaling_factor * rule(task vectors of `models`).
 
@@ -104,6 +106,8 @@ def merge(
         mismatch: what to do where models do not fit the base; see `Options`.
         allow_nonfinite: merge NaN and infinity too.
         settings: threads, progress, restart; see `Settings`.
+        executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
+            processes need the inputs, and the folder of `out`, at the same paths. See `Settings`.
 
     Returns:
         With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of
@@ -115,6 +119,8 @@ def merge(
     if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
     rule = as_rule(rule)
+    settings = settings or Settings()
+    settings = replace(settings, executor=executor or settings.executor)
     options = Options(scaling_factor, dtype, mismatch, allow_nonfinite)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
@@ -124,9 +130,7 @@ def merge(
         return Path(fspath(out))
     if opened.path is not None:
         raise MagMaxError("merging files needs `out`, the path of the result")
-    tensors = merge_in_memory(
-        rule.for_models([m.label for m in others]), opened, others, options, settings or Settings()
-    )
+    tensors = merge_in_memory(rule.for_models([m.label for m in others]), opened, others, options, settings)
     return like(base, opened, tensors, options)
 
 
@@ -219,13 +223,13 @@ def merges_in_memory(
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """The merge at each of several scaling factors; what the rule asks of the models is asked once."""
     kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
-    kernel = kernel.prepared(settings.threads, settings.progress)
+    kernel = kernel.prepared(settings.crew, settings.progress)
     if words := kernel.note():
         settings.note(words)
     for factor in factors:
         memory = MemorySink(kernel.out)
         scaled = replace(kernel, scaling_factor=factor)
-        Pass([base, *models], [memory], scaled, settings.threads, digest=False).run(settings.progress)
+        Pass([base, *models], [memory], scaled, settings.crew, digest=False).run(settings.progress)
         yield memory.tensors
 
 

@@ -180,7 +180,7 @@ class Running:
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
         inputs = kernel.merge.reader.inputs
-        ledger = Pass(inputs, [memory], kernel, self._settings.threads).run(self._settings.progress)
+        ledger = Pass(inputs, [memory], kernel, self._settings.crew).run(self._settings.progress)
         self._verify(ledger.digests(inputs), self._recorded())
         return like(self._base_given, base, memory.tensors, chosen)
 

@@ -17,6 +17,7 @@ from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
+from .crew import Crew
 from .job import Job, Outcome, Settings
 from .merge import Options, merge_job
 from .provenance import Provenance
@@ -39,8 +40,8 @@ class VectorKernel(Kernel):
     def gathers(self) -> bool:
         return self.merge.gathers
 
-    def prepared(self, threads: int, progress: Progress) -> Self:
-        return replace(self, merge=self.merge.prepared(threads, progress))
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepared(crew, progress))
 
     def note(self) -> str:
         return self.merge.note()
