@@ -7,6 +7,10 @@ class MagMaxError(ValueError):
     """An input that cannot be used as given: the message names it and says what would work."""
 
 
+class UnreachableError(MagMaxError):
+    """What failed may be well again in a while: the work done so far is kept, and the same command goes on with it."""
+
+
 def listed(heading: str, problems: list[str]) -> MagMaxError:
     """One error for many problems, so that all of them are seen at once."""
     if len(problems) == 1:

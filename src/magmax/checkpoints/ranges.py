@@ -21,8 +21,8 @@ class RangeFile:
         weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` on."""
+    def fill(self, view: memoryview, offset: int, of: str = "") -> None:
+        """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to."""
         while view:
             try:
                 count = os.preadv(self._fd, [view], offset)

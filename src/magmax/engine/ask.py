@@ -13,7 +13,7 @@ from ..checkpoints.slabs import Chunk, chunks
 from ..rules import Address, Block, Rule
 from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span, carried_out
 from .reader import Reader
-from .stream import Progress, Slab, cores, cut, hold_freed_memory, in_threads
+from .stream import Ahead, Progress, Slab, cores, cut, hold_freed_memory, in_threads
 
 
 class Answers(NamedTuple):
@@ -117,7 +117,9 @@ class Questions:
         whole = not fold.sample and fold.only is None
         todo = (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec, self._whole))
         one_by_one = (work(chunk) for chunk in todo)
-        with closing(one_by_one if self._threads == 1 else in_threads(work, todo, self._threads)) as done:
+        ahead = Ahead(self.reader.inputs if whole else ())
+        alone = self._threads == 1 and not any(checkpoint.url for checkpoint in self.reader.inputs)
+        with closing(one_by_one if alone else in_threads(work, todo, self._threads, ahead)) as done:
             for chunk in done:
                 if whole:
                     size = self._specs[chunk.key].storage.itemsize

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
+from ..checkpoints.urls import changed
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
-from ..errors import MagMaxError, listed
+from ..errors import MagMaxError, UnreachableError, listed
 from .ledger import Ledger
 from .provenance import Provenance
 from .stream import Kernel, Pass, Progress, Sink, cores
@@ -187,6 +188,8 @@ class Job:
             draft = self.draft()
             try:
                 return self._run(draft, journal, settings)
+            except UnreachableError:
+                raise
             except MagMaxError:
                 draft.discard()
                 journal.remove()
@@ -212,6 +215,7 @@ class Job:
         ledger = work.run(settings.progress)
         outputs = ledger.tensors[len(self.inputs) :]
         digests = ledger.digests(self.inputs)
+        self._check_unchanged()
         self.check(digests)
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
@@ -227,7 +231,7 @@ class Job:
         identity, parts = journal.load()
         if identity is None or not parts or settings.restart:
             return []
-        if None in (c.path for c in self.inputs):
+        if not all(c.stored for c in self.inputs):
             settings.note("starting afresh: inputs in memory cannot be recognised")
             return []
         ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
@@ -241,12 +245,18 @@ class Job:
         """What must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
-        identity["the order of the inputs"] = [[str(path) for path in c.files()] for c in self.inputs]
+        found = [checkpoint.fingerprints() for checkpoint in self.inputs]
+        identity["the order of the inputs"] = [list(stamps) for stamps in found]
+        return identity | {name: stamp for stamps in found for name, stamp in stamps.items()}
+
+    def _check_unchanged(self) -> None:
+        """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
         for checkpoint in self.inputs:
-            for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
-                status = path.stat()
-                identity[str(path)] = [status.st_size, status.st_mtime_ns, header]
-        return identity
+            if checkpoint.url:
+                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(again=True)
+                for name in before:
+                    if before[name] != now[name]:
+                        raise changed(name)
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]

@@ -119,7 +119,7 @@ def merge(
     if out is not None:
         merge_job(rule, opened, others, Path(fspath(out)), options).run(settings)
         return Path(fspath(out))
-    if opened.path is not None:
+    if opened.stored:
         raise MagMaxError("merging files needs `out`, the path of the result")
     tensors = merge_in_memory(
         rule.for_models([m.label for m in others]), opened, others, options, settings or Settings()
@@ -165,13 +165,13 @@ def beside(
     base: Checkpoint, out: Mapping[str, Spec], options: Options, match: Match
 ) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
     """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
-    folder = base.path if base.path is not None and base.path.is_dir() else None
     wanted = LONG_NAMES[options.dtype] if options.dtype else None
 
     def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         dtypes = sorted({s.dtype for s in out.values() if s.floating})
         partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly.items()}
         card = model_card(provenance, dtypes, match.carried, partly).encode()
+        folder = base.folder()
         copied = companions(folder, wanted) if folder else {}
         return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
@@ -272,11 +272,11 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
-    seen: dict[Path, str] = {}
+    seen: dict[Path | str, str] = {}
     for checkpoint in checkpoints:
-        if checkpoint.path is None or isinstance(checkpoint, Zeros):
+        if not checkpoint.stored or isinstance(checkpoint, Zeros):
             continue
-        real = checkpoint.path.resolve()
+        real = checkpoint.path.resolve() if checkpoint.path is not None else checkpoint.url
         if real in seen:
             raise MagMaxError(f"{checkpoint.label}: is the same file as {seen[real]}; name each model once")
         seen[real] = checkpoint.label
