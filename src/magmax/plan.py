@@ -86,7 +86,7 @@ class Plan:
             return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
         base, models, names = self.opened()
         rule = self.preferred(base, models, settings) if self.target else self.rule
-        return merge_job(rule, base, models, Path(where), self.options, names)
+        return merge_job(rule, base, models, where, self.options, names)
 
     def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
         """The rule, with the preference that comes from the target, if there is one."""

@@ -60,6 +60,11 @@ class Checkpoint(ABC):
         """Whether it is in files, here or elsewhere, and not in memory."""
         return self.path is not None or bool(self.url)
 
+    @property
+    def remote_bytes(self) -> int:
+        """How many of its bytes come from another machine, as far as tensors go."""
+        return self.nbytes if self.url else 0
+
     def folder(self) -> Path | None:
         """The folder on this machine with the small files that belong to the model, if it has any."""
         return self.path if self.path is not None and self.path.is_dir() else None

@@ -12,7 +12,18 @@ from .urls import WEB, NotThereError, changed, file_system, shown
 
 PATIENCE = 60.0
 """Seconds without a single byte after which a connection counts as broken."""
-TELLING = ("ETag", "etag", "generation", "version_id", "VersionId", "LastModified", "last_modified", "updated", "mtime")
+TELLING = (
+    "ETag",
+    "etag",
+    "generation",
+    "version_id",
+    "VersionId",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "created",
+)
 """What file systems call that which changes with a file."""
 
 

@@ -60,6 +60,8 @@ def print_preview(job: Job, threads: int) -> None:
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
+    if cost["read_remotely"] or cost["write_remotely"]:
+        print(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     print(f"peak memory   about {in_bytes(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):

@@ -57,7 +57,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         return {**(companions(folder, None) if folder else {}), **provenance_file(provenance, digests)}
 
     return Job(
-        target=Target(Path(out)),
+        target=Target.of(out),
         inputs=[source],
         names=default_names([source.place]),
         recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},

@@ -14,12 +14,14 @@ from typing import Any, Protocol
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
-from ..checkpoints.urls import changed
+from ..checkpoints.upload import Upload
+from ..checkpoints.urls import changed, shown
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, UnreachableError, listed
 from .ledger import Ledger
 from .provenance import Provenance
-from .stream import Kernel, Pass, Progress, Sink, cores
+from .sending import sent
+from .stream import BYTES_AHEAD, Kernel, Pass, Progress, Sink, cores
 
 ARRAYS_A_THREAD = 10
 ARRAYS_A_DECOMPOSITION = 16
@@ -52,7 +54,7 @@ class Settings:
 class Outcome:
     """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
 
-    path: Path
+    path: Path | str
     seconds: float
     read_bytes: int
     written_bytes: int
@@ -141,11 +143,14 @@ class Job:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
         threads = 1 if self.kernel.whole else threads or cores()
-        memory = self.memory + threads * self.memory_a_thread
+        remote = sum(checkpoint.remote_bytes for checkpoint in self.inputs)
+        memory = self.memory + threads * self.memory_a_thread + min(remote, BYTES_AHEAD)
         return {
             "passes": 1 + self.extra_passes,
             "read_bytes": self.read_bytes,
             "write_bytes": size,
+            "read_remotely": (1 + self.extra_passes) * sum(c.remote_bytes for c in self.inputs),
+            "write_remotely": size if self.target.url else 0,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
             "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
@@ -163,6 +168,8 @@ class Job:
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
         found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        if self.target.url:
+            found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
         if not found:
             disk = self.preview()
             if disk["disk_needed"] > disk["disk_free"]:
@@ -180,6 +187,19 @@ class Job:
                 what was finished stays beside the output and the same job takes it up again.
         """
         settings = settings or Settings()
+        if not self.target.url:
+            return self._made(settings)
+        if problems := self.problems():
+            raise listed(f"{shown(self.target.url)} cannot be written", problems)
+        self.target.path.parent.mkdir(parents=True, exist_ok=True)
+
+        def restored(told: Mapping[str, Any]) -> Outcome:
+            return Outcome(**told)
+
+        return sent(self.target, self._identity(), lambda: self._made(settings), restored, settings.note)
+
+    def _made(self, settings: Settings) -> Outcome:
+        """The work done and the output published on this machine."""
         try:
             if problems := self.problems():
                 raise listed(f"{self.target.path} cannot be written", problems)

@@ -17,6 +17,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dtypes import LONG_NAMES
 from ..checkpoints.memory import as_tensor
+from ..checkpoints.urls import is_url
 from ..checkpoints.writer import SHARD_BYTES, Target
 from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
@@ -98,13 +99,13 @@ def merge(
         rule: a rule or its name.
         base, models: paths, state dicts or modules, in any mixture; a model may be a LoRA adapter of the base.
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
-        out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
+        out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype, mismatch, allow_nonfinite: see `Options`.
         settings: threads, progress, restart; see `Settings`.
 
     Returns:
-        With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of
-        the module. Tensors that share storage in `base` share it in the result.
+        With `out`, its path or URL. Without, the merged model of the same kind as `base`: a new state dict, or a deep
+        copy of the module. Tensors that share storage in `base` share it in the result.
 
     Raises:
         MagMaxError: models that do not fit the base, NaN or infinity, files that cannot be read or written.
@@ -117,8 +118,8 @@ def merge(
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
     if out is not None:
-        merge_job(rule, opened, others, Path(fspath(out)), options).run(settings)
-        return Path(fspath(out))
+        merge_job(rule, opened, others, out, options).run(settings)
+        return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
     if opened.stored:
         raise MagMaxError("merging files needs `out`, the path of the result")
     tensors = merge_in_memory(
@@ -131,7 +132,7 @@ def merge_job(
     rule: Rule,
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    out: Path,
+    out: str | PathLike[str],
     options: Options,
     names: Sequence[str] | None = None,
 ) -> Job:
@@ -143,7 +144,7 @@ def merge_job(
     apart = rule.questions_span is Span.TENSOR
 
     return Job(
-        target=Target(out),
+        target=Target.of(out),
         inputs=[base, *models],
         names=["zeros" if isinstance(base, Zeros) else "base", *names],
         recipe={**recipe_of(rule, options), **match.told()},

@@ -174,8 +174,8 @@ class Running:
         base = self._base()
         chosen = Options(scaling_factor, **options)
         if out is not None:
-            self.result_job(Path(fspath(out)), chosen).run(self._settings)
-            return Path(fspath(out))
+            self.result_job(out, chosen).run(self._settings)
+            return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
         if base.stored:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
@@ -185,7 +185,7 @@ class Running:
         self._verify(ledger.digests(inputs), self._recorded())
         return like(self._base_given, base, memory.tensors, chosen)
 
-    def result_job(self, out: Path, options: Options) -> Job:
+    def result_job(self, out: str | PathLike[str], options: Options) -> Job:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._base()
         kernel = self._result_kernel(base, options)
@@ -196,7 +196,7 @@ class Running:
             self._verify(found, recorded)
 
         return Job(
-            target=Target(out),
+            target=Target.of(out),
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={

@@ -132,7 +132,7 @@ class Scaler:
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,
         )  # fmt: skip
-        return job.run(sweep.settings).path
+        return Path(job.run(sweep.settings).path)
 
 
 def _merge_kernel(job: Job) -> MergeKernel:
