@@ -18,6 +18,7 @@ from ..checkpoints.upload import Upload
 from ..checkpoints.urls import changed, shown
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, UnreachableError, listed
+from .cost import Cost
 from .ledger import Ledger
 from .provenance import Provenance
 from .sending import sent
@@ -155,6 +156,14 @@ class Job:
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
             "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
         }
+
+    def cost(self, threads: int = 0) -> Cost:
+        """What it moves, and so how long it takes; the decompositions of rules that need these are left out."""
+        passes, threads = 1 + self.extra_passes, 1 if self.kernel.whole else threads or cores()
+        read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in self.inputs)
+        elements = sum(spec.elements for checkpoint in self.inputs for spec in checkpoint.specs.values())
+        written = sum(spec.nbytes for spec in self.specs.values()), sum(s.elements for s in self.specs.values())
+        return Cost(passes * read + written[0], passes * elements + written[1], threads)
 
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
