@@ -1,4 +1,4 @@
-"""Wall time and memory of merging over parameters, models and workers, beside what the model of the cost says."""
+"""Time and memory of merging over parameters, models and workers, beside what the model of the cost says."""
 
 import json
 import os
@@ -27,6 +27,7 @@ SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA}
 MODELS = (2, 4, 8, 16, 32)
 WORKERS = (1, 2)
 CHUNK = 1 << 22
+SPARE_BYTES = 4_000_000_000
 FINITE = np.uint16(0xBFFF)
 """Clears the bit without which no bfloat16 is infinite or NaN."""
 app = App(help=__doc__)
@@ -123,13 +124,11 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
     left_out: list[str] = []
     for name, architecture in SIZES.items():
         w = Workload(name, architecture, "BF16", tasks=0)
-        fitting = [m for m in MODELS if w.model_bytes() * (m + 2) <= gigabytes * 1e9]
+        room = min(gigabytes * 1e9, _free(folder) - SPARE_BYTES)
+        fitting = [m for m in MODELS if w.model_bytes() * (m + 2) <= room]
         left_out += [f"{name} x {m}" for m in MODELS if m not in fitting]
         if not fitting:
             continue
-        need, free = w.model_bytes() * (fitting[-1] + 2), shutil.disk_usage(_there(folder)).free
-        if free < 1.1 * need:
-            raise SystemExit(f"{folder}: needs {need / 1e9:.1f} GB for {name}; {free / 1e9:.1f} GB are free")
         try:
             made = make(replace(w, tasks=fitting[-1]), folder)
             out = folder / "merged.safetensors"
@@ -144,12 +143,22 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
         draw(records, REPOSITORY / "docs" / "scaling.svg")
 
 
-def _there(folder: Path) -> Path:
-    return next(path for path in [folder, *folder.parents] if path.exists())
+def _free(folder: Path) -> int:
+    """Bytes to be had on the disk of a folder, or of memory where it lies there."""
+    there = next(path for path in [folder, *folder.parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    if not _in_memory(folder):
+        return free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return min(free, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+
+
+def _in_memory(folder: Path) -> bool:
+    return os.fspath(folder).startswith("/dev/shm")
 
 
 def _kind(folder: Path) -> str:
-    return "memory (tmpfs)" if os.fspath(folder).startswith("/dev/shm") else "a folder on disk, page cache warm"
+    return "memory (tmpfs)" if _in_memory(folder) else "a folder on disk, page cache warm"
 
 
 if __name__ == "__main__":
