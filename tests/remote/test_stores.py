@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tests.models import saved, small_model
+from tests.models import loaded, saved, small_model
 
 import magmax
 from magmax.checkpoints import open_checkpoint, remote, urls
@@ -145,6 +145,15 @@ def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(de
     magmax.merge("magmax", base, models, out=tmp_path / "home.safetensors")
     assert there(deferring) == {"out.safetensors": (tmp_path / "home.safetensors").read_bytes()}
     assert said == ["resuming: the output is made already and is uploaded now"]
+
+
+def test_a_merge_that_is_refused_leaves_no_mark(store, files, tmp_path):
+    base, models = files
+    bad = loaded(models[0])
+    bad["layer.bias"][3] = float("nan")
+    with pytest.raises(MagMaxError, match=r"layer\.bias holds 1 NaN"):
+        magmax.merge("magmax", base, [saved(bad, tmp_path / "bad.safetensors"), models[1]], out=f"{store}/out")
+    assert there(store) == {}
 
 
 def test_an_interrupted_folder_is_gone_on_with(store, files, tmp_path):

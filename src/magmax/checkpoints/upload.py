@@ -54,6 +54,12 @@ class Upload:
         if not folder:
             self._delete(mark)
 
+    def give_up(self, folder: bool) -> None:
+        """Take the mark back, if nothing else is there."""
+        found: list[str] = patiently(self.name, lambda: self._files.find(self._path)) if folder else []
+        if found == [self._inside(MARKER)]:
+            self._delete(found[0])
+
     def send(self, path: Path) -> None:
         """Upload a file, or all files of a folder.
 

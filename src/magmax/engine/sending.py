@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.upload import Upload
 from ..checkpoints.writer import Target, remove, replace_file
+from ..errors import MagMaxError, UnreachableError
 
 if TYPE_CHECKING:
     from .job import Outcome
@@ -33,7 +34,12 @@ def sent(
     ready = target.path.with_name(target.path.name + ".ready")
     outcome = _left(ready, target.path, json.loads(json.dumps(identity)), restored)
     if outcome is None:
-        outcome = make()
+        try:
+            outcome = make()
+        except MagMaxError as error:
+            if not isinstance(error, UnreachableError):
+                upload.give_up(target.folder)
+            raise
         told = {**asdict(outcome), "path": ""}
         replace_file(ready, json.dumps({"identity": identity, "outcome": told}).encode())
     else:
