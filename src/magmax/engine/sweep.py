@@ -132,7 +132,7 @@ class Scaler:
         options = replace(sweep.options, scaling_factor=factor)
         whole = sweep.job(sweep.path(factor), options)
         if self.once is None:
-            return whole.run(sweep.settings).path
+            return Path(whole.run(sweep.settings).path)
         outcome, vector = self.once
         inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
