@@ -89,7 +89,7 @@ class Plan:
             return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
         base, models, names = self.opened()
         rule = self.preferred(base, models, settings) if self.target else self.rule
-        job = merge_job(rule, base, models, Path(where), self.options, names)
+        job = merge_job(rule, base, models, where, self.options, names)
         return self._calibrated(job, rule, base, models, names, settings or Settings()) if self.calibrate else job
 
     def _calibrated(

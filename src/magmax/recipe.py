@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from . import mergekit
 from .calibration import Calibrate
 from .checkpoints.lora import base_and_adapter, within
+from .checkpoints.urls import is_url
 from .document import Document, parse_yaml, read_document, read_text, validated
 from .engine.merge import Options, default_names
 from .errors import MagMaxError
@@ -122,7 +123,7 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
-    out = os_path.join(folder, recipe.out) if recipe.out is not None else None
+    out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
     base = within(folder, recipe.base) if recipe.base is not None else None
     target = recipe.target
     if target is not None:

@@ -151,6 +151,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     import os
 
     from ..checkpoints.lora import seen_from
+    from ..checkpoints.urls import is_url
     from ..recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -160,7 +161,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
         here = os.path.dirname(paths[0])
         if "base" in given:
             given["base"] = seen_from(here, given["base"])
-        if "out" in given:
+        if "out" in given and not is_url(given["out"]):
             given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given and "adapter_rank" not in given:

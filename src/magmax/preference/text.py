@@ -183,7 +183,7 @@ def text_preference(
         encoder: the folder of the encoder in the Hugging Face layout; by default the base's own.
         rule: the merge that "auto" tries preferences with; its own preference does not matter.
     """
-    folder = encoder or base.path
+    folder = encoder or base.folder()
     if folder is None or not folder.is_dir():
         raise MagMaxError(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
