@@ -7,6 +7,11 @@ class MagMaxError(ValueError):
     """An input that cannot be used as given: the message names it and says what would work."""
 
 
+class UnfinishedError(MagMaxError):
+    """Work that was stopped from outside, by the loss of its workers or of a server: what is finished is kept, and the
+    same command goes on from there."""
+
+
 def listed(heading: str, problems: list[str]) -> MagMaxError:
     """One error for many problems, so that all of them are seen at once."""
     if len(problems) == 1:

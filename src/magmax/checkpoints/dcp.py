@@ -109,6 +109,10 @@ class DistributedCheckpoint(Checkpoint):
     def header_digests(self) -> list[str]:
         return [self._digest, *("" for _ in self._ends)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: another process opens it again."""
+        return {**self.__dict__, "_metadata": self._metadata.absolute(), "_open": {}, "_items": {}}
+
     def _elements(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
         found = np.empty(stop - start, UNITS[BITS[spec.dtype] // 8])

@@ -66,6 +66,15 @@ class StateDict(Checkpoint):
     def files(self) -> list[Path]:
         return [] if self.path is None else [self.path]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the file is opened again."""
+        if self.path is None:
+            raise MagMaxError(
+                f"{self.label}: is in memory, where other processes cannot read it; save it to a file, or take a "
+                "ThreadPoolExecutor"
+            )
+        return open_pickle, (self.path.absolute(), self.label)
+
 
 def spec_of(tensor: Any) -> Spec:
     """The spec of an array or tensor. Raises TypeError, saying what it is, for anything else."""

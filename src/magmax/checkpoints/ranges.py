@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 from ..errors import MagMaxError
 
@@ -21,8 +22,12 @@ class RangeFile:
         weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` on."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the file is opened again."""
+        return type(self), (self.path.absolute(), self.label)
+
+    def fill(self, view: memoryview, offset: int, of: str = "") -> None:
+        """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to."""
         while view:
             try:
                 count = os.preadv(self._fd, [view], offset)

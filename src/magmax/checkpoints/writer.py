@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .dtypes import BITS, Spec
 from .journal import fdatasync
+from .upload import staged
+from .urls import is_url
 
 SHARD_BYTES = 5_000_000_000
 PROVENANCE = "provenance.json"
@@ -26,9 +30,21 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Target:
-    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards."""
+    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards.
+
+    Attributes:
+        path: where it is made.
+        url: where it is then uploaded to, if it belongs on another machine.
+    """
 
     path: Path
+    url: str = ""
+
+    @classmethod
+    def of(cls, out: str | PathLike[str]) -> Target:
+        """The target that a path or a URL names."""
+        text = fspath(out)
+        return cls(staged(text), text) if is_url(text) else cls(Path(text))
 
     @property
     def folder(self) -> bool:
@@ -52,6 +68,8 @@ class Target:
         if path.name in ("", ".."):
             return [f"{path}: names no new file or folder; give the output a name of its own"]
         found: list[str] = []
+        if not self.url and is_url(str(path).replace(":/", "://", 1)):
+            found.append(f"{path}: is on another machine, and this is written here; name a path")
         if path.suffix in (".pt", ".pth", ".bin"):
             found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
         real, taken = path.resolve(), {p.resolve() for p in inputs}
@@ -107,7 +125,7 @@ class Shard:
             return False
 
     def open(self, fresh: bool) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
         self._fd = os.open(self.path, flags, 0o666)
         if fresh:
             self._put(memoryview(self._header_bytes), 0)
@@ -132,6 +150,15 @@ class Shard:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "path": self.path.absolute(), "_fd": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process the file on disk is opened, to be filled by both, until nobody needs this any more."""
+        self.__dict__.update(state)
+        self.open(fresh=False)
+        weakref.finalize(self, os.close, self._fd)
 
     def _put(self, view: memoryview, offset: int) -> None:
         while view:
@@ -170,8 +197,8 @@ class Draft:
         """Create the files, or with fresh=False take up those of an interrupted run."""
         if fresh:
             remove(self.target.partial)
-        if self.target.folder:
-            self.target.partial.mkdir(exist_ok=True)
+            if self.target.folder:
+                self.target.partial.mkdir()
         for shard in self._shards:
             shard.open(fresh)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,23 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def shown_settings(total: int, words: str, threads: int, restart: bool) -> Generator[Settings]:
-    """Settings whose progress is a bar on stderr, where stderr is a terminal."""
+def shown_settings(
+    total: int, words: str, threads: int, restart: bool, scheduler: str | None = None
+) -> Generator[Settings]:
+    """Settings with the workers of a scheduler, if one is named; their progress is a bar on stderr, if that is a
+    terminal."""
     from ..engine.job import Settings
+    from ..engine.workers import at_scheduler
 
+    with at_scheduler(scheduler) as executor, _bar(total, words) as progress:
+        yield Settings(threads, restart, progress, say, executor)
+
+
+@contextmanager
+def _bar(total: int, words: str) -> Generator[Callable[[int], None]]:
+    """What moves a bar on stderr, or nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield Settings(threads, restart, note=say)
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -38,20 +50,24 @@ def shown_settings(total: int, words: str, threads: int, restart: bool) -> Gener
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(words, total=total)
-        yield Settings(threads, restart, lambda count: bar.advance(task, count), say)
+        yield lambda count: bar.advance(task, count)
 
 
-def done_or_shown(job: Job, words: str, threads: int, restart: bool, dry_run: bool) -> Outcome | None:
+def done_or_shown(
+    job: Job, words: str, threads: int, restart: bool, dry_run: bool, scheduler: str | None = None
+) -> Outcome | None:
     """Do the job under a bar of these words; or, on a dry run, print what it would cost."""
     if dry_run:
-        print_preview(job, threads)
+        print_preview(job, threads, scheduler)
         return None
-    with shown_settings(job.read_bytes, words, threads, restart) as settings:
+    with shown_settings(job.read_bytes, words, threads, restart, scheduler) as settings:
         return job.run(settings)
 
 
-def print_preview(job: Job, threads: int) -> None:
+def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     """The cost of a job; refuses one that could not run."""
+    from ..engine.workers import at_scheduler
+
     if problems := job.problems():
         from ..errors import listed
 
@@ -60,12 +76,35 @@ def print_preview(job: Job, threads: int) -> None:
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
+    if cost["read_remotely"] or cost["write_remotely"]:
+        print(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
-    print(f"peak memory   about {in_bytes(cost['peak_memory'])}{', a tensor of every model' * job.kernel.whole}")
+    whole = ", a tensor of every model" * job.kernel.whole
+    if scheduler is None:
+        print(f"peak memory   about {in_bytes(cost['peak_memory'])}{whole}")
+    else:
+        with at_scheduler(scheduler) as executor:
+            workers = job.workers(executor)
+        for (threads, held), count in sorted(Counter(workers).items()):
+            print(f"workers       {count}, {threads} shares at once, peak memory about {in_bytes(held)} each{whole}")
+    print(f"time          {_times(job, threads)}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
     print_carried(job)
     print("no problem found; nothing was written")
+
+
+def _times(job: Job, threads: int) -> str:
+    """How long a job would take on some disks, and on none."""
+    from ..engine.cost import DISKS
+
+    cost = job.cost(threads)
+    processors = cost.processor_seconds / cost.threads
+    told = ", ".join(f"{in_time(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
+    network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)
+    besides = f"{network}{'singular values, ' * job.kernel.whole}".removesuffix(", ").replace(", ", " and ")
+    limits = f"; beside {besides}" * bool(besides)
+    return f"about {told} MB/s of disk, {in_time(processors)} of {cost.threads} processors{limits}"
 
 
 def print_outcome(words: str, outcome: Outcome) -> None:
@@ -105,6 +144,14 @@ def print_json(content: Any) -> None:
 def compact(content: Any) -> str:
     """Content as JSON on one line."""
     return json.dumps(content, separators=(", ", ": "))
+
+
+def in_time(seconds: float) -> str:
+    """Seconds in words, such as 16 min."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def in_bytes(count: int) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +13,6 @@ from cyclopts import Parameter
 from ..errors import MagMaxError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from ..continual.experiment import Experiment
 
 Restart = Annotated[bool, Parameter(negative="", help="Clear the folder and begin again.")]
@@ -156,10 +153,11 @@ def bench(
     from ..continual.benchmark import Benchmark
     from ..continual.progress import bars
     from ..continual.results import show, write_results
+    from ..engine.workers import hired
 
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
-    with _executor(jobs, scheduler) as executor, bars() as new_bar:
+    with hired(jobs, scheduler) as executor, bars() as new_bar:
         work = Benchmark(experiment, Path(out).resolve(), executor, threads, discard, new_bar("Benchmark"))
         records = work.run()
     files = write_results(experiment, records, Path(out))
@@ -182,7 +180,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
         raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
     document = read_document(file)
     for word in assignments:
-        document = document._replace(content=_assigned(document.content, word))
+        document = document._replace(content=assigned(document.content, word))
 
     def known(parts: Sequence[str]) -> list[str]:
         return list((Experiment if len(parts) == 1 else Fit).model_fields)
@@ -190,7 +188,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     return validated(Experiment, document, known).checked()
 
 
-def _assigned(content: Any, word: str) -> dict[str, Any]:
+def assigned(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
     from ..document import parse_yaml
     from ..recipe import is_override
@@ -211,25 +209,6 @@ def _assigned(content: Any, word: str) -> dict[str, Any]:
             raise MagMaxError(f"{word}: {part} has no keys to set")
     place[last] = parse_yaml(text, word)
     return content
-
-
-@contextmanager
-def _executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
-    from ..continual.benchmark import cluster, process_pool
-
-    if scheduler is not None:
-        executor, close = cluster(scheduler)
-        try:
-            yield executor
-        finally:
-            close()
-        return
-    with process_pool(jobs) as executor:
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _team() -> Any:

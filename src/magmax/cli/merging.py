@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
-from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
+from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +32,7 @@ def merge(
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Merge fine-tuned models into their base.
 
@@ -72,7 +73,7 @@ def merge(
     plan = _plan(models, flags)
     print_notes(plan)
     job = plan.job(settings=Settings(threads, note=say))
-    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run)
+    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler)
     if outcome is None:
         return
     for line in job.report():
@@ -89,6 +90,7 @@ def sweep(
     keep: Annotated[bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")] = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Merge once, then write or evaluate the result at many scaling factors.
 
@@ -114,6 +116,10 @@ def sweep(
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
     plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
     print_notes(plan)
+    if plan.calibrate:
+        raise MagMaxError(
+            "a sweep does not calibrate; leave calibrate out, and calibrate its results: magmax calibrate"
+        )
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
@@ -121,7 +127,8 @@ def sweep(
     chosen = factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
-    with shown_settings(total, f"sweeping {len(chosen)} scaling factors", threads, restart) as settings:
+    words = f"sweeping {len(chosen)} scaling factors"
+    with shown_settings(total, words, threads, restart, scheduler) as settings:
         rule = plan.preferred(base, models, settings) if plan.target else plan.rule
         work = Sweep(rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
@@ -144,6 +151,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     import os
 
     from ..checkpoints.lora import seen_from
+    from ..checkpoints.urls import is_url
     from ..recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -153,7 +161,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
         here = os.path.dirname(paths[0])
         if "base" in given:
             given["base"] = seen_from(here, given["base"])
-        if "out" in given:
+        if "out" in given and not is_url(given["out"]):
             given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given and "adapter_rank" not in given:

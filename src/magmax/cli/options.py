@@ -9,6 +9,13 @@ from cyclopts import Parameter
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Mismatch = Literal["strict", "base", "intersect"]
 Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
+Scheduler = Annotated[
+    str | None,
+    Parameter(
+        help="The address of a Dask scheduler, whose workers do the work instead; they must see every input and the "
+        "output's folder at the same paths."
+    ),
+]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
 Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import done_or_shown, print_outcome, print_table, shown_settings
-from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Threads
+from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
     from ..engine.running import Running
@@ -26,6 +26,7 @@ def absorb(
     mismatch: Mismatch | None = None,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Add one more model to a running merge, in constant memory and disk.
 
@@ -49,7 +50,7 @@ def absorb(
         From the start, what to do where a model's tensors are not the base's: as in merge.
     """
     size = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=None).opened(model).nbytes
-    with shown_settings(3 * size, f"absorbing {model}", threads, restart) as settings:
+    with shown_settings(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
         running = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=settings)
         outcome = running.absorb(model, name, label)
     print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
@@ -66,6 +67,7 @@ def result(
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Write the merged model of a running merge.
 
@@ -82,13 +84,12 @@ def result(
     dtype
         The output's floating type. The base's by default.
     """
-    from pathlib import Path
 
     from ..engine.merge import Options
 
     running = _running(state, base, None)
-    job = running.result_job(Path(out), Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
-    if outcome := done_or_shown(job, "writing the result", threads, restart, dry_run):
+    job = running.result_job(out, Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
+    if outcome := done_or_shown(job, "writing the result", threads, restart, dry_run, scheduler):
         print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
 
 

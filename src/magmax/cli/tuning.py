@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import in_bytes, print_outcome, print_preview, print_table, shown_settings
-from .options import DryRun, Dtype, Restart, Threads
+from .options import DryRun, Dtype, Restart, Scheduler, Threads
 
 
 def tune(
@@ -31,6 +31,7 @@ def tune(
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Merge with MagMax, told how much to take from each model: the rule tunable.
 
@@ -99,15 +100,15 @@ def tune(
     }
     plan = build(content, "the command line", {}, "")
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))
-    with shown_settings(total, f"tuning {len(inputs)} models", threads, restart) as settings:
+    with shown_settings(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
         rule = plan.preferred(opened, inputs, settings)
         told = dict(zip(plan.names, rule.shares, strict=True))
         if kept:
             job = kept.job(rule, Path(out), plan.options, base)
         else:
-            job = merge_job(rule, opened, inputs, Path(out), plan.options, plan.names)
+            job = merge_job(rule, opened, inputs, out, plan.options, plan.names)
         if dry_run:
-            print_preview(job, threads)
+            print_preview(job, threads, scheduler)
             return
         outcome = job.run(settings)
     if kept and save:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,26 +93,3 @@ class Benchmark:
             waiting = [other for other in self._waiting.values() if isinstance(other, Cell)]
             if not any((other.seed, other.chain) == (job.seed, job.chain) for other in waiting):
                 shutil.rmtree(chain_folder(self.out, self.experiment, job.seed, job.chain), ignore_errors=True)
-
-
-def process_pool(workers: int) -> Executor:
-    """Processes that begin from nothing, so that no thread of this one is copied into them."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
-    """The executor of a Dask scheduler at an address, and what closes the connection."""
-    from magmax.errors import MagMaxError
-
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
-    try:
-        client = Client(address, timeout=20)
-    except (OSError, ValueError) as error:
-        raise MagMaxError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error
-    return client.get_executor(pure=False), client.close

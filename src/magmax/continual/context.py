@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,11 @@ class Context:
         data = data or (self.test if self.experiment.measure_on == "test" else self.validation)
         logits = logits_of(self.encoder, self.head, data.items)
         return score(logits, data, self.tasks, learned, self.experiment.among)
+
+    def some_training_items(self, count: int = 256) -> list[Any]:
+        """Training examples of all tasks, drawn from the seed."""
+        order = np.random.default_rng(self.seed).permutation(len(self.train))
+        return [self.train.items[row] for row in order[:count].tolist()]
 
     def tasks_of(self, chain: str) -> tuple[Task, ...]:
         """The tasks that a chain trains on: all in one for "joint"."""
@@ -100,6 +106,9 @@ def device() -> str:
     """Where models run: the accelerator, if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+
+alone = threading.Lock()
+"""A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
 
 _kept: dict[str, Any] = {}
 

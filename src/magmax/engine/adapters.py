@@ -21,6 +21,7 @@ from ..errors import MagMaxError
 from ..rules import Number, Place, Rule, as_rule
 from ..rules.values import at, written
 from .arithmetic import MergeKernel
+from .crew import Crew
 from .job import Job, Settings, provenance_file
 from .layerwise import AdapterMerge, AdapterOptions, Fit
 from .ledger import Ledger
@@ -59,7 +60,9 @@ class LayerWork:
             made |= digests
         todo = [layer for layer in self.merge.layers if layer.module not in self.merge.fits]
         progress(self.reused)
-        kernel = self.kernel.prepared(self.threads, progress) if todo and not self.merge.rule.linear else self.kernel
+        kernel = self.kernel
+        if todo and not self.merge.rule.linear:
+            kernel = kernel.prepared(Crew(self.threads), progress)
         for layer in todo:
             digests, fit = self._layer(layer, kernel)
             made |= digests
@@ -171,6 +174,8 @@ def adapter_job(
     def worker(
         job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]
     ) -> LayerWork:
+        if settings.executor is not None:
+            raise MagMaxError("adapters are merged into an adapter by threads of this process; give no executor")
         return LayerWork(merge, merge.kernel(), sinks, settings.threads, journal, parts)
 
     def companions(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:

@@ -25,7 +25,7 @@ from .compare import compare
 from .job import Settings, explained
 from .merge import refuse_same_path, refuse_twins
 from .reader import Reader
-from .stream import Slab, cores, hold_freed_memory, in_threads
+from .stream import Slab, hold_freed_memory, in_threads
 
 LEVELS = 127
 PIECE = 256 * BLOCK
@@ -185,7 +185,7 @@ def write_archive(
     refuse_twins(models, [_digest(model) for model in models])
     hold_freed_memory()
     kept, reader = _kept(Reader(inputs), keys, top, settings)
-    writing = Writing(reader, keys, kept, bits, settings.threads or cores())
+    writing = Writing(reader, keys, kept, bits, settings.crew.count)
     starts = writing.starts(settings)
     about = {
         "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "presets": {},
@@ -209,7 +209,7 @@ def write_archive(
 def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
     """Each task's threshold, found over the whole model."""
     elements = {key: reader.inputs[0].specs[key].elements for key in keys}
-    questions = Questions(reader, elements, settings.threads or cores(), settings.progress)
+    questions = Questions(reader, elements, settings.crew, settings.progress)
     scope = questions.scope
     if top == 1:
         return [Kept(None, scope.wide)] * scope.tasks, reader

@@ -17,6 +17,7 @@ from ..rules import Address, Block, Number, Rule, StreamingRule, places
 from ..rules.plan import Answer
 from ..rules.values import at
 from .ask import ask
+from .crew import Crew
 from .reader import Reader, finite
 from .stream import Kernel, Progress, Slab
 
@@ -73,11 +74,11 @@ class MergeKernel(Kernel):
     def gathers(self) -> bool:
         return not isinstance(self.rule, StreamingRule)
 
-    def prepared(self, threads: int, progress: Progress) -> Self:
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        answers = ask(self.rule, self.rules, self.reader, self._elements(), threads, progress)
+        answers = ask(self.rule, self.rules, self.reader, self._elements(), crew, progress)
         return replace(self, answers=answers.found, reader=answers.reader)
 
     def note(self) -> str:

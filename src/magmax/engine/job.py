@@ -6,24 +6,35 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
+from ..checkpoints.upload import Upload
+from ..checkpoints.urls import changed, shown
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
-from ..errors import MagMaxError, listed
+from ..errors import MagMaxError, UnfinishedError, listed
+from .cost import Cost
+from .crew import Crew, cores
+from .ground import Ground
 from .ledger import Ledger
 from .provenance import Provenance
-from .stream import Kernel, Pass, Progress, Sink, cores
+from .sending import sent
+from .stream import BYTES_AHEAD, Kernel, Pass, Progress, Sink
+from .workers import Cluster
 
 ARRAYS_A_THREAD = 10
 ARRAYS_A_DECOMPOSITION = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
+DASK_BYTES = 60_000_000
+"""What Dask itself takes in a worker: measured."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +46,34 @@ class Settings:
         restart: forget an interrupted run instead of resuming it.
         progress: told of bytes read, as they are.
         note: told of things worth knowing, such as a resumption.
+        executor: its workers work instead of threads of this process: a pool of threads or processes, or the executor
+            of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path again, so
+            that they need the inputs and the output's folder on a file system that all share.
+        ground: what those workers must see; a job finds out.
     """
 
     threads: int = 0
     restart: bool = False
     progress: Progress = lambda _: None
     note: Callable[[str], None] = lambda _: None
+    executor: Executor | None = None
+    ground: Ground | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise MagMaxError(f"threads must be 0 (one for each processor) or more, not {self.threads}")
+
+    @property
+    def crew(self) -> Crew:
+        """Those who work."""
+        return Crew(self.threads, self.executor, self.ground)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
 
-    path: Path
+    path: Path | str
     seconds: float
     read_bytes: int
     written_bytes: int
@@ -81,10 +103,10 @@ Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Wor
 
 def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
     """The pass of the job's kernel over all inputs."""
-    kernel = job.kernel.prepared(settings.threads, settings.progress)
+    kernel = job.kernel.prepared(settings.crew, settings.progress)
     if words := kernel.note():
         settings.note(words)
-    return Pass(job.inputs, sinks, kernel, settings.threads, True, journal, parts)
+    return Pass(job.inputs, sinks, kernel, settings.crew, True, journal, parts)
 
 
 @dataclass(frozen=True)
@@ -140,15 +162,38 @@ class Job:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
         threads = 1 if self.kernel.whole else threads or cores()
-        memory = self.memory + threads * self.memory_a_thread
+        remote = sum(checkpoint.remote_bytes for checkpoint in self.inputs)
+        memory = self.memory + threads * self.memory_a_thread + min(remote, BYTES_AHEAD)
         return {
             "passes": 1 + self.extra_passes,
             "read_bytes": self.read_bytes,
             "write_bytes": size,
+            "read_remotely": (1 + self.extra_passes) * sum(c.remote_bytes for c in self.inputs),
+            "write_remotely": size if self.target.url else 0,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
             "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
         }
+
+    def workers(self, executor: Executor | None) -> list[tuple[int, int]]:
+        """Of each worker of a Dask cluster, how many shares it does at once and the bytes it holds at most.
+
+        Raises UnfinishedError if there is none, or one that does not see the inputs.
+        """
+        cluster = Cluster.of(executor)
+        if cluster is None:
+            return []
+        Crew(executor=executor, ground=Ground.of(self.inputs)).muster()
+        fixed = IMPORTS_BYTES + DASK_BYTES
+        return [(n, fixed + self._arrays(n) + n * self.memory_a_thread) for n in cluster.threads().values()]
+
+    def cost(self, threads: int = 0) -> Cost:
+        """What it moves, and so how long it takes; the decompositions of rules that need these are left out."""
+        passes, threads = 1 + self.extra_passes, 1 if self.kernel.whole else threads or cores()
+        read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in self.inputs)
+        elements = sum(spec.elements for checkpoint in self.inputs for spec in checkpoint.specs.values())
+        written = sum(spec.nbytes for spec in self.specs.values()), sum(s.elements for s in self.specs.values())
+        return Cost(passes * read + written[0], passes * elements + written[1], threads)
 
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
@@ -162,6 +207,8 @@ class Job:
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
         found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        if self.target.url:
+            found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
         if not found:
             disk = self.preview()
             if disk["disk_needed"] > disk["disk_free"]:
@@ -175,10 +222,24 @@ class Job:
         """Do the work and publish the output.
 
         Raises:
-            MagMaxError: an input that cannot be used, a place that cannot be written, or no space left. After the last,
-                what was finished stays beside the output and the same job takes it up again.
+            MagMaxError: an input that cannot be used, a place that cannot be written, no space left, or workers that
+                are lost (`UnfinishedError`). After the last two, what was finished stays beside the output and the
+                same job takes it up again.
         """
         settings = settings or Settings()
+        if not self.target.url:
+            return self._made(settings)
+        if problems := self.problems():
+            raise listed(f"{shown(self.target.url)} cannot be written", problems)
+        self.target.path.parent.mkdir(parents=True, exist_ok=True)
+
+        def restored(told: Mapping[str, Any]) -> Outcome:
+            return Outcome(**told)
+
+        return sent(self.target, self._identity(), lambda: self._made(settings), restored, settings.note)
+
+    def _made(self, settings: Settings) -> Outcome:
+        """The work done and the output published on this machine."""
         try:
             if problems := self.problems():
                 raise listed(f"{self.target.path} cannot be written", problems)
@@ -187,9 +248,10 @@ class Job:
             draft = self.draft()
             try:
                 return self._run(draft, journal, settings)
-            except MagMaxError:
-                draft.discard()
-                journal.remove()
+            except MagMaxError as error:
+                if not (isinstance(error, UnfinishedError) and journal.load()[1]):
+                    draft.discard()
+                    journal.remove()
                 raise
             finally:
                 draft.close()
@@ -205,13 +267,15 @@ class Job:
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
-        work = self.worker(self, self.sinks(draft), journal, settings, parts)
-        reused = work.reused
-        if reused:
-            settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
-        ledger = work.run(settings.progress)
+        with self._staffed(settings) as settings:
+            work = self.worker(self, self.sinks(draft), journal, settings, parts)
+            reused = work.reused
+            if reused:
+                settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
+            ledger = work.run(settings.progress)
         outputs = ledger.tensors[len(self.inputs) :]
         digests = ledger.digests(self.inputs)
+        self._check_unchanged()
         self.check(digests)
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
@@ -222,12 +286,23 @@ class Job:
             self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
         )
 
+    @contextmanager
+    def _staffed(self, settings: Settings) -> Generator[Settings]:
+        """The settings with workers that see what they must, where these are in other processes."""
+        if settings.executor is None or isinstance(settings.executor, ThreadPoolExecutor):
+            yield settings
+            return
+        with Ground.of(self.inputs).staked(self.target) as ground:
+            settings = replace(settings, ground=ground)
+            settings.crew.muster()
+            yield settings
+
     def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""
         identity, parts = journal.load()
         if identity is None or not parts or settings.restart:
             return []
-        if None in (c.path for c in self.inputs):
+        if not all(c.stored for c in self.inputs):
             settings.note("starting afresh: inputs in memory cannot be recognised")
             return []
         ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
@@ -241,12 +316,18 @@ class Job:
         """What must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
-        identity["the order of the inputs"] = [[str(path) for path in c.files()] for c in self.inputs]
+        found = [checkpoint.fingerprints() for checkpoint in self.inputs]
+        identity["the order of the inputs"] = [list(stamps) for stamps in found]
+        return identity | {name: stamp for stamps in found for name, stamp in stamps.items()}
+
+    def _check_unchanged(self) -> None:
+        """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
         for checkpoint in self.inputs:
-            for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
-                status = path.stat()
-                identity[str(path)] = [status.st_size, status.st_mtime_ns, header]
-        return identity
+            if checkpoint.url:
+                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(again=True)
+                for name in before:
+                    if before[name] != now[name]:
+                        raise changed(name)
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]

@@ -18,6 +18,7 @@ from ..checkpoints.peft import PeftFolder, Update
 from ..errors import MagMaxError
 from ..rules import Number, Rule, nearest
 from .arithmetic import MergeKernel
+from .crew import Crew
 from .lowrank import Pair, dense_error, dense_norm, nearest_to_dense, nearest_to_sum, product_norm, sum_error
 from .merge import MemorySink, Options
 from .reader import Reader, finite
@@ -191,7 +192,7 @@ class AdapterMerge:
         """scaling_factor * rule(s_t * B_t A_t) as a matrix."""
         reader = self._reader({layer.key: kernel.out[layer.key]})
         memory = MemorySink(reader.inputs[0].specs)
-        Pass(reader.inputs, [memory], kernel, threads, digest=False).run(lambda _: None)
+        Pass(reader.inputs, [memory], kernel, Crew(threads), digest=False).run(lambda _: None)
         return memory.tensors[layer.key].reshape(layer.rows, layer.columns)
 
 

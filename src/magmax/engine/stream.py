@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -20,12 +19,15 @@ from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import Chunk, chunks, slab_digests
 from ..checkpoints.views import Sink
+from .crew import Crew, Task
 from .ledger import Ledger
 
 JOURNAL_SECONDS = 2.0
 SYNC_BYTES = 64_000_000
 """How much is written before the disk is told to take it: waiting for it then overlaps with work on what follows."""
 CHUNKS_AHEAD = 64
+BYTES_AHEAD = 256_000_000
+"""The most memory that is filled ahead of the work with what comes from other machines."""
 
 Progress = Callable[[int], None]
 """Called with a number of bytes read since the last call."""
@@ -93,7 +95,7 @@ class Kernel(ABC):
     def __call__(self, slab: Slab) -> Sequence[NDArray[Any] | None]:
         """Read what is needed of the slab; return the stored units for each sink, or None to leave that sink alone."""
 
-    def prepared(self, threads: int, progress: Progress) -> Self:
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
         """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
         return self
 
@@ -103,11 +105,48 @@ class Kernel(ABC):
 
 
 @dataclass(frozen=True)
+class Filling(Task):
+    """The work of a pass: chunk by chunk, from the inputs into the sinks."""
+
+    inputs: Sequence[Checkpoint]
+    sinks: Sequence[Sink]
+    kernel: Kernel
+    digest: bool
+
+    @property
+    def alone(self) -> bool:
+        return self.kernel.whole
+
+    def __call__(self, items: Sequence[Chunk]) -> list[list[bytes]]:
+        """The digests of each chunk, once what was written is on disk."""
+        hold_freed_memory()
+        made = [self.chunk(chunk)[1] for chunk in items]
+        for sink in self.sinks:
+            sink.sync()
+        return made
+
+    def chunk(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
+        """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
+        joined = [b""] * (len(self.inputs) + len(self.sinks))
+        for cuts in cut(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole):
+            slab = Slab(self.inputs, chunk.key, cuts, self.digest)
+            made = self.kernel(slab)
+            for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
+                if stored is not None:
+                    sink.write(chunk.key, slab.start, stored)
+                    if self.digest:
+                        slab.digests[number] = slab_digests(stored, cuts)
+            for number, digest in slab.digests.items():
+                joined[number] += digest
+        return chunk, joined
+
+
+@dataclass(frozen=True)
 class Pass:
     """A pass over `inputs`, of which the first names the tensors, into `sinks`.
 
     Attributes:
-        threads: how many chunks are worked on at once; 0 means one for each processor.
+        crew: who works on the chunks.
         digest: whether everything read and written is digested.
         journal: where finished chunks are noted every few seconds.
         parts: the journal's chunks of an interrupted run, not to be done again.
@@ -116,13 +155,13 @@ class Pass:
     inputs: Sequence[Checkpoint]
     sinks: Sequence[Sink]
     kernel: Kernel
-    threads: int = 0
+    crew: Crew = field(default_factory=Crew)
     digest: bool = True
     journal: Journal | None = None
     parts: Sequence[Any] = ()
 
     def run(self, progress: Progress) -> Ledger:
-        """Do every chunk that is not done yet; the first error of any thread stops them all and is raised."""
+        """Do every chunk that is not done yet; the first error of any worker stops them all and is raised."""
         specs = self.inputs[0].specs
         whole = self.kernel.whole
         ledger = Ledger(specs, len(self.inputs) + len(self.sinks), whole)
@@ -135,7 +174,7 @@ class Pass:
         todo = (c for key, spec in specs.items() for c in chunks(key, spec, whole) if (c.key, c.start) not in done)
         pending: list[Any] = []
         saved, unsaved = time.monotonic(), 0
-        results = in_threads(self._work, todo, 1 if whole else self.threads or cores())
+        results = self._results(todo)
         try:
             for chunk, digests in results:
                 ledger.add(chunk.key, chunk.start, digests)
@@ -170,31 +209,21 @@ class Pass:
             sink.sync()
         self.journal.append(pending)
 
-    def _work(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
-        """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
-        joined = [b""] * (len(self.inputs) + len(self.sinks))
-        for cuts in cut(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole):
-            slab = Slab(self.inputs, chunk.key, cuts, self.digest)
-            made = self.kernel(slab)
-            for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
-                if stored is not None:
-                    sink.write(chunk.key, slab.start, stored)
-                    if self.digest:
-                        slab.digests[number] = slab_digests(stored, cuts)
-            for number, digest in slab.digests.items():
-                joined[number] += digest
-        return chunk, joined
+    def _results(self, todo: Iterable[Chunk]) -> Generator[tuple[Chunk, list[bytes]]]:
+        """Each chunk with its digests, as they come."""
+        work = Filling(self.inputs, self.sinks, self.kernel, self.digest)
+        if self.crew.executor is None:
+            threads = 1 if self.kernel.whole else self.crew.count
+            yield from in_threads(work.chunk, todo, threads, Ahead(self.inputs))
+            return
+        for share, made in self.crew.shares(work, todo, lambda chunk: self.cost(*chunk)):
+            yield from zip(share, made, strict=True)
 
 
 def cut(chunk: Chunk, spec: Spec, whole: bool) -> list[list[tuple[int, int]]]:
     """The slabs of a chunk, each by itself, or together as one."""
     slabs = list(chunk.slabs(spec))
     return [slabs] if whole else [[slab] for slab in slabs]
-
-
-def cores() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hold_freed_memory() -> None:
@@ -206,19 +235,56 @@ def hold_freed_memory() -> None:
     np.empty(24 << 20, np.uint8)
 
 
-def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int) -> Generator[Any]:
+class Ahead:
+    """What is fetched from other machines before its turn: chunk after chunk, as far as `BYTES_AHEAD` goes."""
+
+    def __init__(self, inputs: Sequence[Checkpoint]) -> None:
+        self._inputs = [checkpoint for checkpoint in inputs if checkpoint.url]
+        self._held: dict[Chunk, list[Checkpoint]] = {}
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self._bytes >= BYTES_AHEAD
+
+    def begin(self, chunk: Chunk) -> None:
+        """Have every input that has the chunk fetch it, while there is room."""
+        holders = self._held[chunk] = list[Checkpoint]()
+        for checkpoint in self._inputs:
+            key = checkpoint.resolve(chunk.key)
+            if key in checkpoint.specs and not self.full:
+                self._bytes += checkpoint.hold(key, chunk.start, chunk.stop)
+                holders.append(checkpoint)
+
+    def end(self, chunk: Chunk) -> None:
+        """Give up what was fetched for a chunk."""
+        for checkpoint in self._held.pop(chunk):
+            self._bytes -= checkpoint.release(checkpoint.resolve(chunk.key), chunk.start, chunk.stop)
+
+
+def in_threads(
+    work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int, ahead: Ahead | None = None
+) -> Generator[Any]:
     """Results of `work` as they come, with a bounded number under way; closing it waits for those that run."""
-    waiting: set[Future[Any]] = set()
+    ahead = ahead or Ahead(())
+    waiting: dict[Future[Any], Chunk] = {}
+
+    def some() -> list[Any]:
+        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            ahead.end(waiting.pop(future))
+        return [future.result() for future in done]
+
     with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
         try:
             for chunk in todo:
-                waiting.add(pool.submit(work, chunk))
-                if len(waiting) >= threads + CHUNKS_AHEAD:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                while len(waiting) >= (threads if ahead.full else threads + CHUNKS_AHEAD):
+                    yield from some()
+                ahead.begin(chunk)
+                waiting[pool.submit(work, chunk)] = chunk
             while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                yield from some()
         finally:
-            for future in waiting:
+            for future, chunk in waiting.items():
                 future.cancel()
+                ahead.end(chunk)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
 from .compare import compare
+from .crew import Crew
 from .provenance import read_provenance
 from .reader import Reader
 from .stream import Kernel, Pass, Progress, Slab
@@ -66,7 +67,7 @@ def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progre
     """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
     apart = dict(compare(base, [model], "base").carried)
     kernel = Measure(Reader([base, model], allow_nonfinite=True), apart)
-    Pass([base, model], [], kernel, threads, digest=False).run(progress)
+    Pass([base, model], [], kernel, Crew(threads), digest=False).run(progress)
     sums = kernel.sums
     movements = [
         Movement(

@@ -17,6 +17,7 @@ from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
+from .crew import Crew
 from .job import Job, Outcome, Settings
 from .merge import Options, merge_job
 from .provenance import Provenance
@@ -39,8 +40,8 @@ class VectorKernel(Kernel):
     def gathers(self) -> bool:
         return self.merge.gathers
 
-    def prepared(self, threads: int, progress: Progress) -> Self:
-        return replace(self, merge=self.merge.prepared(threads, progress))
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepared(crew, progress))
 
     def note(self) -> str:
         return self.merge.note()
@@ -132,7 +133,7 @@ class Scaler:
         options = replace(sweep.options, scaling_factor=factor)
         whole = sweep.job(sweep.path(factor), options)
         if self.once is None:
-            return whole.run(sweep.settings).path
+            return Path(whole.run(sweep.settings).path)
         outcome, vector = self.once
         inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
@@ -141,7 +142,7 @@ class Scaler:
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,
         )  # fmt: skip
-        return job.run(sweep.settings).path
+        return Path(job.run(sweep.settings).path)
 
 
 def _merge_kernel(job: Job) -> MergeKernel:

@@ -10,7 +10,6 @@ from ..engine.ask import Questions
 from ..engine.compare import Mismatch, compare
 from ..engine.job import Settings
 from ..engine.reader import Reader
-from ..engine.stream import cores
 from ..rules.winners import Supply
 
 
@@ -35,7 +34,7 @@ def own_shares(
     match = compare(opened, others, mismatch)
     elements = {k: match.extents.get(k, s.elements) for k, s in opened.specs.items() if k not in match.carried}
     reader = Reader([opened, *others], allow_nonfinite)
-    questions = Questions(reader, elements, settings.threads or cores(), settings.progress)
+    questions = Questions(reader, elements, settings.crew, settings.progress)
 
     def plan() -> Any:
         return (yield Supply(questions.scope.tasks, questions.scope.wide))

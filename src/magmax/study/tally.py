@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint
 from ..engine.ask import Questions
 from ..engine.compare import compare
+from ..engine.crew import Crew
 from ..engine.merge import refuse_same_path
 from ..engine.reader import Reader
-from ..engine.stream import Kernel, Pass, Progress, Slab, cores
+from ..engine.stream import Kernel, Pass, Progress, Slab
 from ..errors import MagMaxError
 from ..rules import Address, Prune
 from ..rules.plan import Answer
@@ -216,9 +217,9 @@ def tally(
     kernel = _Counting(Reader(inputs), apart)
     if top is not None:
         prune = Prune(keep=top)
-        questions = Questions(kernel.reader, elements, threads or cores(), progress)
+        questions = Questions(kernel.reader, elements, Crew(threads), progress)
         kernel = replace(kernel, prune=prune, cuts=questions.answer(prune.plan(questions.scope)))
-    ledger = Pass(inputs, [], kernel, threads).run(progress)
+    ledger = Pass(inputs, [], kernel, Crew(threads)).run(progress)
     tensors = {key: _joined(kernel.parts[key]) for key in base.specs if key in kernel.parts}
     digests = dict(zip(["base", *names], ledger.digests(inputs), strict=True))
     return Tally(list(names), tensors, apart, digests)

@@ -1,0 +1,34 @@
+"""What searches in the tests score with: functions of the one number that a result of the toy merges holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import magmax
+
+
+def number(path: Path) -> float:
+    return float(magmax.open_checkpoint(path).read("w", 0, 1)[0])
+
+
+def peak(path: Path) -> float:
+    """Best at 0.7."""
+    return -((number(path) - 0.7) ** 2)
+
+
+def two_tasks(path: Path) -> dict[str, float]:
+    """Best at 0 and at 1: what lies between them is the Pareto front."""
+    x = number(path)
+    return {"zero": -(x**2), "one": -((x - 1) ** 2)}
+
+
+def slow_peak(path: Path) -> float:
+    """Waits where a test wants time to kill."""
+    time.sleep(float(os.environ.get("SCORE_SECONDS", "0")))
+    return peak(path)
+
+
+def nothing(path: Path) -> float:
+    return float("nan")
