@@ -258,6 +258,11 @@ def test_calibration_coefficients(run, models: list[Path], tmp_path: Path) -> No
     assert run("report", *words)[0] == 0
     table = next(t for t in checked(out).tables if t[0][:2] == ["tensor", "coefficient"])
     assert table[1:] == [["layer.weight", "1.25"], ["wide.weight", "0.9"]]
+    layers = [{"name": "layer", "xi": 1.25}, {"name": "left", "xi": None}, {"name": "wide", "xi": 0.9}]
+    file.write_text(json.dumps({"models": ["a"], "layers": layers}))
+    assert run("report", *words)[0] == 0
+    table = next(t for t in checked(out).tables if t[0][:2] == ["tensor", "coefficient"])
+    assert table[1:] == [["layer", "1.25"], ["wide", "0.9"]]
     file.write_text("[1, 2]")
     code, _, errors = run("report", *words)
     assert (code, "holds no coefficients" in errors) == (2, True)

@@ -112,7 +112,8 @@ def report(
 
 
 def coefficients_of(path: Path) -> dict[str, float]:
-    """Tensor -> coefficient, from a calibration's report: a map, alone or under "coefficients".
+    """Layer -> coefficient, from a calibration's report: "layers" with name and xi; or a map, alone or under
+    "coefficients".
 
     Raises MagMaxError for a file that holds none.
     """
@@ -121,10 +122,15 @@ def coefficients_of(path: Path) -> dict[str, float]:
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{path}: cannot be read: {error}") from error
     inner = found.get("coefficients", found) if isinstance(found, dict) else None
-    numbers = inner.items() if isinstance(inner, dict) else ()
+    numbers: list[tuple[Any, Any]] = list(inner.items()) if isinstance(inner, dict) else []
+    layers = found.get("layers") if isinstance(found, dict) else None
+    if isinstance(layers, list):
+        numbers = [(layer.get("name"), layer.get("xi")) for layer in layers if isinstance(layer, dict)]
     known = {str(k): float(v) for k, v in numbers if type(v) in (int, float) and math.isfinite(v)}
     if not known:
-        raise MagMaxError(f"{path}: holds no coefficients; expected a map from tensor to number")
+        raise MagMaxError(
+            f"{path}: holds no coefficients; expected layers with a name and xi, or a map from tensor to number"
+        )
     return known
 
 
