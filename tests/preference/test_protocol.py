@@ -26,6 +26,7 @@ from magmax.cli import deploying  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import Context, context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
+from magmax.engine import workers  # noqa: E402
 from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
 from magmax.preference.environments import MIXTURES  # noqa: E402
 from magmax.preference.protocol import run as running  # noqa: E402
@@ -245,7 +246,7 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
     toys.written(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
     few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
-    monkeypatch.setattr(deploying, "executor_of", lambda jobs, scheduler: nullcontext(executor))
+    monkeypatch.setattr(workers, "hired", lambda jobs, scheduler: nullcontext(executor))
     code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
     assert code == 0, err
     assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
