@@ -8,7 +8,7 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import learning, looking, merging, recipes, running, tuning
+from . import learning, looking, merging, recipes, running, serving, tuning
 
 app = App(
     name="magmax",
@@ -22,6 +22,7 @@ for verb in (
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")
+app.command(serving.ui)
 
 own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
 for verb in (recipes.ls, recipes.cp, recipes.check):
