@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from magmax.rules import Rule, StreamingRule, all_parts
+from magmax.rules import After, Before, Rule, StreamingRule, all_parts
 from magmax.rules.part import Part
 
 ROOT = Path(__file__).parent.parent
@@ -34,16 +34,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def rules_page() -> str:
     """Every rule and transform: what it computes, its options, its cost, its paper, a recipe."""
     kinds = all_parts()
-    merging = [kind for kind in kinds.values() if issubclass(kind, Rule)]
-    before = [kind for kind in kinds.values() if not issubclass(kind, Rule)]
+    merging, before, after = ([kind for kind in kinds.values() if issubclass(kind, of)] for of in (Rule, Before, After))
     parts = [
         "# Rules",
         "A rule makes one merged task vector `m` of the task vectors `tau_1 ... tau_T`; the merged model is "
         "`theta_0 + scaling_factor * m`. `magmax rules` prints the same in short.",
         *(section(kind) for kind in merging),
-        "# Transforms",
-        "They stand before a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",
+        "# Before a rule",
+        "Transforms of each task vector, ahead of a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",
         *(section(kind) for kind in before),
+        "# After a rule",
+        "Transforms of what a rule merged, behind it in a chain: `rule: [magmax, calibrate_weights]`.",
+        *(section(kind) for kind in after),
     ]
     return "\n\n".join(parts) + "\n"
 

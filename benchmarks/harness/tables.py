@@ -63,6 +63,14 @@ ABSORB: list[Column] = [
     ("reads / (base + state + model)", number("reads", 3)),
     ("writes / state", number("writes", 3)),
 ]
+GROWTH: list[Column] = [
+    ("method", lambda record: record["method"]),
+    ("T", lambda record: str(record["tasks"])),
+    ("whole s", _whole),
+    ("peak anonymous MB", number("anonymous_mb", 0)),
+    ("read MB", number("read_mb", 0)),
+    ("kept for the next task MB", number("kept_mb", 0)),
+]
 
 
 def _share(name: str) -> Callable[[Record], str]:

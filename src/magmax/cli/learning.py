@@ -159,7 +159,7 @@ def bench(
 
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
-    with _executor(jobs, scheduler) as executor, bars() as new_bar:
+    with executor_of(jobs, scheduler) as executor, bars() as new_bar:
         work = Benchmark(experiment, Path(out).resolve(), executor, threads, discard, new_bar("Benchmark"))
         records = work.run()
     files = write_results(experiment, records, Path(out))
@@ -182,7 +182,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
         raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
     document = read_document(file)
     for word in assignments:
-        document = document._replace(content=_assigned(document.content, word))
+        document = document._replace(content=assigned(document.content, word))
 
     def known(parts: Sequence[str]) -> list[str]:
         return list((Experiment if len(parts) == 1 else Fit).model_fields)
@@ -190,7 +190,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     return validated(Experiment, document, known).checked()
 
 
-def _assigned(content: Any, word: str) -> dict[str, Any]:
+def assigned(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
     from ..document import parse_yaml
     from ..recipe import is_override
@@ -214,7 +214,8 @@ def _assigned(content: Any, word: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
+def executor_of(jobs: int, scheduler: str | None) -> Generator[Executor]:
+    """Processes of this machine, or the workers of a Dask scheduler; ended when the block is left."""
     from ..continual.benchmark import cluster, process_pool
 
     if scheduler is not None:

@@ -114,6 +114,10 @@ def sweep(
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
     plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
     print_notes(plan)
+    if plan.calibrate:
+        raise MagMaxError(
+            "a sweep does not calibrate; leave calibrate out, and calibrate its results: magmax calibrate"
+        )
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")

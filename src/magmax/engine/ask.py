@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,8 @@ class Questions:
         self._elements, specs = elements, reader.inputs[0].specs
         self._specs = {key: specs[key] for key in elements}
         wide = any(spec.dtype == "F64" for spec in self._specs.values())
-        self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide)
+        shapes = {key: _trimmed(spec.shape, elements[key]) for key, spec in self._specs.items()}
+        self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide, shapes=shapes)
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
@@ -138,3 +140,9 @@ class Questions:
             deltas = [self.reader.task_vector(slab, task, base) for task in range(1, self.scope.tasks + 1)]
             shape = slab.shape if self._whole and end == stop else None
             yield Block(Address(chunk.key, start), deltas, base, shape)
+
+
+def _trimmed(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    """The shape of the leading rows that have so many elements."""
+    row = math.prod(shape[1:])
+    return (elements // row, *shape[1:]) if shape and row else shape

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
@@ -205,13 +205,28 @@ def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
 ) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
+    (tensors,) = merges_in_memory(rule, base, models, [options.factor(rule)], options, settings)
+    return tensors
+
+
+def merges_in_memory(
+    rule: Rule,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    factors: Sequence[Number],
+    options: Options,
+    settings: Settings,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The merge at each of several scaling factors; what the rule asks of the models is asked once."""
     kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
-    memory = MemorySink(kernel.out)
     kernel = kernel.prepared(settings.threads, settings.progress)
     if words := kernel.note():
         settings.note(words)
-    Pass([base, *models], [memory], kernel, settings.threads, digest=False).run(settings.progress)
-    return memory.tensors
+    for factor in factors:
+        memory = MemorySink(kernel.out)
+        scaled = replace(kernel, scaling_factor=factor)
+        Pass([base, *models], [memory], scaled, settings.threads, digest=False).run(settings.progress)
+        yield memory.tensors
 
 
 class MemorySink:
