@@ -161,8 +161,8 @@ def test_moving_sliders_moves_accuracies(shown: Any, tuner: Tuner) -> None:
     assert window.accuracies() != before
     assert page.locator(".tile .value").first.text_content() == f"{100 * expected.mean:.1f} %"
     assert "Task 1: " + window.accuracies()[0] in page.locator(".bar").first.get_attribute("aria-label")
-    window.press("Weight of Task 1", "Home")
-    assert "give some task a weight" in page.locator(".tiles").text_content()
+    page.get_by_role("slider", name="Weight of Task 1", exact=True).press("Home")
+    page.get_by_text("give some task a weight").wait_for()
     assert page.get_by_role("button", name="Make the checkpoint").is_disabled()
     page.get_by_role("button", name="MagMax").click()
     window.press("Scaling factor", "Home")

@@ -121,6 +121,13 @@ def test_references_are_what_they_say(trained: Path, tmp_path: Path) -> None:
     assert list(tuner.marks) == ["Zero-shot", "Last model", MAGMAX]
 
 
+def test_a_chain_of_a_benchmark_needs_its_recipe_alone(trained: Path, tmp_path: Path) -> None:
+    for path in trained.glob("theta_*"):
+        shutil.copy(path, tmp_path)
+    found = Tuner.open(open_source(tmp_path, EXPERIMENT, 1), 30)
+    assert found.marks[MAGMAX].tasks == Tuner.open(open_source(trained), 30).marks[MAGMAX].tasks
+
+
 def test_the_sample_is_balanced(tuner: Tuner) -> None:
     assert [len(task.rows(tuner.sample.labels)) for task in tuner.here.tasks] == [10, 10, 10]
     assert tuner.preview([1, 1, 1], 0.5).counts == [10, 10, 10]
@@ -237,8 +244,10 @@ def test_refusals(trained: Path, archived: Path, tmp_path: Path) -> None:
         open_source(few)
     with pytest.raises(MagMaxError, match="neither the folder of a training"):
         open_source(tmp_path)
-    with pytest.raises(MagMaxError, match="name the experiment with --recipe"):
-        open_source(archived)
+    (few / "recipe.json").unlink()
+    for folder in (archived, few):
+        with pytest.raises(MagMaxError, match="name the experiment with --recipe"):
+            open_source(folder)
     with pytest.raises(MagMaxError, match="leave out --recipe"):
         open_source(trained, EXPERIMENT)
     with pytest.raises(MagMaxError, match="one weight for each of 3 tasks"):

@@ -27,11 +27,11 @@ def ui(
     Parameters
     ----------
     run
-        The folder of magmax train, or an archive of magmax archive.
+        The folder of magmax train; or an archive of magmax archive, or a chain of magmax bench.
     recipe
-        With an archive: its experiment (.yaml), or the recipe.json of the training that it was made of.
+        Of an archive or a chain: its experiment (.yaml), or the recipe.json of a training.
     seed
-        With an archive: what drew the tasks; the recipe's first by default.
+        Of an archive or a chain: what drew the tasks; the recipe's first by default.
     samples
         Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. Test
         examples of the recipe by default.
@@ -52,9 +52,9 @@ def ui(
 
     if examples < 1:
         raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
-    at = bound(port)
-    told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
-    source = open_source(Path(run), told, seed)
-    with bars() as new_bar:
-        tuner = Tuner.open(source, examples, Path(samples) if samples else None, new_bar)
-    serve(tuner, at, not no_browser, partial(print, flush=True))
+    with bound(port) as at:
+        told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
+        source = open_source(Path(run), told, seed)
+        with bars() as new_bar:
+            tuner = Tuner.open(source, examples, Path(samples) if samples else None, new_bar)
+        serve(tuner, at, not no_browser, partial(print, flush=True))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nicegui import background_tasks, run, ui
 from nicegui.elements.mixins.text_element import TextElement
-from nicegui.elements.mixins.value_element import ValueElement
 
 from ..errors import MagMaxError
+from .parts import Slider, box, button, words
 from .runs import OUT
 from .tuner import FACTOR, MAGMAX, Preview, Tuner
 
@@ -26,34 +26,6 @@ BRAND = (
     '<svg viewBox="0 0 24 24" aria-hidden="true" focusable="false"><path class="b0" d="M4 19V9"/>'
     '<path class="b1" d="M12 19V13"/><path class="b2" d="M20 19V4"/></svg>'
 )
-
-
-def words(tag: str, text: str = "", classes: str = "") -> TextElement:
-    """An element that holds text."""
-    return TextElement(tag=tag, text=text).classes(classes)
-
-
-def box(tag: str, classes: str = "", props: str = "") -> ui.element:
-    """An element that holds others."""
-    return ui.element(tag).classes(classes).props(props)
-
-
-def button(text: str, classes: str, on_click: Callable[[], Any]) -> TextElement:
-    """A button."""
-    made = words("button", text, classes).props("type=button")
-    made.on("click", on_click, [])
-    return made
-
-
-class Slider(ValueElement[float], component="slider.js"):
-    """The browser's own slider: keyboards and screen readers know it (NiceGUI's has its role and its focus apart)."""
-
-    LOOPBACK = False
-
-    def __init__(self, label: str, most: float, step: float, value: float, on_change: Callable[[Any], None]) -> None:
-        super().__init__(value=value, on_value_change=on_change, throttle=0.05)
-        for name, given in {"min": 0, "max": most, "step": step, "aria-label": label}.items():
-            self.props[name] = given
 
 
 def percent(share: float) -> str:
@@ -99,7 +71,7 @@ class Page:
                 ui.html(BRAND, sanitize=False, tag="span")
                 words("span", "magmax")
             words("h1", "Tune a merge to what it is for")
-            kind = "an archive" if self.tuner.source.archive else "a training"
+            kind = "an archive" if self.tuner.source.archive else "a chain"
             words(
                 "p",
                 f"{self.tuner.source.folder}, {kind} of {len(here.tasks)} tasks. Move the sliders: how much of the "
@@ -132,7 +104,7 @@ class Page:
                 if self.tuner.source.archive:
                     self.name = ui.input(placeholder="name a preset").props('dense borderless aria-label="Preset name"')
                     self.name.classes("name").on("keydown.enter", self.store)
-                    button("Store", "chip plain", self.store)
+                    button("Store", "chip", self.store)
             with box("p", "legend"):
                 for number, (name, mark) in enumerate(self.tuner.marks.items()):
                     words("span", f"{name} {percent(mark.mean)}", f"key k{number}")
@@ -154,8 +126,9 @@ class Page:
             with box("div", "accuracy"):
                 with box("div", "bar", "role=img") as bar:
                     box("i", "fill")
-                    for place, mark in enumerate(self.tuner.marks.values()):
-                        box("i", f"mark k{place}").style(f"--v:{mark.tasks[number]:.4f}")
+                    for place, (name, mark) in enumerate(self.tuner.marks.items()):
+                        drawn = box("i", f"mark k{place}").style(f"--v:{mark.tasks[number]:.4f}")
+                        drawn.props["title"] = f"{name} {percent(mark.tasks[number])}"
                 value, change = words("span", "…", "value"), words("span", "", "change")
         return Row(slider, share, bar, value, change)
 
@@ -187,7 +160,7 @@ class Page:
             self.outcome = words("p", "", "inside").props("role=status")
             self.recipe = words("pre", "", "recipe").props('tabindex=0 role=region aria-label="The recipe"')
             words("h3", "On the command line")
-            self.command = words("pre", "", "recipe").props('tabindex=0 role=region aria-label="The command"')
+            self.command = words("pre", "", "recipe wrapped").props('tabindex=0 role=region aria-label="The command"')
 
     def list_presets(self) -> None:
         """A button for each preset."""
@@ -236,14 +209,14 @@ class Page:
         self.factor_text.text = f"{factor:.2f}"
         for chosen in (self.make, self.take):
             chosen.props["disabled"] = not total
+        self.asked += 1
+        self.main.classes(add="stale")
         if not total:
             self.state.text, self.state_note.text = "…", "give some task a weight"
             return
         self.recipe.text = self.tuner.recipe(weights, factor)
         self.command.text = self.tuner.command(weights, factor)
-        self.asked += 1
         self.state.text = "working"
-        self.main.classes(add="stale")
         background_tasks.create(self.follow())
 
     async def follow(self) -> None:
@@ -310,17 +283,15 @@ class Page:
         self.outcome.text = "Merging exactly …"
         watch = ui.timer(0.2, lambda: self.progress.set_value(done[0]))
         try:
-            outcome = await run.io_bound(
-                self.tuner.write, weights, factor, out, lambda share: done.__setitem__(0, share)
-            )
-        except MagMaxError as error:
+            outcome = await run.io_bound(self.tuner.write, weights, factor, out, tell)
+        except (MagMaxError, OSError) as error:
             self.outcome.text = f"Not written: {error}"
             return
         finally:
             watch.cancel()
             self.progress.set_visibility(False)
             self.make.props["disabled"] = False
-        if outcome:
+        if outcome and not self.main.is_deleted:
             self.outcome.text = f"{OUT}: {outcome.written_bytes / 1e6:,.1f} MB, exact, in {outcome.seconds:.1f} s."
             ui.download.file(out, OUT)
 

@@ -1,4 +1,4 @@
-"""What a page is opened on: the folder of a training, or an archive and the recipe of its experiment."""
+"""What a page is opened on: the folder of a training, or a chain or an archive and the recipe of its experiment."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Source:
         return {
             "base": str(self.base.path),
             "models": [{"path": path, "name": name} for path, name in zip(self.models, self.names, strict=True)],
-            "rule": {"tunable": {"preference": weights}},
+            "rule": {"tunable": {"preference": {name: short(weight) for name, weight in weights.items()}}},
             "scaling_factor": scaling_factor,
             "out": OUT,
         }
@@ -69,37 +69,41 @@ class Source:
         """The words of the command that makes the same bytes."""
         given = ["--archive", str(self.folder)] if self.archive else [*self.models, "--base", str(self.base.path)]
         prefer = [
-            word for name, weight in weights.items() if weight for word in ("--prefer", f"{name}={number(weight)}")
+            word for name, weight in weights.items() if weight for word in ("--prefer", f"{name}={short(weight)!r}")
         ]
-        rest = ["--scaling-factor", number(scaling_factor), "--out", OUT]
+        rest = ["--scaling-factor", repr(short(scaling_factor)), "--out", OUT]
         return ["magmax", "tune", *given, *prefer, *rest]
 
 
 def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> Source:
-    """A training's folder, or an archive with its experiment: a recipe, or the recipe.json of its training.
+    """A training's folder; or a chain of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
 
-    Raises MagMaxError for a folder that is neither, and where checkpoints lack.
+    Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
     """
-    if (folder / FILE).exists():
-        if recipe is None:
-            raise MagMaxError(
-                f"{folder}: is an archive, which knows nothing of data and classes; name the experiment with --recipe "
-                f"RECIPE.yaml, or --recipe RUN/{RECIPE} of the training that it was made of"
-            )
-        archive = Archive(folder)
-        experiment, chosen = read_run(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
-        return Source(folder, experiment, chosen if seed is None else seed, archive.base(), [], archive.tasks, archive)
-    if not (folder / RECIPE).exists():
+    archived, known = (folder / FILE).exists(), (folder / RECIPE).exists()
+    if not (archived or known or (folder / "theta_0.safetensors").exists()):
         raise MagMaxError(
-            f"{folder}: is neither the folder of a training ({RECIPE}, made by magmax train) nor an archive ({FILE}, "
-            "made by magmax archive)"
+            f"{folder}: is neither the folder of a training ({RECIPE} and theta_0.safetensors, made by magmax train) "
+            f"nor an archive ({FILE}, made by magmax archive)"
         )
-    if recipe is not None or seed is not None:
-        raise MagMaxError(f"{folder}: is a training, which knows its recipe and seed; leave out --recipe and --seed")
-    experiment, chosen = read_run(folder / RECIPE)
-    paths = _thetas(folder.resolve())
-    models = [str(path) for path in paths[1:]]
-    return Source(folder, experiment, chosen, open_checkpoint(str(paths[0])), models, default_names(models))
+    if known and not archived:
+        if recipe is not None or seed is not None:
+            raise MagMaxError(
+                f"{folder}: is a training, which knows its recipe and seed; leave out --recipe and --seed"
+            )
+        recipe = folder / RECIPE
+    if recipe is None:
+        raise MagMaxError(
+            f"{folder}: knows nothing of data and classes; name the experiment with --recipe RECIPE.yaml, or with "
+            f"--recipe RUN/{RECIPE} of a training"
+        )
+    experiment, chosen = read_run(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
+    chosen = chosen if seed is None else seed
+    if archived:
+        archive = Archive(folder)
+        return Source(folder, experiment, chosen, archive.base(), [], archive.tasks, archive)
+    base, *models = map(str, _thetas(folder.resolve()))
+    return Source(folder, experiment, chosen, open_checkpoint(base), models, default_names(models))
 
 
 def read_run(file: Path) -> tuple[Experiment, int]:
@@ -113,9 +117,9 @@ def read_run(file: Path) -> tuple[Experiment, int]:
     return experiment.checked(), experiment.seeds[0]
 
 
-def number(value: float) -> str:
-    """The number as short as it can be read back."""
-    return str(int(value)) if value == int(value) else repr(value)
+def short(value: float) -> float | int:
+    """The number, without a fraction that is 0."""
+    return int(value) if value == int(value) else value
 
 
 def _thetas(folder: Path) -> list[Path]:
