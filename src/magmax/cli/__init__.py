@@ -8,7 +8,19 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import calibrating, deploying, learning, looking, merging, recipes, running, searching, studying, tuning
+from . import (
+    calibrating,
+    deploying,
+    learning,
+    looking,
+    merging,
+    recipes,
+    running,
+    searching,
+    serving,
+    studying,
+    tuning,
+)
 
 app = App(
     name="magmax",
@@ -24,6 +36,7 @@ for verb in (
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")
+app.command(serving.ui)
 
 own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
 for verb in (recipes.ls, recipes.cp, recipes.check):

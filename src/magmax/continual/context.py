@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,10 @@ from magmax.continual.sequence import Protocol
 
 @dataclass(frozen=True)
 class Context:
-    """One seed of an experiment. The encoder has the weights of whoever used it last; `base` are theta_0's."""
+    """One seed of an experiment. The encoder has the weights of whoever used it last; `base` are theta_0's.
+
+    `classes` are the names of the classes.
+    """
 
     experiment: Experiment
     seed: int
@@ -36,6 +40,7 @@ class Context:
     validation: Labelled
     test: Labelled
     tasks: tuple[Task, ...]
+    classes: Sequence[str]
 
     def row(self, learned: int, data: Labelled | None = None) -> Row:
         """The row of R of the encoder as it is, after so many tasks; on the data that the recipe says, or on others."""
@@ -88,7 +93,8 @@ def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Con
     tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
     train, validation = hold_out(dataset.train, experiment.validation, seed)
     used = InBfloat16(encoder) if experiment.precision == "bfloat16" else encoder
-    return Context(experiment, seed, used, heads[of_head], base, train, validation, dataset.test, tasks)
+    head, classes = heads[of_head], raw.classes
+    return Context(experiment, seed, used, head, base, train, validation, dataset.test, tasks, classes)
 
 
 def hold_out(data: Labelled, per_class: int, seed: int) -> tuple[Labelled, Labelled]:

@@ -178,7 +178,7 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
     for left in reversed(range(ROUNDS)):
         found = Found.read((yield Undecided(state, windows, rate)), tasks)
         if not state.noise:
-            state = replace(state, noise=_noise(found.columns.magnitudes))
+            state = replace(state, noise=tie_breaker(found.columns.magnitudes))
         worth, old = found.columns.worth(state.noise), np.array(state.prices)
         share = quota - found.clear
         if rate == 1 and share.min() >= 0:
@@ -203,8 +203,8 @@ def _within(shift: Floats, windows: Floats) -> bool:
     return bool((shift[:, None] - shift <= windows).all())
 
 
-def _noise(magnitudes: Floats) -> float:
-    """A power of two, far below a typical magnitude."""
+def tie_breaker(magnitudes: Floats) -> float:
+    """The most that equal magnitudes are moved apart: a power of two, far below a typical magnitude."""
     typical = float(magnitudes.max(axis=0).mean()) if magnitudes.size else 0.0
     return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
 
