@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs tutorial clean
 
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python examples/newsgroups.py
@@ -22,6 +22,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py
 
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+
+tutorial: $(READY)
+	MAGMAX_TUTORIAL=1 $(BIN)/python -m pytest tests/test_docs.py -k tutorial
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -29,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache demo benchmarks/.work
+	rm -rf $(VENV) .cache demo site benchmarks/.work

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.documents import ROOT, blocks, commands, run
 from tests.models import saved, small_model
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 SLOW = ("make ", "git clone", "pip install", "cd ")
 TASKS = ("cars", "mnist", "eurosat")
 THEIRS = """\
@@ -27,23 +24,13 @@ dtype: bfloat16
 """
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    """Every command of the README but those that set up or take minutes; the prompt is cut off."""
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    return [line[2:] for line in lines if line.startswith("$ ") and not line[2:].startswith(SLOW)]
-
-
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with the models that the README speaks of."""
     saved(small_model(0), tmp_path / "base.safetensors")
     for number, name in enumerate(TASKS, start=1):
         saved(small_model(number), tmp_path / f"{name}.safetensors")
-    for name, text in zip(("recipe.yaml",), blocks("yaml"), strict=True):
+    for name, text in zip(("recipe.yaml",), blocks(README, "yaml"), strict=True):
         (tmp_path / name).write_text(text)
     (tmp_path / "theirs.yaml").write_text(THEIRS)
     torch.save(torch.nn.Linear(2, 3), tmp_path / "old-research.pt")
@@ -56,16 +43,14 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_every_command_runs(workplace):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    found = commands()
+    found = commands(README, SLOW)
     assert len(found) >= 10
     for command in found:
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        run(command)
 
 
 def test_the_python_runs(workplace):
-    for block in blocks("python"):
+    for block in blocks(README, "python"):
         exec(compile(block, str(README), "exec"), {})
 
 

@@ -141,7 +141,18 @@ def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
         return parse_rule(parse_yaml(given, f"the rule {given!r}"), folder)
     if isinstance(given, dict) and "_target_" in given:
         return _fusion_bench(given)
-    return rule_from(given), None
+    return rule_from(_from_here(given, folder)), None
+
+
+def _from_here(rule: Any, folder: str) -> Any:
+    """A rule's content, the path of its sensitive tensors as seen from here instead of from the folder."""
+    if isinstance(rule, list):
+        return [_from_here(part, folder) for part in cast("list[Any]", rule)]
+    if not isinstance(rule, dict):
+        return rule
+    told = {name: _from_here(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
+    path = told.get("sensitive")
+    return {**told, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else told
 
 
 def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:

@@ -21,7 +21,7 @@ from magmax.engine.job import Outcome, Settings
 from magmax.engine.merge import Options, merge_job
 from magmax.engine.running import Running
 from magmax.engine.sweep import Sweep
-from magmax.rules import MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
+from magmax.rules import CalibrateWeights, MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 
 RULES_THAT_ASK = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
 SHARD = 300
@@ -57,6 +57,10 @@ def merge_by_angles(folder: Path, out: str) -> tuple[Outcome, list[str]]:
 
 def merge_by_preference(folder: Path, out: str) -> tuple[Outcome, list[str]]:
     return merge(folder, out, rule=Tunable(preference=(1, 2)))
+
+
+def merge_calibrated(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+    return merge(folder, out, rule=chain(Ties(), CalibrateWeights(per="row")))
 
 
 @dataclass(frozen=True)

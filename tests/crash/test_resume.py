@@ -14,6 +14,7 @@ from tests.crash.scenarios import (
     merge_by_a_rule_that_tells_a_tuple,
     merge_by_angles,
     merge_by_preference,
+    merge_calibrated,
     merge_whole_tensors,
 )
 from tests.crash.test_kills import completed, copied, prepared
@@ -42,7 +43,14 @@ def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(out: str, 
 
 
 @pytest.mark.parametrize(
-    "work", [merge_whole_tensors, merge_by_angles, merge_by_preference, merge_by_a_rule_that_tells_a_tuple]
+    "work",
+    [
+        merge_whole_tensors,
+        merge_by_angles,
+        merge_by_preference,
+        merge_calibrated,
+        merge_by_a_rule_that_tells_a_tuple,
+    ],
 )
 @pytest.mark.parametrize("out", OUTS)
 def test_a_rule_that_asks_or_takes_whole_tensors_resumes_too(

@@ -11,10 +11,12 @@ from magmax import MagMaxError, open_checkpoint
 from magmax.engine.job import Settings
 from magmax.engine.merge import Options
 from magmax.engine.sweep import Sweep, factors
-from magmax.rules import as_rule
+from magmax.rules import CalibrateWeights, MagMax, Rule, as_rule, chain
+
+CALIBRATED = chain(MagMax(), CalibrateWeights(form="ellipsoid"))
 
 
-@pytest.mark.parametrize("rule", ["magmax", "average"])
+@pytest.mark.parametrize("rule", ["magmax", "average", CALIBRATED], ids=str)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_swept_file_is_the_merge_at_that_factor_byte_for_byte(rule, dtype, files, tmp_path):
     base, tasks = files
@@ -39,7 +41,7 @@ def test_a_swept_file_is_the_merge_at_that_factor_byte_for_byte(rule, dtype, fil
 
 
 def merge_named(
-    rule: str, base: Path, tasks: list[Path], names: list[str], factor: float, dtype: str | None, out: Path
+    rule: Rule | str, base: Path, tasks: list[Path], names: list[str], factor: float, dtype: str | None, out: Path
 ) -> None:
     opened = [open_checkpoint(t) for t in tasks]
     options = Options(factor, dtype)

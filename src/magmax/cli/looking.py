@@ -128,18 +128,19 @@ def diff(
 
 
 def rules() -> None:
-    """List the merge rules and the transforms that can stand before them in a chain."""
+    """List the merge rules and the transforms that can stand before or after them in a chain."""
     import dataclasses
 
-    from ..rules import Rule, StreamingRule, all_parts
+    from ..rules import After, Before, Rule, StreamingRule, all_parts
     from ..rules.values import FORMS
 
     rows: list[tuple[str, ...]] = []
     for name, kind in all_parts().items():
         part = kind()
         options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
-        factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else "(transform)"
-        memory = "a block" if isinstance(part, StreamingRule) or not isinstance(part, Rule) else "a block a model"
+        place = "(after)" if isinstance(part, After) else "(transform)"
+        factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else place
+        memory = "a block" if isinstance(part, Before | StreamingRule) else "a block a model"
         memory = "a tensor a model" if isinstance(part, Rule) and part.whole else memory
         passes = part.passes_told if isinstance(part, Rule) else str(part.passes)
         rows.append((name, options, factor, passes, memory, kind.paper))

@@ -47,7 +47,10 @@ class MergeKernel(Kernel):
     @cached_property
     def rules(self) -> Mapping[str, Rule]:
         """The rule as it is for each tensor."""
-        return placed(self.rule, self.reader.inputs[0].specs)
+        found = placed(self.rule, self.reader.inputs[0].specs)
+        if not self.rule.needs_factor:
+            return found
+        return {key: rule.scaled_by(self.factors[key]) for key, rule in found.items()}
 
     @cached_property
     def factors(self) -> Mapping[str, float]:
@@ -55,7 +58,8 @@ class MergeKernel(Kernel):
         return {key: at(self.scaling_factor, place) for key, place in places(self.reader.inputs[0].specs).items()}
 
     def check_placed(self) -> None:
-        """Raise MagMaxError if the rule cannot merge with the numbers it has for some tensor."""
+        """Raise MagMaxError if the rule names a tensor that is not there, or cannot merge with its numbers for one."""
+        self.rule.check_names(self.rules)
         for key, rule in self.rules.items() if self.rule.varies else ():
             try:
                 rule.check(self.tasks)

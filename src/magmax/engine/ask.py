@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -183,7 +184,8 @@ class Questions:
         self._elements, specs = elements, reader.inputs[0].specs
         self._specs = {key: specs[key] for key in elements}
         wide = any(spec.dtype == "F64" for spec in self._specs.values())
-        self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide)
+        shapes = {key: _trimmed(spec.shape, elements[key]) for key, spec in self._specs.items()}
+        self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide, shapes=shapes)
 
     def answer(self, plan: Plan) -> Answer:
         """Ask each question in turn, and return what the plan makes of the replies."""
@@ -256,3 +258,9 @@ class Questions:
 
 def _sees_all(fold: Fold) -> bool:
     return not fold.sample and fold.only is None
+
+
+def _trimmed(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    """The shape of the leading rows that have so many elements."""
+    row = math.prod(shape[1:])
+    return (elements // row, *shape[1:]) if shape and row else shape

@@ -98,10 +98,13 @@ def merge(
 
     Args:
         rule: a rule or its name.
-        base, models: paths, state dicts or modules, in any mixture; a model may be a LoRA adapter of the base.
+        base: a path, a state dict or a module.
+        models: the same, in any mixture; a model may be a LoRA adapter of the base.
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
         out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
-        dtype, mismatch, allow_nonfinite: see `Options`.
+        dtype: of the output; the base's, if None.
+        mismatch: what to do where models do not fit the base; see `Options`.
+        allow_nonfinite: merge NaN and infinity too.
         settings: threads, progress, restart; see `Settings`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
             processes need the inputs, and the folder of `out`, at the same paths. See `Settings`.

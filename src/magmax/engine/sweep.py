@@ -88,12 +88,18 @@ class Sweep:
 
     @contextmanager
     def merged(self) -> Generator[Scaler]:
-        """Merge once; the merged task vector lies beside the outputs until the block is left."""
+        """Merge once; the merged task vector lies beside the outputs until the block is left.
+
+        A rule whose result depends on the factor merges at each.
+        """
         whole = self.job(self.out, self.options)
         jobs = (self.job(self.path(factor), self.options) for factor in self.factors)
         problems = [problem for job in jobs for problem in job.problems()]
         if problems:
             raise listed("the results cannot be written", problems)
+        if self.rule.needs_factor:  # there is no one merged task vector to be scaled
+            yield Scaler(self)
+            return
         vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
         specs = {
             key: Spec(LONG_NAMES[compute_dtype(spec.dtype).name], spec.shape)
@@ -104,7 +110,7 @@ class Sweep:
         job = replace(whole, target=Target(vector), specs=specs, kernel=kernel, companions=_none)
         outcome = job.run(self.settings)
         try:
-            yield Scaler(self, outcome, open_checkpoint(vector))
+            yield Scaler(self, (outcome, open_checkpoint(vector)))
         finally:
             remove(vector)
 
@@ -118,17 +124,20 @@ class Scaler:
     """Writes the result at one factor after another."""
 
     sweep: Sweep
-    outcome: Outcome
-    vector: Checkpoint
+    once: tuple[Outcome, Checkpoint] | None = None
+    """What came of merging once, and the merged task vector."""
 
     def write(self, factor: float) -> Path:
         """Write base + factor * merged task vector to the sweep's path for it, and return that path."""
         sweep = self.sweep
         options = replace(sweep.options, scaling_factor=factor)
         whole = sweep.job(sweep.path(factor), options)
-        inputs, kernel = [sweep.base, self.vector], _merge_kernel(whole)
+        if self.once is None:
+            return whole.run(sweep.settings).path
+        outcome, vector = self.once
+        inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
-        origin = Provenance(whole.recipe, whole.names, self.outcome.input_digests, [c.origin for c in whole.inputs])
+        origin = Provenance(whole.recipe, whole.names, outcome.input_digests, [c.origin for c in whole.inputs])
         job = replace(
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,

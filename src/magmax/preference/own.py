@@ -23,8 +23,10 @@ def own_shares(
     """Each task's share of the elements that moved, when MagMax merges them; one pass over the models.
 
     Args:
-        base, models: paths, state dicts, modules or checkpoints, as in `magmax.merge`.
-        mismatch, allow_nonfinite: see `Options`; what the merge keeps of the base is not counted.
+        base: a path, a state dict, a module or a checkpoint, as in `magmax.merge`.
+        models: the same, one for each task.
+        mismatch: see `Options`; what the merge keeps of the base is not counted.
+        allow_nonfinite: count NaN and infinity as the largest magnitudes.
     """
     settings = settings or Settings()
     opened = open_checkpoint(base)

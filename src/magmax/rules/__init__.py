@@ -7,10 +7,12 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError, nearest
+from .after import After
 from .average import Average
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .breadcrumbs import Breadcrumbs
+from .calibrate_weights import CalibrateWeights
 from .chain import chain
 from .consensus import Consensus
 from .dare import Dare
@@ -37,11 +39,13 @@ from .values import Filters, Layers, Number, Numbers, PerModel, read
 
 __all__ = [
     "Address",
+    "After",
     "Array",
     "Average",
     "Before",
     "Block",
     "Breadcrumbs",
+    "CalibrateWeights",
     "Consensus",
     "Dare",
     "Della",
@@ -81,17 +85,17 @@ RULES: tuple[type[Rule], ...] = (
     *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude),
     *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM, Tunable),
 )
-TRANSFORMS: tuple[type[Before], ...] = (Prune, Dare, Della, Breadcrumbs)
-BUILT_IN: dict[str, type[Rule] | type[Before]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
+TRANSFORMS: tuple[type[Before | After], ...] = (Prune, Dare, Della, Breadcrumbs, CalibrateWeights)
+BUILT_IN: dict[str, type[Rule | Before | After]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
 ENTRY_POINTS = "magmax.rules"
 
 
-def all_parts() -> dict[str, type[Rule] | type[Before]]:
+def all_parts() -> dict[str, type[Rule | Before | After]]:
     """Every rule and transform by name: the built-in ones, then those of installed packages."""
     return BUILT_IN | {p.name: p.load() for p in entry_points(group=ENTRY_POINTS) if p.name not in BUILT_IN}
 
 
-def find_part(name: str) -> type[Rule] | type[Before]:
+def find_part(name: str) -> type[Rule | Before | After]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -101,7 +105,7 @@ def find_part(name: str) -> type[Rule] | type[Before]:
     raise MagMaxError(f"there is no rule {name!r}; {nearest(name, sorted([*BUILT_IN, *others]))}")
 
 
-def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before:
+def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before | After:
     """Build a rule or transform from its name and options, each checked against its own fields."""
     kind = find_part(name)
     hints = get_type_hints(kind)
@@ -128,7 +132,7 @@ def rule_from(content: Any) -> Rule:
     return chain(*_parts(content))
 
 
-def _parts(content: Any) -> list[Rule | Before]:
+def _parts(content: Any) -> list[Rule | Before | After]:
     if isinstance(content, str):
         return [make_part(content)]
     if isinstance(content, list):

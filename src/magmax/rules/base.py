@@ -64,6 +64,11 @@ class Rule(Part):
         return False
 
     @property
+    def needs_factor(self) -> bool:
+        """Whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked first."""
+        return False
+
+    @property
     def questions_span(self) -> Span:
         """Over what the plan's questions range."""
         return Span.MODEL
@@ -86,6 +91,13 @@ class Rule(Part):
                 f"{self.name} asks of the whole model, so its numbers must be the same for all tensors; "
                 "use span: tensor"
             )
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise MagMaxError if an option names a tensor that is none of the model's. By default, none does."""
+
+    def scaled_by(self, factor: float) -> Rule:
+        """The rule, where its result is going to be multiplied by `factor`. By default, itself."""
+        return self
 
     def explain(self, answers: Collection[Answer]) -> str:
         """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
@@ -124,7 +136,7 @@ class Rule(Part):
         block = Block(Address(key, offset), flat, start, shape)
         elements = math.prod(shape)
         row = elements // max(1, shape[0]) if len(shape) > 1 else elements
-        scope = Scope(len(task_vectors), elements, dtype == xp.float64, row)
+        scope = Scope(len(task_vectors), elements, dtype == xp.float64, row, {key: shape})
         merged = self.merge(block, answered(self.plan(scope), block))
         return xp.reshape(xp.astype(merged, dtype, copy=False), task_vectors[0].shape)
 

@@ -8,26 +8,44 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import MagMaxError
+from .after import After, Followed
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .plan import Address, Answer, Array, Block, Plan, Scope, Span, seen
 
 
-def chain(*parts: Before | Rule) -> Rule:
-    """Transforms, in order, and one merge rule after them.
+def chain(*parts: Before | Rule | After) -> Rule:
+    """Transforms of the task vectors, in order, one merge rule, and transforms of what it merges.
 
     >>> import numpy as np
     >>> from magmax.rules import MagMax, Prune
     >>> chain(Prune(keep=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
     array([3., 2.], dtype=float32)
     """
-    *before, rule = parts or (None,)
-    befores = [b for b in before if isinstance(b, Before)]
-    if not isinstance(rule, Rule) or len(befores) < len(before):
-        names = ", ".join(getattr(p, "name", repr(p)) for p in parts) or "nothing"
-        raise MagMaxError(f"a chain is transforms and then one merge rule; this one is {names}")
-    if len(set(befores)) < len(befores):
+    flat = [part for given in parts for part in _unfolded(given)]
+    befores = [part for part in flat if isinstance(part, Before)]
+    rules = [part for part in flat if isinstance(part, Rule)]
+    afters = [part for part in flat if isinstance(part, After)]
+    if len(rules) != 1 or flat != [*befores, *rules, *afters]:
+        names = ", ".join(getattr(p, "name", repr(p)) for p in flat) or "nothing"
+        raise MagMaxError(
+            "a chain is transforms and then one merge rule, then what calibrates its result (calibrate_weights); this "
+            f"one is {names}"
+        )
+    if len({*befores, *afters}) < len(befores) + len(afters):
         raise MagMaxError("a chain has the same transform twice; give each a seed, or another option, of its own")
+    merging = _merging(befores, rules[0])
+    for after in afters:
+        merging = Followed(merging, after)
+    return merging
+
+
+def _unfolded(part: Before | Rule | After) -> Sequence[Before | Rule | After]:
+    """A rule that is followed by something, and that."""
+    return [*_unfolded(part.rule), part.after] if isinstance(part, Followed) else [part]
+
+
+def _merging(befores: Sequence[Before], rule: Rule) -> Rule:
     if not befores:
         return rule
     if isinstance(rule, StreamingRule) and all(b.questions_span is None for b in befores):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -63,12 +63,14 @@ class Scope:
         elements: how many elements of each are merged, over the span.
         wide: whether any of them is float64, so that magnitudes must be compared in that type.
         row: how many elements a row has (what has one index of the first dimension; all of a vector), of one tensor.
+        shapes: of each tensor, the shape of what is merged of it.
     """
 
     tasks: int
     elements: int
     wide: bool = False
     row: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 class Fold(ABC):

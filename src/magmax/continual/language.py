@@ -1,0 +1,165 @@
+"""A small decoder language model: real text by domain, its tokens, the loss, and perplexity per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from magmax.continual.data import NEWSGROUPS, Labelled, read_newsgroups
+from magmax.continual.fetch import fetch
+from magmax.continual.texts import DOMAINS, REUTERS, SENTIMENTS, read_reuters, read_sentiments
+from magmax.errors import MagMaxError
+from magmax.rules import nearest
+
+BEGIN = "<s>"
+"""The token that every window begins with."""
+JOINED = 8
+"""Neighbouring texts that go to the same part together: the sentences of one review or editorial are neighbours."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of a domain: to train on, to choose numbers on, and to measure on; none stands in two of them."""
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    test: Sequence[str]
+
+
+def newsgroup_texts() -> Corpus:
+    """Messages in lower case without punctuation."""
+    train, test = read_newsgroups(fetch(NEWSGROUPS))
+    return parted(train.items, test.items)
+
+
+def newswire_texts() -> Corpus:
+    """Newswire stories in lower case without punctuation."""
+    train, test = read_reuters(fetch(REUTERS))
+    return parted(train.items, test.items)
+
+
+def sentiment_texts(domain: str) -> Corpus:
+    """Sentences of tweets, product reviews, film reviews or editorials, whatever their rating."""
+    number = DOMAINS.index(domain)
+    train, test = (
+        [
+            text
+            for text, of in zip(data.items, data.domains if data.domains is not None else (), strict=True)
+            if of == number
+        ]
+        for data in read_sentiments(fetch(SENTIMENTS), least=0.0)
+    )
+    return parted(train, test)
+
+
+CORPORA: dict[str, Callable[[], Corpus]] = {
+    "newsgroups": newsgroup_texts,
+    "newswire": newswire_texts,
+    **{domain: lambda domain=domain: sentiment_texts(domain) for domain in DOMAINS},
+}
+
+
+def corpus(name: str) -> Corpus:
+    """The texts of a domain by its name. Raises MagMaxError for a name that is none."""
+    if name not in CORPORA:
+        raise MagMaxError(f"there are no texts {name!r}; {nearest(name, list(CORPORA))}")
+    return CORPORA[name]()
+
+
+def parted(train: Sequence[str], test: Sequence[str], share: int = 10) -> Corpus:
+    """One part in `share` of the training texts, always the same, is set aside for choosing numbers on."""
+    aside = [place // JOINED % share == share - 1 for place in range(len(train))]
+    kept = [text for text, out in zip(train, aside, strict=True) if not out]
+    return Corpus(kept, [text for text, out in zip(train, aside, strict=True) if out], test)
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Byte-pair encoding of bytes: of every text the tokens give back the bytes, and so their number."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[BEGIN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, most: int | None = None) -> Labelled:
+    """The texts, a line each, cut into windows of BEGIN and `length` tokens; what is left at the end is dropped.
+
+    Items of shape (length + 1,), the labels all 0. Of more than `most`, so many at equal distances are taken.
+
+    Raises MagMaxError for texts that fill no window.
+    """
+    tokens = np.concatenate([[], *(encoded.ids for encoded in tokenizer.encode_batch([t + "\n" for t in texts]))])
+    count = len(tokens) // length
+    if count == 0:
+        raise MagMaxError(f"texts of {len(tokens)} tokens fill no window of {length}; give more, or a shorter window")
+    cut = tokens[: count * length].astype(np.int64).reshape(count, length)
+    if most is not None and count > most:
+        cut = cut[np.arange(most) * count // most]
+    begin = np.full((len(cut), 1), tokenizer.token_to_id(BEGIN))
+    return Labelled(list(np.hstack([begin, cut])), np.zeros(len(cut), np.int64))
+
+
+def bytes_of(tokenizer: Tokenizer, data: Labelled) -> int:
+    """The bytes that windows stand for: a token of bytes is written with one letter for each of them."""
+    sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for letters, number in tokenizer.get_vocab().items():
+        sizes[number] = len(letters)
+    return int(sum(sizes[item[1:]].sum() for item in data.items))
+
+
+def llama(vocabulary: int, width: int, layers: int, heads: int, length: int, seed: int) -> nn.Module:
+    """An untrained model of the Llama architecture, its weights drawn from the seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow to import
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=-(-8 * width // 3 // 16) * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=length + 1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The mean cross-entropy in nats of each token after those before it in its window: what `fit` minimises."""
+
+    model: nn.Module
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor:
+        tokens = torch.from_numpy(np.stack(items)).to(labels.device)
+        with torch.autocast(
+            labels.device.type, torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False
+        ):
+            logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.inference_mode()
+def perplexity_per_byte(loss: NextToken, tokenizer: Tokenizer, data: Labelled, batch: int = 32) -> float:
+    """exp(nats / bytes) over all windows: what two models of different tokens can be compared by; 2 is 1 bit a byte."""
+    nats = 0.0
+    where = next(loss.model.parameters()).device
+    for start in range(0, len(data), batch):
+        rows = data.pick(np.arange(start, min(start + batch, len(data))))
+        labels = torch.from_numpy(rows.labels).to(where)
+        nats += float(loss(rows.items, labels)) * sum(len(item) - 1 for item in rows.items)
+    return math.exp(nats / bytes_of(tokenizer, data))

@@ -1,0 +1,111 @@
+"""What can be done to a merged task vector, given the task vectors that it was made from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+from .base import Rule
+from .part import Part
+from .plan import Answer, Array, Block, Plan, Scope, Span
+
+Merge = Callable[[Block], Array]
+"""What a rule makes of a block, whose task vectors it may overwrite."""
+
+
+@dataclass(frozen=True)
+class After(Part):
+    """A transform of the merged task vector, which may first ask questions of all blocks.
+
+    The task vectors of its blocks are those that came in, before any transform ahead of the rule.
+    """
+
+    @property
+    def passes(self) -> int:
+        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        return 0
+
+    def plan(self, scope: Scope, merge: Merge) -> Plan:
+        """Ask what `apply` must know. By default, nothing."""
+        yield from ()
+
+    @abstractmethod
+    def apply(self, block: Block, merge: Merge, answer: Answer, factor: float) -> Array:
+        """The transformed merge of a block; it is multiplied by the scaling factor `factor` afterwards."""
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        return ""
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise MagMaxError if an option names a tensor that is none of these. By default, none does."""
+
+
+@dataclass(frozen=True)
+class Followed(Rule):
+    """A rule, and a transform of what it merges."""
+
+    name: ClassVar[str] = "chain"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = ""
+
+    rule: Rule
+    after: After
+    factor: float = 1.0
+
+    @property
+    def passes(self) -> int:
+        return self.rule.passes + self.after.passes
+
+    @property
+    def memory(self) -> int:
+        return self.rule.memory
+
+    @property
+    def default_factor(self) -> float:
+        return self.rule.default_factor
+
+    @property
+    def questions_span(self) -> Span:
+        return self.rule.questions_span if self.rule.passes else Span.TENSOR
+
+    @property
+    def whole(self) -> bool:
+        return self.rule.whole
+
+    @property
+    def needs_base(self) -> bool:
+        return self.rule.needs_base
+
+    @property
+    def needs_factor(self) -> bool:
+        return True
+
+    def scaled_by(self, factor: float) -> Followed:
+        return replace(self, factor=factor)
+
+    def check(self, tasks: int) -> None:
+        self.rule.check(tasks)
+        super().check(tasks)
+
+    def check_names(self, names: Collection[str]) -> None:
+        self.after.check_names(names)
+
+    def describe(self) -> dict[str, Any]:
+        told = self.rule.describe()
+        return {"chain": [*told.get("chain", [told]), self.after.describe()]}
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        told = [self.rule.explain([rules for rules, _ in answers]), self.after.explain([own for _, own in answers])]
+        return "; ".join(filter(None, told))
+
+    def plan(self, scope: Scope) -> Plan:
+        rules = yield from self.rule.plan(scope)
+        return rules, (yield from self.after.plan(scope, partial(self.rule.merge, answer=rules)))
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        rules, own = answer
+        return self.after.apply(block, partial(self.rule.merge, answer=rules), own, self.factor)
