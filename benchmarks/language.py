@@ -13,8 +13,8 @@ from harness.machine import commit, hardware
 from harness.places import BENCHMARKS, RESULTS, WORK
 from rich.console import Console
 
-from magmax.continual.benchmark import process_pool
 from magmax.continual.weights import write_bytes
+from magmax.engine.workers import process_pool
 
 app = App(help=__doc__)
 console = Console(stderr=True)
@@ -29,15 +29,18 @@ def main(
     out: Path = RESULTS / "language",
     work: Path = WORK / "language",
     jobs: int = 1,
+    discard: bool = False,
 ) -> None:
     """Trains, merges and measures what is missing; writes OUT/cells, OUT/results.json and OUT/results.md.
 
     Parameters
     ----------
     work
-        Where the models go: 17 MB each.
+        Where the models go.
     jobs
         Chains trained and measured at once, each in a process of one thread.
+    discard
+        Delete a chain's checkpoints, 17 MB each, once it is measured.
     """
     study = Study.model_validate(yaml.safe_load(recipe.read_text()))
     prepare(
@@ -45,7 +48,7 @@ def main(
     )
     told = study.model_dump(mode="json")
     with process_pool(jobs) as pool:
-        todo = [pool.submit(measure_chain, told, work, out, s, c) for s in study.seeds for c in study.chains]
+        todo = [pool.submit(measure_chain, told, work, out, s, c, discard) for s in study.seeds for c in study.chains]
         for job in as_completed(todo):
             console.print(f"done: {job.result()}")
             publish(study, out)

@@ -4,8 +4,10 @@ from child import job, timed
 
 import magmax
 import magmax.engine
+from magmax.engine.job import Settings
 
 if __name__ == "__main__":
     task = job()
     merge = magmax.merge
-    timed(lambda: merge(task["rule"], base=task["base"], models=task["models"], out=task["out"]))
+    settings = Settings(task.get("threads", 0))
+    timed(lambda: merge(task["rule"], base=task["base"], models=task["models"], out=task["out"], settings=settings))

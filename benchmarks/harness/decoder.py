@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -220,15 +221,19 @@ def read_cell(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     return record if record["recipe"] == recipe else None
 
 
-def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name: str) -> str:
-    """Train a chain and measure all its cells that are not there yet; a job for a process of its own, of one thread."""
+def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name: str, discard: bool = False) -> str:
+    """Measure all cells of a chain that are not there yet, trained for it; a job for a process, of one thread.
+
+    With `discard`, the checkpoints are deleted afterwards.
+    """
     chosen = Study.model_validate(study)
+    recipes = [(rule, how, cell_recipe(chosen, seed, name, rule, how)) for rule, how in cells_of(chosen)]
+    missing = [cell for cell in recipes if read_cell(out, cell[-1]) is None]
+    if not missing:
+        return f"{name}, seed {seed}: from an earlier run"
     ready = prepare(chosen, work)
     paths, made_at = train_chain(ready, seed, name), commit()
-    for rule, how in cells_of(chosen):
-        recipe = cell_recipe(chosen, seed, name, rule, how)
-        if read_cell(out, recipe) is not None:
-            continue
+    for rule, how, recipe in missing:
         began = time.perf_counter()
         measured = references(ready, paths) if rule == REFERENCES else merges(ready, paths, rule, how)
         record = {
@@ -242,6 +247,8 @@ def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name:
             "environment": environment(1),
         }
         write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, recipe))
+    if discard:
+        shutil.rmtree(paths[0].parent)
     return f"{name}, seed {seed}"
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from harness.places import REPOSITORY
+
 SAMPLE_MS = 5
 
 
@@ -27,6 +29,7 @@ class Measured:
     bytes_read: int
     bytes_written: int
     error: str = ""
+    processor_s: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -54,7 +57,8 @@ class _Peaks:
 
 def measure(command: list[str], limit_s: float, folder: Path) -> Measured:
     """Runs `command` in `folder` (put on its import path too), at most `limit_s` seconds."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(folder), str(REPOSITORY / "src")])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -79,6 +83,7 @@ def measure(command: list[str], limit_s: float, folder: Path) -> Measured:
             bytes_read=counted.get("rchar", 0),
             bytes_written=counted.get("wchar", 0),
             error=_last_line(_text(errors)) if in_time and code else "",
+            processor_s=said.get("processor_s"),
         )
 
 

@@ -63,6 +63,35 @@ ABSORB: list[Column] = [
     ("reads / (base + state + model)", number("reads", 3)),
     ("writes / state", number("writes", 3)),
 ]
+GROWTH: list[Column] = [
+    ("method", lambda record: record["method"]),
+    ("T", lambda record: str(record["tasks"])),
+    ("whole s", _whole),
+    ("peak anonymous MB", number("anonymous_mb", 0)),
+    ("read MB", number("read_mb", 0)),
+    ("kept for the next task MB", number("kept_mb", 0)),
+]
+
+
+SCALING: list[Column] = [
+    ("parameters", number("parameters", 0)),
+    ("models", lambda record: str(record["models"])),
+    ("workers", lambda record: str(record["workers"])),
+    ("wall s", lambda record: record["failure"] or number("inner_s", 2)(record)),
+    ("processor s", number("processor_s", 2)),
+    ("model s", number("predicted_s", 2)),
+    ("processor / model", number("over_predicted", 2)),
+    ("peak RSS MB", number("peak_rss_mb", 0)),
+    ("above imports MB", number("above_imports_mb", 1)),
+]
+COLD: list[Column] = [
+    ("round", lambda record: str(record["round"])),
+    ("floor s", number("floor_s", 2)),
+    ("floor MB/s", number("floor_mb_s", 0)),
+    ("ours s", number("ours_s", 2)),
+    ("x floor", number("times_floor", 2)),
+    ("ours, processor s", number("processor_s", 2)),
+]
 
 
 def _share(name: str) -> Callable[[Record], str]:

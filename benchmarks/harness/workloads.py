@@ -88,7 +88,7 @@ def shard_shapes(w: Workload) -> list[Shapes]:
     return shards
 
 
-def make(w: Workload) -> None:
+def make(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
     """Writes the workload unless it is there already; refuses where the disk is too small."""
     marker = w.folder / "made.json"
     made = json.dumps(asdict(w))
@@ -97,8 +97,9 @@ def make(w: Workload) -> None:
     shutil.rmtree(w.folder, ignore_errors=True)
     DATA.mkdir(parents=True, exist_ok=True)
     need, free = w.model_bytes() * (w.tasks + 1), shutil.disk_usage(DATA).free
-    if free < need + SPARE_BYTES:
-        raise SystemExit(f"({w.name}) needs {need / 1e9:.1f} GB and 8 to spare; {free / 1e9:.1f} GB are free")
+    if free < need + spare_bytes:
+        spare = f"{spare_bytes / 1e9:.0f} to spare"
+        raise SystemExit(f"({w.name}) needs {need / 1e9:.1f} GB and {spare}; {free / 1e9:.1f} GB are free")
     dtype = {"F32": "float32", "BF16": "bfloat16"}[w.dtype]
     for folder in w.model_folders():
         folder.mkdir(parents=True)

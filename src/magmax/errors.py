@@ -8,7 +8,8 @@ class MagMaxError(ValueError):
 
 
 class UnfinishedError(MagMaxError):
-    """Work that was stopped from outside, by the loss of its workers: what is finished is kept to go on from."""
+    """Work that was stopped from outside, by the loss of its workers or of a server: what is finished is kept, and the
+    same command goes on from there."""
 
 
 def listed(heading: str, problems: list[str]) -> MagMaxError:

@@ -9,11 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .calibration import Calibrate, calibrating
 from .checkpoints import Checkpoint, open_adapter, open_checkpoint
 from .checkpoints.base import PREFIX
 from .engine.adapters import AdapterOptions, adapter_job
 from .engine.job import Job, Settings
-from .engine.merge import Options, merge_job
+from .engine.merge import Options, merge_in_memory, merge_job
 from .errors import MagMaxError
 from .rules import Rule, Tunable
 
@@ -46,6 +47,7 @@ class Plan:
         notes: what the user should know of the recipe before it is carried out.
         target: where the preference of the rule tunable comes from, if it is not the rule's own.
         adapter_rank: merge adapters, without a base, into one adapter of at most this rank.
+        calibrate: how the merged model gets its magnitudes back, if it does.
     """
 
     rule: Rule
@@ -58,6 +60,7 @@ class Plan:
     notes: Sequence[str] = ()
     adapter_rank: int | None = None
     target: Target | None = None
+    calibrate: Calibrate | None = None
 
     def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
         """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
@@ -86,7 +89,21 @@ class Plan:
             return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
         base, models, names = self.opened()
         rule = self.preferred(base, models, settings) if self.target else self.rule
-        return merge_job(rule, base, models, Path(where), self.options, names)
+        job = merge_job(rule, base, models, where, self.options, names)
+        return self._calibrated(job, rule, base, models, names, settings or Settings()) if self.calibrate else job
+
+    def _calibrated(
+        self, job: Job, rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str], to: Settings
+    ) -> Job:
+        """The merge's job, calibrated: the merge is made in memory to measure it, and again as it is written."""
+        from .calibrate.fold import InMemory
+        from .calibrate.job import calibrated
+
+        assert self.calibrate is not None
+        tensors = merge_in_memory(rule.for_models(names), base, models, self.options, Settings(to.threads))
+        merged = InMemory(job.specs, tensors, base.aliases)
+        found = calibrating(self.calibrate, base, merged, models, names).measured(Settings(to.threads))
+        return replace(calibrated(job, found.coefficients, self.calibrate.told()), report=found.report.lines)
 
     def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
         """The rule, with the preference that comes from the target, if there is one."""

@@ -12,7 +12,9 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from . import mergekit
+from .calibration import Calibrate
 from .checkpoints.lora import base_and_adapter, within
+from .checkpoints.urls import is_url
 from .document import Document, parse_yaml, read_document, read_text, validated
 from .engine.merge import Options, default_names
 from .errors import MagMaxError
@@ -44,6 +46,7 @@ class Recipe(BaseModel):
         allow_nonfinite: let NaN and infinity through.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         target: for the rule tunable, where its preference comes from, if it is not written out.
+        calibrate: how the merged model gets its magnitudes back; see `Calibrate`.
         out: a `.safetensors` file or a folder.
     """
 
@@ -57,6 +60,7 @@ class Recipe(BaseModel):
     allow_nonfinite: bool = False
     adapter_rank: int | None = None
     target: Target | None = None
+    calibrate: Calibrate | None = None
     out: str | None = None
 
     @field_validator("models")
@@ -104,7 +108,7 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:
-        for key in ("base", "mismatch", "allow_nonfinite"):
+        for key in ("base", "mismatch", "allow_nonfinite", "calibrate"):
             if key in recipe.model_fields_set:
                 raise MagMaxError(
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
@@ -119,17 +123,24 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
-    out = os_path.join(folder, recipe.out) if recipe.out is not None else None
+    out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
     base = within(folder, recipe.base) if recipe.base is not None else None
     target = recipe.target
     if target is not None:
         moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
         target = target.model_copy(update=moved)
-    return Plan(rule, base, paths, names, options, out, adapter_rank=recipe.adapter_rank, target=target)
+    calibrate = recipe.calibrate
+    if calibrate is not None:
+        moved = {
+            key: os_path.join(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))
+        }
+        calibrate = calibrate.model_copy(update=moved)
+    rank = recipe.adapter_rank
+    return Plan(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
 
 
 def _known(parts: Sequence[str]) -> list[str]:
-    kind = Recipe if len(parts) == 1 else Target if parts[0] == "target" else Model
+    kind = Recipe if len(parts) == 1 else {"target": Target, "calibrate": Calibrate}.get(parts[0], Model)
     return list(kind.model_fields)
 
 

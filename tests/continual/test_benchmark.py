@@ -191,6 +191,28 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
     assert chosen["scaling_factor"] == float(max(by_hand, key=lambda f: by_hand[f]))
 
 
+def test_a_merge_has_the_statistics_that_the_recipe_says(tmp_path: Path, executor: Executor) -> None:
+    changes: dict[str, Any] = {"model": f"{toys.HERE}:normed", "seeds": [0], "chains": ["sequential"]}
+    changes |= {"rules": ["magmax"], "rows": "last"}
+    work = experiment(**changes, batch_norm="recalibrated")
+    frozen = Benchmark(experiment(**changes), tmp_path, executor).run()
+    found = Benchmark(work, tmp_path, executor).run()
+    assert found[:2] == frozen[:2]  # zero-shot and last: no merges
+    here = context(work, 0)
+    theta = [chain_folder(tmp_path, work, 0, "sequential") / f"theta_{t}.safetensors" for t in range(4)]
+    magmax.merge("magmax", theta[0], theta[1:], out=tmp_path / "m.safetensors")
+    load_weights(here.encoder.model, tmp_path / "m.safetensors")
+    assert frozen[2]["variants"][0]["rows"]["3"]["tasks"] == here.row(3).tasks
+    linear, norm = here.encoder.model[0], here.encoder.model[1]
+    with torch.no_grad():
+        values = linear(torch.from_numpy(np.stack(here.some_training_items())))
+        assert len(values) == min(256, len(here.train))
+        parts = values.split(64)
+        norm.running_mean.copy_(torch.stack([part.mean(0) for part in parts]).mean(0))
+        norm.running_var.copy_(torch.stack([part.var(0) for part in parts]).mean(0))
+    assert found[2]["variants"][0]["rows"]["3"]["tasks"] == here.row(3).tasks
+
+
 def test_a_learning_rate_can_be_chosen_without_the_test_set(
     tmp_path: Path, executor: Executor, trained: list[str]
 ) -> None:

@@ -17,6 +17,7 @@ from magmax.cli import learning  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").rglob("*.yaml"))
+BENCHMARKS = [path for path in BENCHMARKS if path.parent.name != "environments"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:

@@ -158,10 +158,10 @@ RECIPE = {
 }
 
 
-def run(benchmark: Any, folder: Path, **changes: Any) -> dict[Path, tuple[int, dict[str, Any]]]:
+def run(benchmark: Any, folder: Path, discard: bool = False, **changes: Any) -> dict[Path, tuple[int, dict[str, Any]]]:
     """The cells after a run, and when each was written."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
-    benchmark.main(folder / "recipe.yaml", out=folder / "out", work=folder / "work")
+    benchmark.main(folder / "recipe.yaml", out=folder / "out", work=folder / "work", discard=discard)
     cells = sorted((folder / "out" / "cells").iterdir())
     return {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in cells}
 
@@ -180,8 +180,12 @@ def test_the_benchmark_measures_what_it_says_and_only_what_is_missing(benchmark,
     assert "## sequential" in table
     assert table.count("| average | 1; chosen") == 2
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["records"]) == len(second)
-    other = run(benchmark, tmp_path, tune=RECIPE["tune"] | {"steps": 3})
+    third = run(benchmark, tmp_path, calibrations=["none", "norm", "ellipsoid"], discard=True)
+    assert third == second
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    other = run(benchmark, tmp_path, tune=RECIPE["tune"] | {"steps": 3}, discard=True)
     assert len(other) == len(second) + len(first)
+    assert not list((tmp_path / "work").glob("*seed*"))
 
 
 def check(record: dict[str, Any], work: Path) -> None:

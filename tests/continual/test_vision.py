@@ -25,8 +25,9 @@ from magmax.continual.heads import nearest_class_mean, zero_shot  # noqa: E402
 from magmax.continual.onnx import read_onnx  # noqa: E402
 from magmax.continual.scenario import class_incremental  # noqa: E402
 from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.statistics import recalibrate  # noqa: E402
 from magmax.continual.view import View  # noqa: E402
-from magmax.continual.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, recalibrate, vit_s  # noqa: E402
+from magmax.continual.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, vit_s  # noqa: E402
 from magmax.continual.weights import save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 

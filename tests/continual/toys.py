@@ -37,6 +37,13 @@ def encoder(seed: int = 0) -> ToyEncoder:
         return ToyEncoder(nn.Sequential(*layers))
 
 
+def normed(seed: int = 0) -> ToyEncoder:
+    """With batch normalisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ToyEncoder(nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.Linear(16, WIDTH)))
+
+
 def blobs(per_class: int = 20, noise: float = 0.7, domains: int = 1) -> Dataset:
     """Class c lies around the axis c; domain d is a little elsewhere."""
 

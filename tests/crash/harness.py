@@ -266,7 +266,7 @@ def small_slabs() -> None:
     stream.JOURNAL_SECONDS = -1.0
 
 
-def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int) -> Iterator[Any]:
+def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int, ahead: Any = None) -> Iterator[Any]:
     """What `stream.in_threads` does, in one thread, so that the calls always come in one order."""
     yield from map(work, todo)
 

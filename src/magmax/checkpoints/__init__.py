@@ -12,12 +12,13 @@ from ..errors import MagMaxError
 from .base import PREFIX, Checkpoint
 from .dcp import DistributedCheckpoint, distributed
 from .dtypes import Spec
-from .folder import PICKLES, open_folder
+from .folder import PICKLES, open_folder, open_remote
 from .hub import locate, might_be_id
 from .lora import LoraModel, base_and_adapter, is_adapter
 from .memory import StateDict, open_pickle
 from .peft import CONFIG, PeftFolder
 from .safetensors import SafetensorsFile
+from .urls import is_url, shown
 
 __all__ = ["Checkpoint", "Spec", "open_adapter", "open_checkpoint"]
 
@@ -28,7 +29,8 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     Args:
         source: a `.safetensors` file; a folder with (sharded) safetensors or `.bin` files; a `.pt`, `.pth` or `.bin`
             state dict; a folder of torch.distributed.checkpoint, or a part of one, FOLDER/PART; the folder of a PEFT
-            LoRA adapter, or BASE+ADAPTER; in a string, the id of a model on the Hugging Face hub in place of each; a
+            LoRA adapter, or BASE+ADAPTER; in a string, the id of a model on the Hugging Face hub in place of each, or
+            the URL (s3://, gs://, https://, ...) of a `.safetensors` file or of a folder with an index; a
             mapping of names to tensors or arrays; an object with `state_dict()`; a `Checkpoint`.
         label: what messages call it; a path's own text by default.
         base: what an adapter is applied to where the source does not say it.
@@ -61,6 +63,7 @@ def open_adapter(source: str | PathLike[str], label: str | None = None) -> PeftF
     label = label or text
     if halves := base_and_adapter(text):
         raise MagMaxError(f"{label}: the base has no part in this; give the adapter alone: {halves[1]}")
+    _refuse_remote_adapter(text)
     path = locate(text).path
     try:
         if not path.exists():
@@ -74,15 +77,23 @@ def open_adapter(source: str | PathLike[str], label: str | None = None) -> PeftF
 
 def _open(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
     if halves := base_and_adapter(text):
+        _refuse_remote_adapter(halves[1])
         start, adapter = _open(halves[0], halves[0], None), locate(halves[1])
         opened = LoraModel(adapter.path, start, label)
         origins = start.origin or Path(halves[0]).name, adapter.origin or adapter.path.name
         opened.origin = "+".join(origins) if start.origin or adapter.origin else ""
         return opened
+    if is_url(text):
+        return open_remote(text, shown(text) if label == text else label)
     found = locate(text)
     opened = _open_path(found.path, found.label if label == text else label, base)
     opened.origin = found.origin
     return opened
+
+
+def _refuse_remote_adapter(text: str) -> None:
+    if is_url(text):
+        raise MagMaxError(f"{shown(text)}: adapters are not read from another machine; download the folder first")
 
 
 def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:

@@ -18,7 +18,8 @@ class Checkpoint(ABC):
 
     Attributes:
         label: what messages call it (its path as given, or a word such as "model 2").
-        path: the file or folder, or None for a checkpoint in memory.
+        path: the file or folder on this machine, or None.
+        url: where it is on another machine, without anything secret, or "".
         specs: key -> (dtype, shape), in the order of the file.
         aliases: key -> the key in `specs` whose storage it shares (tied weights).
         metadata: the header's own strings.
@@ -29,6 +30,7 @@ class Checkpoint(ABC):
 
     label: str
     path: Path | None = None
+    url: str = ""
     specs: dict[str, Spec]
     aliases: dict[str, str]
     metadata: dict[str, str]
@@ -45,17 +47,54 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """Every file the tensors and their names come from."""
+        """Every file on this machine that the tensors and their names come from."""
 
     @property
     def place(self) -> str:
         """What a name for it is made from: where it was downloaded from, its path, or its label."""
         last = self.origin.rpartition("+")[2]
-        return last if last.startswith(PREFIX) else str(self.path or self.label)
+        return last if last.startswith(PREFIX) else str(self.path or self.url or self.label)
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is in files, here or elsewhere, and not in memory."""
+        return self.path is not None or bool(self.url)
+
+    @property
+    def remote_bytes(self) -> int:
+        """How many of its bytes come from another machine, as far as tensors go."""
+        return self.nbytes if self.url else 0
+
+    def folder(self) -> Path | None:
+        """The folder on this machine with the small files that belong to the model, if it has any."""
+        return self.path if self.path is not None and self.path.is_dir() else None
 
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""
         return ["" for _ in self.files()]
+
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        """File -> its size, its time or ETag, and the digest of its header: these tell that it is unchanged.
+
+        Args:
+            again: ask another machine once more, instead of telling what it said when the file was opened.
+        """
+        found: dict[str, list[object]] = {}
+        for path, header in zip(self.files(), self.header_digests(), strict=True):
+            status = path.stat()
+            found[str(path)] = [status.st_size, status.st_mtime_ns, header]
+        return found
+
+    def hold(self, key: str, start: int, stop: int) -> int:
+        """Begin to fetch units start..stop, which are to be read soon, and keep them until `release`.
+
+        Returns the bytes of memory that are taken for it: none where files are on this machine, the default.
+        """
+        return 0
+
+    def release(self, key: str, start: int, stop: int) -> int:
+        """Give up what `hold` kept, once for each time; returns the bytes of memory that this frees."""
+        return 0
 
     def spec(self, key: str) -> Spec:
         return self.specs[self.resolve(key)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, listed
 from .base import Checkpoint
 from .memory import open_pickle
-from .safetensors import SafetensorsFile, is_string_map
+from .remote import RemoteFile, in_parallel
+from .remote_folder import RemoteFolder, weight_map_of
+from .safetensors import SafetensorsFile
 
 PICKLES = (".pt", ".pth", ".bin")
 COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe"})
@@ -21,9 +24,17 @@ COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".voca
 class Folder(Checkpoint):
     """Several weight files as one checkpoint; `index` says which file holds which tensor, if there is one."""
 
-    def __init__(self, path: Path, label: str, shards: list[Checkpoint], index: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        label: str,
+        shards: Sequence[Checkpoint],
+        index: Path | None,
+        away: RemoteFolder | None = None,
+    ) -> None:
         super().__init__(label, {})
-        self.path, self._shards, self.index = path, shards, index
+        self.path, self._shards, self.index, self._away = path, shards, index, away
+        self.url = away.url if away else ""
         self._holder: dict[str, Checkpoint] = {}
         problems: list[str] = []
         for shard in shards:
@@ -44,6 +55,21 @@ class Folder(Checkpoint):
 
     def header_digests(self) -> list[str]:
         return [*([""] if self.index else []), *(d for s in self._shards for d in s.header_digests())]
+
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        if self._away is None:
+            return super().fingerprints(again)
+        found = in_parallel(lambda shard: shard.fingerprints(again), self._shards)
+        return self._away.fingerprints(again) | {name: stamp for shard in found for name, stamp in shard.items()}
+
+    def folder(self) -> Path | None:
+        return self._away.companions(COMPANIONS) if self._away else super().folder()
+
+    def hold(self, key: str, start: int, stop: int) -> int:
+        return self._holder[key].hold(key, start, stop)
+
+    def release(self, key: str, start: int, stop: int) -> int:
+        return self._holder[key].release(key, start, stop)
 
 
 def open_folder(path: Path, label: str) -> Folder:
@@ -75,36 +101,66 @@ def _open_file(file: Path) -> Checkpoint:
 def _indexed(path: Path, label: str, index: Path) -> Folder:
     where = weight_map(index)
     names = sorted(set(where.values()))
-    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
-    if not problems:
-        there = {file.name for file in path.iterdir()}
-        problems = [f"{index}: names {n}, which is not there" for n in names if n not in there]
-    if problems:
+    refuse_outside(str(index), names)
+    there = {file.name for file in path.iterdir()}
+    if problems := [f"{index}: names {n}, which is not there" for n in names if n not in there]:
         raise listed(f"{index} cannot be followed", problems)
     shards = [_open_file(path / name) for name in names]
-    held = dict(zip(names, shards, strict=True))
+    refuse_mismatch(str(index), where, dict(zip(names, shards, strict=True)))
+    return Folder(path, label, shards, index)
+
+
+def open_remote(url: str, label: str) -> Checkpoint:
+    """Open a `.safetensors` file on another machine, or a folder of these with its index, or that index itself.
+
+    Raises:
+        MagMaxError: nothing there, or another kind of model, which has to be downloaded first.
+    """
+    name = urlsplit(url).path.rpartition("/")[2]
+    if name.endswith(".safetensors"):
+        return SafetensorsFile(RemoteFile(url), label)
+    if Path(name).suffix in (*PICKLES, ".pkl", ".ckpt", ".distcp", ".gguf"):
+        raise MagMaxError(f"{label}: only safetensors are read from another machine; download it first")
+    away = RemoteFolder(url)
+    where = away.weight_map()
+    if where is None:
+        return Folder(None, label, [SafetensorsFile(RemoteFile(away.only()))], None, away)
+    names = sorted(set(where.values()))
+    refuse_outside(away.index_url, names)
+    shards = in_parallel(lambda name: SafetensorsFile(RemoteFile(away.inside(name))), names)
+    refuse_mismatch(away.index_url, where, dict(zip(names, shards, strict=True)))
+    return Folder(None, label, shards, None, away)
+
+
+def refuse_outside(index: str, names: Sequence[str]) -> None:
+    """Raise MagMaxError where an index names files that are not beside it."""
+    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
+    if problems:
+        raise listed(f"{index} cannot be followed", problems)
+
+
+def refuse_mismatch(index: str, where: Mapping[str, str], held: Mapping[str, Checkpoint]) -> None:
+    """Raise MagMaxError where the files of an index do not hold just what it says."""
     problems = [
         f"{index}: places {key} in {name}, which does not hold it"
         for key, name in where.items()
         if key not in held[name].specs and key not in held[name].aliases
     ]
     problems += [
-        f"{path / name}: holds {key}, which {index.name} does not name there"
+        f"{shard.label}: holds {key}, which {PurePosixPath(index).name} does not name there"
         for name, shard in held.items()
         for key in shard.specs
         if where.get(key) != name
     ]
     if problems:
         raise listed(f"{index} does not match its files", problems)
-    return Folder(path, label, shards, index)
 
 
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
     try:
-        where: Any = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return weight_map_of(index.read_text("utf-8"), str(index))
+    except (OSError, ValueError) as error:
+        if isinstance(error, MagMaxError):
+            raise
         raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
-    if not is_string_map(where) or not where:
-        raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
-    return where

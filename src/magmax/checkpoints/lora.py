@@ -18,6 +18,7 @@ from .factors import scaled_product
 from .fitted import Adapter
 from .hub import hub_id
 from .peft import CONFIG, WEIGHTS, PeftFolder
+from .urls import is_url
 
 
 class LoraModel(Checkpoint):
@@ -38,7 +39,7 @@ class LoraModel(Checkpoint):
 
     def __init__(self, folder: Path, base: Checkpoint, label: str) -> None:
         super().__init__(label, {})
-        self.path = None if base.path is None else folder
+        self.path, self.url = folder if base.stored else None, base.url
         self._base, self._folder = base, PeftFolder(folder, label)
         self._adapter = Adapter(self._folder, base)
         self._updates, self._copies = self._adapter.updates, self._adapter.copies
@@ -66,6 +67,15 @@ class LoraModel(Checkpoint):
     def header_digests(self) -> list[str]:
         return [*self._base.header_digests(), *self._folder.header_digests()]
 
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        return self._base.fingerprints(again) | self._folder.fingerprints(again)
+
+    def hold(self, key: str, start: int, stop: int) -> int:
+        return 0 if key in self._copies else self._base.hold(key, start, stop)
+
+    def release(self, key: str, start: int, stop: int) -> int:
+        return 0 if key in self._copies else self._base.release(key, start, stop)
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
@@ -82,7 +92,7 @@ def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
-        if Path(folder, adapter, CONFIG).is_file():
+        if Path(folder, adapter, CONFIG).is_file() or is_url(adapter):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids
             if hub_id(adapter, folder) and (hub_id(base, folder) or os.path.lexists(os.path.join(folder, base))):
@@ -125,4 +135,4 @@ def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:
     if halves is not None:
         return f"{each_part(halves[0], change, folder)}+{each_part(halves[1], change, folder)}"
     named = hub_id(text, folder)
-    return named.address if named else change(text)
+    return named.address if named else text if is_url(text) else change(text)

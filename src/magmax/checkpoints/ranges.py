@@ -26,8 +26,8 @@ class RangeFile:
         """In another process the file is opened again."""
         return type(self), (self.path.absolute(), self.label)
 
-    def fill(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` on."""
+    def fill(self, view: memoryview, offset: int, of: str = "") -> None:
+        """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to."""
         while view:
             try:
                 count = os.preadv(self._fd, [view], offset)

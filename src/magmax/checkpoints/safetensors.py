@@ -15,6 +15,7 @@ from ..errors import MagMaxError
 from .base import Checkpoint
 from .dtypes import BITS, Spec
 from .ranges import RangeFile
+from .remote import RemoteFile
 
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
@@ -24,10 +25,12 @@ MOST_DIMENSIONS = 64
 class SafetensorsFile(Checkpoint):
     """One `.safetensors` file. Raises MagMaxError for a header that is malformed or lies about the file."""
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
-        super().__init__(label or str(path), {})
-        self.path = path
-        self._file = RangeFile(path, self.label)
+    def __init__(self, source: Path | RemoteFile, label: str | None = None) -> None:
+        super().__init__(label or str(source), {})
+        if isinstance(source, RemoteFile):
+            self.url, self._file = source.url, source
+        else:
+            self.path, self._file = source, RangeFile(source, self.label)
         self._size = self._file.size
         header = self._header()
         self._header_digest = xxhash.xxh3_128_hexdigest(header)
@@ -38,8 +41,25 @@ class SafetensorsFile(Checkpoint):
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         storage = self.specs[key].storage
         out = np.empty(stop - start, storage)
-        self._file.fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize)
+        self._file.fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize, key)
         return out
+
+    def hold(self, key: str, start: int, stop: int) -> int:
+        return self._file.hold(*self._range(key, start, stop)) if isinstance(self._file, RemoteFile) else 0
+
+    def release(self, key: str, start: int, stop: int) -> int:
+        return self._file.release(*self._range(key, start, stop)) if isinstance(self._file, RemoteFile) else 0
+
+    def _range(self, key: str, start: int, stop: int) -> tuple[int, int]:
+        """The bytes of the file that hold these units, as far as the tensor has them."""
+        spec = self.specs[key]
+        size, stop = spec.storage.itemsize, min(stop, spec.units)
+        return self._offsets[key] + min(start, stop) * size, self._offsets[key] + stop * size
+
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        if isinstance(self._file, RemoteFile):
+            return {self.url: [*(self._file.stamp_now() if again else self._file.stamp), self._header_digest]}
+        return super().fingerprints(again)
 
     def files(self) -> list[Path]:
         return [] if self.path is None else [self.path]

@@ -29,7 +29,7 @@ class PrefixedView(Checkpoint):
 
     def __init__(self, whole: Checkpoint, prefix: str, label: str) -> None:
         super().__init__(label, unprefixed(whole.specs, prefix))
-        self.path, self._whole, self._prefix = whole.path, whole, prefix
+        self.path, self.url, self._whole, self._prefix = whole.path, whole.url, whole, prefix
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._whole.read(self._prefix + key, start, stop)
@@ -39,6 +39,9 @@ class PrefixedView(Checkpoint):
 
     def header_digests(self) -> list[str]:
         return self._whole.header_digests()
+
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        return self._whole.fingerprints(again)
 
 
 @dataclass(frozen=True)

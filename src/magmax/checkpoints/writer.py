@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .dtypes import BITS, Spec
 from .journal import fdatasync
+from .upload import staged
+from .urls import is_url
 
 SHARD_BYTES = 5_000_000_000
 PROVENANCE = "provenance.json"
@@ -27,9 +30,21 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Target:
-    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards."""
+    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards.
+
+    Attributes:
+        path: where it is made.
+        url: where it is then uploaded to, if it belongs on another machine.
+    """
 
     path: Path
+    url: str = ""
+
+    @classmethod
+    def of(cls, out: str | PathLike[str]) -> Target:
+        """The target that a path or a URL names."""
+        text = fspath(out)
+        return cls(staged(text), text) if is_url(text) else cls(Path(text))
 
     @property
     def folder(self) -> bool:
@@ -53,6 +68,8 @@ class Target:
         if path.name in ("", ".."):
             return [f"{path}: names no new file or folder; give the output a name of its own"]
         found: list[str] = []
+        if not self.url and is_url(str(path).replace(":/", "://", 1)):
+            found.append(f"{path}: is on another machine, and this is written here; name a path")
         if path.suffix in (".pt", ".pth", ".bin"):
             found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
         real, taken = path.resolve(), {p.resolve() for p in inputs}

@@ -19,7 +19,8 @@ class Zeros(Checkpoint):
 
     def __init__(self, like: Checkpoint) -> None:
         super().__init__(like.label, dict(like.specs))
-        self.path, self.aliases, self.metadata = like.path, dict(like.aliases), dict(like.metadata)
+        self.path, self.url = like.path, like.url
+        self.aliases, self.metadata = dict(like.aliases), dict(like.metadata)
         self._like = like
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
@@ -31,3 +32,9 @@ class Zeros(Checkpoint):
 
     def header_digests(self) -> list[str]:
         return self._like.header_digests()
+
+    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+        return self._like.fingerprints(again)
+
+    def folder(self) -> Path | None:
+        return self._like.folder()

@@ -8,7 +8,7 @@ from cyclopts import App, CycloptsError
 
 from .. import __version__
 from ..errors import MagMaxError
-from . import learning, looking, merging, recipes, running, searching, tuning
+from . import calibrating, deploying, learning, looking, merging, recipes, running, searching, studying, tuning
 
 app = App(
     name="magmax",
@@ -16,9 +16,11 @@ app = App(
     help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
 )
 for verb in (
-    *(merging.merge, merging.sweep, searching.search, tuning.tune, tuning.archive, tuning.presets),
+    *(merging.merge, merging.sweep, searching.search, calibrating.calibrate),
+    *(tuning.tune, tuning.archive, tuning.presets),
     *(running.absorb, running.result, running.status, running.label, running.restore),
-    *(looking.inspect, looking.convert, looking.diff, looking.rules, learning.train, learning.bench),
+    *(looking.inspect, looking.convert, looking.diff, looking.rules),
+    *(learning.train, learning.bench, deploying.environments, studying.study, studying.report),
 ):
     app.command(verb)
 app.command(learning.evaluate, name="eval")

@@ -76,6 +76,8 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
+    if cost["read_remotely"] or cost["write_remotely"]:
+        print(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     whole = ", a tensor of every model" * job.kernel.whole
     if scheduler is None:
@@ -85,10 +87,24 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
             workers = job.workers(executor)
         for (threads, held), count in sorted(Counter(workers).items()):
             print(f"workers       {count}, {threads} shares at once, peak memory about {in_bytes(held)} each{whole}")
+    print(f"time          {_times(job, threads)}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
     print_carried(job)
     print("no problem found; nothing was written")
+
+
+def _times(job: Job, threads: int) -> str:
+    """How long a job would take on some disks, and on none."""
+    from ..engine.cost import DISKS
+
+    cost = job.cost(threads)
+    processors = cost.processor_seconds / cost.threads
+    told = ", ".join(f"{in_time(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
+    network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)
+    besides = f"{network}{'singular values, ' * job.kernel.whole}".removesuffix(", ").replace(", ", " and ")
+    limits = f"; beside {besides}" * bool(besides)
+    return f"about {told} MB/s of disk, {in_time(processors)} of {cost.threads} processors{limits}"
 
 
 def print_outcome(words: str, outcome: Outcome) -> None:
@@ -128,6 +144,14 @@ def print_json(content: Any) -> None:
 def compact(content: Any) -> str:
     """Content as JSON on one line."""
     return json.dumps(content, separators=(", ", ": "))
+
+
+def in_time(seconds: float) -> str:
+    """Seconds in words, such as 16 min."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def in_bytes(count: int) -> str:

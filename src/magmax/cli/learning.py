@@ -180,7 +180,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
         raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
     document = read_document(file)
     for word in assignments:
-        document = document._replace(content=_assigned(document.content, word))
+        document = document._replace(content=assigned(document.content, word))
 
     def known(parts: Sequence[str]) -> list[str]:
         return list((Experiment if len(parts) == 1 else Fit).model_fields)
@@ -188,7 +188,7 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     return validated(Experiment, document, known).checked()
 
 
-def _assigned(content: Any, word: str) -> dict[str, Any]:
+def assigned(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
     from ..document import parse_yaml
     from ..recipe import is_override

@@ -116,6 +116,10 @@ def sweep(
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
     plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
     print_notes(plan)
+    if plan.calibrate:
+        raise MagMaxError(
+            "a sweep does not calibrate; leave calibrate out, and calibrate its results: magmax calibrate"
+        )
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
@@ -147,6 +151,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
     import os
 
     from ..checkpoints.lora import seen_from
+    from ..checkpoints.urls import is_url
     from ..recipe import build, is_override, load, merged_overrides
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -156,7 +161,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
         here = os.path.dirname(paths[0])
         if "base" in given:
             given["base"] = seen_from(here, given["base"])
-        if "out" in given:
+        if "out" in given and not is_url(given["out"]):
             given["out"] = os.path.relpath(given["out"], here or ".")
         return load(paths[0], assigned, given)
     if "base" not in given and "adapter_rank" not in given:

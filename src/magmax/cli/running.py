@@ -84,12 +84,11 @@ def result(
     dtype
         The output's floating type. The base's by default.
     """
-    from pathlib import Path
 
     from ..engine.merge import Options
 
     running = _running(state, base, None)
-    job = running.result_job(Path(out), Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
+    job = running.result_job(out, Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
     if outcome := done_or_shown(job, "writing the result", threads, restart, dry_run, scheduler):
         print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
 

@@ -106,7 +106,7 @@ def tune(
         if kept:
             job = kept.job(rule, Path(out), plan.options, base)
         else:
-            job = merge_job(rule, opened, inputs, Path(out), plan.options, plan.names)
+            job = merge_job(rule, opened, inputs, out, plan.options, plan.names)
         if dry_run:
             print_preview(job, threads, scheduler)
             return

@@ -17,16 +17,19 @@ import torch
 import xxhash
 
 import magmax
+from magmax.calibrate import FeatureOptions, calibrate_features
 from magmax.continual.context import Context, alone, context, device
 from magmax.continual.evaluate import Row
-from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, digest_of, rule_name
+from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
 from magmax.continual.given import take_in
+from magmax.continual.scenario import Task
 from magmax.continual.sequence import costs, fine_tune
+from magmax.continual.statistics import recalibrate
 from magmax.continual.weights import load_weights, write_bytes
 from magmax.engine.job import Settings
 from magmax.engine.merge import merge
 from magmax.errors import MagMaxError
-from magmax.rules import Rule, StreamingRule, rule_from
+from magmax.rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
 
 
 def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Path:
@@ -88,6 +91,7 @@ def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
         "method": cell.method,
         "chain": cell.chain,
         "rule": cell.rule if isinstance(cell.rule, str) else rule_name(cell.rule),
+        **({} if cell.calibration is None else {"calibration": rule_name(cell.calibration)}),
         "digest": digest_of(recipe_of_cell),
         **measured,
         "peak_memory": max(peak_memory() or 0, trained_in(paths)) or None,
@@ -114,6 +118,9 @@ class _Measured:
     def __init__(self, here: Context, cell: Cell, paths: Sequence[Path]) -> None:
         self.here, self.cell, self.paths = here, cell, paths
         self.rule: Rule | None = with_seed(cell) if cell.merges else None
+        self.name, self.options = calibration_options(cell.calibration) if cell.calibration else ("", {})
+        if self.rule is not None and self.name in ("wsc", "dsc"):
+            self.rule = chain(self.rule, CalibrateWeights(**(self.options if self.name == "wsc" else {})))
         self.merging = self.evaluating = 0.0
 
     def record(self) -> dict[str, Any]:
@@ -179,14 +186,41 @@ class _Measured:
         else:
             began = time.perf_counter()
             merged = merge(self.rule, self.here.base, self.paths[:learned], factor, settings=Settings(threads=1))
-            self.merging += time.perf_counter() - began
             model.load_state_dict(merged)
+            if self.name in ("fsc", "dsc"):
+                self.calibrate(learned)
+            if self.here.experiment.batch_norm == "recalibrated":
+                recalibrate(self.here.encoder, self.here.some_training_items())
+            self.merging += time.perf_counter() - began
+
+    def calibrate(self, learned: int) -> None:
+        """Calibrate what is in the encoder in feature space, on validation examples of each task learned so far."""
+        encoder = self.here.encoder
+        calibrate_features(
+            encoder.model,
+            self.here.base,
+            self.paths[:learned],
+            samples_of(self.here, self.here.tasks_of(self.cell.chain)[:learned], self.options["n"]),
+            lambda model, items: encoder(items),
+            FeatureOptions(self.options["norm"], self.options["inputs"]),
+            settings=Settings(threads=1),
+        )
 
     def timed(self, work: Callable[[], Row]) -> Row:
         began = time.perf_counter()
         found = work()
         self.evaluating += time.perf_counter() - began
         return found
+
+
+def samples_of(here: Context, tasks: Sequence[Task], count: int) -> list[list[Any]]:
+    """So many validation examples of each task, drawn by the seed: they are neither trained on nor scored."""
+    data, random = here.validation, np.random.default_rng(here.seed)
+    found: list[list[Any]] = []
+    for task in tasks:
+        rows = random.permutation(task.rows(data.labels, data.domains))[:count]
+        found.append([data.items[int(row)] for row in rows])
+    return found
 
 
 def with_seed(cell: Cell) -> Rule:
@@ -202,7 +236,7 @@ def stored_bytes(here: Context, cell: Cell) -> int:
 
     The pre-trained model itself is not counted; a chain that goes on from its last weights keeps these, an
     independent one does not; a rule in constant memory keeps its slots, another one every checkpoint; EWC keeps F;
-    replay its examples, and joint training all data (their items' bytes).
+    replay its examples, and joint training all data (their items' bytes). A calibration needs every checkpoint.
     """
     model = sum(tensor.nbytes for tensor in here.base.values())
     trained = sum(p.numel() * p.element_size() for p in here.encoder.model.parameters() if p.requires_grad)
@@ -217,7 +251,8 @@ def stored_bytes(here: Context, cell: Cell) -> int:
         total += _bytes_of(here.train.items) * kept // max(1, len(here.train))
     if cell.merges:
         rule = rule_from(cell.rule)
-        total += model * (rule.slots(len(here.tasks)) if isinstance(rule, StreamingRule) else len(here.tasks))
+        slots = rule.slots(len(here.tasks)) if isinstance(rule, StreamingRule) else len(here.tasks)
+        total += model * (slots if cell.calibration is None else len(here.tasks))
     return total
 
 

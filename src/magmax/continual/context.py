@@ -43,6 +43,11 @@ class Context:
         logits = logits_of(self.encoder, self.head, data.items)
         return score(logits, data, self.tasks, learned, self.experiment.among)
 
+    def some_training_items(self, count: int = 256) -> list[Any]:
+        """Training examples of all tasks, drawn from the seed."""
+        order = np.random.default_rng(self.seed).permutation(len(self.train))
+        return [self.train.items[row] for row in order[:count].tolist()]
+
     def tasks_of(self, chain: str) -> tuple[Task, ...]:
         """The tasks that a chain trains on: all in one for "joint"."""
         if chain != "joint":

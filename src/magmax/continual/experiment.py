@@ -30,6 +30,14 @@ CHAINS: Mapping[str, Mapping[str, Any]] = {
 """The ways to train, and their options: joint's steps are those of all tasks together where it says 0; given trains
 nothing, but takes the models that are named, one for each task, as if they had been trained independently."""
 
+CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {
+    "wsc": {"form": "norm", "per": None, "norm": "l2", "guard": 1.0},
+    "fsc": {"n": 8, "norm": "l1", "inputs": "calibrated"},
+    "dsc": {"n": 8, "norm": "l1", "inputs": "calibrated"},
+}
+"""MAGIC's ways to give a merged model its magnitudes back, and their options: in weight space (`calibrate_weights`), in
+feature space with n validation examples of each task, and the one of length alone and then the other."""
+
 UNMERGED = ("replay", "joint")
 """References that no merge is made of: replay keeps examples, joint sees all data at once."""
 
@@ -61,6 +69,7 @@ class Experiment(BaseModel):
         seeds: each draws the tasks' classes and the order of the examples anew.
         chains: the ways to train; every rule merges the checkpoints of every chain but replay and joint.
         rules: the merge rules, by name or {name: {option: value}}.
+        calibrations: each rule's merges are measured as they are, and also calibrated by each of these.
         factors: scaling factors to choose from on the validation examples; beside the rule's own default.
         sweep: scaling factors to report, each for itself, on the test examples after the last task.
         validation: training examples of each class that nothing is trained on, for choosing the factor.
@@ -70,6 +79,8 @@ class Experiment(BaseModel):
         measure_on: "test", or "validation": the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
         precision: what the encoder computes in, training and evaluating; weights are float32 and heads made in float32.
+        batch_norm: the statistics of merged models: "frozen", as the merge has them (theta_0's, unless training moved
+            them), or "recalibrated" on training examples of all tasks, which an exemplar-free method may not keep.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -81,6 +92,7 @@ class Experiment(BaseModel):
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     chains: list[Choice] = ["sequential", "independent", "joint"]
     rules: list[Choice | list[Any]] = ["average", "task_arithmetic", "ties", "random_mix", "magmax"]
+    calibrations: list[Choice] = []
     factors: list[float] = []
     sweep: list[float] = []
     validation: int = Field(0, ge=0)
@@ -89,6 +101,7 @@ class Experiment(BaseModel):
     measure_on: Literal["test", "validation"] = "test"
     save_every: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    batch_norm: Literal["frozen", "recalibrated"] = "frozen"
 
     @field_validator("seeds")
     @classmethod
@@ -105,10 +118,20 @@ class Experiment(BaseModel):
             chain_options(chain)
         for rule in self.rules:
             rule_from(rule)
-        for kind, names in (("chain", list(self.chain_choices)), ("rule", [rule_name(r) for r in self.rules])):
-            wanted = self.chains if kind == "chain" else self.rules
+        named = {
+            "chain": (self.chains, list(self.chain_choices)),
+            "rule": (self.rules, [rule_name(r) for r in self.rules]),
+            "calibration": (self.calibrations, [rule_name(c) for c in self.calibrations]),
+        }
+        for kind, (wanted, names) in named.items():
             if len(set(names)) < len(wanted):
                 raise MagMaxError(f"{kind}s: one is named twice: {', '.join(map(str, wanted))}")
+        for calibration in self.calibrations:
+            name, _ = calibration_options(calibration)
+            if name != "wsc" and not self.validation:
+                raise MagMaxError(
+                    f"{name} measures features on validation examples; hold some out, as in validation: 10"
+                )
         if (self.factors or self.measure_on == "validation") and not self.validation:
             raise MagMaxError(
                 "factors are chosen on validation examples, never on the test set; say how many of each class are held "
@@ -141,24 +164,34 @@ class Experiment(BaseModel):
                 if chain not in APART:
                     found.append(Cell(seed=seed, chain=chain, rule=LAST))
                 if chain not in UNMERGED:
-                    found += [Cell(seed=seed, chain=chain, rule=rule) for rule in self.rules]
+                    found += [
+                        Cell(seed=seed, chain=chain, rule=rule, calibration=calibration)
+                        for rule in self.rules
+                        for calibration in (None, *self.calibrations)
+                    ]
         return found
 
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
         measured = {key: getattr(self, key) for key in ("among", "rows", "measure_on")}
-        factors = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        factors: dict[str, Any] = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        if cell.merges and self.batch_norm != "frozen":
+            factors["batch_norm"] = self.batch_norm
         chosen = {"rule": cell.rule, **factors}
+        if cell.calibration is not None:
+            name, options = calibration_options(cell.calibration)
+            chosen["calibration"] = {name: options}
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
 
 
 class Cell(BaseModel):
-    """One measurement: a rule applied to the checkpoints of one chain of one seed."""
+    """One measurement: a rule applied to the checkpoints of one chain of one seed, and calibrated or not."""
 
     model_config = ConfigDict(frozen=True)
     seed: int
     chain: str
     rule: Choice | list[Any]
+    calibration: Choice | None = None
 
     @property
     def merges(self) -> bool:
@@ -166,8 +199,9 @@ class Cell(BaseModel):
 
     @property
     def method(self) -> str:
-        """Its name: "zero_shot", or RULE/CHAIN."""
-        return ZERO_SHOT if self.rule == ZERO_SHOT else f"{rule_name(self.rule)}/{self.chain}"
+        """Its name: "zero_shot", RULE/CHAIN, or RULE+CALIBRATION/CHAIN."""
+        calibrated = "" if self.calibration is None else f"+{rule_name(self.calibration)}"
+        return ZERO_SHOT if self.rule == ZERO_SHOT else f"{rule_name(self.rule)}{calibrated}/{self.chain}"
 
 
 def rule_name(rule: Choice | list[Any]) -> str:
@@ -197,6 +231,25 @@ def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
                 raise MagMaxError(f"chains: given needs models to be a list of paths, not {value!r}")
         elif type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
             raise MagMaxError(f"chains: {name} needs {option} to be a number like {known[option]}, not {value!r}")
+    return name, {**known, **given}
+
+
+def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
+    """A calibration's name and all its options. Raises MagMaxError for a name or an option that is none."""
+    name, given = registry.split("calibrations", calibration)
+    if name not in CALIBRATIONS:
+        raise MagMaxError(f"calibrations: there is no {name!r}; {nearest(name, list(CALIBRATIONS))}")
+    known = CALIBRATIONS[name]
+    for option, value in given.items():
+        if option not in known:
+            raise MagMaxError(f"calibrations: {name} has no option {option!r}; {nearest(option, list(known))}")
+        allowed = {"n": None, "norm": ("l1", "l2"), "inputs": ("calibrated", "merged")}.get(option, ())
+        if option == "n" and (type(value) is not int or value < 1):
+            raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")
+        if allowed and value not in allowed:
+            raise MagMaxError(f"calibrations: {name} needs {option} to be {' or '.join(allowed)}, not {value!r}")
+    if name == "wsc":
+        rule_from(["magmax", {"calibrate_weights": given}])  # which checks the options
     return name, {**known, **given}
 
 

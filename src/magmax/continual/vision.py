@@ -157,7 +157,7 @@ def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = Fals
 
     Batch normalisation: `fit` leaves models in evaluation mode, so the running statistics stay those of theta_0 in
     every theta_t, and in the merge (a zero task vector; the integer counters are copied). Training with `dropout: true`
-    moves them, and then merges them like weights; see `recalibrate`. The model's code is of the package
+    moves them, and then merges them like weights; see `statistics.recalibrate`. The model's code is of the package
     efficientnet-lite-pytorch. Pixels go from -1 to 1.
     """
     try:
@@ -169,26 +169,6 @@ def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = Fals
     model._fc = nn.Identity()
     half = (127 / 255,) * 3, (128 / 255,) * 3
     return ImageEncoder(model, _pooled, View(size, size, *half, mirror=mirror), varied)
-
-
-@torch.no_grad()
-def recalibrate(encoder: ImageEncoder, items: Sequence[np.ndarray], batch: int = 64) -> None:
-    """Takes the batch-norm statistics of a merged model anew from prepared pictures, the weights as they are.
-
-    The mean and variance of each layer become the averages over the batches. As REPAIR does for merged networks
-    (Jordan et al., ICLR 2023).
-    """
-    norms = [m for m in encoder.model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    before = [(norm.training, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # a plain average
-    for start in range(0, len(items), batch):
-        encoder(items[start : start + batch])
-    for norm, (training, momentum) in zip(norms, before, strict=True):
-        norm.train(training)
-        norm.momentum = momentum
 
 
 def converted_vit(onnx: Path, folder: Path) -> Path:

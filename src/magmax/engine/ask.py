@@ -16,7 +16,7 @@ from ..rules import Address, Block, Rule
 from ..rules.plan import Answer, Counts, Fold, Plan, Scope, Span, carried_out
 from .crew import Crew, Task
 from .reader import Reader
-from .stream import Progress, Slab, cut, hold_freed_memory, in_threads
+from .stream import Ahead, Progress, Slab, cut, hold_freed_memory, in_threads
 
 RESULT_SHARE = 64
 """How many times the bytes of its counts a share of the work reads, at least."""
@@ -247,7 +247,9 @@ class Questions:
     def _each(self, work: Callable[[Chunk], Chunk], counting: Counting) -> None:
         threads = 1 if self._whole else self._crew.count
         one_by_one = (work(chunk) for chunk in self._chunks())
-        with closing(one_by_one if threads == 1 else in_threads(work, self._chunks(), threads)) as done:
+        ahead = Ahead(self.reader.inputs if _sees_all(counting.fold) else ())
+        alone = threads == 1 and not any(checkpoint.url for checkpoint in self.reader.inputs)
+        with closing(one_by_one if alone else in_threads(work, self._chunks(), threads, ahead)) as done:
             for chunk in done:
                 if _sees_all(counting.fold):
                     self._progress(counting.cost(chunk))

@@ -51,13 +51,13 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
     else:
         source = open_checkpoint(old)
-    folder = source.path if source.path is not None and source.path.is_dir() else None
 
     def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+        folder = source.folder()
         return {**(companions(folder, None) if folder else {}), **provenance_file(provenance, digests)}
 
     return Job(
-        target=Target(Path(out)),
+        target=Target.of(out),
         inputs=[source],
         names=default_names([source.place]),
         recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},

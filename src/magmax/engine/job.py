@@ -16,13 +16,17 @@ from typing import Any, Protocol
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
 from ..checkpoints.slabs import SLAB, checkpoint_digest
+from ..checkpoints.upload import Upload
+from ..checkpoints.urls import changed, shown
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, UnfinishedError, listed
+from .cost import Cost
 from .crew import Crew, cores
 from .ground import Ground
 from .ledger import Ledger
 from .provenance import Provenance
-from .stream import Kernel, Pass, Progress, Sink
+from .sending import sent
+from .stream import BYTES_AHEAD, Kernel, Pass, Progress, Sink
 from .workers import Cluster
 
 ARRAYS_A_THREAD = 10
@@ -69,7 +73,7 @@ class Settings:
 class Outcome:
     """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
 
-    path: Path
+    path: Path | str
     seconds: float
     read_bytes: int
     written_bytes: int
@@ -158,11 +162,14 @@ class Job:
         """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
         size = self.draft().size
         threads = 1 if self.kernel.whole else threads or cores()
-        memory = self.memory + threads * self.memory_a_thread
+        remote = sum(checkpoint.remote_bytes for checkpoint in self.inputs)
+        memory = self.memory + threads * self.memory_a_thread + min(remote, BYTES_AHEAD)
         return {
             "passes": 1 + self.extra_passes,
             "read_bytes": self.read_bytes,
             "write_bytes": size,
+            "read_remotely": (1 + self.extra_passes) * sum(c.remote_bytes for c in self.inputs),
+            "write_remotely": size if self.target.url else 0,
             "disk_needed": size - _allocated(self.target.partial),
             "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
             "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
@@ -180,6 +187,14 @@ class Job:
         fixed = IMPORTS_BYTES + DASK_BYTES
         return [(n, fixed + self._arrays(n) + n * self.memory_a_thread) for n in cluster.threads().values()]
 
+    def cost(self, threads: int = 0) -> Cost:
+        """What it moves, and so how long it takes; the decompositions of rules that need these are left out."""
+        passes, threads = 1 + self.extra_passes, 1 if self.kernel.whole else threads or cores()
+        read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in self.inputs)
+        elements = sum(spec.elements for checkpoint in self.inputs for spec in checkpoint.specs.values())
+        written = sum(spec.nbytes for spec in self.specs.values()), sum(s.elements for s in self.specs.values())
+        return Cost(passes * read + written[0], passes * elements + written[1], threads)
+
     def _arrays(self, threads: int) -> int:
         """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
         specs = [*self.specs.values(), *self.inputs[0].specs.values()]
@@ -192,6 +207,8 @@ class Job:
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
         found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        if self.target.url:
+            found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
         if not found:
             disk = self.preview()
             if disk["disk_needed"] > disk["disk_free"]:
@@ -210,6 +227,19 @@ class Job:
                 same job takes it up again.
         """
         settings = settings or Settings()
+        if not self.target.url:
+            return self._made(settings)
+        if problems := self.problems():
+            raise listed(f"{shown(self.target.url)} cannot be written", problems)
+        self.target.path.parent.mkdir(parents=True, exist_ok=True)
+
+        def restored(told: Mapping[str, Any]) -> Outcome:
+            return Outcome(**told)
+
+        return sent(self.target, self._identity(), lambda: self._made(settings), restored, settings.note)
+
+    def _made(self, settings: Settings) -> Outcome:
+        """The work done and the output published on this machine."""
         try:
             if problems := self.problems():
                 raise listed(f"{self.target.path} cannot be written", problems)
@@ -245,6 +275,7 @@ class Job:
             ledger = work.run(settings.progress)
         outputs = ledger.tensors[len(self.inputs) :]
         digests = ledger.digests(self.inputs)
+        self._check_unchanged()
         self.check(digests)
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
@@ -271,7 +302,7 @@ class Job:
         identity, parts = journal.load()
         if identity is None or not parts or settings.restart:
             return []
-        if None in (c.path for c in self.inputs):
+        if not all(c.stored for c in self.inputs):
             settings.note("starting afresh: inputs in memory cannot be recognised")
             return []
         ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
@@ -285,12 +316,18 @@ class Job:
         """What must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
-        identity["the order of the inputs"] = [[str(path) for path in c.files()] for c in self.inputs]
+        found = [checkpoint.fingerprints() for checkpoint in self.inputs]
+        identity["the order of the inputs"] = [list(stamps) for stamps in found]
+        return identity | {name: stamp for stamps in found for name, stamp in stamps.items()}
+
+    def _check_unchanged(self) -> None:
+        """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
         for checkpoint in self.inputs:
-            for path, header in zip(checkpoint.files(), checkpoint.header_digests(), strict=True):
-                status = path.stat()
-                identity[str(path)] = [status.st_size, status.st_mtime_ns, header]
-        return identity
+            if checkpoint.url:
+                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(again=True)
+                for name in before:
+                    if before[name] != now[name]:
+                        raise changed(name)
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]

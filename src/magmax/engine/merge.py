@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -18,6 +18,7 @@ from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dtypes import LONG_NAMES
 from ..checkpoints.memory import as_tensor
+from ..checkpoints.urls import is_url
 from ..checkpoints.writer import SHARD_BYTES, Target
 from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
@@ -101,7 +102,7 @@ def merge(
         base: a path, a state dict or a module.
         models: the same, in any mixture; a model may be a LoRA adapter of the base.
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
-        out: where to write, a `.safetensors` file or a folder; needed where `base` is a path.
+        out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
         mismatch: what to do where models do not fit the base; see `Options`.
         allow_nonfinite: merge NaN and infinity too.
@@ -110,8 +111,8 @@ def merge(
             processes need the inputs, and the folder of `out`, at the same paths. See `Settings`.
 
     Returns:
-        With `out`, its path. Without, the merged model of the same kind as `base`: a new state dict, or a deep copy of
-        the module. Tensors that share storage in `base` share it in the result.
+        With `out`, its path or URL. Without, the merged model of the same kind as `base`: a new state dict, or a deep
+        copy of the module. Tensors that share storage in `base` share it in the result.
 
     Raises:
         MagMaxError: models that do not fit the base, NaN or infinity, files that cannot be read or written.
@@ -126,9 +127,9 @@ def merge(
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
     if out is not None:
-        merge_job(rule, opened, others, Path(fspath(out)), options).run(settings)
-        return Path(fspath(out))
-    if opened.path is not None:
+        merge_job(rule, opened, others, out, options).run(settings)
+        return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
+    if opened.stored:
         raise MagMaxError("merging files needs `out`, the path of the result")
     tensors = merge_in_memory(rule.for_models([m.label for m in others]), opened, others, options, settings)
     return like(base, opened, tensors, options)
@@ -138,7 +139,7 @@ def merge_job(
     rule: Rule,
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    out: Path,
+    out: str | PathLike[str],
     options: Options,
     names: Sequence[str] | None = None,
 ) -> Job:
@@ -150,7 +151,7 @@ def merge_job(
     apart = rule.questions_span is Span.TENSOR
 
     return Job(
-        target=Target(out),
+        target=Target.of(out),
         inputs=[base, *models],
         names=["zeros" if isinstance(base, Zeros) else "base", *names],
         recipe={**recipe_of(rule, options), **match.told()},
@@ -172,13 +173,13 @@ def beside(
     base: Checkpoint, out: Mapping[str, Spec], options: Options, match: Match
 ) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
     """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
-    folder = base.path if base.path is not None and base.path.is_dir() else None
     wanted = LONG_NAMES[options.dtype] if options.dtype else None
 
     def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         dtypes = sorted({s.dtype for s in out.values() if s.floating})
         partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly.items()}
         card = model_card(provenance, dtypes, match.carried, partly).encode()
+        folder = base.folder()
         copied = companions(folder, wanted) if folder else {}
         return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
@@ -209,13 +210,28 @@ def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
 ) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
+    (tensors,) = merges_in_memory(rule, base, models, [options.factor(rule)], options, settings)
+    return tensors
+
+
+def merges_in_memory(
+    rule: Rule,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    factors: Sequence[Number],
+    options: Options,
+    settings: Settings,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The merge at each of several scaling factors; what the rule asks of the models is asked once."""
     kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
-    memory = MemorySink(kernel.out)
     kernel = kernel.prepared(settings.crew, settings.progress)
     if words := kernel.note():
         settings.note(words)
-    Pass([base, *models], [memory], kernel, settings.crew, digest=False).run(settings.progress)
-    return memory.tensors
+    for factor in factors:
+        memory = MemorySink(kernel.out)
+        scaled = replace(kernel, scaling_factor=factor)
+        Pass([base, *models], [memory], scaled, settings.crew, digest=False).run(settings.progress)
+        yield memory.tensors
 
 
 class MemorySink:
@@ -279,11 +295,11 @@ def _kernel(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options:
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
-    seen: dict[Path, str] = {}
+    seen: dict[Path | str, str] = {}
     for checkpoint in checkpoints:
-        if checkpoint.path is None or isinstance(checkpoint, Zeros):
+        if not checkpoint.stored or isinstance(checkpoint, Zeros):
             continue
-        real = checkpoint.path.resolve()
+        real = checkpoint.path.resolve() if checkpoint.path is not None else checkpoint.url
         if real in seen:
             raise MagMaxError(f"{checkpoint.label}: is the same file as {seen[real]}; name each model once")
         seen[real] = checkpoint.label

@@ -17,6 +17,7 @@ from ..checkpoints.dcp import distributed
 from ..checkpoints.journal import held
 from ..checkpoints.lora import base_and_adapter, path_back, path_from
 from ..checkpoints.slabs import chunks
+from ..checkpoints.urls import is_url
 from ..checkpoints.views import PrefixedSink, PrefixedView
 from ..checkpoints.writer import Draft, Target, remove
 from ..errors import MagMaxError
@@ -148,7 +149,7 @@ class Running:
         opened = self.opened(model, name)
         match = self._narrowed(base, compare(base, [opened], self._state.mismatch))
         refuse_same_path([base, opened])
-        name = name or (default_names([opened.place])[0] if opened.path else f"task {len(self.tasks) + 1}")
+        name = name or (default_names([opened.place])[0] if opened.stored else f"task {len(self.tasks) + 1}")
         self._refuse_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
@@ -173,9 +174,9 @@ class Running:
         base = self._base()
         chosen = Options(scaling_factor, **options)
         if out is not None:
-            self.result_job(Path(fspath(out)), chosen).run(self._settings)
-            return Path(fspath(out))
-        if base.path is not None:
+            self.result_job(out, chosen).run(self._settings)
+            return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
+        if base.stored:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
@@ -184,7 +185,7 @@ class Running:
         self._verify(ledger.digests(inputs), self._recorded())
         return like(self._base_given, base, memory.tensors, chosen)
 
-    def result_job(self, out: Path, options: Options) -> Job:
+    def result_job(self, out: str | PathLike[str], options: Options) -> Job:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._base()
         kernel = self._result_kernel(base, options)
@@ -195,7 +196,7 @@ class Running:
             self._verify(found, recorded)
 
         return Job(
-            target=Target(out),
+            target=Target.of(out),
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={
@@ -256,7 +257,7 @@ class Running:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
             given = path_back(self.path, self._state.base_path)
             gone = not Path(given).exists() and not distributed(Path(given))
-            if gone and not base_and_adapter(given) and not given.startswith(PREFIX):
+            if gone and not base_and_adapter(given) and not given.startswith(PREFIX) and not is_url(given):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 

@@ -31,6 +31,8 @@ CHUNKS_AHEAD = 64
 HELD_BYTES = 24 << 20
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """What mallopt of the C library calls them."""
+BYTES_AHEAD = 256_000_000
+"""The most memory that is filled ahead of the work with what comes from other machines."""
 
 Progress = Callable[[int], None]
 """Called with a number of bytes read since the last call."""
@@ -216,7 +218,8 @@ class Pass:
         """Each chunk with its digests, as they come."""
         work = Filling(self.inputs, self.sinks, self.kernel, self.digest)
         if self.crew.executor is None:
-            yield from in_threads(work.chunk, todo, 1 if self.kernel.whole else self.crew.count)
+            threads = 1 if self.kernel.whole else self.crew.count
+            yield from in_threads(work.chunk, todo, threads, Ahead(self.inputs))
             return
         for share, made in self.crew.shares(work, todo, lambda chunk: self.cost(*chunk)):
             yield from zip(share, made, strict=True)
@@ -242,19 +245,56 @@ def hold_freed_memory() -> None:
                 ctypes.CDLL(None).mallopt(threshold, HELD_BYTES)
 
 
-def in_threads(work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int) -> Generator[Any]:
+class Ahead:
+    """What is fetched from other machines before its turn: chunk after chunk, as far as `BYTES_AHEAD` goes."""
+
+    def __init__(self, inputs: Sequence[Checkpoint]) -> None:
+        self._inputs = [checkpoint for checkpoint in inputs if checkpoint.url]
+        self._held: dict[Chunk, list[Checkpoint]] = {}
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self._bytes >= BYTES_AHEAD
+
+    def begin(self, chunk: Chunk) -> None:
+        """Have every input that has the chunk fetch it, while there is room."""
+        holders = self._held[chunk] = list[Checkpoint]()
+        for checkpoint in self._inputs:
+            key = checkpoint.resolve(chunk.key)
+            if key in checkpoint.specs and not self.full:
+                self._bytes += checkpoint.hold(key, chunk.start, chunk.stop)
+                holders.append(checkpoint)
+
+    def end(self, chunk: Chunk) -> None:
+        """Give up what was fetched for a chunk."""
+        for checkpoint in self._held.pop(chunk):
+            self._bytes -= checkpoint.release(checkpoint.resolve(chunk.key), chunk.start, chunk.stop)
+
+
+def in_threads(
+    work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int, ahead: Ahead | None = None
+) -> Generator[Any]:
     """Results of `work` as they come, with a bounded number under way; closing it waits for those that run."""
-    waiting: set[Future[Any]] = set()
+    ahead = ahead or Ahead(())
+    waiting: dict[Future[Any], Chunk] = {}
+
+    def some() -> list[Any]:
+        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            ahead.end(waiting.pop(future))
+        return [future.result() for future in done]
+
     with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
         try:
             for chunk in todo:
-                waiting.add(pool.submit(work, chunk))
-                if len(waiting) >= threads + CHUNKS_AHEAD:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                while len(waiting) >= (threads if ahead.full else threads + CHUNKS_AHEAD):
+                    yield from some()
+                ahead.begin(chunk)
+                waiting[pool.submit(work, chunk)] = chunk
             while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                yield from some()
         finally:
-            for future in waiting:
+            for future, chunk in waiting.items():
                 future.cancel()
+                ahead.end(chunk)

@@ -133,7 +133,7 @@ class Scaler:
         options = replace(sweep.options, scaling_factor=factor)
         whole = sweep.job(sweep.path(factor), options)
         if self.once is None:
-            return whole.run(sweep.settings).path
+            return Path(whole.run(sweep.settings).path)
         outcome, vector = self.once
         inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
@@ -142,7 +142,7 @@ class Scaler:
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,
         )  # fmt: skip
-        return job.run(sweep.settings).path
+        return Path(job.run(sweep.settings).path)
 
 
 def _merge_kernel(job: Job) -> MergeKernel:

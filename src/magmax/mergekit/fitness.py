@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Checkpoint
@@ -97,10 +96,6 @@ def _one_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[
         )
 
 
-def _folder(checkpoint: Checkpoint) -> Path | None:
-    return checkpoint.path if checkpoint.path is not None and checkpoint.path.is_dir() else None
-
-
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """Token -> number, of the tokenizer beside the weights; None where there is none."""
     content = _json(checkpoint, "tokenizer.json")
@@ -112,7 +107,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 
 def _template(checkpoint: Checkpoint) -> str | None:
-    folder = _folder(checkpoint)
+    folder = checkpoint.folder()
     file = folder / "chat_template.jinja" if folder else None
     found = file.read_text("utf-8") if file and file.is_file() else None
     found = found or _json(checkpoint, "tokenizer_config.json").get("chat_template")
@@ -120,7 +115,7 @@ def _template(checkpoint: Checkpoint) -> str | None:
 
 
 def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    folder = _folder(checkpoint)
+    folder = checkpoint.folder()
     if folder is None or not (folder / name).is_file():
         return {}
     try:

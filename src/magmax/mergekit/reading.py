@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoints.hub import hub_id
 from ..checkpoints.lora import base_and_adapter, within
+from ..checkpoints.urls import is_url
 from ..document import Document, parse_yaml, validated
 from ..engine.merge import Options, default_names
 from ..errors import MagMaxError, listed
@@ -109,7 +110,7 @@ class _Reading:
             models=paths,
             names=self._names(paths),
             options=self._options(method, given, ours),
-            out=os.path.join(self.folder, str(ours["out"])) if ours.get("out") is not None else None,
+            out=self._out(ours.get("out")),
             checked=self._fitness(method, ranges),
             notes=self.notes,
         )
@@ -228,6 +229,9 @@ class _Reading:
             template=(document.at("chat_template"), str(recipe.chat_template)) if recipe.chat_template else None,
         )
 
+    def _out(self, out: object) -> str | None:
+        return None if out is None else str(out) if is_url(str(out)) else os.path.join(self.folder, str(out))
+
     def _located(self, model: str, place: tuple[str | int, ...]) -> str:
         """Where a model lies: as given, which is from the current folder, as mergekit has it; or from the recipe's."""
         halves = base_and_adapter(model) or (model,)
@@ -236,7 +240,7 @@ class _Reading:
         beside = within(self.folder, model)
         if all(map(os.path.lexists, base_and_adapter(beside) or (beside,))):
             return beside
-        if all(hub_id(half, self.folder) for half in model.split("+")):
+        if is_url(model) or all(hub_id(half, self.folder) for half in model.split("+")):
             return model
         where = self.document.at(*place)
         self.problems.append(f"{where}: there is no {model}, neither in the current folder nor beside the recipe")

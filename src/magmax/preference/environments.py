@@ -59,18 +59,18 @@ def environments(
     mixtures: Mapping[str, Sequence[float]] = MIXTURES,
     draws: int = 5,
     target: float = 0.1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[Environment]:
     """Draw environments from test data, as many samples each as its mixture allows without taking one twice.
 
     Args:
-        task_of: the task (from 0) of each row of the test data.
+        task_of: the task (from 0) of each row of the test data; -1 for a row of none.
         target: the part of each task's samples that is the target sample, at least one of each; the rest is scored.
 
     Raises:
         MagMaxError: fewer tasks than a mixture has, or fewer samples of a task than two.
     """
-    rows = {int(task): np.flatnonzero(task_of == task) for task in np.unique(task_of)}
+    rows = {int(task): np.flatnonzero(task_of == task) for task in np.unique(task_of) if task >= 0}
     widest = max(map(len, mixtures.values()))
     if len(rows) < widest or min(map(len, rows.values())) < 2:
         counts = {task: len(own) for task, own in rows.items()}

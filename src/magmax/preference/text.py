@@ -41,41 +41,47 @@ class Samples(NamedTuple):
         return Samples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
 
 
-def read_samples(path: Path) -> Samples:
-    """Labelled texts: a CSV whose first line names the columns text and label, or a folder of LABEL/NAME.txt.
+def read_samples(path: Path, labelled: bool = True) -> Samples:
+    """Texts: a CSV whose first line names the columns text and label, or a folder of LABEL/NAME.txt.
 
-    Raises MagMaxError where it is neither, or holds no sample.
+    Unlabelled ones need no label: the column text, or a folder with .txt files anywhere in it. Raises MagMaxError where
+    it is neither, or holds no sample.
     """
+    columns = ("text", "label") if labelled else ("text",)
+    told = f"the column{'s' * labelled} {' and '.join(columns)}"
     if path.is_dir():
-        files = sorted(path.glob("*/*.txt"))
+        files = sorted(path.glob("*/*.txt" if labelled else "**/*.txt"))
         found = Samples([file.read_text("utf-8") for file in files], [file.parent.name for file in files])
     else:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, ValueError, csv.Error) as error:
-            raise MagMaxError(f"{path}: cannot be read as a CSV with the columns text and label: {error}") from error
+            raise MagMaxError(f"{path}: cannot be read as a CSV with {told}: {error}") from error
         for line, row in enumerate(rows, start=2):
-            if row.get("text") is None or row.get("label") is None:
-                raise MagMaxError(
-                    f"{path}, line {line}: needs the columns text and label; it has {sorted(map(str, row))}"
-                )
-        found = Samples([row["text"] for row in rows], [row["label"] for row in rows])
+            if any(row.get(column) is None for column in columns):
+                raise MagMaxError(f"{path}, line {line}: needs {told}; it has {sorted(map(str, row))}")
+        found = Samples([row["text"] for row in rows], [row.get("label") or "" for row in rows])
     if not found.texts:
-        raise MagMaxError(f"{path}: holds no sample; give a CSV with the columns text and label, or LABEL/NAME.txt")
+        raise MagMaxError(f"{path}: holds no sample; give a CSV with {told}, or LABEL/NAME.txt")
     return found
 
 
 def read_tasks(folder: Path, names: Sequence[str]) -> list[Samples]:
     """Training samples of each task: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
-    found: list[Samples] = []
+    return [read_samples(place) for place in places_of(folder, names)]
+
+
+def places_of(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Where each task's samples are: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
+    found: list[Path] = []
     for name in names:
         places = [place for place in (folder / f"{name}.csv", folder / name) if place.exists()]
         if not places:
             there = sorted(place.stem for place in folder.glob("*"))
             hint = nearest(name, there) if there else "the folder is empty, or not there"
             raise MagMaxError(f"{folder}: has no samples of {name!r} ({name}.csv, or a folder {name}); {hint}")
-        found.append(read_samples(places[0]))
+        found.append(places[0])
     return found
 
 
@@ -177,7 +183,7 @@ def text_preference(
         encoder: the folder of the encoder in the Hugging Face layout; by default the base's own.
         rule: the merge that "auto" tries preferences with; its own preference does not matter.
     """
-    folder = encoder or base.path
+    folder = encoder or base.folder()
     if folder is None or not folder.is_dir():
         raise MagMaxError(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"

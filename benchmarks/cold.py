@@ -1,0 +1,90 @@
+"""Merging with nothing in the page cache: is the disk the bound?"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cyclopts import App
+from harness.machine import load_of_the_last_minute
+from harness.measure import Measured, measure
+from harness.methods import LIMIT_S, floor, ours_inner
+from harness.places import CHILDREN, OUTPUT
+from harness.results import entry, publish
+from harness.rounds import console, fresh_output
+from harness.tables import COLD
+from harness.workloads import A, Workload, make, weight_files
+
+app = App(help=__doc__)
+SPARE_BYTES = 1_000_000_000
+
+
+def drop(w: Workload) -> None:
+    """Forgets the inputs' pages: they are on disk, so the kernel may let go of all of them."""
+    for path in w.inputs():
+        for file in weight_files(path):
+            _drop(file)
+
+
+def _drop(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def cold_run(w: Workload, command: list[str]) -> Measured:
+    fresh_output()
+    drop(w)
+    run = measure(command, LIMIT_S, CHILDREN)
+    if not run.ok or run.inner_s is None:
+        raise SystemExit(f"{run.status}: {run.error}")
+    return run
+
+
+def one_round(w: Workload, number: int, commands: dict[str, list[str]]) -> dict[str, Any]:
+    """The floor and ours, in turns first and second."""
+    order = ("floor", "ours") if number % 2 else ("ours", "floor")
+    runs = {name: cold_run(w, commands[name]) for name in order}
+    seconds = {name: run.inner_s or 0.0 for name, run in runs.items()}
+    moved = w.model_bytes() * (w.tasks + 2)
+    console.print(f"cold {number}: floor {seconds['floor']:.2f} s, ours {seconds['ours']:.2f} s")
+    return {
+        "round": number,
+        "floor_s": seconds["floor"],
+        "floor_mb_s": moved / 1e6 / seconds["floor"],
+        "ours_s": seconds["ours"],
+        "times_floor": seconds["ours"] / seconds["floor"],
+        "processor_s": runs["ours"].processor_s,
+    }
+
+
+@app.default
+def main(*, runs: int = 6, models: int = 8, save: bool = True) -> None:
+    """Merges workload (a) with its first so many models, caches dropped before each run; results/cold.json and .md.
+
+    Parameters
+    ----------
+    runs
+        Rounds of a floor (every input read, the output written and fsynced, nothing computed) and a merge.
+    models
+        Up to 8; 0.35 GB each.
+    save
+        --no-save prints only.
+    """
+    w = replace(A, name=f"cold{models}", tasks=models)
+    make(w, SPARE_BYTES)
+    load = load_of_the_last_minute()
+    commands = {"floor": floor(w, OUTPUT / "floor").inner, "ours": ours_inner(w, OUTPUT / w.output_name(), "magmax")}
+    records = [one_round(w, number, commands) for number in range(1, runs + 1)]
+    ratios = sorted(record["times_floor"] for record in records)
+    told = f"Times the floor: median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}."
+    title = f"Cold cache: 88 M float32 parameters, base + {models} models, rule magmax"
+    found = entry(title, records, load, notes=[told])
+    console.print(told)
+    publish("cold", "cold", found, {"cold": COLD}, save)
+
+
+if __name__ == "__main__":
+    app()

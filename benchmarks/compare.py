@@ -1,0 +1,132 @@
+"""Several results of `magmax bench` side by side: does MagMax's lead survive, and what does each method cost?
+
+    .venv/bin/python benchmarks/compare.py FOLDER ... --out TABLES.md
+
+The first table has, for each folder, chain and choice of scaling factors, MagMax's accuracy and what it leads each
+other method by, over the same seeds: mean, 95 % interval, p of the paired t-test. The second has time and bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from magmax.continual.tables import MAIN, Mean, paired
+
+VARIANTS = {"default": "own", "chosen": "chosen"}
+COSTS = {"training seconds": 1, "merging seconds": 1, "peak memory bytes": 1e6, "stored bytes": 1e6}
+
+
+class Result:
+    """One folder's tidy rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        with (folder / "results.csv").open(newline="") as lines:
+            self.rows = list(csv.DictReader(lines))
+        self.recipe = json.loads((folder / "results.json").read_text())["recipe"]
+
+    def values(self, method: str, variant: str, measure: str = MAIN) -> dict[int, float]:
+        """By seed; a method without a scaling factor has the same in every variant."""
+        return {
+            int(row["seed"]): float(row["value"])
+            for row in self.rows
+            if (row["method"], row["measure"]) == (method, measure)
+            and (row["variant"] == variant or not row["scaling_factor"])
+        }
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(row["method"] for row in self.rows))
+
+    @property
+    def tasks(self) -> int:
+        told = {row["measure"] for row in self.rows if row["measure"].startswith("accuracy on task")}
+        return len(told)
+
+
+def leads(results: Sequence[Result]) -> list[list[str]]:
+    """MagMax against every other method on the same chain."""
+    lines: list[list[str]] = []
+    for result in results:
+        warm = result.recipe["fit"]["warmup"]
+        about = [result.name, str(result.tasks), f"{warm:.0%}" if warm < 1 else f"{warm:g} steps"]
+        for ours in (method for method in result.methods if method.startswith("magmax/")):
+            chain = ours.partition("/")[2]
+            others = [m for m in result.methods if m.endswith(f"/{chain}") and m != ours] + ["zero_shot"]
+            for variant, factor in VARIANTS.items():
+                mine = result.values(ours, variant)
+                for other in others:
+                    theirs = result.values(other, variant)
+                    seeds = sorted(mine.keys() & theirs.keys())
+                    if not seeds:
+                        continue
+                    pair = paired(ours, other, variant, [mine[s] for s in seeds], [theirs[s] for s in seeds])
+                    d = pair.difference
+                    told = [f"{100 * d.mean:+.1f}", "-", "-"]
+                    if d.n > 1:
+                        told[1] = f"{100 * (d.mean - d.half):+.1f} .. {100 * (d.mean + d.half):+.1f}"
+                        told[2] = f"{pair.p_t:.2g}"
+                    lines.append([*about, chain, factor, percent(mine), other.partition("/")[0], *told, f"{d.n}"])
+    return lines
+
+
+def costs(results: Sequence[Result]) -> list[list[str]]:
+    """What each method took, against the number of tasks."""
+    lines: list[list[str]] = []
+    for result in sorted(results, key=lambda each: each.tasks):
+        for method in result.methods:
+            found = [list(result.values(method, "default", measure).values()) for measure in COSTS]
+            means = [
+                f"{Mean.of(own).mean / unit:,.1f}" if own else "-"
+                for own, unit in zip(found, COSTS.values(), strict=True)
+            ]
+            lines.append([result.name, str(result.tasks), method, *means])
+    return lines
+
+
+def percent(values: dict[int, float]) -> str:
+    mean = Mean.of(list(values.values()))
+    return f"{100 * mean.mean:.1f}" + ("" if mean.n == 1 else f" ± {100 * mean.std:.1f}")
+
+
+def drawn(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    results = [Result(folder) for folder in given.folders]
+    head = [
+        "results",
+        "tasks",
+        "warm-up",
+        "chain",
+        "factor",
+        "MagMax",
+        "against",
+        "leads by",
+        "95 % interval",
+        "p",
+        "seeds",
+    ]
+    text = (
+        "Accuracies in %, average over tasks after the last; what MagMax leads the other by, over the same seeds.\n\n"
+    )
+    text += drawn(head, leads(results)) + "\n\nCosts, means over seeds; the training is the chain's.\n\n"
+    text += drawn(["results", "tasks", "method", "training s", "merging s", "peak MB", "stored MB"], costs(results))
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Time and memory of merging over parameters, models and workers, beside what the model of the cost says."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cyclopts import App
+from harness.machine import load_of_the_last_minute
+from harness.measure import Measured, measure
+from harness.methods import LIMIT_S, ours_inner
+from harness.places import CHILDREN, DATA, REPOSITORY
+from harness.results import entry, publish
+from harness.rounds import console
+from harness.safetensors_stream import StreamWriter
+from harness.tables import SCALING
+from harness.workloads import LLAMA, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload
+from matplotlib.figure import Figure
+
+from magmax.engine.cost import ELEMENT_NS
+
+SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA}
+MODELS = (2, 4, 8, 16, 32)
+WORKERS = (1, 2)
+CHUNK = 1 << 22
+SPARE_BYTES = 4_000_000_000
+FINITE = np.uint16(0xBFFF)
+"""Clears the bit without which no bfloat16 is infinite or NaN."""
+app = App(help=__doc__)
+
+
+def make(w: Workload, folder: Path) -> Workload:
+    """Models of random finite bfloat16, one file each, in `folder`."""
+    placed = Placed(w, folder)
+    for number, path in enumerate(placed.inputs()):
+        path.parent.mkdir(parents=True)
+        draw = np.random.default_rng(number)
+        with StreamWriter(path, w.shapes(), w.dtype) as writer:
+            for shape in w.shapes().values():
+                size = int(np.prod(shape))
+                for start in range(0, size, CHUNK):
+                    count = min(CHUNK, size - start)
+                    writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+    return placed
+
+
+class Placed(Workload):
+    """A workload that lies in a folder of its own."""
+
+    def __init__(self, w: Workload, folder: Path) -> None:
+        super().__init__(w.name, w.architecture, w.dtype, w.tasks)
+        object.__setattr__(self, "_folder", folder / w.name)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+
+def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
+    """One merge, its inputs in the page cache."""
+    command = ours_inner(w, out, "magmax", models)
+    command[-1] = json.dumps(json.loads(command[-1]) | {"threads": workers})
+    out.unlink(missing_ok=True)
+    run: Measured = measure(command, LIMIT_S, CHILDREN)
+    out.unlink(missing_ok=True)
+    predicted = w.parameters() * (models + 2) * ELEMENT_NS * 1e-9
+    console.print(f"{w.name}, {models} models, {workers} workers: {run.inner_s} s {run.error}")
+    return {
+        "parameters": w.parameters(),
+        "models": models,
+        "workers": workers,
+        "failure": "" if run.ok else f"{run.status}: {run.error}",
+        "inner_s": run.inner_s,
+        "processor_s": run.processor_s,
+        "predicted_s": predicted,
+        "over_predicted": run.processor_s / predicted if run.processor_s else None,
+        "peak_rss_mb": run.peak_rss_mb,
+        "above_imports_mb": run.above_imports_mb,
+    }
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Processor seconds and memory over the elements read and written, one line for the model."""
+    matplotlib.rcParams["svg.hashsalt"] = "magmax"
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    for workers, mark in zip(WORKERS, "os", strict=True):
+        mine = [r for r in records if r["workers"] == workers and not r["failure"]]
+        moved = [r["parameters"] * (r["models"] + 2) for r in mine]
+        words = f"{workers} worker" + "s" * (workers > 1)
+        time.plot(moved, [r["processor_s"] for r in mine], mark, label=f"{words}, processors", alpha=0.8)
+        time.plot(moved, [r["inner_s"] for r in mine], mark, label=f"{words}, wall", mfc="none", color="gray")
+        memory.plot(moved, [r["above_imports_mb"] for r in mine], mark, label=words)
+    line = sorted(r["parameters"] * (r["models"] + 2) for r in records)
+    time.plot(line, [n * ELEMENT_NS * 1e-9 for n in line], "k--", lw=1, label=f"model: {ELEMENT_NS} ns an element")
+    time.set(xscale="log", yscale="log", ylabel="seconds", xlabel="elements read and written")
+    memory.set(xscale="log", ylim=(0, None), ylabel="MB above imports", xlabel="elements read and written")
+    time.legend(fontsize=7)
+    memory.legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+@app.default
+def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool = True) -> None:
+    """Merges 2 to 32 models of 10 M to 1.1 B bfloat16 parameters by magnitude, with 1 and 2 workers.
+
+    Writes results/scaling.json and .md, and docs/scaling.svg.
+
+    Parameters
+    ----------
+    folder
+        Where models are made; a folder in memory (tmpfs) leaves the disk out.
+    gigabytes
+        The most that models and an output may take at once; points beyond are left out, and said.
+    save
+        --no-save prints only.
+    """
+    load = load_of_the_last_minute()
+    records: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for name, architecture in SIZES.items():
+        w = Workload(name, architecture, "BF16", tasks=0)
+        room = min(gigabytes * 1e9, _free(folder) - SPARE_BYTES)
+        fitting = [m for m in MODELS if w.model_bytes() * (m + 2) <= room]
+        left_out += [f"{name} x {m}" for m in MODELS if m not in fitting]
+        if not fitting:
+            continue
+        try:
+            made = make(replace(w, tasks=fitting[-1]), folder)
+            out = folder / "merged.safetensors"
+            records += [point(made, models, workers, out) for models in fitting for workers in WORKERS]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    told = ", ".join(left_out) or "nothing"
+    words = f"Left out for want of room ({gigabytes:g} GB): {told}. Models in {_kind(folder)}."
+    found = entry("Scaling: rule magmax, bfloat16, base and models in one file each", records, load, notes=[words])
+    publish("scaling", "scaling", found, {"scaling": SCALING}, save)
+    if save:
+        draw(records, REPOSITORY / "docs" / "scaling.svg")
+
+
+def _free(folder: Path) -> int:
+    """Bytes to be had on the disk of a folder, or of memory where it lies there."""
+    there = next(path for path in [folder, *folder.parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    if not _in_memory(folder):
+        return free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return min(free, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+
+
+def _in_memory(folder: Path) -> bool:
+    return os.fspath(folder).startswith("/dev/shm")
+
+
+def _kind(folder: Path) -> str:
+    return "memory (tmpfs)" if _in_memory(folder) else "a folder on disk, page cache warm"
+
+
+if __name__ == "__main__":
+    app()

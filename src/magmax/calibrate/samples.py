@@ -1,0 +1,45 @@
+"""Putting items through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[nn.Module, Sequence[Any]], Any]
+"""run(model, items): put these items through the model; what it returns does not matter."""
+
+IDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def run_items(model: nn.Module, items: Sequence[Any]) -> None:
+    """Put items through a model, one by one, so that no item is padded for the sake of another.
+
+    An item is a sequence of token ids, for model(input_ids=...); a map of the model's arguments, as a tokenizer or an
+    image processor of Hugging Face makes it; or an array or tensor of floating numbers, such as an image, for
+    model(item). Each without a dimension for the batch; a map may have it.
+    """
+    for item in items:
+        if isinstance(item, Mapping):
+            model(**{key: _placed(model, _batched(str(key), value)) for key, value in item.items()})
+            continue
+        given = torch.as_tensor(np.asarray(item) if isinstance(item, list | tuple) else item)
+        if given.is_floating_point() or given.dtype == torch.uint8:
+            model(_placed(model, given[None].float() if given.dtype == torch.uint8 else given[None]))
+        else:
+            model(input_ids=_placed(model, given[None]))
+
+
+def _batched(key: str, value: Any) -> Tensor:
+    tensor = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
+    alone = tensor.dim() == 1 if key in IDS else key == "pixel_values" and tensor.dim() == 3
+    return tensor[None] if alone else tensor
+
+
+def _placed(model: nn.Module, tensor: Tensor) -> Tensor:
+    """On the model's device, floating numbers in its type."""
+    like = next(model.parameters())
+    return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)

@@ -1,0 +1,81 @@
+"""What was measured of a part, call after call: ratios of magnitudes, and the coefficient that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Sum = tuple[float, int]
+
+
+@dataclass
+class Tally:
+    """Sums over the places (tokens, channels) of every sample of every task.
+
+    Attributes:
+        ratios: by task and sample, the sum of ||F_k|| / ||F_m|| over places where F_m is not zero, and their number.
+        own, merged: by task, the sum of ||F_k||, and of ||F_m|| on that task's samples, and the number of places.
+        places: by task, at each place of a call the sum of the ratio, and how many samples have it.
+    """
+
+    tasks: int
+    ratios: dict[tuple[int, int], Sum] = field(default_factory=dict[tuple[int, int], Sum])
+    own: list[Sum] = field(default_factory=list[Sum])
+    merged: list[Sum] = field(default_factory=list[Sum])
+    places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
+
+    def __post_init__(self) -> None:
+        self.own, self.merged = [(0.0, 0)] * self.tasks, [(0.0, 0)] * self.tasks
+
+    def add(self, task: int, sample: int, own: Tensor, merged: Tensor) -> None:
+        """One call on one sample: the magnitudes at its places, under the task's model and under the merged one."""
+        counted = merged > 0
+        ratio = torch.where(counted, own / merged, 0.0)
+        self.ratios[task, sample] = _plus(self.ratios.get((task, sample), (0.0, 0)), ratio, int(counted.sum()))
+        self.own[task] = _plus(self.own[task], own, own.numel())
+        self.merged[task] = _plus(self.merged[task], merged, merged.numel())
+        known = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
+        size = max(len(known[0]), len(ratio))
+        self.places[task] = (
+            _padded(known[0], size) + _padded(ratio, size),
+            _padded(known[1], size) + _padded(counted.to(ratio.dtype), size),
+        )
+
+    def xi(self, samples: int | None = None) -> float | None:
+        """mean_k mean_places ||F_k|| / ||F_m||, of each task's first samples alone where so many are named.
+
+        A place where the merged features do not move has no ratio, and a task without a place does not count; None
+        where there is none at all.
+        """
+        means: list[float] = []
+        for task in range(self.tasks):
+            sums = [s for (k, n), s in self.ratios.items() if k == task and (samples is None or n < samples)]
+            if count := sum(number for _, number in sums):
+                means.append(sum(total for total, _ in sums) / count)
+        return sum(means) / len(means) if means else None
+
+    def by_place(self) -> list[float] | None:
+        """The same, place by place: the mean over tasks of the mean over the samples that have it."""
+        size = max((len(sums) for sums, _ in self.places.values()), default=0)
+        total, tasks = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        for sums, counts in self.places.values():
+            there = _padded(counts, size).cpu() > 0
+            total[there] += (_padded(sums, size).cpu() / _padded(counts, size).cpu())[there]
+            tasks += there
+        return torch.where(tasks > 0, total / tasks, torch.nan).tolist() if size else None
+
+
+def mean(sums: Sequence[Sum]) -> list[float]:
+    """The mean magnitude of each task."""
+    return [total / count if count else 0.0 for total, count in sums]
+
+
+def _plus(known: Sum, values: Tensor, count: int) -> Sum:
+    return known[0] + float(values.sum()), known[1] + count
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(size - len(values))])

@@ -1,0 +1,78 @@
+"""The verb that measures preferences: environments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import MagMaxError
+from .learning import assigned, read_experiment
+
+if TYPE_CHECKING:
+    from ..continual.experiment import Experiment
+    from ..preference.protocol.study import Study
+
+
+def environments(
+    recipe: str,
+    *assignments: str,
+    out: str,
+    jobs: int = 1,
+    threads: int = 1,
+    scheduler: str | None = None,
+) -> None:
+    """Measure what each preference is worth where tasks occur in other mixtures: the benchmark of the rule tunable.
+
+    Parameters
+    ----------
+    recipe
+        A study (.yaml): the recipe of magmax bench whose chains are merged, environments, preferences.
+    assignments
+        Changes to it, such as draws=2 or seeds=[0].
+    out
+        The folder that magmax bench was given: its checkpoints (chains) are used, and trained where they lack. Finished
+        records, results.csv, results.json and results.md come into its subfolder environments; records of the same
+        recipe that are there are not measured again.
+    jobs
+        Processes that work at once, on one chain each.
+    threads
+        Of torch, in each process.
+    scheduler
+        The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
+    """
+    from ..continual.progress import bars
+
+    if jobs < 1 or threads < 1:
+        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    study, experiment = read_study(recipe, assignments)
+    from ..engine.workers import hired
+    from ..preference.protocol.report import write_report
+    from ..preference.protocol.run import Runs
+
+    with hired(jobs, scheduler) as executor, bars() as new_bar:
+        work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
+        records = work.run()
+    files = write_report(study, experiment, records, Path(out))
+    print(files[-1].read_text("utf-8"), end="")
+    print(", ".join(map(str, files)))
+
+
+def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Study, Experiment]:
+    """A study and the experiment that it names, with assignments such as draws=2 put in.
+
+    Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
+    """
+    from ..document import read_document, validated
+
+    document = read_document(recipe)
+    for word in assignments:
+        document = document._replace(content=assigned(document.content, word))
+    named = document.content.get("experiment")
+    if not isinstance(named, str):
+        raise MagMaxError(f"{recipe}: experiment is the recipe of magmax bench whose chains are merged, not {named!r}")
+    experiment = read_experiment(str(Path(recipe).parent / named))
+    from ..preference.protocol.study import SHAPES, Study
+
+    study = validated(Study, document, lambda parts: list(SHAPES.get(parts[0], Study).model_fields))
+    return study.checked(experiment), experiment

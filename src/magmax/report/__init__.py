@@ -1,0 +1,1 @@
+"""Studies and runs as figures and pages: what is drawn here was computed in `study`."""

@@ -1,0 +1,281 @@
+"""The benchmark of preferences against a plain one: merge, predict everything, count what is right."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file  # noqa: E402
+from tests.continual import toys  # noqa: E402
+from tests.test_cli import run  # noqa: E402, F401
+
+import magmax  # noqa: E402
+from magmax import MagMaxError  # noqa: E402
+from magmax.cli import deploying  # noqa: E402
+from magmax.continual.cells import chain_folder  # noqa: E402
+from magmax.continual.context import Context, context  # noqa: E402
+from magmax.continual.experiment import Experiment  # noqa: E402
+from magmax.engine import workers  # noqa: E402
+from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
+from magmax.preference.environments import MIXTURES  # noqa: E402
+from magmax.preference.protocol import run as running  # noqa: E402
+from magmax.preference.protocol.report import write_report  # noqa: E402
+from magmax.preference.protocol.run import Runs  # noqa: E402
+from magmax.preference.protocol.study import Study  # noqa: E402
+from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
+
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "continual" / "environments"
+SMALL: dict[str, Any] = {
+    "experiment": "toy.yaml",
+    "chains": ["independent"],
+    "mixtures": ["D2", "D3", "D4"],
+    "draws": 2,
+    "sources": ["label", "ot", "mmd", "auto"],
+    "crowd_draws": 1,
+    "temperatures": [1.0],
+    "selections": {"smallest": 1, "random": 1},
+    "samples": {"per_task": [1, 4]},
+    "curves": {"schedule": [0.5, 2.0], "weights": [0.0, 1.0], "tasks": 2},
+    "archive": {"top": [0.5], "bits": [8, 32]},
+}
+EXPERIMENT = Experiment.model_validate({**toys.RECIPE, "validation": 5, "factors": [0.3, 1.0], "seeds": [0]})
+
+
+def study(**changes: Any) -> Study:
+    return Study.model_validate({**SMALL, **changes}).checked(EXPERIMENT)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def records(place: Path, executor: Executor) -> dict[str, dict[str, Any]]:
+    torch.set_num_threads(1)
+    return {record["part"]: record for record in Runs(study(), EXPERIMENT, place, executor).run()}
+
+
+class Plain:
+    """The same experiment by hand: files, whole merges, and the logits of every test example."""
+
+    def __init__(self, out: Path) -> None:
+        self.here: Context = context(EXPERIMENT, 0)
+        folder = chain_folder(out, EXPERIMENT, 0, "independent")
+        self.theta = [load_file(folder / f"theta_{t}.safetensors") for t in range(4)]
+
+    def features(self, state: dict[str, Any], items: Any) -> np.ndarray:
+        self.here.encoder.model.load_state_dict(state)
+        self.here.encoder.model.eval()
+        with torch.inference_mode():
+            return self.here.encoder(items).numpy()
+
+    def right(self, rule: Any, factor: float, data: Any = None) -> np.ndarray:
+        """Which examples the merge gets right, among all classes."""
+        data = data or self.here.test
+        merged = self.theta[0]
+        if rule is not None:
+            merged = rule if isinstance(rule, dict) else magmax.merge(rule, self.theta[0], self.theta[1:], factor)
+        logits = self.features(merged, data.items) @ self.here.head.numpy().T
+        return logits.argmax(1) == data.labels
+
+
+@pytest.fixture(scope="module")
+def plain(place: Path, records: dict[str, Any]) -> Plain:
+    return Plain(place)
+
+
+def rule_of(row: dict[str, Any]) -> Any:
+    kind, *rest = row["method"].split("/")
+    if kind == "tunable":
+        return Tunable(preference=row["weights"], selection=rest[0], seed=0)
+    named = {"average": Average(), "ties": Ties(), "magmax": MagMax(), "zero_shot": None}
+    return Average(weights=PerModel(tuple(row["weights"]))) if kind == "weighted_average" else named[kind]
+
+
+def test_accuracies_are_those_of_whole_merges_and_all_logits(records: dict[str, Any], plain: Plain) -> None:
+    for part in ("D2-0", "D2-1", "D4-0", "M1-0", "M2-0"):
+        name = part[:2]
+        for row in records[part]["rows"]:
+            assert f"{row['mixture']}-{row['draw']}" == part
+            rows = np.flatnonzero(np.isin(plain.here.test.labels, classes_of(plain, row["tasks"])))
+            rule = plain.theta[3] if row["method"] == "last" else rule_of(row)
+            right = plain.right(rule, row["scaling_factor"] or 0.0)
+            scored = np.array(sorted(scored_rows(name, row)))
+            assert set(scored) <= set(rows)
+            assert row["accuracy"] == right[scored].mean(), row
+
+
+def classes_of(plain: Plain, tasks: list[int]) -> list[int]:
+    return [c for task in tasks for c in plain.here.tasks[task].classes]
+
+
+def scored_rows(name: str, row: dict[str, Any]) -> list[int]:
+    return environment_of(name, row["draw"]).scored.tolist()
+
+
+def environment_of(name: str, draw: int) -> Any:
+    """Drawn again, by the public function."""
+    from magmax.preference.environments import environments
+
+    here = context(EXPERIMENT, 0)
+    task_of = np.array([next(t for t, task in enumerate(here.tasks) if c in task.classes) for c in here.test.labels])
+    order = list(MIXTURES).index(name) if name in MIXTURES else 100 + int(name[1:])
+    shares = MIXTURES.get(name) or (1 / int(name[1:]),) * int(name[1:])
+    return environments(task_of, mixtures={name: shares}, draws=draw + 1, target=0.1, seed=[0, order])[draw]
+
+
+def test_factors_are_chosen_on_held_out_training_examples(records: dict[str, Any], plain: Plain) -> None:
+    held = plain.here.validation
+    for name, rule in (("average", Average()), ("ties", Ties()), ("magmax", MagMax())):
+        search = records["baselines"]["search"][name]
+        assert {float(factor) for factor in search} == {0.3, 0.5, 1.0, rule.default_factor}
+        for factor, score in search.items():
+            right = plain.right(rule, float(factor), held)
+            by_task = [right[np.isin(held.labels, task.classes)].mean() for task in plain.here.tasks]
+            assert score == pytest.approx(np.mean(by_task), abs=1e-12)
+        assert search[f"{records['baselines']['chosen'][name]:g}"] == max(search.values())
+
+
+def test_preferences_are_those_of_the_target_sample_alone(records: dict[str, Any], plain: Plain) -> None:
+    own = own_shares(plain.theta[0], plain.theta[1:])
+    assert records["baselines"]["own"] == pytest.approx(own, abs=1e-12)
+    train, test = plain.here.train, plain.here.test
+    for row in [*records["D3-0"]["rows"], *records["D3-1"]["rows"]]:
+        environment = environment_of("D3", row["draw"])
+        assert environment.tasks == row["tasks"]
+        target = environment.target
+        source = row["method"].rpartition("/")[2]
+        if source == "label":
+            expected = from_labels(test.labels[target].tolist(), [task.classes for task in plain.here.tasks])
+        elif source in ("ot", "cos", "mmd"):
+            expected = from_samples(
+                [
+                    tuple(plain.features(plain.theta[t + 1], [part.items[i] for i in rows]) for part, rows in pair)
+                    for t, task in enumerate(plain.here.tasks)
+                    for pair in [((train, np.flatnonzero(np.isin(train.labels, task.classes))), (test, target))]
+                ],
+                source,
+            )
+        elif source in ("oracle", "manual"):
+            expected = np.full(3, 1 / 3)
+        else:
+            continue
+        assert row["weights"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_curves_samples_and_archives_are_what_they_say(records: dict[str, Any], plain: Plain) -> None:
+    labels = plain.here.test.labels
+    curves = records["curves"]["rows"]
+    assert len(curves) == 2 * (2 + 2 * 2)
+    assert curves[0]["weights"] == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    for row in curves:
+        right = plain.right(Tunable(preference=row["weights"], seed=0), row["scaling_factor"])
+        assert row["tasks"] == [right[np.isin(labels, task.classes)].mean() for task in plain.here.tasks]
+    samples = records["samples"]["rows"]
+    for row in samples:
+        assert row["samples"] <= row["per_task"] * len(row["tasks"])
+        right = plain.right(rule_of(row), row["scaling_factor"])
+        assert row["accuracy"] == right[scored_rows(row["mixture"], row)].mean()
+    label = {r["per_task"]: r["weights"] for r in samples if r["method"].endswith("label") and r["mixture"] == "D2"}
+    assert all(np.isclose(np.array(weights) * n * 2 % 1, [0, 0, 0], atol=1e-9).all() for n, weights in label.items())
+    for row in records["archive"]["rows"]:
+        rule = Tunable(preference=row["weights"], seed=0)
+        assert row["exact"] == plain.right(rule, row["scaling_factor"]).mean()
+        assert row["bytes"] > 0
+        assert 0 <= row["agreement"] <= 1
+
+
+def test_what_is_there_is_read_and_what_is_damaged_is_measured_again(
+    records: dict[str, Any], place: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place / "environments" / "cells"
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert Runs(study(), EXPERIMENT, place, executor).run() == list(records.values())
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
+    next(folder.glob("D4-1-*")).write_text("{")
+    again = {record["part"]: record for record in Runs(study(), EXPERIMENT, place, executor).run()}
+    assert again["D4-1"]["rows"] == records["D4-1"]["rows"]
+    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
+    monkeypatch.setattr(running, "baselines", None)  # known already
+    more = Runs(study(curves={"schedule": [1.0], "weights": [], "tasks": 1}), EXPERIMENT, place, executor).run()
+    assert len(more) == len(records)
+    assert len(list(folder.iterdir())) == len(stamps) + 1
+
+
+def test_the_files_agree_with_the_records(records: dict[str, Any], place: Path) -> None:
+    files = write_report(study(), EXPERIMENT, list(records.values()), place)
+    with files[0].open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    given = [
+        row["accuracy"]
+        for record in records.values()
+        for row in record.get("rows", [])
+        if row.get("method") == "magmax" and row["mixture"] in MIXTURES
+    ]
+    of_magmax = [row for row in rows if row["method"] == "magmax" and row["mixture"] in MIXTURES]
+    told = [float(row["value"]) for row in of_magmax]
+    assert told == given
+    content = json.loads(files[1].read_text())
+    assert {pair["n"] for pair in (each["difference"] for each in content["paired"])} == {1}
+    assert "proves nothing" in files[2].read_text()
+    mean = np.mean([float(row["value"]) for row in of_magmax if row["variant"] == "chosen"])
+    assert "| magmax | chosen | " in files[2].read_text()
+    line = next(line for line in files[2].read_text().splitlines() if line.startswith("| magmax | chosen"))
+    assert line.endswith(f"| {100 * mean:.1f} |")
+
+
+def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    toys.written(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
+    few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
+    monkeypatch.setattr(workers, "hired", lambda jobs, scheduler: nullcontext(executor))
+    code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
+    assert "| tunable/optimal/label | chosen |" in out
+    assert "paired t-test over 2 seeds" in out
+    assert len(list((tmp_path / "out" / "environments" / "cells").iterdir())) == 4
+    code, _, err = run("environments", tmp_path / "study.yaml", "sauces=[ot]", "--out", tmp_path / "out")
+    assert code == 2
+    assert "did you mean 'sources'" in err
+    code, _, err = run("environments", tmp_path / "study.yaml", "experiment=3", "--out", tmp_path / "out")
+    assert (code, "whose chains are merged, not 3" in err) == (2, True)
+
+
+@pytest.mark.parametrize("recipe", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_the_repository_can_be_read(recipe: Path) -> None:
+    study, experiment = deploying.read_study(str(recipe))
+    assert study.seeds == experiment.seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chains": ["joint"]}, "chains: there is no 'joint'"),
+        ({"seeds": [5]}, "seeds: there is no 5"),
+        ({"mixtures": ["D6"]}, "mixtures: there is no 'D6'"),
+    ],
+)
+def test_what_the_experiment_lacks_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MagMaxError, match=message):
+        study(**changes)
+    with pytest.raises(MagMaxError, match="validation: 10"):
+        Study.model_validate(SMALL).checked(Experiment.model_validate(toys.RECIPE))

@@ -1,0 +1,224 @@
+"""Models on web servers, good and bad: the same bytes as from this disk, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.models import loaded, saved, small_model
+from tests.remote.web import Web, served
+
+import magmax
+from magmax.checkpoints import open_checkpoint, remote, urls
+from magmax.engine import stream
+from magmax.engine.job import Settings
+from magmax.errors import MagMaxError, UnfinishedError
+
+pytest.importorskip("aiohttp")
+NAMES = ["base", "task1", "task2", "task3"]
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch) -> None:
+    """Blocks so small that every file has many, and no long waits between tries."""
+    monkeypatch.setattr(remote, "BLOCK", 1 << 18)
+    monkeypatch.setattr(remote, "HEAD", 1 << 12)
+    monkeypatch.setattr(urls, "WAIT", 0.001)
+
+
+@pytest.fixture
+def web(files):
+    base, models = files
+    content = {f"/{name}.safetensors": path.read_bytes() for name, path in zip(NAMES, [base, *models], strict=False)}
+    with served(Web(content)) as web:
+        yield web
+
+
+def merged(web: Web, out: Path, rule: str = "magmax", threads: int = 2, said: list[str] | None = None) -> bytes:
+    base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
+    note = (said if said is not None else []).append
+    magmax.merge(rule, base, models, out=out, settings=Settings(threads, note=note))
+    return out.read_bytes()
+
+
+def at_home(files, out: Path, rule: str = "magmax") -> bytes:
+    base, models = files
+    magmax.merge(rule, base, models[:3], out=out)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rule", ["magmax", "ties"])
+def test_merging_from_the_web_gives_the_bytes_of_merging_from_disk(web, files, tmp_path, rule, threads):
+    ours = merged(web, tmp_path / "web.safetensors", rule, threads)
+    assert ours == at_home(files, tmp_path / "home.safetensors", rule)
+
+
+def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path, monkeypatch):
+    opened = [open_checkpoint(f"{web.url}/{name}.safetensors") for name in NAMES]
+    magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors", settings=Settings(2))
+    assert web.sent < 1.2 * sum(map(len, web.files.values()))
+    assert not any(checkpoint._file._blocks for checkpoint in opened)
+
+
+def test_memory_ahead_of_the_work_is_bounded(web, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BYTES_AHEAD", 300_000)
+    most = 0
+    begin = stream.Ahead.begin
+
+    def watched(self, chunk):
+        nonlocal most
+        begin(self, chunk)
+        most = max(most, self._bytes)
+
+    monkeypatch.setattr(stream.Ahead, "begin", watched)
+    assert merged(web, tmp_path / "web.safetensors") == at_home(files, tmp_path / "home.safetensors")
+    assert 0 < most < 300_000 + 2_500_000  # the largest tensor of one model, in whole blocks
+
+
+def test_broken_connections_and_a_busy_server_are_tried_again(web, files, tmp_path):
+    web.breaks, web.busy = 25, 3
+    assert merged(web, tmp_path / "web.safetensors") == at_home(files, tmp_path / "home.safetensors")
+    assert web.breaks == 0
+
+
+def test_a_server_that_fails_for_good_is_an_error_that_names_file_tensor_and_bytes_and_the_merge_resumes(
+    web, files, tmp_path
+):
+    out = tmp_path / "web.safetensors"
+    web.spared, web.breaks = 30, -1
+    with pytest.raises(UnfinishedError, match=r"\w+\.safetensors: \S+: bytes [\d,]+ to [\d,]+: failed 5 times"):
+        merged(web, out, threads=1)
+    assert not out.exists()
+    web.breaks, said = 0, []
+    assert merged(web, out, said=said) == at_home(files, tmp_path / "home.safetensors")
+    assert any("resuming" in line for line in said)
+
+
+def test_a_server_without_ranges_is_refused(web, tmp_path):
+    web.ranges = False
+    with pytest.raises(MagMaxError, match=r"base\.safetensors: the server sends whole files only.*download it first"):
+        merged(web, tmp_path / "web.safetensors")
+    assert web.sent < 2 * len(web.files["/base.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ("more", "sends more than the bytes"),
+        ("fewer", "bytes came instead of"),
+        ("elsewhere", "was asked for the bytes from"),
+    ],
+)
+def test_a_server_that_sends_other_bytes_than_asked_for_is_caught(web, tmp_path, lie, words):
+    web.lie = lie
+    with pytest.raises(MagMaxError, match=words):
+        merged(web, tmp_path / "web.safetensors")
+    assert not (tmp_path / "web.safetensors").exists()
+
+
+def test_a_file_that_changes_during_the_merge_is_an_error_and_leaves_nothing(web, tmp_path):
+    new = saved(small_model(77), tmp_path / "new.safetensors").read_bytes()
+
+    def swap(number: int) -> None:
+        if number == 30:
+            web.files["/task2.safetensors"] = new
+
+    web.after = swap
+    with pytest.raises(MagMaxError, match=r"task2\.safetensors: changed while it was read"):
+        merged(web, tmp_path / "web.safetensors")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("web")] == []
+
+
+def test_what_is_not_there_or_not_safetensors_is_said(web, tmp_path):
+    with pytest.raises(MagMaxError, match=r"/no\.safetensors: there is no such file"):
+        open_checkpoint(f"{web.url}/no.safetensors")
+    with pytest.raises(MagMaxError, match=r"has neither model\.safetensors\.index\.json nor model\.safetensors"):
+        open_checkpoint(f"{web.url}/folder")
+    with pytest.raises(MagMaxError, match="only safetensors are read from another machine; download it first"):
+        open_checkpoint(f"{web.url}/old.pt")
+    with pytest.raises(MagMaxError, match="adapters are not read from another machine"):
+        open_checkpoint(f"{tmp_path}/base.safetensors+{web.url}/adapter")
+
+
+def test_a_truncated_file_is_found_by_its_header(web):
+    web.files["/cut.safetensors"] = web.files["/base.safetensors"][:-100]
+    with pytest.raises(MagMaxError, match=r"cut\.safetensors: the file places .* it is truncated or corrupt"):
+        open_checkpoint(f"{web.url}/cut.safetensors")
+
+
+def test_secrets_of_a_url_are_in_no_message_and_no_output(web, tmp_path):
+    secret = [f"{web.url}/{name}.safetensors?signature=hush" for name in NAMES]
+    with pytest.raises(MagMaxError) as caught:
+        open_checkpoint(f"{web.url.replace('://', '://user:hush@')}/no.safetensors?signature=hush")
+    assert "hush" not in str(caught.value)
+    magmax.merge("magmax", secret[0], secret[1:], out=tmp_path / "m.safetensors")
+    assert b"hush" not in (tmp_path / "m.safetensors").read_bytes()
+
+
+def sharded(folder: Path, seed: int) -> Path:
+    """A model in two files with an index, its config and a tokenizer."""
+    tensors = small_model(seed)
+    halves = dict(list(tensors.items())[:4]), dict(list(tensors.items())[4:])
+    names = [f"model-{n:05}-of-00002.safetensors" for n in (1, 2)]
+    for name, half in zip(names, halves, strict=True):
+        saved(half, folder / name)
+    where = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "seed": seed}))
+    (folder / "vocab.txt").write_text("a\nb\n")
+    return folder
+
+
+def test_folders_with_an_index_and_their_small_files_come_from_the_web(tmp_path):
+    folders = [sharded(tmp_path / "models" / f"m{n}", n) for n in range(3)]
+    content = {f"/{f.name}/{p.name}": p.read_bytes() for f in folders for p in f.iterdir()}
+    magmax.merge("average", folders[0], folders[1:], out=tmp_path / "home")
+    with served(Web(content)) as web:
+        base, *models = [f"{web.url}/{folder.name}" for folder in folders]
+        models[-1] += "/model.safetensors.index.json"
+        magmax.merge("average", base, models, out=tmp_path / "web")
+    home, away = ({p.name: p.read_bytes() for p in (tmp_path / place).iterdir()} for place in ("home", "web"))
+    provenance = [json.loads(folder.pop("provenance.json")) for folder in (home, away)]
+    assert provenance[0] == provenance[1]
+    assert home == away
+    assert "vocab.txt" in away
+
+
+def test_an_index_that_places_a_tensor_wrongly_is_refused(tmp_path):
+    folder = sharded(tmp_path / "m0", 0)
+    content = {f"/m0/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    index = json.loads(content["/m0/model.safetensors.index.json"])
+    index["weight_map"]["scale"] = "model-00001-of-00002.safetensors"
+    content["/m0/model.safetensors.index.json"] = json.dumps(index).encode()
+    with served(Web(content)) as web, pytest.raises(MagMaxError, match="places scale in model-00001"):
+        open_checkpoint(f"{web.url}/m0")
+
+
+def test_one_base_from_the_web_and_models_from_disk(web, files, tmp_path):
+    _, models = files
+    magmax.merge("magmax", f"{web.url}/base.safetensors", models[:3], out=tmp_path / "both.safetensors")
+    assert (tmp_path / "both.safetensors").read_bytes() == at_home(files, tmp_path / "home.safetensors")
+
+
+def test_the_same_url_twice_is_refused(web, tmp_path):
+    with pytest.raises(MagMaxError, match="name each model once"):
+        magmax.merge(
+            "magmax",
+            f"{web.url}/base.safetensors",
+            [f"{web.url}/task1.safetensors"] * 2,
+            out=tmp_path / "m.safetensors",
+        )
+
+
+def test_an_absorbed_model_and_its_base_may_be_on_the_web(web, files, tmp_path):
+    base, models = files
+    running = magmax.Running(tmp_path / "state", "magmax", f"{web.url}/base.safetensors")
+    for name in NAMES[1:]:
+        running.absorb(f"{web.url}/{name}.safetensors")
+    again = magmax.Running(tmp_path / "state")
+    again.result(0.5, out=tmp_path / "result.safetensors")
+    magmax.merge("magmax", base, models[:3], 0.5, out=tmp_path / "home.safetensors")
+    ours, theirs = loaded(tmp_path / "result.safetensors"), loaded(tmp_path / "home.safetensors")
+    assert all((ours[key].float() == theirs[key].float()).all() for key in theirs)
