@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -26,6 +28,9 @@ JOURNAL_SECONDS = 2.0
 SYNC_BYTES = 64_000_000
 """How much is written before the disk is told to take it: waiting for it then overlaps with work on what follows."""
 CHUNKS_AHEAD = 64
+HELD_BYTES = 24 << 20
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""What mallopt of the C library calls them."""
 BYTES_AHEAD = 256_000_000
 """The most memory that is filled ahead of the work with what comes from other machines."""
 
@@ -231,8 +236,13 @@ def hold_freed_memory() -> None:
 
     glibc raises its threshold to the largest block it has seen freed. Below the threshold a slab's temporary arrays are
     reused; above it each would be mapped, zeroed and unmapped again, which takes four times as long as the arithmetic.
+    Where the environment fixes a threshold for returning memory, as Dask's nannies do, glibc raises neither by itself.
     """
-    np.empty(24 << 20, np.uint8)
+    np.empty(HELD_BYTES, np.uint8)
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        with suppress(AttributeError, OSError):
+            for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+                ctypes.CDLL(None).mallopt(threshold, HELD_BYTES)
 
 
 class Ahead:
