@@ -216,7 +216,7 @@ def test_an_experiment_scores_on_validation_examples_unless_the_test_set_is_name
     for name in ("base", "one", "half"):
         moved = {k: t + (name != "base") * 0.2 * torch.randn(t.shape, generator=draw) for k, t in here.base.items()}
         save_file(moved, toy / f"{name}.safetensors")
-    score = {"experiment": "toys.yaml"} | ({"on": "test"} if on == "test" else {})
+    score = {"experiment": "toys.yaml"} | ({"measure_on": "test"} if on == "test" else {})
     (trial,) = searched(written(toy, score=score, trials=1), toy / "out")
     models = [toy / "one.safetensors", toy / "half.safetensors"]
     out = magmax.merge(

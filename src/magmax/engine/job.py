@@ -34,7 +34,7 @@ ARRAYS_A_DECOMPOSITION = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
 DASK_BYTES = 60_000_000
-"""What Dask itself takes in a worker: measured."""
+"""What Dask itself takes in a worker, about; a generous guess."""
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,13 @@ class Measured(BaseModel):
 
     Attributes:
         seed: draws the tasks and the validation examples; the experiment's first by default.
-        on: the validation examples; or, where that is really wanted, the test examples.
+        measure_on: the validation examples; or, where that is really wanted, the test examples.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     experiment: str
     seed: int | None = None
-    on: Literal["validation", "test"] = "validation"
+    measure_on: Literal["validation", "test"] = "validation"
 
 
 class SearchRecipe(BaseModel):
@@ -134,12 +134,12 @@ def _score(
             raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")
         return score
     experiment = read_experiment(os.path.join(here, score.experiment))
-    if score.on == "validation" and not experiment.validation:
+    if score.measure_on == "validation" and not experiment.validation:
         raise MagMaxError(
             f"{score.experiment}: holds out no validation examples to score on; say how many of each class it does, "
             "such as validation: 10"
         )
-    return experiment.model_dump_json(), experiment.seeds[0] if score.seed is None else score.seed, score.on
+    return experiment.model_dump_json(), experiment.seeds[0] if score.seed is None else score.seed, score.measure_on
 
 
 def _known(parts: Sequence[str]) -> list[str]:

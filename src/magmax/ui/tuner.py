@@ -20,7 +20,7 @@ from ..continual.data import Labelled
 from ..continual.encoder import InBfloat16, TextEncoder
 from ..continual.progress import NewBar, no_bars
 from ..engine.job import Outcome, Settings
-from ..engine.stream import cores
+from ..engine.workers import cores
 from ..errors import MagMaxError, listed, nearest
 from ..preference import schedule, uniform
 from ..preference.text import read_samples
