@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browser.window import DESK, PHONE, SERIOUS, Window
 from tests.models import small_model
 from tests.study import runs
 
@@ -20,9 +21,6 @@ from magmax.study.methods import methods
 from magmax.study.runs import load_run
 from magmax.study.tally import tally
 from magmax.study.weights import Origin
-
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SERIOUS = ("serious", "critical")
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +36,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-class Open:
-    """A page in a window, with everything it said and asked for."""
-
-    def __init__(self, context: Any, path: Path) -> None:
-        self.page = context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.url = path.as_uri()
-        self.page.goto(self.url)
-
-
 @pytest.fixture
 def shown(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     """Opens a page in a window of some size, light or dark."""
     contexts: list[Any] = []
 
-    def show(name: str, size: dict[str, int] = DESK, scheme: str = "light") -> Open:
+    def show(name: str, size: dict[str, int] = DESK, scheme: str = "light") -> Window:
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce"))
-        return Open(contexts[-1], pages[name])
+        return Window(contexts[-1], pages[name].as_uri())
 
     yield show
     for context in contexts:

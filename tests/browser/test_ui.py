@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("nicegui", reason="nicegui is not installed: pip install 'magmax[ui]'")
 
+from tests.browser.window import DESK, PHONE, SERIOUS, Window  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 from magmax.checkpoints import open_checkpoint  # noqa: E402
@@ -27,8 +28,6 @@ from magmax.engine.job import Settings  # noqa: E402
 from magmax.ui.runs import open_source  # noqa: E402
 from magmax.ui.tuner import Tuner  # noqa: E402
 
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SERIOUS = ("serious", "critical")
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,18 +63,11 @@ def address(browser: Any, archived: Path) -> Iterator[str]:
     assert sorted(path.name for path in archived.parent.iterdir()) == ["archive", "run"], "nothing is left behind"
 
 
-class Open:
-    """A window on the page, with everything it said and asked for."""
+class Open(Window):
+    """A window on the page."""
 
     def __init__(self, context: Any, address: str) -> None:
-        self.page = context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("websocket", lambda socket: self.asked.append(socket.url))
-        self.page.goto(address)
+        super().__init__(context, address)
         self.settle()
 
     def settle(self) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
-from ..engine.crew import Crew
 from ..engine.reader import finite
-from ..engine.stream import Kernel, Progress, Slab
+from ..engine.stream import Around, Kernel, Slab
 from ..errors import MagMaxError
 
 if TYPE_CHECKING:
@@ -110,26 +109,11 @@ class FoldKernel(Kernel):
 
 
 @dataclass(frozen=True)
-class ThenFold(Kernel):
+class ThenFold(Around[Kernel]):
     """A merge, and then its calibration: what another kernel makes of a slab, folded. Input 0 is the base."""
 
-    merge: Kernel
     coefficients: Coefficients
     out: Mapping[str, Spec]
-
-    @property
-    def whole(self) -> bool:
-        return self.merge.whole
-
-    @property
-    def gathers(self) -> bool:
-        return self.merge.gathers
-
-    def prepared(self, crew: Crew, progress: Progress) -> Self:
-        return type(self)(self.merge.prepared(crew, progress), self.coefficients, self.out)
-
-    def note(self) -> str:
-        return self.merge.note()
 
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         (merged,) = self.merge(slab)

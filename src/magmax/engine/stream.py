@@ -11,8 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,30 @@ class Kernel(ABC):
     def note(self) -> str:
         """What a user should hear once it is prepared. By default, nothing."""
         return ""
+
+
+Inner = TypeVar("Inner", bound=Kernel)
+
+
+@dataclass(frozen=True)
+class Around(Kernel, Generic[Inner]):
+    """A kernel that makes something of what a merge's kernel does, and needs what that needs."""
+
+    merge: Inner
+
+    @property
+    def whole(self) -> bool:
+        return self.merge.whole
+
+    @property
+    def gathers(self) -> bool:
+        return self.merge.gathers
+
+    def prepared(self, crew: Crew, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepared(crew, progress))
+
+    def note(self) -> str:
+        return self.merge.note()
 
 
 @dataclass(frozen=True)

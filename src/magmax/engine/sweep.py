@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -17,34 +17,17 @@ from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
-from .crew import Crew
 from .job import Job, Outcome, Settings
 from .merge import Options, merge_job
 from .provenance import Provenance
-from .stream import Kernel, Progress, Slab
+from .stream import Around, Kernel, Slab
 
 MOST_FACTORS = 10_000
 
 
 @dataclass(frozen=True)
-class VectorKernel(Kernel):
+class VectorKernel(Around[MergeKernel]):
     """The merged task vector itself, unscaled, in the type it is computed in."""
-
-    merge: MergeKernel
-
-    @property
-    def whole(self) -> bool:
-        return self.merge.whole
-
-    @property
-    def gathers(self) -> bool:
-        return self.merge.gathers
-
-    def prepared(self, crew: Crew, progress: Progress) -> Self:
-        return replace(self, merge=self.merge.prepared(crew, progress))
-
-    def note(self) -> str:
-        return self.merge.note()
 
     def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
         if slab.key in self.merge.carried:

@@ -1,0 +1,23 @@
+"""A window of a browser that listens, and the sizes and findings that the tests of pages agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+SERIOUS = ("serious", "critical")
+
+
+class Window:
+    """A page in a window, with everything it said and asked for."""
+
+    def __init__(self, context: Any, url: str) -> None:
+        self.page = context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("websocket", lambda socket: self.asked.append(socket.url))
+        self.url = url
+        self.page.goto(url)
