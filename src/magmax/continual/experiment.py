@@ -215,17 +215,25 @@ def rule_name(rule: Choice | list[Any]) -> str:
     return f"{name}({told})" if told else name
 
 
+def _chosen(
+    kind: str, table: Mapping[str, Mapping[str, Any]], choice: Choice
+) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
+    """A choice's name, the options given, and all that are known, with defaults; refuses what is none."""
+    name, given = registry.split(kind, choice)
+    if name not in table:
+        raise MagMaxError(f"{kind}: there is no {name!r}; {nearest(name, list(table))}")
+    known = table[name]
+    for option in given:
+        if option not in known:
+            hint = nearest(option, list(known)) if known else "it takes none"
+            raise MagMaxError(f"{kind}: {name} has no option {option!r}; {hint}")
+    return name, given, known
+
+
 def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
     """A chain's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given = registry.split("chains", chain)
-    if name not in CHAINS:
-        raise MagMaxError(f"chains: there is no {name!r}; {nearest(name, list(CHAINS))}")
-    known = CHAINS[name]
+    name, given, known = _chosen("chains", CHAINS, chain)
     for option, value in given.items():
-        if option not in known:
-            raise MagMaxError(
-                f"chains: {name} has no option {option!r}; {nearest(option, list(known)) if known else 'it takes none'}"
-            )
         if name == "given":
             if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
                 raise MagMaxError(f"chains: given needs models to be a list of paths, not {value!r}")
@@ -236,13 +244,8 @@ def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
 
 def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
     """A calibration's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given = registry.split("calibrations", calibration)
-    if name not in CALIBRATIONS:
-        raise MagMaxError(f"calibrations: there is no {name!r}; {nearest(name, list(CALIBRATIONS))}")
-    known = CALIBRATIONS[name]
+    name, given, known = _chosen("calibrations", CALIBRATIONS, calibration)
     for option, value in given.items():
-        if option not in known:
-            raise MagMaxError(f"calibrations: {name} has no option {option!r}; {nearest(option, list(known))}")
         allowed = {"n": None, "norm": ("l1", "l2"), "inputs": ("calibrated", "merged")}.get(option, ())
         if option == "n" and (type(value) is not int or value < 1):
             raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")
