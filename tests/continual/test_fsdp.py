@@ -58,7 +58,7 @@ def test_two_processes_with_half_a_model_each_end_where_one_does(run: str, folde
     costs = [json.loads((where / "costs.json").read_text()) for where in (ours, theirs)]
     rel = 1e-2 if run == "bfloat16" else 1e-5
     assert [costs[0][t]["loss"] for t in "12"] == pytest.approx([costs[1][t]["loss"] for t in "12"], rel=rel)
-    for name in ("theta_1", "theta_2", "merged") if run != "bfloat16" else ():
+    for name in ("theta_1", "theta_2") if run != "bfloat16" else ():
         here, there = (load_file(where / f"{name}.safetensors") for where in (ours, theirs))
         assert here.keys() == there.keys()
         for key, tensor in here.items():
