@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -32,6 +33,7 @@ from magmax.continual.fit import FitSettings, fit
 from magmax.continual.parallel import shard, whole
 from magmax.continual.snapshot import Snapshot
 from magmax.continual.train import Training
+from magmax.errors import MagMaxError
 
 HERE = "tests.continual.fsdp_ranks"
 RECIPE: dict[str, Any] = {
@@ -110,6 +112,31 @@ def check_cut_and_joined(team: Accelerator, folder: Path) -> None:
     (folder / f"shares_{team.process_index}.json").write_text(json.dumps(shares))
 
 
+class Decayed:
+    """A loss that computes with the weights themselves, and says so or not."""
+
+    def __init__(self, reads_weights: bool) -> None:
+        self.found, self.reads_weights = encoder(), reads_weights
+        self.fitting = loss_of(self.found)
+
+    def __call__(self, items: Any, labels: Tensor) -> Tensor:
+        return self.fitting(items, labels) + sum(p.square().sum() for p in self.found.model.parameters())
+
+    def fit(self, **how: Any) -> list[float]:
+        train = texts().train
+        data = Labelled(self.found.prepare(train.items), train.labels)
+        return fit(self.found.model, data, self, FitSettings(steps=3, learning_rate=0.01), 0, **how)
+
+
+def check_weights_in_a_loss(team: Accelerator) -> None:
+    """A loss that says that it reads weights has them whole; one that does not say so is told to."""
+    alone, together = Decayed(True).fit(), Decayed(True).fit(team=team, parallel="fsdp")
+    assert alone[2] < alone[0]
+    assert together == pytest.approx(alone, rel=1e-5)
+    with pytest.raises(MagMaxError, match="a loss that computes with weights needs reads_weights = True"):
+        Decayed(False).fit(team=team, parallel="fsdp")
+
+
 def check_norm(team: Accelerator) -> None:
     """Gradients are clipped by the norm of all of them, not of a process's own: the same as where nothing is cut."""
     alone = encoder()
@@ -162,6 +189,7 @@ def main(folder: Path) -> None:
     team = Accelerator(cpu=True)
     check_cut_and_joined(team, folder)
     check_norm(team)
+    check_weights_in_a_loss(team)
     save_distributed(team, folder)
     for run in RUNS:
         training(run, folder / "team", parallel="fsdp").run(team=team)

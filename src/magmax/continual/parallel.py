@@ -39,6 +39,8 @@ def spread(step: nn.Module, team: Accelerator | None, parallel: Parallel, reads_
     """What every process of a team calls instead of `step`; afterwards its modules are whole again.
 
     After an exception a model that was cut stays so: putting it together takes all processes, and one may be gone.
+
+    Raises MagMaxError for processes and weights that `parallel` does not suit, and for weights used where they are cut.
     """
     check_team(team, parallel)
     if team is None:
@@ -51,7 +53,15 @@ def spread(step: nn.Module, team: Accelerator | None, parallel: Parallel, reads_
 
         mesh = init_device_mesh(team.device.type, (team.num_processes,))
         join = shard(step.to(team.device), mesh, reads_weights)
-        yield step
+        try:
+            yield step
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            raise MagMaxError(
+                "weights of a layer were used outside of its forward pass, where parallel: fsdp has them cut; a loss "
+                f"that computes with weights needs reads_weights = True, any other use needs parallel: ddp ({error})"
+            ) from error
         join()
 
 
