@@ -165,7 +165,10 @@ HEADER = (
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """One line for each method and variant, best average accuracy first; accuracies in %, mean +- std over seeds."""
+    """One line for each method and variant, best average accuracy first; accuracies in %, mean +- std over seeds.
+
+    A measure that was not taken on every seed (a chosen factor's, where only some are the default one) is "-".
+    """
     factors: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if row["measure"] == MAIN and row["scaling_factor"] is not None:
@@ -178,7 +181,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         told = " ".join(f"{factor:.3g}" for factor in used) + (" (chosen)" if key[1] == "chosen" else "")
         main = means[MAIN]
         interval = f"{100 * (main.mean - main.half):.1f} .. {100 * (main.mean + main.half):.1f}" if main.n > 1 else "-"
-        others = (_percent(means.get(name)) for name in COLUMNS[1:])
+        others = (_percent(means.get(name) if means.get(name, main).n == main.n else None) for name in COLUMNS[1:])
         taken = (_cost(name, means.get(name)) for name in COSTS)
         lines.append((key[0], told or "-", _percent(main), interval, *others, *taken))
     return lines
