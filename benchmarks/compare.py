@@ -2,8 +2,10 @@
 
     .venv/bin/python benchmarks/compare.py FOLDER ... --out TABLES.md
 
-The first table has, for each folder, chain and choice of scaling factors, MagMax's accuracy and what it leads each
-other method by, over the same seeds: mean, 95 % interval, p of the paired t-test. The second has time and bytes.
+The first tables have a row for each folder and a column for each rule on a chain; their last row is what MagMax leads
+by in the mean over folders, with the p of a paired t-test whose pairs are the folders' means over seeds. The next has,
+for each folder, chain and choice of scaling factors, MagMax's accuracy and what it leads each other method by, over the
+same seeds: mean, 95 % interval, p of the paired t-test. The last has time and bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from magmax.continual.tables import MAIN, Mean, paired
 
@@ -47,6 +51,33 @@ class Result:
     def tasks(self) -> int:
         told = {row["measure"] for row in self.rows if row["measure"].startswith("accuracy on task")}
         return len(told)
+
+
+def overview(results: Sequence[Result], chain: str, variant: str) -> list[list[str]]:
+    """The names of all methods on a chain, a line for each result, and what MagMax leads by in the mean over these."""
+    told = [m for result in results for m in result.methods if m.endswith(f"/{chain}")]
+    rules = sorted(dict.fromkeys(m for m in told if m != f"last/{chain}"), key=lambda m: m.startswith("magmax"))
+    methods = ["zero_shot", f"last/{chain}", *rules, "last/joint"]
+    if chain == "independent":
+        methods.remove(f"last/{chain}")
+    means = [
+        {m: float(np.mean(list(found.values()))) for m in methods if (found := result.values(m, variant))}
+        for result in results
+    ]
+    lines = [["results", *(m.partition("/")[0] if m != "last/joint" else "joint" for m in methods)]]
+    lines += [
+        [r.name, *(percent(r.values(m, variant)) if m in of else "-" for m in methods)]
+        for r, of in zip(results, means, strict=True)
+    ]
+    ours, last = f"magmax/{chain}", ["**MagMax leads by**"]
+    for method in methods:
+        both = [of for of in means if method in of and ours in of]
+        if method in (ours, "last/joint") or len(both) < 2:
+            last.append("")
+            continue
+        pair = paired(ours, method, variant, [of[ours] for of in both], [of[method] for of in both])
+        last.append(f"{100 * pair.difference.mean:+.1f} (p = {pair.p_t:.2g})")
+    return [*lines, last]
 
 
 def leads(results: Sequence[Result]) -> list[list[str]]:
@@ -118,10 +149,13 @@ def main() -> None:
         "p",
         "seeds",
     ]
-    text = (
-        "Accuracies in %, average over tasks after the last; what MagMax leads the other by, over the same seeds.\n\n"
-    )
-    text += drawn(head, leads(results)) + "\n\nCosts, means over seeds; the training is the chain's.\n\n"
+    text = "Accuracies in %, average over tasks after the last, mean ± standard deviation over seeds.\n\n"
+    for chain in ("sequential", "independent"):
+        for variant, factor in VARIANTS.items():
+            title, *lines = overview(results, chain, variant)
+            text += f"## {chain} checkpoints, {factor} scaling factors\n\n{drawn(title, lines)}\n\n"
+    text += "## Pair by pair\n\nWhat MagMax leads the other by, over the same seeds.\n\n"
+    text += drawn(head, leads(results)) + "\n\n## Costs\n\nMeans over seeds; the training is the chain's.\n\n"
     text += drawn(["results", "tasks", "method", "training s", "merging s", "peak MB", "stored MB"], costs(results))
     print(text)
     if given.out:

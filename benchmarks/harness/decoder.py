@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import magmax
 from harness.machine import commit
+from magmax.calibrate import calibrate_features
 from magmax.continual.cells import digest_of_file, environment
 from magmax.continual.data import Labelled
 from magmax.continual.fit import FitSettings, fit
@@ -71,7 +72,8 @@ class Study(BaseModel):
     seeds: list[int]
     chains: list[Literal["sequential", "independent"]]
     rules: list[Any]
-    calibrations: list[Literal["none", "norm", "ellipsoid"]]
+    calibrations: list[Literal["none", "norm", "ellipsoid", "fsc", "dsc"]]
+    samples: int
     factors: list[float]
     windows: Windows
     precision: Literal["float32", "bfloat16"]
@@ -191,8 +193,12 @@ def rule_of(content: Any, tasks: int) -> Rule:
     return rule_from({"tunable": {"preference": [1] * tasks}} if content == "tunable" else content)
 
 
+FORMS = {"norm": "norm", "ellipsoid": "ellipsoid", "dsc": "norm"}
+"""What each calibration does in weight space."""
+
+
 def calibrated(rule: Rule, how: str) -> Rule:
-    return rule if how == "none" else chain(rule, CalibrateWeights(form=how))
+    return chain(rule, CalibrateWeights(form=FORMS[how])) if how in FORMS else rule
 
 
 def cells_of(study: Study) -> list[tuple[str, str]]:
@@ -235,7 +241,7 @@ def measure_chain(study: dict[str, Any], work: Path, out: Path, seed: int, name:
     paths, made_at = train_chain(ready, seed, name), commit()
     for rule, how, recipe in missing:
         began = time.perf_counter()
-        measured = references(ready, paths) if rule == REFERENCES else merges(ready, paths, rule, how)
+        measured = references(ready, paths) if rule == REFERENCES else merges(ready, paths, seed, rule, how)
         record = {
             "recipe": recipe,
             "order": chosen.order(seed),
@@ -269,8 +275,11 @@ def references(ready: Ready, paths: Sequence[Path]) -> dict[str, Any]:
     return {"perplexity": found, "cosine": {"mean": sum(cosines.values()) / len(cosines), "tensors": cosines}}
 
 
-def merges(ready: Ready, paths: Sequence[Path], rule: str, how: str) -> dict[str, Any]:
-    """A rule's merge at its own scaling factor; uncalibrated, also at the best on validation texts."""
+def merges(ready: Ready, paths: Sequence[Path], seed: int, rule: str, how: str) -> dict[str, Any]:
+    """A rule's merge at its own scaling factor; uncalibrated, also at the best on validation texts.
+
+    Features are measured on the first validation windows of each domain, in the order of the checkpoints.
+    """
     study, model = ready.study, ready.model()
     content = json.loads(rule) if rule.startswith(("{", "[")) else rule
     plain = rule_of(content, len(paths))
@@ -279,6 +288,9 @@ def merges(ready: Ready, paths: Sequence[Path], rule: str, how: str) -> dict[str
 
     def at(factor: float, data: Mapping[str, Labelled]) -> dict[str, float]:
         model.load_state_dict(magmax.merge(calibrated(plain, how), base, paths, factor, settings=settings))
+        if how in ("fsc", "dsc"):
+            samples = [ready.validation[domain].items[: study.samples] for domain in study.order(seed)]
+            calibrate_features(model, ready.base, paths, samples, next_tokens, settings=settings)
         return ready.perplexity(model, data)
 
     default = plain.default_factor
@@ -289,6 +301,11 @@ def merges(ready: Ready, paths: Sequence[Path], rule: str, how: str) -> dict[str
         found["search"] = {f"{factor:g}": score for factor, score in search.items()}
         found["chosen"] = {"scaling_factor": best, "perplexity": at(best, ready.test)}
     return found
+
+
+def next_tokens(model: torch.nn.Module, items: Sequence[np.ndarray]) -> None:
+    """Put windows through the model, as training does."""
+    model(input_ids=torch.from_numpy(np.stack(items))[:, :-1], use_cache=False)
 
 
 def mean_perplexity(of_domains: Mapping[str, float]) -> float:

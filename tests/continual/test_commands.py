@@ -82,6 +82,23 @@ def test_bench_on_the_command_line(
     assert "proves nothing" in told
     again = run(monkeypatch, capsys, *words)
     assert (again[0], again[1]) == (0, told)
+    code, told, _ = run(monkeypatch, capsys, *words, "seeds=[0, 1]", "--dry-run")
+    assert (code, "Not run: zero_shot (seeds 1); last/sequential (seeds 1); magmax/sequential (seeds 1)." in told) == (
+        0,
+        True,
+    )
+
+
+def test_a_benchmark_that_fails_shows_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = toys.written(tmp_path / "toy.yaml"), tmp_path / "out"
+    words = ["bench", recipe, "seeds=[0]", "chains=[sequential]", "rules=[magmax, {kth_magnitude: {k: 9}}]"]
+    code, _, errors = run(monkeypatch, capsys, *words, "--out", out)
+    assert (code, "k = 9 needs at least 9 models" in errors) == (2, True)
+    table = (out / "results.md").read_text()
+    assert "| magmax/sequential |" in table
+    assert "Not run: kth_magnitude(k=9)/sequential (seeds 0)." in table
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -139,3 +140,25 @@ def test_weights_of_another_model_and_no_weights_at_all(make_encoder: Make, tmp_
     assert read_metadata(path) == read_metadata(tmp_path / "none") == {}
     with pytest.raises(MagMaxError, match=r"other.safetensors does not hold"):
         load_weights(make_encoder().model, path)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_replay_keeps_so_many_examples_of_a_class_and_balanced_repeats_them(
+    make_encoder: Make, data: Labelled, head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balanced: bool
+) -> None:
+    seen: list[Labelled] = []
+
+    def watched(*args: Any, **options: Any) -> list[float]:
+        seen.append(args[1])
+        return fit(*args, **options)
+
+    monkeypatch.setattr(sequence, "fit", watched)
+    protocol = Protocol(SETTINGS, replay=5, balanced=balanced)
+    fine_tune(make_encoder(), head, data, TASKS, protocol, tmp_path, seed=0)
+    classes, counts = np.unique(seen[1].labels, return_counts=True)
+    assert dict(zip(classes, counts, strict=True)) == {0: 24 if balanced else 5, 1: 24 if balanced else 5, 2: 24, 3: 24}
+    for row in (0, 1):  # the head's rows of the first task's classes, 2 and 0
+        first = {bytes(item) for item, label in zip(seen[0].items, seen[0].labels, strict=True) if label == row}
+        again = {bytes(item) for item, label in zip(seen[1].items, seen[1].labels, strict=True) if label == row}
+        assert len(again) == 5
+        assert again <= first

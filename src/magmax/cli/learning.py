@@ -130,8 +130,13 @@ def bench(
     threads: int = 1,
     scheduler: str | None = None,
     discard: Annotated[bool, Parameter(negative="", help="Delete checkpoints once every rule is measured.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(negative="", help="Show what is measured and what is not, and do nothing.")
+    ] = False,
 ) -> None:
     """Measure every method of a recipe over its seeds; write a table, CSV and JSON.
+
+    Where it is stopped, or a cell fails, these hold the cells that are measured, and name those that are not.
 
     Parameters
     ----------
@@ -150,17 +155,23 @@ def bench(
         The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
     """
     experiment = read_experiment(recipe, assignments)
-    from ..continual.benchmark import Benchmark
+    from ..continual.benchmark import Benchmark, finished
     from ..continual.progress import bars
     from ..continual.results import show, write_results
     from ..engine.workers import hired
 
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
-    with hired(jobs, scheduler) as executor, bars() as new_bar:
-        work = Benchmark(experiment, Path(out).resolve(), executor, threads, discard, new_bar("Benchmark"))
-        records = work.run()
-    files = write_results(experiment, records, Path(out))
+    folder = Path(out).resolve()
+    if dry_run:
+        show(experiment, finished(experiment, folder))
+        return
+    try:
+        with hired(jobs, scheduler) as executor, bars() as new_bar:
+            Benchmark(experiment, folder, executor, threads, discard, new_bar("Benchmark")).run()
+    finally:
+        records = finished(experiment, folder)
+        files = write_results(experiment, records, Path(out)) if records else []
     show(experiment, records)
     print(", ".join(map(str, files)))
 

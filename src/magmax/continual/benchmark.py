@@ -44,7 +44,7 @@ class Benchmark:
         """
         self.experiment.checked()
         cells = self.experiment.cells()
-        missing = [cell for cell in cells if self.read(cell) is None]
+        missing = [cell for cell in cells if read(self.experiment, self.out, cell) is None]
         done, total = 0, len(missing) + len(self.chains_of(missing))
         self.tell(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
         self.begin(missing)
@@ -58,15 +58,7 @@ class Benchmark:
         finally:
             for future in self._waiting:
                 future.cancel()
-        return [record for cell in cells if (record := self.read(cell)) is not None]
-
-    def read(self, cell: Cell) -> Record | None:
-        """The record of a cell, if one of the same recipe is there."""
-        try:
-            record = json.loads(cell_file(self.out, self.experiment, cell).read_text())
-        except (OSError, ValueError):
-            return None
-        return record if record.get("digest") == digest_of(self.experiment.cell_recipe(cell)) else None
+        return finished(self.experiment, self.out)
 
     def chains_of(self, cells: Sequence[Cell]) -> list[tuple[int, str]]:
         """The seeds and names of the chains that these cells need, in their order."""
@@ -93,3 +85,17 @@ class Benchmark:
             waiting = [other for other in self._waiting.values() if isinstance(other, Cell)]
             if not any((other.seed, other.chain) == (job.seed, job.chain) for other in waiting):
                 shutil.rmtree(chain_folder(self.out, self.experiment, job.seed, job.chain), ignore_errors=True)
+
+
+def finished(experiment: Experiment, out: Path) -> list[Record]:
+    """The records that are there, of all the experiment's cells."""
+    return [record for cell in experiment.cells() if (record := read(experiment, out, cell)) is not None]
+
+
+def read(experiment: Experiment, out: Path, cell: Cell) -> Record | None:
+    """The record of a cell, if one of the same recipe is there."""
+    try:
+        record = json.loads(cell_file(out, experiment, cell).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("digest") == digest_of(experiment.cell_recipe(cell)) else None

@@ -73,6 +73,7 @@ class Context:
             start="base" if chain == "independent" else "previous",
             penalty=(lambda: PENALTIES[chain](**options)) if chain in PENALTIES else None,
             replay=options.get("per_class", 0),
+            balanced=options.get("balanced", True),
             save_every=save_every,
         )
 

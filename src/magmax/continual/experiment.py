@@ -23,7 +23,7 @@ CHAINS: Mapping[str, Mapping[str, Any]] = {
     "lwf": {"weight": 0.3, "temperature": 2.0},
     "ewc": {"weight": 5e5, "keep": 0.5, "samples": 256},
     "ewc_released": {"weight": 5e5, "keep": 0.5},
-    "replay": {"per_class": 10},
+    "replay": {"per_class": 10, "balanced": True},
     "joint": {"steps": 0},
     "given": {"models": []},
 }

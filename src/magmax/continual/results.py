@@ -29,7 +29,7 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     files = {
         "results.csv": as_csv(rows),
         "results.json": json.dumps(_plain(content), indent=1) + "\n",
-        "results.md": markdown(rows, about(experiment, records)),
+        "results.md": markdown(rows, about(experiment, records), not_run(experiment, records)),
     }
     for name, text in files.items():
         write_bytes(text.encode(), out / name)
@@ -49,8 +49,19 @@ def show(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> None:
         drawn.add_row(*line)
     console = Console(width=None if Console().is_terminal else 200)
     console.print(drawn)
-    for line in (*about(experiment, records), *comparisons(rows)):
+    for line in (*about(experiment, records), *comparisons(rows), *not_run(experiment, records)):
         console.print(line, highlight=False)
+
+
+def not_run(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In words, the cells of the recipe that have no record; nothing where all have one."""
+    there = {(record["method"], record["seed"]) for record in records}
+    missing: dict[str, list[int]] = {}
+    for cell in experiment.cells():
+        if (cell.method, cell.seed) not in there:
+            missing.setdefault(cell.method, []).append(cell.seed)
+    words = [f"{method} (seeds {', '.join(map(str, seeds))})" for method, seeds in missing.items()]
+    return [f"Not run: {'; '.join(words)}."] if words else []
 
 
 def about(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:

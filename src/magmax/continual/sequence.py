@@ -42,6 +42,8 @@ class Protocol:
         penalty: makes the term that is added to the loss; for each sequence a new one.
         replay: training examples of each class kept from every task and mixed into later ones, whose heads are then
             those of all classes seen. This breaks the exemplar-free rule that every other protocol here keeps.
+        balanced: replayed examples are repeated until a class has as many as the mean class of the new task, which
+            would otherwise crowd them out.
         save_every: steps between two snapshots of a task's training; 0 for none.
     """
 
@@ -49,6 +51,7 @@ class Protocol:
     start: Literal["previous", "base"] = "previous"
     penalty: Callable[[], Penalty] | None = None
     replay: int = 0
+    balanced: bool = True
     save_every: int = 0
 
 
@@ -84,7 +87,7 @@ def fine_tune(
     _wait(team)
     learner, remembered = Classifier(encoder, head), 0
     for t, task in enumerate(tasks, start=1):
-        own, part = _examples(data, tasks, t, protocol.replay, seed)
+        own, part = _examples(data, tasks, t, protocol, seed)
         recipe[f"task {t}"] = [list(own.classes), _digest(part.labels, *map(np.asarray, part.items))]
         made = made_from(recipe)
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
@@ -151,17 +154,19 @@ def made_from(recipe: Mapping[str, object]) -> dict[str, str]:
     return {MADE_FROM: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()}
 
 
-def _examples(data: Labelled, tasks: Sequence[Task], t: int, replay: int, seed: int) -> tuple[Task, Labelled]:
+def _examples(data: Labelled, tasks: Sequence[Task], t: int, protocol: Protocol, seed: int) -> tuple[Task, Labelled]:
     """The classes and examples that task t (from 1) is trained on: its own and, with replay, some of earlier ones."""
     task = tasks[t - 1]
     rows = task.rows(data.labels, data.domains)
-    if not replay or t == 1:
+    if not protocol.replay or t == 1:
         return task, data.pick(rows)
-    kept = [rows]
+    kept, as_many = [rows], round(len(rows) / len(task.classes))
     for number, earlier in enumerate(tasks[: t - 1], start=1):
         before = earlier.rows(data.labels, data.domains)
         order = np.random.default_rng([seed, number]).permutation(before)
-        kept += [order[data.labels[order] == c][:replay] for c in earlier.classes]
+        for c in sorted(set(data.labels[order].tolist())):
+            chosen = order[data.labels[order] == c][: protocol.replay]
+            kept.append(np.resize(chosen, max(as_many, len(chosen))) if protocol.balanced else chosen)
     classes = tuple(dict.fromkeys(c for each in tasks[:t] for c in each.classes))
     return replace(task, classes=classes, domain=None), data.pick(np.concatenate(kept))
 
@@ -180,7 +185,7 @@ def _recipe(
         "head": _digest(head.detach().cpu().numpy()),
         "start": protocol.start,
         "penalty": [type(penalty).__name__, chosen],
-        "replay": protocol.replay,
+        "replay": [protocol.replay, "balanced"] if protocol.replay and protocol.balanced else protocol.replay,
         "seed": seed,
     }
 

@@ -184,11 +184,11 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
-def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
-    """The table with what it is about above, and the comparisons with the best other method below."""
+def markdown(rows: Sequence[Row], about: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """The table with what it is about above, and the comparisons with the best other method and notes below."""
     lines = [*about, "", "| " + " | ".join(HEADER) + " |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
     lines += ["| " + " | ".join(line) + " |" for line in table(rows)]
-    return "\n".join([*lines, "", *comparisons(rows)]) + "\n"
+    return "\n".join([*lines, "", *comparisons(rows), *(line for note in notes for line in ("", note))]) + "\n"
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
