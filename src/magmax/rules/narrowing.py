@@ -32,8 +32,6 @@ ROUNDS = 16
 MARGIN = 3.0
 """A margin, in roots of the number of elements that a guess rests on."""
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Unsettled(Fold):
@@ -60,7 +58,6 @@ class Unsettled(Fold):
             if any(window != Window() for window in replay.windows):
                 replay.followed(elements, Cutting(replay.windows, at, counts))
                 open_ &= ~elements.alive
-
             spots = np.flatnonzero(open_)
             near += len(spots)
             if self.rate < 1:
