@@ -31,7 +31,8 @@ def train(
 ) -> None:
     """Learn the tasks of a recipe one after another; merge and evaluate after each.
 
-    Several processes: torchrun --nproc-per-node 2 -m magmax.cli train RECIPE --out OUT, or accelerate launch.
+    Several processes: torchrun --nproc-per-node 2 -m magmax.cli train RECIPE --out OUT, or accelerate launch; each has
+    a part of the model with parallel=fsdp.
 
     Parameters
     ----------

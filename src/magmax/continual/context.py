@@ -64,17 +64,17 @@ class Context:
         """How a chain trains."""
         options = self.experiment.chain_choices[chain]
         settings = FitSettings(**self.experiment.fit.model_dump())
-        save_every = self.experiment.save_every
+        kept = {"save_every": self.experiment.save_every, "parallel": self.experiment.parallel}
         if chain == "joint":
             steps = options["steps"] or settings.steps * len(self.tasks)
-            return Protocol(replace(settings, steps=steps), save_every=save_every)
+            return Protocol(replace(settings, steps=steps), **kept)
         return Protocol(
             settings,
             start="base" if chain == "independent" else "previous",
             penalty=(lambda: PENALTIES[chain](**options)) if chain in PENALTIES else None,
             replay=options.get("per_class", 0),
             balanced=options.get("balanced", True),
-            save_every=save_every,
+            **kept,
         )
 
 

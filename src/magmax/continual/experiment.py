@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from magmax.continual import registry
+from magmax.continual.parallel import Parallel
 from magmax.errors import MagMaxError
 from magmax.rules import nearest, rule_from
 
@@ -78,6 +79,8 @@ class Experiment(BaseModel):
             "default": after every task with the rules' own factors, after the last alone with the chosen ones.
         measure_on: "test", or "validation": the validation examples, to choose a learning rate without the test set.
         save_every: steps between two snapshots of a task's training; 0 for none.
+        parallel: how several processes of `magmax train` share the model: "ddp", a copy on each, or "fsdp", a part on
+            each. It decides nothing but the order of sums, so one may go on with what another began.
         precision: what the encoder computes in, training and evaluating; weights are float32 and heads made in float32.
         batch_norm: the statistics of merged models: "frozen", as the merge has them (theta_0's, unless training moved
             them), or "recalibrated" on training examples of all tasks, which an exemplar-free method may not keep.
@@ -100,6 +103,7 @@ class Experiment(BaseModel):
     rows: Literal["all", "default", "last"] = "all"
     measure_on: Literal["test", "validation"] = "test"
     save_every: int = Field(0, ge=0)
+    parallel: Parallel = "ddp"
     precision: Literal["float32", "bfloat16"] = "float32"
     batch_norm: Literal["frozen", "recalibrated"] = "frozen"
 

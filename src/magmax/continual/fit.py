@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from magmax.continual.data import Labelled
+from magmax.continual.parallel import Parallel, spread, whole
 from magmax.continual.progress import Tell, silent
 from magmax.continual.snapshot import Snapshot
 from magmax.errors import MagMaxError
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Loss(Protocol):
-    """What is minimised: a scalar for a batch of n items and their n labels."""
+    """What is minimised: a scalar for a batch of n items and their n labels.
+
+    One that computes with the model's weights themselves, as a penalty of their size does, and is to run with
+    `parallel="fsdp"`, says so by an attribute `reads_weights = True`.
+    """
 
     def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor: ...
 
@@ -65,6 +70,7 @@ def fit(
     tell: Tell = silent,
     snapshot: Snapshot | None = None,
     team: Accelerator | None = None,
+    parallel: Parallel = "ddp",
     vary: Vary | None = None,
 ) -> list[float]:
     """Fine-tunes the model's trainable weights in place; returns each step's loss.
@@ -73,24 +79,24 @@ def fit(
     the seed too, and so is what `vary` makes of a batch): the same seed gives the same weights on the same machine.
     With a snapshot, a killed fit goes on after the last saved step and ends in the same bytes. With a team (an
     `accelerate.Accelerator` of several processes) every process works on its share of each batch; the sum is the
-    whole batch, the loss its mean.
+    whole batch, the loss its mean. With `parallel="fsdp"` each has only a part of the weights, gradients and moments
+    while the fit lasts (see `magmax.continual.parallel`); the model is whole again when it ends.
 
-    Raises MagMaxError where there are no items or not one label for each, and at a loss or gradient that is not
-    finite; the snapshot is then as it last was.
+    Raises MagMaxError where there are no items or not one label for each, at a loss or gradient that is not
+    finite (the snapshot is then as it last was), and for processes or weights that `parallel` does not suit.
     """
     if len(data) == 0 or len(data) != len(data.labels):
         given = f"{len(data)} items and {len(data.labels)} labels"
         raise MagMaxError(f"fit needs at least one item, and one label for each; it was given {given}")
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if not weights:
+    if not any(p.requires_grad for p in model.parameters()):
         raise MagMaxError(f"this {type(model).__name__} has no weights to train: every requires_grad is off")
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    losses = snapshot.restore(model, optimizer) if snapshot else []
-    step_of: Any = _Step(model, loss)
-    step_of = team.prepare(step_of) if team else step_of
     rank, world = (team.process_index, team.num_processes) if team else (0, 1)
-    tell(len(losses), settings.steps)
-    with _mode(model, settings.dropout):
+    reads = getattr(loss, "reads_weights", False)
+    with spread(_Step(model, loss), team, parallel, reads) as step_of, _mode(model, settings.dropout):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        losses = snapshot.restore(model, optimizer) if snapshot else []
+        tell(len(losses), settings.steps)
         for step, rows in enumerate(
             batches([np.size(item) for item in data.items], settings.batch, settings.steps, seed)
         ):
@@ -107,17 +113,15 @@ def fit(
                 value = step_of(items, labels) * weight
             optimizer.zero_grad()
             value.backward()
-            norm = nn.utils.clip_grad_norm_(weights, settings.clip)
+            norm = whole(nn.utils.clip_grad_norm_(weights, settings.clip))
             mean: Any = team.reduce(value.detach(), "mean") if team else value.detach()
             losses.append(float(mean))
             if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
                 raise MagMaxError(_not_finite(step, losses, settings, norm.item()))
             optimizer.step()
             tell(len(losses), settings.steps, f"loss {np.mean(losses[-10:]):.3f}")
-            if snapshot and rank == 0 and len(losses) < settings.steps:
-                snapshot.save(model, optimizer, losses)
-    if team:
-        team.free_memory(step_of)
+            if snapshot and len(losses) < settings.steps:
+                snapshot.save(model, optimizer, losses, write=rank == 0)
     return losses
 
 

@@ -39,6 +39,11 @@ class TaskLoss:
     classes: Sequence[int]
     penalty: Penalty | None = None
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the penalty computes with the model's weights."""
+        return getattr(self.penalty, "reads_weights", False)
+
     def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor:
         logits = self.learner(items)
         loss = nn.functional.cross_entropy(logits[:, list(self.classes)], labels)

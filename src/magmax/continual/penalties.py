@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ class Anchored(ABC):
     F, the importance of each weight, is a running mean over tasks; `state` holds it.
     """
 
+    reads_weights: ClassVar[bool] = True
     weight: float = 5e5
     keep: float = 0.5
     state: dict[str, Tensor] = field(default_factory=dict, init=False)

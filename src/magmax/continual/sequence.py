@@ -18,6 +18,7 @@ from magmax.continual.data import Labelled
 from magmax.continual.encoder import Encoder
 from magmax.continual.fit import FitSettings, fit
 from magmax.continual.learner import Classifier, TaskLoss
+from magmax.continual.parallel import Parallel, check_team
 from magmax.continual.penalties import Penalty
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.scenario import Task
@@ -45,6 +46,7 @@ class Protocol:
         balanced: replayed examples are repeated until a class has as many as the mean class of the new task, which
             would otherwise crowd them out.
         save_every: steps between two snapshots of a task's training; 0 for none.
+        parallel: how several processes share the model.
     """
 
     settings: FitSettings
@@ -53,6 +55,7 @@ class Protocol:
     replay: int = 0
     balanced: bool = True
     save_every: int = 0
+    parallel: Parallel = "ddp"
 
 
 def fine_tune(
@@ -78,6 +81,7 @@ def fine_tune(
     Raises MagMaxError for a task that has no examples, a class that has none, and labels that the head has no row for.
     """
     check(data, tasks, len(head))
+    check_team(team, protocol.parallel)
     first = team is None or team.is_main_process
     penalty = protocol.penalty() if protocol.penalty else None
     recipe = _recipe(encoder, head, protocol, penalty, seed)
@@ -105,7 +109,7 @@ def fine_tune(
             snapshot = Snapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
             loss = TaskLoss(learner, own.classes, penalty)
             more = {"tell": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
-            losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], **more)
+            losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], parallel=protocol.parallel, **more)
             if penalty:
                 penalty.after_task(learner, targets, own.classes)
                 remembered = t

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from magmax.continual.parallel import placed, whole
 from magmax.continual.weights import MADE_FROM, read_metadata, write_tensors
 
 
@@ -29,15 +30,24 @@ class Snapshot:
     seconds: float = 0.0
     _began: float = field(default_factory=time.monotonic)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-        """Write the state if it is time to; a kill leaves the last one."""
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], write: bool = True) -> None:
+        """Write the state if it is time to; a kill leaves the last one.
+
+        Of several processes all call this, and one writes: what is cut over them is put together.
+        """
         if not self.every or len(losses) % self.every:
             return
-        tensors = {f"model/{key}": tensor for key, tensor in model.state_dict().items()}
+        named = {f"model/{key}": tensor for key, tensor in model.state_dict().items()}
         for place, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{place}/{name}": value for name, value in state.items()}
-        told = {MADE_FROM: self.made_from, "losses": json.dumps(losses), "seconds": str(self.spent())}
-        write_tensors(tensors, self.path, told)
+            named |= {f"optimizer/{place}/{name}": value for name, value in state.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in named.items():
+            found = whole(tensor)
+            if write:
+                tensors[name] = found.detach().cpu()
+        if write:
+            told = {MADE_FROM: self.made_from, "losses": json.dumps(losses), "seconds": str(self.spent())}
+            write_tensors(tensors, self.path, told)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
         """Put the saved state into model and optimizer; the losses until then, none where there is no such state."""
@@ -45,11 +55,15 @@ class Snapshot:
         if told.get(MADE_FROM) != self.made_from or "losses" not in told:
             return []
         tensors = load_file(self.path)
-        model.load_state_dict(_under("model/", tensors))
+        now = model.state_dict()
+        model.load_state_dict({key: placed(tensor, now[key]) for key, tensor in _under("model/", tensors).items()})
         content = optimizer.state_dict()
         content["state"] = {}
+        weights = optimizer.param_groups[0]["params"]
         for name, value in _under("optimizer/", tensors).items():
             place, _, key = name.partition("/")
+            weight = weights[int(place)]
+            value = placed(value, weight) if value.shape == weight.shape else value
             content["state"].setdefault(int(place), {})[key] = value
         optimizer.load_state_dict(content)
         self.seconds = float(told["seconds"])

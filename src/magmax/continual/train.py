@@ -13,6 +13,7 @@ from magmax.continual.cells import with_seed
 from magmax.continual.context import Context, context
 from magmax.continual.evaluate import Row
 from magmax.continual.experiment import UNMERGED, Cell, Experiment
+from magmax.continual.parallel import check_team
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.sequence import fine_tune
 from magmax.continual.weights import MADE_FROM, load_weights, read_metadata, write_bytes
@@ -57,6 +58,7 @@ class Training:
             raise MagMaxError(f"the recipe's chains are {known}; {self.chain!r} is none of them")
         if self.chain == "given":
             raise MagMaxError("the chain 'given' trains nothing; magmax bench merges and evaluates its models")
+        check_team(team, self.experiment.parallel)
         first = team is None or team.is_main_process
         if first:
             self.prepare()
