@@ -69,6 +69,21 @@ def test_the_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(learne
     assert not torch.allclose(found, own_gradient(learner, items) ** 2, rtol=0.1)
 
 
+@pytest.mark.parametrize("kind", [EWC, ReleasedEWC])
+def test_the_fisher_is_that_of_evaluation_and_moves_no_statistics(kind: type, data: Labelled) -> None:
+    encoder = toys.normed()
+    learner = Classifier(encoder, toys.head(encoder, toys.blobs()))
+    expected, found = kind(), kind()
+    encoder.model.eval()
+    expected.after_task(learner, data, OWN)
+    before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+    encoder.model.train()
+    found.after_task(learner, data, OWN)
+    assert encoder.model.training
+    assert all(torch.equal(value, before[key]) for key, value in encoder.model.state_dict().items())
+    assert all(torch.equal(value, expected.state[key]) for key, value in found.state.items())
+
+
 def test_ewc_is_nothing_in_the_first_task_and_a_parabola_after(learner: Classifier, data: Labelled) -> None:
     penalty = EWC(weight=3.0, samples=6, seed=0)
     logits = learner(data.items[:2])

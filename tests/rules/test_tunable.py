@@ -21,7 +21,7 @@ from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint, slabs
 from magmax.engine.job import Settings
 from magmax.engine.merge import Options, merge_job
-from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain, prices
+from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain, narrowing, prices
 from magmax.rules.chance import draws
 from magmax.rules.plan import Address
 from magmax.rules.quota import quotas
@@ -157,8 +157,9 @@ def test_optimal_retains_as_much_as_an_exact_solver(kind, tasks, monkeypatch):
         assert ours >= (1 - 1e-6) * np.abs(flat(theirs).astype(np.float64) - flat(base)).sum()
 
 
-@pytest.mark.parametrize("kind", ["random", "halves", "same", "tiny quota", "mostly frozen"])
-def test_prices_found_on_a_sample_end_at_the_same_choice(kind, monkeypatch):
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("kind", ["random", "halves", "same", "tiny quota", "mostly frozen", "wide"])
+def test_what_is_found_on_a_sample_ends_at_the_same_choice(kind, selection, monkeypatch):
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(4, 60_000)).astype(np.float32) * np.float32([[1], [2], [1], [3]])
     if kind == "halves":  # as in bfloat16: few magnitudes, mostly equal
@@ -167,10 +168,26 @@ def test_prices_found_on_a_sample_end_at_the_same_choice(kind, monkeypatch):
         vectors[1:] = vectors[0]
     if kind == "mostly frozen":
         vectors[:, draw.random(60_000) < 0.995] = 0
-    preference = [2, 1, 4, 1e-4] if kind == "tiny quota" else [2, 1, 4, 3]
-    everything = Tunable(preference=preference)(list(vectors))
+    if kind == "wide":
+        vectors = vectors * (1 + 2.0**-40)
+    rule = Tunable(preference=[2, 1, 4, 1e-4] if kind == "tiny quota" else [2, 1, 4, 3], selection=selection)
+    everything = rule(list(vectors))
     monkeypatch.setattr(prices, "ROOM", 1 << (10 if kind == "mostly frozen" else 14))
-    assert (Tunable(preference=preference)(list(vectors)) == everything).all()
+    monkeypatch.setattr(narrowing, "ROOM", 1)
+    monkeypatch.setattr(narrowing, "LEAST", 1 << (7 if kind == "mostly frozen" else 12))
+    assert (rule(list(vectors)) == everything).all()
+
+
+@pytest.mark.parametrize("margin", [0.0, 1e9])
+@pytest.mark.parametrize("selection", ["random", "smallest"])
+def test_wrong_guesses_cost_rounds_but_no_byte(selection, margin, monkeypatch):
+    vectors = list(np.random.default_rng(0).integers(-9, 10, (4, 30_000)).astype(np.float32))
+    rule = Tunable(preference=[2, 1, 4, 3], selection=selection)
+    everything = rule(vectors)
+    monkeypatch.setattr(narrowing, "ROOM", 1)
+    monkeypatch.setattr(narrowing, "LEAST", 1 << 10)
+    monkeypatch.setattr(narrowing, "MARGIN", margin)
+    assert (rule(vectors) == everything).all()
 
 
 def sharded(path: Path, folder: Path) -> Path:
@@ -188,6 +205,8 @@ def sharded(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("slab", [64, 1 << 10])
 def test_slabs_threads_and_shards_change_no_byte(selection, span, slab, tmp_path, monkeypatch):
     monkeypatch.setattr(prices, "ROOM", 1 << 10)
+    monkeypatch.setattr(narrowing, "ROOM", 1)
+    monkeypatch.setattr(narrowing, "LEAST", 1 << 10)
     rule = Tunable(preference=[3, 1, 1], selection=selection, span=span)
     paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
@@ -308,6 +327,13 @@ class Remembering(Before):
         return delta
 
 
+@dataclass(frozen=True)
+class Forgetful(Tunable):
+    """The rule, if its questions took no memory."""
+
+    memory: ClassVar[int] = 0
+
+
 def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
     base, model = (open_checkpoint(saved({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors")) for n in (1, 2))
 
@@ -316,9 +342,11 @@ def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
         return preview["peak_memory"]
 
     for threads in (1, 6):
-        free = told(Tunable((1,), selection="random"), threads)
+        free = told(Forgetful((1,)), threads)
         held = Tunable((1,)).memory
         assert held > 100_000_000
+        random = Tunable((1,), selection="random")
+        assert told(random, threads) - free == random.memory > 100_000_000
         assert told(Tunable((1,)), threads) - free == held
         assert told(Tunable((1,), span="tensor"), threads) - free == threads * held
         assert told(chain(Remembering(), Tunable((1,))), threads) - free == 1000 + held

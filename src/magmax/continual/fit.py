@@ -92,7 +92,7 @@ def fit(
         raise MagMaxError(f"this {type(model).__name__} has no weights to train: every requires_grad is off")
     rank, world = (team.process_index, team.num_processes) if team else (0, 1)
     reads = getattr(loss, "reads_weights", False)
-    with spread(_Step(model, loss), team, parallel, reads) as step_of, _mode(model, settings.dropout):
+    with spread(_Step(model, loss), team, parallel, reads) as step_of, in_mode(model, settings.dropout):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         losses = snapshot.restore(model, optimizer) if snapshot else []
@@ -145,7 +145,7 @@ def share_of(rows: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in this mode; afterwards as it was."""
     before = model.training
     model.train(training)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from magmax.continual.data import Labelled
+from magmax.continual.fit import in_mode
 
 if TYPE_CHECKING:
     from magmax.continual.learner import Classifier
@@ -137,7 +138,7 @@ class ReleasedEWC(Anchored):
         count = (len(data) // self.batch + 1) * self.batch
         for start in range(0, len(data), self.batch):
             items = data.items[start : start + self.batch]
-            for name, gradient in _own_gradient(learner, items, classes):
+            for name, gradient in _own_gradients(learner, items, classes):
                 grown[name] += gradient
                 new[name] += grown[name] ** 2 * len(items)
         old = self.state or {name: torch.zeros_like(f) for name, f in new.items()}
@@ -158,17 +159,21 @@ def fisher(learner: Classifier, items: Sequence[Any], classes: Sequence[int]) ->
     """
     total = {name: torch.zeros_like(p) for name, p in _trained(learner.model)}
     for item in items:
-        for name, gradient in _own_gradient(learner, [item], classes):
+        for name, gradient in _own_gradients(learner, [item], classes):
             total[name] += gradient**2
     return {name: t / len(items) for name, t in total.items()}
 
 
-def _own_gradient(learner: Classifier, items: Sequence[Any], classes: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """The gradient of the mean cross-entropy against the model's own predictions among the classes."""
+def _own_gradients(learner: Classifier, items: Sequence[Any], classes: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the mean cross-entropy against the model's own predictions among the classes.
+
+    In evaluation mode: in training mode, batch normalisation would see single items, and keep their statistics.
+    """
     named = _trained(learner.model)
-    logits = learner(items)[:, list(classes)]
-    loss = nn.functional.cross_entropy(logits, logits.argmax(1))
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    with in_mode(learner.model, False):
+        logits = learner(items)[:, list(classes)]
+        loss = nn.functional.cross_entropy(logits, logits.argmax(1))
+        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):
         if gradient is not None:
             yield name, gradient

@@ -167,6 +167,7 @@ def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = Fals
     model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(fetch(EFFICIENTNET) / "weights.pth", weights_only=True))
     model._fc = nn.Identity()
+    model.eval()
     half = (127 / 255,) * 3, (128 / 255,) * 3
     return ImageEncoder(model, _pooled, View(size, size, *half, mirror=mirror), varied)
 

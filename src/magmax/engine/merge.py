@@ -222,11 +222,16 @@ def merges_in_memory(
     options: Options,
     settings: Settings,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """The merge at each of several scaling factors; what the rule asks of the models is asked once."""
+    """The merge at each of several scaling factors; what the rule asks of the models is asked once.
+
+    The merged task vector is held from the first factor to the last, if it is the same for all.
+    """
     kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
     kernel = kernel.prepared(settings.crew, settings.progress)
     if words := kernel.note():
         settings.note(words)
+    if len(factors) > 1 and not rule.needs_factor and settings.executor is None:
+        kernel = replace(kernel, held={})
     for factor in factors:
         memory = MemorySink(kernel.out)
         scaled = replace(kernel, scaling_factor=factor)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from .chance import draws
 from .plan import Address, Block, Counts, Fold
-from .settle import balanced, best_of, narrowed, settled
-from .winners import Winners
+from .settle import Places, balanced, best_of, narrowed, settled
+from .winners import Winners, codes_of, moved, picked, pieces
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +32,6 @@ ZOOM = 16
 TINY = 2.0**-30
 """How far equal magnitudes are moved apart, as a part of a typical one."""
 LARGEST = 1e300
-PIECE = 1 << 15
 SAMPLER = 0x9E3779B1
 
 
@@ -62,34 +61,67 @@ class Priced:
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element."""
         found = np.empty(math.prod(block.deltas[0].shape), np.int16)
-        for start, columns in self.pieces(block):
-            best = best_of(columns.worth(self.noise) - np.array(self.prices)[:, None])
-            found[start : start + len(best)] = np.asarray(self.among, np.int16)[best]
+        among = np.asarray(self.among, np.int16)
+        for at, deltas in pieces(block):
+            best, lead, margin = self.leaders(deltas)
+            close = np.flatnonzero(~(lead > margin))
+            if len(close):
+                columns = self.columns(at, deltas, self.words(at, len(best)), close)
+                best[close] = best_of(self.net(columns))
+            start = at.offset - block.at.offset
+            found[start : start + len(best)] = among[best]
         offsets, tasks = self.exceptions.get(block.at.key, (np.zeros(0, np.int64), np.zeros(0, np.int16)))
         first, last = np.searchsorted(offsets, [block.at.offset, block.at.offset + len(found)])
         found[offsets[first:last] - block.at.offset] = tasks[first:last]
         return found
 
-    def pieces(self, block: Block) -> Generator[tuple[int, Columns]]:
-        """The block's magnitudes, a part at a time, each with its distance from the block's start."""
-        deltas = [np.asarray(delta).reshape(-1) for delta in block.deltas]
-        for start in range(0, len(deltas[0]), PIECE):
-            parts = [delta[start : start + PIECE] for delta in deltas]
-            magnitudes = np.empty((len(self.among), len(parts[0])))
-            for row, task in zip(magnitudes, self.among, strict=True):
-                np.nan_to_num(np.abs(parts[task], out=row), False, LARGEST, LARGEST)
-            words = draws("tunable", self.seed, 0, Address(block.at.key, block.at.offset + start), len(parts[0]))
-            offsets = np.arange(len(words)) + (block.at.offset + start)
-            yield start, Columns(magnitudes, words, offsets, np.any([part != 0 for part in parts], axis=0))
+    def leaders(self, deltas: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], float]:
+        """Of some elements the best of `among` (its row), and by how much it leads the next, but for an error.
+
+        Both are told in the type of the task vectors and without the noise; the error is the most that this matters.
+        Where numbers are not finite, the lead does not exceed it.
+        """
+        kind = deltas[0].dtype.type
+        with np.errstate(over="ignore", invalid="ignore"):
+            prices = np.asarray(self.prices).astype(kind)
+            best = np.abs(deltas[self.among[0]])
+            best -= prices[0]
+            winners, beats = np.zeros(len(best), np.int16), np.empty(len(best), np.int16)
+            second, net, lower = np.full_like(best, -np.inf), np.empty_like(best), np.empty_like(best)
+            for row, task in enumerate(self.among[1:], start=1):
+                np.abs(deltas[task], out=net)
+                net -= prices[row]
+                np.multiply(net >= best, np.int16(row), out=beats)
+                np.maximum(winners, beats, out=winners)
+                np.minimum(best, net, out=lower)
+                np.maximum(second, lower, out=second)
+                np.maximum(best, net, out=best)
+            info = np.finfo(kind)
+            scale = abs(float(best.max(initial=0.0))) + 2 * float(np.abs(prices).max())
+            return winners, best - second, self.noise + 8 * (float(info.eps) * scale + float(info.tiny))
+
+    def words(self, at: Address, count: int) -> NDArray[np.uint32]:
+        """A random word for each of so many elements from an address on."""
+        return draws("tunable", self.seed, 0, at, count)
+
+    def columns(self, at: Address, deltas: Sequence[NDArray[Any]], words: NDArray[np.uint32], spots: Places) -> Columns:
+        """Some of the elements that begin at an address."""
+        magnitudes = np.empty((len(self.among), len(spots)))
+        for row, task in zip(magnitudes, self.among, strict=True):
+            np.nan_to_num(np.abs(deltas[task][spots], out=row), False, LARGEST, LARGEST)
+        return Columns(magnitudes, words[spots], spots + at.offset)
+
+    def net(self, columns: Columns) -> Floats:
+        """Worths less prices."""
+        return columns.worth(self.noise) - np.array(self.prices)[:, None]
 
 
 class Columns(NamedTuple):
-    """Some elements: magnitudes (task, element), a random word and the flat offset of each, and whether it moved."""
+    """Some elements: magnitudes (task, element), a random word and the flat offset of each."""
 
     magnitudes: Floats
     words: NDArray[np.uint32]
     offsets: NDArray[np.int64]
-    moved: NDArray[np.bool_]
 
     def worth(self, noise: float) -> Floats:
         """Magnitudes with equal ones moved apart."""
@@ -115,34 +147,60 @@ class Undecided(Fold):
         return np.zeros(0, np.int64)
 
     def count(self, block: Block, into: Counts) -> None:
-        tasks = len(self.priced.among)
-        clear, sums, near = np.zeros(tasks, np.int64), np.zeros(2), 0
-        parts: list[NDArray[np.int64]] = []
-        for _, columns in self.priced.pieces(block):
-            worth = columns.worth(self.priced.noise)
-            net = worth - np.array(self.priced.prices)[:, None]
-            best = best_of(net)
-            rows = np.arange(len(best))
-            lead = net[best, rows] - net
-            lead[best, rows] = np.inf
-            open_ = columns.moved & (lead <= self.windows[best].T).any(axis=0)
-            sure = np.flatnonzero(columns.moved & ~open_)
-            clear += np.bincount(best[sure], minlength=tasks)
-            sums += columns.magnitudes[best[sure], sure].sum(), worth[best[sure], sure].sum()
-            near += np.count_nonzero(open_)
-            taken = np.flatnonzero(open_ & (columns.words * np.uint32(SAMPLER) <= self.rate * ((1 << 32) - 1)))
-            parts.append(
-                np.vstack(
-                    [
-                        columns.offsets[taken],
-                        columns.words[taken].astype(np.int64),
-                        columns.magnitudes[:, taken].view(np.int64),
-                    ]
-                )
-            )
-        told = np.hstack([clear, sums.view(np.int64), np.array([near]), np.hstack(parts).reshape(-1)])
+        clear, sums, near = np.zeros(len(self.priced.among), np.int64), np.zeros(2), 0
+        parts: list[Columns] = []
+        for at, deltas in pieces(block):
+            alive = moved(codes_of(deltas, deltas[0].dtype == np.float64))
+            words = self.priced.words(at, len(alive))
+            if np.isinf(self.windows).all():
+                open_ = np.flatnonzero(alive)
+            else:
+                open_ = self._open(at, deltas, alive, words, clear, sums)
+            near += len(open_)
+            taken = open_[words[open_] * np.uint32(SAMPLER) <= self.rate * ((1 << 32) - 1)]
+            parts.append(self.priced.columns(at, deltas, words, taken))
+        body = [
+            np.vstack([part.offsets, part.words.astype(np.int64), part.magnitudes.view(np.int64)]) for part in parts
+        ]
+        told = np.hstack([clear, sums.view(np.int64), np.array([near]), np.hstack(body).reshape(-1)])
         into.resize(len(told), refcheck=False)
         into[:] = told
+
+    def _open(
+        self,
+        at: Address,
+        deltas: Sequence[NDArray[Any]],
+        alive: NDArray[np.bool_],
+        words: NDArray[np.uint32],
+        clear: Counts,
+        sums: Floats,
+    ) -> Places:
+        """Which of the elements that begin at an address are undecided; adds up what is not.
+
+        Noise and rounding are looked into only where they may matter.
+        """
+        priced = self.priced
+        best, lead, margin = priced.leaders(deltas)
+        with np.errstate(over="ignore"):
+            reach = self.windows.max(axis=1).astype(lead.dtype) + lead.dtype.type(margin)
+        sure = alive & (lead > reach[best])
+        near = np.flatnonzero(alive & ~sure)
+        columns = priced.columns(at, deltas, words, near)
+        net, rows = priced.net(columns), np.arange(len(near))
+        winners = best_of(net)
+        leads = net[winners, rows] - net
+        leads[winners, rows] = np.inf
+        open_ = (leads <= self.windows[winners].T).any(axis=0)
+        closed, own = ~open_, winners[~open_]
+        clear += np.bincount(own, minlength=len(clear))
+        clear += [np.count_nonzero(sure & (best == row)) for row in range(len(clear))]
+        kept = np.abs(picked(Block(at, deltas), np.asarray(priced.among, np.int16)[best]))
+        kept *= sure
+        total = kept.sum(dtype=np.float64)
+        spots = rows[closed]
+        sums[0] += total + columns.magnitudes[own, spots].sum()
+        sums[1] += total + columns.worth(priced.noise)[own, spots].sum()
+        return near[open_]
 
 
 class Found(NamedTuple):
@@ -164,7 +222,7 @@ class Found(NamedTuple):
         sums = np.ascontiguousarray(heads[:, tasks : tasks + 2]).view(np.float64)
         keys = [at.key for at, part in zip(order, bodies, strict=True) for _ in range(part.shape[1])]
         magnitudes = np.ascontiguousarray(body[2:]).view(np.float64)
-        columns = Columns(magnitudes, body[1].astype(np.uint32), body[0], np.ones(len(keys), np.bool_))
+        columns = Columns(magnitudes, body[1].astype(np.uint32), body[0])
         retained, worth = (math.fsum(column) for column in sums.T)
         return cls(heads[:, :tasks].sum(axis=0), retained, worth, int(heads[:, -1].sum()), columns, keys)
 

@@ -1,197 +1,123 @@
 """The published selection of Tunable MagMax: winners released task by task until every quota is met.
 
-Which task supplies an element is a pure function of the block and of the cuts found so far, so that each step is one
-question to all blocks, and nothing is held between the steps but a few cuts a task.
+Each step cuts the members of a task in two, by magnitude or at random. Where to cut is guessed from a sample, with a
+margin; what lies within the margins is then known in ever larger parts, until all of it is and every cut is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chance import draws
-from .magnitude import Cut, Equals, Rank, Window, exact_cuts, locate
-from .plan import Address, Block, Fold, Seen
-from .winners import Codes, Winners, codes_of, moved, strongest
+from .cutting import Cutting, Keys, Mask, Places, Steps, Window
+from .plan import Address, Block
+from .winners import Codes, Winners, codes_of, moved, pieces, strongest
 
-Keys = NDArray[Any]
-"""One integer an element: 0 where it is not a member, and the larger the sooner it is kept where it is."""
+
+class Elements(NamedTuple):
+    """Some elements: magnitudes by row of `among`, whether each is to be followed, and random words by stream."""
+
+    codes: Codes
+    alive: Mask
+    words: Callable[[int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The steps taken so far.
+    """All steps, and where each cuts.
+
+    Step n < A releases winners of the n-th last of the A tasks in `among`; then, for each but the first, which of the
+    elements that the first released it takes because it is the strongest there; and then, which of the rest it takes.
 
     Attributes:
+        tasks: how many task vectors there are.
         among: the tasks with a quota, in order, counted from 0.
         at_random: release random elements of a task, not its smallest.
         wide: whether magnitudes are compared as float64.
-        kept: for the last of `among`, the one before it and so on, which of its winners it keeps; None means all.
-        matched: for every other than the first, which elements that the first releases it takes because it is the
-            strongest there.
-        filled: for each of these, which of the rest it takes, or one before it does.
+        windows: of each step; none at all means that nobody releases anything.
     """
 
+    tasks: int
     among: Sequence[int]
     at_random: bool
     seed: int
     wide: bool
-    kept: Sequence[Cut | None] = ()
-    matched: Sequence[Cut] = ()
-    filled: Sequence[Cut] = ()
+    windows: Sequence[Window] = ()
 
     def winners(self, block: Block) -> Winners:
-        """The task that supplies each element, as far as the steps go."""
-        return self._replayed(block)[1]
+        """The task that supplies each element, once all cuts are exact."""
+        found = np.empty(math.prod(block.deltas[0].shape), np.int16)
+        among = np.asarray(self.among, np.int16)
+        for at, deltas in pieces(block):
+            start = at.offset - block.at.offset
+            rows = self.followed(self.elements(at, deltas), Cutting(self.windows, at))
+            found[start : start + len(rows)] = among[rows]
+        return found
 
-    def as_deltas(self, block: Block) -> Block:
-        """The block with its keys, as the numbers whose magnitudes they are, in the place of task vectors."""
-        return replace(block, deltas=[_floats(keys) for keys in self.keys(block)])
+    @property
+    def streams(self) -> Sequence[int]:
+        """Of the random words."""
+        return [*(task + 1 for task in self.among if self.at_random), 0, self.tasks + 1]
 
-    def keys(self, block: Block) -> list[Keys]:
-        """What the next cuts are to be found on."""
-        codes, winners, released = self._replayed(block)
-        if len(self.kept) < len(self.among):
-            task = self.among[-1 - len(self.kept)]
-            return [self._own_keys(block.at, codes, task, (winners == task) & moved(codes))]
-        label = self._label(codes, released)
-        if not self.matched:
-            keys = self._random_keys(block.at, 0, released)
-            return [np.where(label == task, keys, 0) for task in self.among[1:]]
-        rest = released & ~self._match(block.at, winners, label, released)
-        return [self._random_keys(block.at, len(block.deltas) + 1, rest)] * (len(self.among) - 1)
+    def elements(self, at: Address, deltas: Sequence[NDArray[Any]]) -> Elements:
+        """Those that begin at an address."""
+        codes = codes_of(deltas, self.wide)
 
-    def _replayed(self, block: Block) -> tuple[Codes, Winners, NDArray[np.bool_]]:
-        """Magnitudes, winners, and what the first task released."""
-        codes = codes_of(block, self.wide)
-        winners, alive = strongest(codes, self.among), moved(codes)
-        released = np.zeros_like(alive)
-        for place, cut in enumerate(self.kept):
-            task, before = self.among[-1 - place], self.among[: -1 - place]
-            if cut is None:
+        def words(stream: int) -> NDArray[Any]:
+            return draws("tunable", self.seed, stream, at, len(deltas[0]))
+
+        return Elements([codes[task] for task in self.among], moved(codes), words)
+
+    def followed(self, elements: Elements, steps: Steps) -> Winners:
+        """Take all steps; returns the row of `among` of each element. What is undecided is no longer `alive`."""
+        codes, alive, words = elements
+        tasks = len(codes)
+        winners = strongest(codes, range(tasks))
+        if not self.windows:
+            return winners
+        for step, row in enumerate(reversed(range(tasks))):
+            members = (winners == row) & alive
+            if steps.all_stay(step, members):
                 continue
-            members = (winners == task) & alive
-            gone = members & (cut.mask(_floats(self._own_keys(block.at, codes, task, members)), block.at) == 0)
-            if before:
-                spots = np.flatnonzero(gone)
-                winners[spots] = strongest(codes, before, spots)
+            spots = np.flatnonzero(members)
+            keys = self._keys(words(self.among[row] + 1) if self.at_random else codes[row], spots)
+            sure, most = steps.cut(step, keys, spots)
+            alive[spots[most & ~sure]] = False
+            gone = spots[~most]
+            if row:
+                winners[gone] = strongest([code[gone] for code in codes[:row]], range(row))
             else:
-                released = gone
-        if self.matched:
-            label = self._label(codes, released)
-            rest = released & ~self._match(block.at, winners, label, released)
-            self._fill(block, winners, rest)
-        return codes, winners, released
+                self._given_out(elements, steps, winners, gone)
+        return winners
 
-    def _label(self, codes: Codes, released: NDArray[np.bool_]) -> Winners:
-        """The strongest of all but the first task, where the first released an element; -1 elsewhere."""
-        label = np.full(len(released), -1, np.int16)
-        spots = np.flatnonzero(released)
-        label[spots] = strongest(codes, self.among[1:], spots)
-        return label
+    def _given_out(self, elements: Elements, steps: Steps, winners: Winners, gone: Places) -> None:
+        """Give what the first task released to those in want of some, where they are the strongest, and then at all."""
+        codes, alive, words = elements
+        labels = 1 + strongest([code[gone] for code in codes[1:]], range(len(codes) - 1))
+        keys = self._keys(words(0), gone)
+        left = np.ones(len(gone), np.bool_)
+        for row in range(1, len(codes)):
+            own = np.flatnonzero(labels == row)
+            sure, most = steps.cut(len(codes) + row - 1, keys[own], gone[own])
+            winners[gone[own[sure]]] = row
+            alive[gone[own[most & ~sure]]] = False
+            left[own[most]] = False
+        rest = gone[left]
+        keys = self._keys(words(self.tasks + 1), rest)
+        for row in range(1, len(codes)):
+            sure, most = steps.cut(2 * len(codes) + row - 2, keys, rest)
+            winners[rest[sure]] = row
+            alive[rest[most & ~sure]] = False
+            keys, rest = keys[~most], rest[~most]
 
-    def _match(self, at: Address, winners: Winners, label: Winners, released: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Give each task its part of the elements where it is the strongest; returns which were given."""
-        keys = self._random_keys(at, 0, released)
-        given = np.zeros_like(released)
-        for task, cut in zip(self.among[1:], self.matched, strict=True):
-            mine = cut.mask(_floats(np.where(label == task, keys, 0)), at) != 0
-            winners[mine] = task
-            given |= mine
-        return given
-
-    def _fill(self, block: Block, winners: Winners, rest: NDArray[np.bool_]) -> None:
-        """Give out what is left, each task taking what no task before it took."""
-        if not self.filled or not rest.any():
-            return
-        keys = _floats(self._random_keys(block.at, len(block.deltas) + 1, rest))
-        for task, cut in reversed(list(zip(self.among[1:], self.filled, strict=True))):
-            winners[cut.mask(keys, block.at) != 0] = task
-
-    def _own_keys(self, at: Address, codes: Codes, task: int, members: NDArray[np.bool_]) -> Keys:
-        if self.at_random:
-            return self._random_keys(at, task + 1, members)
-        return self._lifted(codes[task], members)
-
-    def _random_keys(self, at: Address, stream: int, members: NDArray[np.bool_]) -> Keys:
-        """31 random bits, as large as a magnitude can be."""
-        drawn = draws("tunable", self.seed, stream, at, len(members)) >> 1
-        return self._lifted(drawn.astype(np.int64) << 31 if self.wide else drawn.astype(np.int32), members)
-
-    def _lifted(self, keys: Keys, members: NDArray[np.bool_]) -> Keys:
-        """Members' keys moved above the first bin of the widest window, so that they are counted along; others' 0."""
-        least = 1 << _widest(self.wide)
-        top = (1 << (63 if self.wide else 31)) - 1
-        return np.where(members, np.minimum(keys, keys.dtype.type(top - least)) + keys.dtype.type(least), 0)
-
-
-def replayed(replay: Replay, wanted: Sequence[int], supply: Sequence[int] | None) -> Generator[Fold, Any, Replay]:
-    """Take all steps: `wanted` is the quota of each task of `among`, `supply` what it wins at first, if known."""
-    held = list(supply or wanted)
-    counted = supply is not None
-    for place in reversed(range(len(held))):
-        keep = wanted[place]
-        if counted and held[place] <= keep:
-            replay = replace(replay, kept=(*replay.kept, None))
-            continue
-        cuts, (held[place],) = yield from largest_members(replay, 1, lambda members, keep=keep: [keep])
-        counted = False
-        replay = replace(replay, kept=(*replay.kept, cuts[0] if held[place] > keep else None))
-        held[place] = min(held[place], keep)
-    needs = [want - has for want, has in zip(wanted[1:], held[1:], strict=True)]
-    if not any(needs):
-        return replay
-    cuts, members = yield from largest_members(replay, len(needs), lambda members: needs)
-    replay = replace(replay, matched=cuts)
-    left = [max(0, need - has) for need, has in zip(needs, members, strict=True)]
-    if not any(left):
-        return replay
-    upto = list(accumulate(left))
-    cuts, _ = yield from largest_members(replay, len(left), lambda members: upto)
-    return replace(replay, filled=cuts)
-
-
-def largest_members(
-    replay: Replay, arrays: int, wanted: Callable[[Sequence[int]], Sequence[int]]
-) -> Generator[Fold, Any, tuple[list[Cut], list[int]]]:
-    """For each array of the replay's next keys, its `wanted` largest members, exactly, and how many members it has.
-
-    `wanted` is told how many. Equal keys go by tensor name, then offset.
-    """
-    wide, shift = replay.wide, _widest(replay.wide)
-    lows = [0] * arrays
-    counts = yield Seen(Window(lows, shift, wide), replay.as_deltas)
-    members = [int(own[2:].sum()) for own in counts]
-    keeps = wanted(members)
-    none = 1 << (63 if wide else 31)
-    sure = [keep <= 0 or keep >= has for keep, has in zip(keeps, members, strict=True)]
-    ranks = [Rank(none if keep <= 0 else 1, 0, 0) for keep in keeps]
-    while not all(sure):
-        for n, keep in enumerate(keeps):
-            place = None if sure[n] else locate(counts[n], keep)
-            if place is not None:
-                lows[n] += place[0] << shift
-                ranks[n] = Rank(lows[n], *place[1:])
-        if shift == 0:
-            break
-        shift = max(0, shift - 16)
-        counts = yield Seen(Window(lows, shift, wide), replay.as_deltas)
-    if all(rank.wanted == rank.equal for rank in ranks):
-        return [Cut(rank.code, wide=wide) for rank in ranks], members
-    equals = yield Seen(Equals([rank.code for rank in ranks], wide), replay.as_deltas)
-    return exact_cuts(ranks, equals, wide), members
-
-
-def _widest(wide: bool) -> int:
-    """The shift of a window over all magnitudes."""
-    return 47 if wide else 15
-
-
-def _floats(keys: Keys) -> Keys:
-    """Integers as the numbers whose magnitudes they are."""
-    return np.ascontiguousarray(keys).view(np.float64 if keys.dtype.itemsize == 8 else np.float32)
+    def _keys(self, values: NDArray[Any], spots: Places) -> Keys:
+        """Magnitudes, or 31 random bits, of some elements; the very largest count as equal."""
+        keys = values[spots]
+        keys = (keys >> 1 if values.dtype == np.uint32 else keys).astype(np.int64)
+        return np.minimum(keys, (1 << 63) - 1 - (1 << 47) if self.wide else (1 << 31) - 1 - (1 << 15))

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 from ..errors import MagMaxError, nearest
+from . import narrowing
 from .base import Rule
 from .plan import Answer, Array, Block, Plan, Scope, Span
 from .prices import COPIES, ROOM, Priced, priced
 from .quota import Named, Weights, quotas, weights_of
-from .replay import Replay, replayed
+from .replay import Replay
 from .winners import Supply, picked
 
 
@@ -60,17 +61,13 @@ class Tunable(Rule):
 
     @property
     def passes(self) -> int:
-        if self.selection == "optimal":
-            return 4
-        return (2 if self.selection == "random" else 3) * sum(weight > 0 for weight in self._weights) + 5
+        return 4
 
     @property
     def memory(self) -> int:
-        return 8 * COPIES * ROOM if self.selection == "optimal" else 0
-
-    @property
-    def passes_told(self) -> str:
-        return "4; random: 2T + 5; smallest: 3T + 5"
+        if self.selection == "optimal":
+            return 8 * COPIES * ROOM
+        return narrowing.memory(len(self._weights), self.selection == "random")
 
     @property
     def questions_span(self) -> Span:
@@ -118,7 +115,7 @@ class Tunable(Rule):
     def plan(self, scope: Scope) -> Plan:
         supply: list[int] = (yield Supply(scope.tasks, scope.wide)).tolist()
         wanted = quotas(self._weights, sum(supply))
-        everyone = Replay(range(scope.tasks), False, self.seed, scope.wide)
+        everyone = Replay(scope.tasks, range(scope.tasks), self.selection == "random", self.seed, scope.wide)
         if wanted == supply:
             return everyone
         among = [task for task, count in enumerate(wanted) if count]
@@ -127,8 +124,7 @@ class Tunable(Rule):
             return replace(everyone, among=among)
         if self.selection == "optimal":
             return (yield from priced(among, quota, self.seed))
-        replay = replace(everyone, among=among, at_random=self.selection == "random")
-        return (yield from replayed(replay, quota, supply if len(among) == scope.tasks else None))
+        return (yield from narrowing.replayed(replace(everyone, among=among), quota))
 
     def merge(self, block: Block, answer: Answer) -> Array:
         chosen: Replay | Priced = answer

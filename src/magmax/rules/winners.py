@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .base import bits
 from .magnitude import magnitude_codes
-from .plan import Array, Block, Counts, Fold, namespace
+from .plan import Address, Array, Block, Counts, Fold, namespace
 
 Codes = Sequence[NDArray[Any]]
 Winners = NDArray[np.int16]
+PIECE = 1 << 15
+"""How many elements are worked on at once, so that they stay in the processor's cache."""
 
 
-def codes_of(block: Block, wide: bool) -> Codes:
+def codes_of(deltas: Sequence[NDArray[Any]], wide: bool) -> Codes:
     """Each task's magnitudes, as integers of the same order."""
-    return [np.asarray(magnitude_codes(delta, wide)).reshape(-1) for delta in block.deltas]
+    return [magnitude_codes(delta, wide) for delta in deltas]
 
 
-def strongest(codes: Codes, among: Sequence[int], where: NDArray[Any] | slice = slice(None)) -> Winners:
-    """The task of largest magnitude among these (from 0), at some places; of equal ones the latest."""
-    best = codes[among[0]][where].copy()
+def strongest(codes: Codes, among: Sequence[int]) -> Winners:
+    """The task of largest magnitude among these (ascending, from 0); of equal ones the latest."""
+    best = codes[among[0]].copy()
     winners = np.full(len(best), among[0], np.int16)
+    beats = np.empty(len(best), np.int16)
     for task in among[1:]:
-        rival = codes[task][where]
-        beats = rival >= best
-        np.copyto(best, rival, where=beats)
-        np.copyto(winners, np.int16(task), where=beats)
+        rival = codes[task]
+        np.multiply(rival >= best, np.int16(task), out=beats)
+        np.maximum(winners, beats, out=winners)
+        np.maximum(best, rival, out=best)
     return winners
 
 
@@ -41,14 +45,22 @@ def moved(codes: Codes) -> NDArray[np.bool_]:
     return anything != 0
 
 
+def pieces(block: Block) -> Generator[tuple[Address, list[NDArray[Any]]]]:
+    """The block's task vectors, a part at a time, each with its address."""
+    deltas = [np.asarray(delta).reshape(-1) for delta in block.deltas]
+    for start in range(0, len(deltas[0]), PIECE):
+        yield Address(block.at.key, block.at.offset + start), [delta[start : start + PIECE] for delta in deltas]
+
+
 def picked(block: Block, winners: Winners) -> Array:
     """Each element verbatim from the task that supplies it."""
     xp = namespace(block.deltas[0])
-    flat = [xp.reshape(delta, (-1,)) for delta in block.deltas]
-    merged = flat[0]
-    device = getattr(merged, "device", None)
-    for task, delta in enumerate(flat[1:], start=1):
-        merged = xp.where(xp.asarray(winners == task, device=device), delta, merged)
+    merged = xp.asarray(xp.reshape(block.deltas[0], (-1,)), copy=True)
+    held, device = bits(merged), getattr(merged, "device", None)
+    for task, delta in enumerate(block.deltas[1:], start=1):
+        mask = -xp.astype(xp.asarray(winners == task, device=device), held.dtype)
+        mask &= held ^ bits(xp.reshape(delta, (-1,)))
+        held ^= mask
     return xp.reshape(merged, block.deltas[0].shape)
 
 
@@ -63,6 +75,7 @@ class Supply(Fold):
         return np.zeros(self.tasks, np.int64)
 
     def count(self, block: Block, into: Counts) -> None:
-        codes = codes_of(block, self.wide)
-        winners = strongest(codes, range(self.tasks))[moved(codes)]
-        into += np.bincount(winners, minlength=self.tasks)
+        for _, deltas in pieces(block):
+            codes = codes_of(deltas, self.wide)
+            winners, there = strongest(codes, range(self.tasks)), moved(codes)
+            into += [np.count_nonzero(there & (winners == task)) for task in range(self.tasks)]
