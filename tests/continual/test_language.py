@@ -152,6 +152,7 @@ RECIPE = {
     "chains": ["sequential", "independent"],
     "rules": ["average", {"ties": {"density": 0.5}}, "tunable"],
     "calibrations": ["none", "norm"],
+    "samples": 3,
     "factors": [0.3, 1.0],
     "windows": {"validation": 5, "test": 9},
     "precision": "float32",
@@ -170,9 +171,10 @@ def test_the_benchmark_measures_what_it_says_and_only_what_is_missing(benchmark,
     first = run(benchmark, tmp_path)
     assert len(first) == 2 * 2 * (1 + 3 * 2)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("theta_*")}
-    second = run(benchmark, tmp_path, calibrations=["none", "norm", "ellipsoid"])
+    every = ["none", "norm", "ellipsoid", "fsc", "dsc"]
+    second = run(benchmark, tmp_path, calibrations=every)
     assert {path: second[path] for path in first} == first
-    assert len(second) == len(first) + 2 * 2 * 3
+    assert len(second) == len(first) + 2 * 2 * 3 * 3
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for _, record in second.values():
         check(record, tmp_path / "work")
@@ -180,12 +182,22 @@ def test_the_benchmark_measures_what_it_says_and_only_what_is_missing(benchmark,
     assert "## sequential" in table
     assert table.count("| average | 1; chosen") == 2
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["records"]) == len(second)
-    third = run(benchmark, tmp_path, calibrations=["none", "norm", "ellipsoid"], discard=True)
+    third = run(benchmark, tmp_path, calibrations=every, discard=True)
     assert third == second
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     other = run(benchmark, tmp_path, tune=RECIPE["tune"] | {"steps": 3}, discard=True)
     assert len(other) == len(second) + len(first)
     assert not list((tmp_path / "work").glob("*seed*"))
+
+
+def test_in_feature_space_one_number_a_tensor_in_weight_space_is_undone(benchmark, tmp_path):
+    cells = run(
+        benchmark, tmp_path, rules=["average"], calibrations=["none", "fsc", "dsc"], seeds=[0], chains=["sequential"]
+    )
+    found = {r["recipe"]["calibration"]: r["perplexity"] for _, r in cells.values() if r["recipe"]["rule"] == "average"}
+    for domain in ("one", "two"):
+        assert found["dsc"][domain] == pytest.approx(found["fsc"][domain], rel=1e-4)
+        assert found["fsc"][domain] != pytest.approx(found["none"][domain], rel=1e-4)
 
 
 def check(record: dict[str, Any], work: Path) -> None:
