@@ -87,6 +87,6 @@ def results_page() -> str:
     found = ["# Results", "As the commands in `benchmarks/` wrote them. What is missing was not run."]
     for path in sorted(RESULTS.glob("continual/*/results.md")):
         found.append(f"## {path.parent.name}\n\n{path.read_text(encoding='utf-8')}")
-    for name in ("merge", "absorb", "parity"):
+    for name in ("merge", "absorb", "growth", "parity"):
         found.append(re.sub(r"^#", "##", (RESULTS / f"{name}.md").read_text(encoding="utf-8"), flags=re.M))
     return "\n\n".join(found) + "\n"
