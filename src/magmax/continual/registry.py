@@ -37,6 +37,7 @@ DATA: dict[str, str | Callable[..., Dataset]] = {
 MODELS: dict[str, str | Callable[..., Encoder]] = {
     "minilm": f"{HERE}.encoder:minilm",
     "clip": f"{HERE}.vision:clip",
+    "open_clip": f"{HERE}.open_clip:open_clip",
     "vit_s": f"{HERE}.vision:vit_s",
     "efficientnet_lite0": f"{HERE}.vision:efficientnet_lite0",
     "trained_head": f"{HERE}.trained_head:trained_head",

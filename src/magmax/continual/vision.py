@@ -77,7 +77,7 @@ class ImageEncoder:
     features: Callable[[nn.Module, Tensor], Tensor]
     view: View
     varied: bool = False
-    text: Words | None = None
+    text: Callable[[Sequence[str]], Tensor] | None = None
     temperature: float = 20.0
 
     def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[np.ndarray]:
