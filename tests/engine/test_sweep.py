@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from tests.models import small_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.engine.job import Settings
-from magmax.engine.merge import Options
+from magmax.engine.merge import Options, merges_in_memory
 from magmax.engine.sweep import Sweep, factors
-from magmax.rules import CalibrateWeights, MagMax, Rule, as_rule, chain
+from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
 
 CALIBRATED = chain(MagMax(), CalibrateWeights(form="ellipsoid"))
 
@@ -65,3 +67,16 @@ def test_a_range_includes_both_ends_exactly(text, numbers):
 def test_what_is_no_range_is_an_error(text):
     with pytest.raises(MagMaxError, match=r"0\.1:1\.0:0\.1"):
         factors(text)
+
+
+@pytest.mark.parametrize("rule", [MagMax(), Ties(density=0.3), Tunable(preference=(1, 2, 1)), CALIBRATED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_factors_in_memory_give_what_each_gives_alone(rule: Rule, dtype: torch.dtype) -> None:
+    base = open_checkpoint(small_model(0, dtype), "base")
+    models = [open_checkpoint(small_model(seed, dtype), f"model {seed}", base) for seed in (1, 2, 3)]
+    factors = [0.3, 1.0, 0.3]
+    together = merges_in_memory(rule, base, models, factors, Options(), Settings(threads=2))
+    for factor, found in zip(factors, together, strict=True):
+        (alone,) = merges_in_memory(rule, base, models, [factor], Options(), Settings(threads=1))
+        assert found.keys() == alone.keys()
+        assert all(found[key].tobytes() == alone[key].tobytes() for key in alone)
