@@ -21,3 +21,13 @@ class Window:
         self.page.on("websocket", lambda socket: self.asked.append(socket.url))
         self.url = url
         self.page.goto(url)
+
+    def looked_at(self) -> tuple[list[Any], int]:
+        """What axe, which the page has by now, finds that is serious, and how many of its rules the page passes."""
+        found = self.page.evaluate("axe.run(document)")
+        serious = [
+            (each["id"], each["help"], [node["html"][:160] for node in each["nodes"]][:3])
+            for each in found["violations"]
+            if each["impact"] in SERIOUS
+        ]
+        return serious, len(found["passes"])
