@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from tests.continual.test_benchmark import experiment  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.calibrate import FeatureOptions, calibrate_features  # noqa: E402
+from magmax.calibrate import FeatureOptions, calibrate_features, unfolded  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import chain_folder, samples_of  # noqa: E402
 from magmax.continual.context import context  # noqa: E402
@@ -27,7 +27,13 @@ GRID: dict[str, Any] = {
     "chains": ["independent"],
     "rules": ["average"],
     "validation": 4,
-    "calibrations": ["wsc", {"fsc": {"n": 2, "norm": "l2"}}, {"dsc": {"n": 3}}],
+    "calibrations": [
+        "wsc",
+        {"fsc": {"n": 2, "norm": "l2"}},
+        {"fsc": {"n": 2, "folded": False}},
+        {"dsc": {"n": 3}},
+        {"dsc": {"n": 3, "per": "row"}},
+    ],
 }
 
 
@@ -36,23 +42,33 @@ def test_every_rule_is_measured_with_every_calibration_as_by_hand(tmp_path: Path
     with ThreadPoolExecutor(1) as executor:
         records = Benchmark(recipe, tmp_path, executor).run()
     found = {record["method"]: record["variants"][0]["rows"]["3"]["tasks"] for record in records}
-    calibrated = {"fsc(n=2,norm=l2)": (2, "l2"), "dsc(n=3)": (3, "l1")}
+    weights = {"tensor": chain(Average(), CalibrateWeights()), "row": chain(Average(), CalibrateWeights(per="row"))}
+    calibrated = {
+        "fsc(n=2,norm=l2)": (Average(), 2, "l2"),
+        "fsc(n=2,folded=False)": (Average(), 2, "l1"),
+        "dsc(n=3)": (weights["tensor"], 3, "l1"),
+        "dsc(n=3,per=row)": (weights["row"], 3, "l1"),
+    }
     names = ["average", "average+wsc", *(f"average+{name}" for name in calibrated)]
     assert list(found) == ["zero_shot", *(f"{name}/independent" for name in names)]
     here = context(recipe, 0)
     paths = [chain_folder(tmp_path, recipe, 0, "independent") / f"theta_{t}.safetensors" for t in (1, 2, 3)]
-    weights = chain(Average(), CalibrateWeights())
     expected: dict[str, Any] = {}
-    for name, rule in (("average", Average()), ("average+wsc", weights)):
+    for name, rule in (("average", Average()), ("average+wsc", weights["tensor"])):
         here.encoder.model.load_state_dict(magmax.merge(rule, here.base, paths))
         expected[name] = here.row(3).tasks
-    for name, (count, norm) in calibrated.items():
-        rule = weights if name.startswith("dsc") else Average()
-        here.encoder.model.load_state_dict(magmax.merge(rule, here.base, paths))
+    for name, (rule, count, norm) in calibrated.items():
+        merged = magmax.merge(rule, here.base, paths)
+        here.encoder.model.load_state_dict(merged)
         items = samples_of(here, here.tasks, count)
         run = lambda model, items: here.encoder(items)  # noqa: E731
-        calibrate_features(here.encoder.model, here.base, paths, items, run, FeatureOptions(norm=norm))
-        expected[f"average+{name}"] = here.row(3).tasks
+        made = calibrate_features(here.encoder.model, here.base, paths, items, run, FeatureOptions(norm=norm))
+        if "folded" in name:
+            here.encoder.model.load_state_dict(merged)
+            with unfolded(here.encoder.model, here.base, made):
+                expected[f"average+{name}"] = here.row(3).tasks
+        else:
+            expected[f"average+{name}"] = here.row(3).tasks
     assert {name: found[f"{name}/independent"] for name in names} == expected
 
 
@@ -82,6 +98,8 @@ def test_what_was_measured_before_is_read_and_not_measured_again() -> None:
         ({"calibrations": [{"fsc": {"m": 2}}]}, "fsc has no option 'm'"),
         ({"calibrations": [{"fsc": {"n": 0}}]}, "fsc needs n to be a whole number of 1 or more, not 0"),
         ({"calibrations": [{"dsc": {"inputs": "raw"}}]}, "dsc needs inputs to be calibrated or merged"),
+        ({"calibrations": [{"dsc": {"per": "column"}}]}, "dsc needs per to be tensor or row, not 'column'"),
+        ({"calibrations": [{"fsc": {"folded": "no"}}]}, "fsc needs folded to be true or false, not 'no'"),
         ({"calibrations": [{"wsc": {"form": "round"}}]}, "form"),
         ({"calibrations": ["fsc"], "validation": 0}, "fsc measures features on validation examples"),
         ({"calibrations": ["wsc", "wsc"]}, "calibrations: one is named twice"),

@@ -11,7 +11,7 @@ from tests.models import small_model
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.engine.job import Settings
-from magmax.engine.merge import Options, merges_in_memory
+from magmax.engine.merge import MergesInMemory, Options
 from magmax.engine.sweep import Sweep, factors
 from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
 
@@ -75,8 +75,9 @@ def test_several_factors_in_memory_give_what_each_gives_alone(rule: Rule, dtype:
     base = open_checkpoint(small_model(0, dtype), "base")
     models = [open_checkpoint(small_model(seed, dtype), f"model {seed}", base) for seed in (1, 2, 3)]
     factors = [0.3, 1.0, 0.3]
-    together = merges_in_memory(rule, base, models, factors, Options(), Settings(threads=2))
-    for factor, found in zip(factors, together, strict=True):
-        (alone,) = merges_in_memory(rule, base, models, [factor], Options(), Settings(threads=1))
+    together = MergesInMemory(rule, base, models, Options(), Settings(threads=2), hold=True)
+    for factor in factors:
+        found = together.at(factor)
+        alone = MergesInMemory(rule, base, models, Options(), Settings(threads=1)).at(factor)
         assert found.keys() == alone.keys()
         assert all(found[key].tobytes() == alone[key].tobytes() for key in alone)

@@ -8,7 +8,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 import xxhash
 
 import magmax
-from magmax.calibrate import FeatureOptions, calibrate_features
+from magmax.calibrate import FeatureOptions, calibrate_features, unfolded
+from magmax.checkpoints import open_checkpoint
 from magmax.continual.context import Context, alone, context, device
 from magmax.continual.evaluate import Row
 from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
@@ -27,7 +30,7 @@ from magmax.continual.sequence import costs, fine_tune
 from magmax.continual.statistics import recalibrate
 from magmax.continual.weights import load_weights, write_bytes
 from magmax.engine.job import Settings
-from magmax.engine.merge import merge
+from magmax.engine.merge import MergesInMemory, Options, like
 from magmax.errors import MagMaxError
 from magmax.rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
 
@@ -120,16 +123,16 @@ class _Measured:
         self.rule: Rule | None = with_seed(cell) if cell.merges else None
         self.name, self.options = calibration_options(cell.calibration) if cell.calibration else ("", {})
         if self.rule is not None and self.name in ("wsc", "dsc"):
-            self.rule = chain(self.rule, CalibrateWeights(**(self.options if self.name == "wsc" else {})))
+            options = self.options if self.name == "wsc" else {"per": self.options["per"]}
+            self.rule = chain(self.rule, CalibrateWeights(**options))
+        self.held: tuple[int, MergesInMemory] | None = None
+        self.corrected: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.merging = self.evaluating = 0.0
 
     def record(self) -> dict[str, Any]:
-        search: dict[str, float] = {}
-        if self.rule is None:
-            variants = [self.variant("default", None)]
-        else:
-            default = self.rule.default_factor
-            variants = [self.variant("default", default)]
+        default = self.rule.default_factor if self.rule else None
+        variants, search = [self.variant("default", default)], dict[str, float]()
+        if self.cell.scaled:
             scores = {factor: self.validated(factor) for factor in self.here.experiment.factors}
             search = {str(factor): score for factor, score in scores.items()}
             if scores:
@@ -185,18 +188,27 @@ class _Measured:
             load_weights(model, self.paths[0 if self.cell.chain == "joint" else learned - 1])
         else:
             began = time.perf_counter()
-            merged = merge(self.rule, self.here.base, self.paths[:learned], factor, settings=Settings(threads=1))
-            model.load_state_dict(merged)
+            model.load_state_dict(self.merged(learned, factor))
             if self.name in ("fsc", "dsc"):
-                self.calibrate(learned)
+                self.calibrate(learned, factor)
             if self.here.experiment.batch_norm == "recalibrated":
                 recalibrate(self.here.encoder, self.here.some_training_items())
             self.merging += time.perf_counter() - began
 
-    def calibrate(self, learned: int) -> None:
+    def merged(self, learned: int, factor: float | None) -> dict[str, torch.Tensor]:
+        """The merge after so many tasks; one before scaling serves all factors."""
+        assert self.rule is not None
+        options = Options(factor)
+        base = open_checkpoint(self.here.base, "theta_0")
+        if self.held is None or self.held[0] != learned:
+            models = [open_checkpoint(path, base=base) for path in self.paths[:learned]]
+            self.held = learned, MergesInMemory(self.rule, base, models, options, Settings(threads=1), hold=True)
+        return like(self.here.base, base, self.held[1].at(options.factor(self.rule)), options)
+
+    def calibrate(self, learned: int, factor: float | None) -> None:
         """Calibrate what is in the encoder in feature space, on validation examples of each task learned so far."""
         encoder = self.here.encoder
-        calibrate_features(
+        found = calibrate_features(
             encoder.model,
             self.here.base,
             self.paths[:learned],
@@ -205,10 +217,14 @@ class _Measured:
             FeatureOptions(self.options["norm"], self.options["inputs"]),
             settings=Settings(threads=1),
         )
+        if not self.options.get("folded", True):
+            encoder.model.load_state_dict(self.merged(learned, factor))
+            self.corrected = partial(unfolded, encoder.model, self.here.base, found)
 
     def timed(self, work: Callable[[], Row]) -> Row:
-        began = time.perf_counter()
-        found = work()
+        with self.corrected():
+            began = time.perf_counter()
+            found = work()
         self.evaluating += time.perf_counter() - began
         return found
 

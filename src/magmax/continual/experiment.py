@@ -33,11 +33,20 @@ nothing, but takes the models that are named, one for each task, as if they had 
 
 CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {
     "wsc": {"form": "norm", "per": None, "norm": "l2", "guard": 1.0},
-    "fsc": {"n": 8, "norm": "l1", "inputs": "calibrated"},
-    "dsc": {"n": 8, "norm": "l1", "inputs": "calibrated"},
+    "fsc": {"n": 8, "norm": "l1", "inputs": "calibrated", "folded": True},
+    "dsc": {"n": 8, "norm": "l1", "inputs": "calibrated", "per": None},
 }
 """MAGIC's ways to give a merged model its magnitudes back, and their options: in weight space (`calibrate_weights`), in
-feature space with n validation examples of each task, and the one of length alone and then the other."""
+feature space with n validation examples of each task (for comparison not folded into the weights), and the one of
+length alone, per tensor or row, and then the other."""
+
+ALLOWED: Mapping[str, Sequence[Any]] = {
+    "norm": ("l1", "l2"),
+    "inputs": ("calibrated", "merged"),
+    "folded": (True, False),
+    "per": ("tensor", "row", None),
+}
+"""What an option in feature space may be."""
 
 UNMERGED = ("replay", "joint")
 """References that no merge is made of: replay keeps examples, joint sees all data at once."""
@@ -71,8 +80,9 @@ class Experiment(BaseModel):
         chains: the ways to train; every rule merges the checkpoints of every chain but replay and joint.
         rules: the merge rules, by name or {name: {option: value}}.
         calibrations: each rule's merges are measured as they are, and also calibrated by each of these.
-        factors: scaling factors to choose from on the validation examples; beside the rule's own default.
-        sweep: scaling factors to report, each for itself, on the test examples after the last task.
+        factors: scaling factors to choose from on the validation examples; beside the rule's own default. What is
+            calibrated has the rule's own: its magnitude no longer depends on the factor.
+        sweep: scaling factors to report, each for itself, on the test examples after the last task; of the same.
         validation: training examples of each class that nothing is trained on, for choosing the factor.
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.
         rows: "all": R after every task; "last": after the last alone (no forgetting, a fraction of the time);
@@ -178,7 +188,7 @@ class Experiment(BaseModel):
     def cell_recipe(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's record."""
         measured = {key: getattr(self, key) for key in ("among", "rows", "measure_on")}
-        factors: dict[str, Any] = {"factors": self.factors, "sweep": self.sweep} if cell.merges else {}
+        factors: dict[str, Any] = {"factors": self.factors, "sweep": self.sweep} if cell.scaled else {}
         if cell.merges and self.batch_norm != "frozen":
             factors["batch_norm"] = self.batch_norm
         chosen = {"rule": cell.rule, **factors}
@@ -200,6 +210,11 @@ class Cell(BaseModel):
     @property
     def merges(self) -> bool:
         return self.rule not in (LAST, ZERO_SHOT)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its scaling factor matters."""
+        return self.merges and self.calibration is None
 
     @property
     def method(self) -> str:
@@ -250,11 +265,11 @@ def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
     """A calibration's name and all its options. Raises MagMaxError for a name or an option that is none."""
     name, given, known = _chosen("calibrations", CALIBRATIONS, calibration)
     for option, value in given.items():
-        allowed = {"n": None, "norm": ("l1", "l2"), "inputs": ("calibrated", "merged")}.get(option, ())
         if option == "n" and (type(value) is not int or value < 1):
             raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")
-        if allowed and value not in allowed:
-            raise MagMaxError(f"calibrations: {name} needs {option} to be {' or '.join(allowed)}, not {value!r}")
+        if name != "wsc" and (allowed := ALLOWED.get(option)) and value not in allowed:
+            told = " or ".join(str(one).lower() for one in allowed if one is not None)
+            raise MagMaxError(f"calibrations: {name} needs {option} to be {told}, not {value!r}")
     if name == "wsc":
         rule_from(["magmax", {"calibrate_weights": given}])  # which checks the options
     return name, {**known, **given}

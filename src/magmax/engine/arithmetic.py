@@ -33,7 +33,6 @@ class MergeKernel(Kernel):
         carried: tensors copied from the base as they are, and why.
         extents: of tensors that are merged in part, how many leading elements are; the rest is the base's as it is.
         answers: what the rule asked, by tensor; under None what it asked of the whole model.
-        held: what the rule has merged so far, by slab, to be taken from there if asked for again; None keeps nothing.
     """
 
     reader: Reader
@@ -44,7 +43,6 @@ class MergeKernel(Kernel):
     carried: Mapping[str, str]
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
     answers: Mapping[str | None, Answer] = field(default_factory=dict[str | None, Any])
-    held: dict[Address, NDArray[Any]] | None = None
 
     @cached_property
     def rules(self) -> Mapping[str, Rule]:
@@ -89,7 +87,7 @@ class MergeKernel(Kernel):
     def __call__(self, slab: Slab) -> list[NDArray[Any]]:
         if slab.key in self.carried:
             return [self.carry(slab)]
-        return [self.joined(slab, self.task_vector if self.held is None else self._once)]
+        return [self.joined(slab, self.task_vector)]
 
     def joined(self, slab: Slab, vector: Callable[[Slab, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
         """The slab with `vector`, given what is merged of it and the base there, scaled and added to the base."""
@@ -118,14 +116,6 @@ class MergeKernel(Kernel):
         vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
         block = Block(where, vectors, base, slab.shape if rule.whole else None)
         return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
-
-    def _once(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
-        """`task_vector`, or a copy of what it was before."""
-        assert self.held is not None
-        where = Address(slab.key, slab.start)
-        if where not in self.held:
-            self.held[where] = self.task_vector(slab, base)
-        return self.held[where].copy()
 
     def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""

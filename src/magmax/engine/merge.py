@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -23,6 +23,7 @@ from ..checkpoints.writer import SHARD_BYTES, Target
 from ..checkpoints.zeros import Zeros
 from ..errors import MagMaxError
 from ..rules import Filters, Layers, Number, Rule, as_rule, nearest
+from ..rules.held import holding
 from ..rules.plan import Span
 from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
@@ -210,33 +211,38 @@ def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
 ) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
-    (tensors,) = merges_in_memory(rule, base, models, [options.factor(rule)], options, settings)
-    return tensors
+    return MergesInMemory(rule, base, models, options, settings).at(options.factor(rule))
 
 
-def merges_in_memory(
-    rule: Rule,
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    factors: Sequence[Number],
-    options: Options,
-    settings: Settings,
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """The merge at each of several scaling factors; what the rule asks of the models is asked once.
+class MergesInMemory:
+    """Merges of the same models at one scaling factor after another.
 
-    The merged task vector is held from the first factor to the last, if it is the same for all.
+    The rule asks the models once. With `hold`, what it merged before scaling stays in memory and serves all factors.
     """
-    kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
-    kernel = kernel.prepared(settings.crew, settings.progress)
-    if words := kernel.note():
-        settings.note(words)
-    if len(factors) > 1 and not rule.needs_factor and settings.executor is None:
-        kernel = replace(kernel, held={})
-    for factor in factors:
-        memory = MemorySink(kernel.out)
-        scaled = replace(kernel, scaling_factor=factor)
-        Pass([base, *models], [memory], scaled, settings.crew, digest=False).run(settings.progress)
-        yield memory.tensors
+
+    def __init__(
+        self,
+        rule: Rule,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        options: Options,
+        settings: Settings,
+        *,
+        hold: bool = False,
+    ) -> None:
+        rule = holding(rule) if hold and settings.executor is None else rule
+        kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
+        self.kernel = kernel.prepared(settings.crew, settings.progress)
+        self.inputs, self.settings = [base, *models], settings
+        if words := self.kernel.note():
+            settings.note(words)
+
+    def at(self, factor: Number) -> dict[str, NDArray[Any]]:
+        """The merged tensors as stored units, flat, by the base's own keys."""
+        memory = MemorySink(self.kernel.out)
+        scaled = replace(self.kernel, scaling_factor=factor)
+        Pass(self.inputs, [memory], scaled, self.settings.crew, digest=False).run(self.settings.progress)
+        return memory.tensors
 
 
 class MemorySink:

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from .base import Rule
 from .part import Part
 from .plan import Answer, Array, Block, Plan, Scope, Span
+from .wrapping import Wrapping
 
 Merge = Callable[[Block], Array]
 """What a rule makes of a block, whose task vectors it may overwrite."""
@@ -45,14 +45,9 @@ class After(Part):
 
 
 @dataclass(frozen=True)
-class Followed(Rule):
+class Followed(Wrapping):
     """A rule, and a transform of what it merges."""
 
-    name: ClassVar[str] = "chain"
-    scaling_factor: ClassVar[float] = 1.0
-    paper: ClassVar[str] = ""
-
-    rule: Rule
     after: After
     factor: float = 1.0
 
@@ -61,24 +56,8 @@ class Followed(Rule):
         return self.rule.passes + self.after.passes
 
     @property
-    def memory(self) -> int:
-        return self.rule.memory
-
-    @property
-    def default_factor(self) -> float:
-        return self.rule.default_factor
-
-    @property
     def questions_span(self) -> Span:
         return self.rule.questions_span if self.rule.passes else Span.TENSOR
-
-    @property
-    def whole(self) -> bool:
-        return self.rule.whole
-
-    @property
-    def needs_base(self) -> bool:
-        return self.rule.needs_base
 
     @property
     def needs_factor(self) -> bool:
@@ -87,11 +66,8 @@ class Followed(Rule):
     def scaled_by(self, factor: float) -> Followed:
         return replace(self, factor=factor)
 
-    def check(self, tasks: int) -> None:
-        self.rule.check(tasks)
-        super().check(tasks)
-
     def check_names(self, names: Collection[str]) -> None:
+        super().check_names(names)
         self.after.check_names(names)
 
     def describe(self) -> dict[str, Any]:

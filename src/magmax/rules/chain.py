@@ -12,6 +12,7 @@ from .after import After, Followed
 from .base import Rule, State, StreamingRule
 from .before import Before
 from .plan import Address, Answer, Array, Block, Plan, Scope, Span, seen
+from .wrapping import Wrapping
 
 
 def chain(*parts: Before | Rule | After) -> Rule:
@@ -50,19 +51,14 @@ def _merging(befores: Sequence[Before], rule: Rule) -> Rule:
         return rule
     if isinstance(rule, StreamingRule) and all(b.questions_span is None for b in befores):
         return StreamingChain(tuple(befores), rule)
-    return Chain(tuple(befores), rule)
+    return Chain(rule, tuple(befores))
 
 
 @dataclass(frozen=True)
-class Chain(Rule):
+class Chain(Wrapping):
     """A chain that asks questions, all of them over one span."""
 
-    name: ClassVar[str] = "chain"
-    scaling_factor: ClassVar[float] = 1.0
-    paper: ClassVar[str] = ""
-
     before: tuple[Before, ...]
-    rule: Rule
 
     def __post_init__(self) -> None:
         spans = {s.value for s in self._spans()}
@@ -78,28 +74,12 @@ class Chain(Rule):
         return self.rule.memory + sum(b.memory for b in self.before)
 
     @property
-    def default_factor(self) -> float:
-        return self.rule.default_factor
-
-    @property
     def questions_span(self) -> Span:
         return next(iter(self._spans()), Span.MODEL)
-
-    @property
-    def whole(self) -> bool:
-        return self.rule.whole
-
-    @property
-    def needs_base(self) -> bool:
-        return self.rule.needs_base
 
     def _spans(self) -> Sequence[Span]:
         spans = [b.questions_span for b in self.before if b.questions_span]
         return [*spans, self.rule.questions_span] if self.rule.passes else spans
-
-    def check(self, tasks: int) -> None:
-        self.rule.check(tasks)
-        super().check(tasks)
 
     def describe(self) -> dict[str, Any]:
         return {"chain": [part.describe() for part in (*self.before, self.rule)]}

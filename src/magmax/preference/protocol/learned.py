@@ -18,7 +18,7 @@ from ...continual.context import Context
 from ...continual.data import Labelled
 from ...continual.evaluate import predict
 from ...engine.job import Settings
-from ...engine.merge import Options, merges_in_memory
+from ...engine.merge import MergesInMemory, Options
 from ...rules import Average, MagMax, Rule, Tunable
 from ..own import own_shares
 from ..sources import MOST_SAMPLES, Features
@@ -84,8 +84,9 @@ class Learned:
         if not isinstance(rule, MOVED_ALONE):
             base = open_checkpoint(self.here.base, "theta_0")
             models = [open_checkpoint(path, base=base) for path in self.paths]
-        for tensors in merges_in_memory(rule, base, models, factors, Options(), Settings(threads=1)):
-            like = self.here.base
+        merges = MergesInMemory(rule, base, models, Options(), Settings(threads=1), hold=len(factors) > 1)
+        for factor in factors:
+            tensors, like = merges.at(factor), self.here.base
             made = {key: as_tensor(tensors[key], base.spec(key), like[key]) for key in self.moved}
             self.here.encoder.model.load_state_dict(made, strict=False)
             yield

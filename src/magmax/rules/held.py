@@ -1,0 +1,33 @@
+"""A rule that remembers what it merged, for those who ask for the same merge again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .after import Followed
+from .base import Rule
+from .plan import Address, Answer, Array, Block, namespace
+from .wrapping import Wrapping
+
+
+@dataclass(frozen=True)
+class Held(Wrapping):
+    """A rule that merges each block once and from then on gives copies, of the same models and with the same answer."""
+
+    known: dict[tuple[Address, int], Array] = field(
+        default_factory=dict[tuple[Address, int], Array], repr=False, compare=False
+    )
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        where = block.at, len(block.deltas[0])
+        if where not in self.known:
+            self.known[where] = self.rule.merge(block, answer)
+        merged = self.known[where]
+        return namespace(merged).asarray(merged, copy=True)
+
+
+def holding(rule: Rule) -> Rule:
+    """The rule, with that part of it held which is the same for every scaling factor."""
+    if isinstance(rule, Followed):
+        return replace(rule, rule=holding(rule.rule))
+    return rule if rule.needs_factor else Held(rule)
