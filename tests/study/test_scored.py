@@ -47,6 +47,25 @@ def test_each_kind_finds_its_own_records(records, kind: str, x: str, values: set
     assert len(own) == len(values) * 3, "one for each seed"
 
 
+def test_one_model_counts_on_its_own_task_alone(records) -> None:
+    like = next(record for record in records if record["method"] == "average/independent")
+    tasks = range(len(next(iter(like["variants"][0]["rows"].values()))["tasks"]))
+    own: list[Any] = []
+    for keep in (0.1, 0.5):
+        for task in tasks:
+            rule = [{"prune": {"keep": keep}}, {"average": {"weights": [int(other == task) for other in tasks]}}]
+            own.append({**like, "recipe": {"rule": rule}})
+            like = json.loads(json.dumps(like))
+            for row in like["variants"][0]["rows"].values():
+                row["tasks"] = [share + 0.01 for share in row["tasks"]]  # so that each cell differs
+    found = study_scored("retention", own).records
+    assert {record["series"] for record in found} == {"top, each model on its own task/independent"}
+    for keep, cells in ((0.1, own[: len(tasks)]), (0.5, own[len(tasks) :])):
+        rows = [cell["variants"][0]["rows"] for cell in cells]
+        expected = np.mean([row[max(row, key=int)]["tasks"][task] for task, row in enumerate(rows)])
+        assert [r["accuracy"] for r in found if r["keep"] == keep] == [pytest.approx(expected)]
+
+
 def test_values_are_those_of_the_cells(records) -> None:
     found = {(r["series"], r["k"], r["seed"]): r["accuracy"] for r in study_scored("kth", records).records}
     for record in records:

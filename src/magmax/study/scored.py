@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..continual.experiment import UNMERGED, ZERO_SHOT, rule_name
 from ..errors import MagMaxError
@@ -13,7 +15,17 @@ from .records import Band, Record, Study, bands
 
 Spec = str | Mapping[str, Any] | Sequence[Any]
 Parts = list[tuple[str, dict[str, Any]]]
-Found = Iterator[tuple[str, float | str]]
+
+
+class Point(NamedTuple):
+    """A series' name, where on its x-axis, and the one task whose accuracy it is; by default their mean."""
+
+    series: str
+    x: float | str
+    task: int | None = None
+
+
+Found = Iterator[Point]
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,8 @@ class Sweep:
 
     Attributes:
         x: what varies, the name of its column.
-        points: (the cell's rule in parts, its chain, the variant) -> pairs of a series' name and x, if any.
+        points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Of cells that give the same
+            point, each of another task, the mean is taken.
         recipe: the benchmark's recipe that gives such records.
     """
 
@@ -34,23 +47,31 @@ class Sweep:
 
 
 def _retention(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
-    (first, options), rest = parts[0], _named(parts[1:])
+    (first, options), rest = parts[0], parts[1:]
     if variant["variant"] == "default" and first == "prune" and isinstance(options.get("keep", 0.2), int | float):
-        yield f"{options.get('which', 'top')}, {rest}/{chain}", float(options.get("keep", 0.2))
+        task = _one_model(rest)
+        left = "each model on its own task" if task is not None else _named(rest)
+        yield Point(f"{options.get('which', 'top')}, {left}/{chain}", float(options.get("keep", 0.2)), task)
+
+
+def _one_model(parts: Parts) -> int | None:
+    """The only model (from 0) that an average takes from, if it is one."""
+    weights = parts[0][1].get("weights") if [name for name, _ in parts] == ["average"] else None
+    return weights.index(1) if isinstance(weights, list) and sorted(weights)[-2:] == [0, 1] else None
 
 
 def _kth(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
     (last, options) = parts[-1]
     before = "".join(f"{name}+" for name, _ in parts[:-1])
     if variant["variant"] == "default" and last == "kth_magnitude":
-        yield f"{before}{chain}", options.get("k", 1)
+        yield Point(f"{before}{chain}", options.get("k", 1))
     elif variant["variant"] == "default" and last == "magmax":
-        yield f"{before}{chain}", 1
+        yield Point(f"{before}{chain}", 1)
 
 
 def _scaling(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
     if variant["scaling_factor"] is not None and variant["variant"] != "chosen":
-        yield f"{_named(parts)}/{chain}", float(variant["scaling_factor"])
+        yield Point(f"{_named(parts)}/{chain}", float(variant["scaling_factor"]))
 
 
 def _drop(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
@@ -60,21 +81,21 @@ def _drop(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
     if parts[0][0] == "prune" and isinstance(keeps, list) and set(keeps) <= {0, 1}:
         dropped = len(keeps) - sum(keeps)
         if keeps == [0] * int(dropped) + [1] * int(sum(keeps)):
-            yield f"{_named(parts[1:])}/{chain}", int(dropped)
+            yield Point(f"{_named(parts[1:])}/{chain}", int(dropped))
     elif parts[0][0] != "prune":
-        yield f"{_named(parts)}/{chain}", 0
+        yield Point(f"{_named(parts)}/{chain}", 0)
 
 
 def _penalties(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
     if variant["variant"] == "default" and chain not in UNMERGED:
-        yield _named(parts), chain
+        yield Point(_named(parts), chain)
 
 
 SWEEPS: Mapping[str, Sweep] = {
     "retention": Sweep(
         "How much of a task vector is needed",
-        "Average accuracy after the last task when only a part of each task vector is kept, its largest, smallest or "
-        "random entries over the whole model, and the rest is zero.",
+        "Average accuracy when only a part of each task vector is kept, its largest, smallest or random entries over "
+        "the whole model, and the rest is zero: of the merge on all tasks, or of each model on its own task.",
         "keep",
         _retention,
         "retention.yaml",
@@ -118,21 +139,33 @@ def study_scored(kind: str, records: Records) -> Study:
     if kind == "curves":
         return curves(records)
     sweep = SWEEPS[kind]
-    rows: list[Record] = []
+    found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
     for record in records:
         if record["method"] == ZERO_SHOT:
             continue
         parts = parts_of(record["recipe"]["rule"])
         for variant in record["variants"]:
             accuracies = variant["rows"][max(variant["rows"], key=int)]["tasks"]
-            value = float(sum(accuracies) / len(accuracies))
-            for series, x in sweep.points(parts, record["chain"], variant):
-                about = {"series": series, "chain": record["chain"], "rule": _named(parts), "seed": record["seed"]}
-                rows.append({**about, sweep.x: x, "accuracy": value})
+            for series, x, task in sweep.points(parts, record["chain"], variant):
+                value = float(sum(accuracies) / len(accuracies)) if task is None else float(accuracies[task])
+                found.setdefault((series, record["chain"], record["seed"], x), []).append((_named(parts), value))
     values: dict[str, set[Any]] = {}
-    for row in rows:
-        values.setdefault(row["series"], set()).add(row[sweep.x])
-    rows = list({tuple(row.values())[:-1]: row for row in rows if len(values[row["series"]]) > 1}.values())
+    for series, _, _, x in found:
+        values.setdefault(series, set()).add(x)
+    most = max(map(len, values.values()), default=2)
+    fewest = max(2, most - 1) if kind == "penalties" else 2  # the unmerged model is not one of independent tasks
+    rows: list[Record] = [
+        {
+            "series": series,
+            "chain": chain,
+            "rule": told[0][0],
+            "seed": seed,
+            sweep.x: x,
+            "accuracy": float(np.mean([value for _, value in told])),
+        }
+        for (series, chain, seed, x), told in found.items()
+        if len(values[series]) >= fewest
+    ]
     if not rows:
         raise MagMaxError(
             f"{kind} needs a rule that was measured with at least two values of {sweep.x}, and there is none; run "
