@@ -11,6 +11,10 @@ from .records import Record, Study, bands
 from .tally import WHOLE, Tally
 
 
+TOO_FEW = 0.001
+"""A group of elements that is smaller than this share of the model is not compared with others."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where models come from: the chain of a benchmark and its seed; "given" and 0 for files that a user names."""
@@ -68,15 +72,19 @@ def consistency(tallies: Tallies) -> Study:
         "Elements by how many task vectors move them in one direction, the more common one; and the mean of the "
         "largest magnitude among the task vectors, max |tau|, in each group."
     )
-    told = bands(records, ["chain", "agreeing"], "largest")
+    told, shares = bands(records, ["chain", "agreeing"], "largest"), bands(records, ["chain", "agreeing"], "share")
     findings: list[str] = []
     for chain in dict.fromkeys(record["chain"] for record in records):
-        known = [(group, band.mean) for (name, group), band in told.items() if name == chain and band.n and group]
+        known = [
+            (group, band.mean)
+            for (name, group), band in told.items()
+            if name == chain and band.n and group and shares[name, group].mean >= TOO_FEW
+        ]
         if len(known) > 1 and known[0][1] > 0:
             (few, low), (many, high) = known[0], known[-1]
             findings.append(
                 f"{_words(chain)}elements that {many} tasks move the same way have {high / low:.2g} times the largest "
-                f"magnitude of those where only {few} agree."
+                f"magnitude of those where only {few} do."
             )
     return Study(
         "consistency", "The larger a change, the more tasks agree?", definition, records, _inputs(tallies), findings

@@ -1,0 +1,98 @@
+"""What each calibration gains over what one well-chosen scaling factor does, from results of `magmax bench`.
+
+    .venv/bin/python benchmarks/magic.py FOLDER ... --out TABLES.md
+
+For each folder and chain a table of accuracies, a row for each rule: as merged with the rule's own scaling factor, with
+the one chosen on validation examples (the control), and calibrated in each way of the recipe. Then a table of what each
+calibration gains over the control, and of what the control itself gains, in points with the p of a paired t-test over
+seeds; its last row is of the mean over all rules. Then what each method takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from compare import Result, drawn, percent
+
+from magmax.continual.experiment import rule_name
+from magmax.continual.tables import Mean, paired
+
+OWN, CONTROL = "own factor", "chosen factor"
+Values = Mapping[int, float]
+
+
+def columns(result: Result, rule: str, chain: str, measure: str | None = None) -> dict[str, Values]:
+    """A rule's accuracies by seed, or another measure: as merged, under the control, and under each calibration."""
+    more = [] if measure is None else [measure]
+    names = {rule_name(choice): f"{rule}+{rule_name(choice)}/{chain}" for choice in result.recipe["calibrations"]}
+    found = {OWN: result.values(f"{rule}/{chain}", "default", *more)}
+    if control := result.values(f"{rule}/{chain}", "chosen", *more):
+        found[CONTROL] = control
+    return found | {name: result.values(method, "default", *more) for name, method in names.items()}
+
+
+def gain(of: Values, over: Values) -> str:
+    """In points, with the p of a paired t-test over the seeds that both have."""
+    seeds = sorted(of.keys() & over.keys())
+    if not seeds:
+        return "-"
+    pair = paired("", "", "", [of[s] for s in seeds], [over[s] for s in seeds])
+    points = f"{100 * pair.difference.mean:+.1f}"
+    return f"{points} (p = {pair.p_t:.2g})" if len(seeds) > 1 else points
+
+
+def over_rules(every: Sequence[Values]) -> Values:
+    """By seed, the mean over rules."""
+    seeds = set.intersection(*(set(one) for one in every))
+    return {seed: float(np.mean([one[seed] for one in every])) for seed in seeds}
+
+
+def tables(result: Result) -> str:
+    text = f"## {result.name}\n\n"
+    rules = [rule_name(rule) for rule in result.recipe["rules"]]
+    for chain in dict.fromkeys(method.partition("/")[2] for method in result.methods if "/" in method):
+        found = {rule: columns(result, rule, chain) for rule in rules}
+        found = {rule: own for rule, own in found.items() if own[OWN]}
+        names = list(next(iter(found.values())))
+        known = {m: result.values(m, "default") for m in ("zero_shot", f"last/{chain}")}
+        references = [f"{method.partition('/')[0]} {percent(own)}" for method, own in known.items() if own]
+        text += f"### {chain} checkpoints\n\nAccuracy; {', '.join(references)}.\n\n"
+        lines = [[rule, *(percent(own[name]) if own[name] else "-" for name in names)] for rule, own in found.items()]
+        text += drawn(["rule", *names], lines) + "\n\n"
+        base = CONTROL if CONTROL in names else OWN
+        found["**mean over rules**"] = {name: over_rules([own[name] for own in found.values()]) for name in names}
+        lines = [
+            [rule, *(gain(own[base], own[OWN]) for _ in [0] if base == CONTROL)]
+            + [gain(own[name], own[base]) for name in names if name not in (OWN, CONTROL)]
+            for rule, own in found.items()
+        ]
+        head = [f"{CONTROL} over own"] if base == CONTROL else []
+        head += [f"{name} over {base}" for name in names if name not in (OWN, CONTROL)]
+        text += drawn(["rule", *head], lines) + "\n\n"
+        times = {rule: columns(result, rule, chain, "evaluating seconds") for rule in rules}
+        lines = [
+            [rule, *(f"{Mean.of(list(own[name].values())).mean:.2f}" if own[name] else "-" for name in names)]
+            for rule, own in times.items()
+            if base == OWN
+        ]
+        text += f"Seconds to evaluate:\n\n{drawn(['rule', *names], lines)}\n\n" if lines else ""
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    text = "# MAGIC's calibrations after every rule\n\nAccuracies in %, average over tasks after the last, mean ± "
+    text += "standard deviation over seeds.\n\n" + "".join(tables(Result(folder)) for folder in given.folders)
+    print(text)
+    if given.out:
+        given.out.write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
