@@ -60,12 +60,13 @@ def study(
     if top is not None and (what != "conflicts" or not 0 < top <= 1):
         raise MagMaxError(f"--top is a fraction from 0 to 1 for the study conflicts, not {top} for {what}")
     found, cells = _studied(what, models, base, source, top, threads)
+    files = [] if out is None else _written(found, cells, Path(out))  # first: who reads what is printed may stop early
     if as_json:
         print(found.as_json(), end="")
     else:
         _print(found)
-    if out is not None:
-        print(", ".join(map(str, _written(found, cells, Path(out)))))
+    if files:
+        print(", ".join(map(str, files)))
 
 
 def report(

@@ -37,17 +37,20 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
 
 
 def show(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> None:
-    """The table on the terminal, as wide as it needs to be."""
+    """The table on the terminal, as wide as it needs to be; without records, only what is not run."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(width=None if Console().is_terminal else 200)
+    if not records:
+        console.print(*not_run(experiment, records), highlight=False)
+        return
     rows = tidy(records)
     drawn = Table(*HEADER[:1], title="Accuracies in %, mean ± standard deviation over seeds")
     for name in HEADER[1:]:
         drawn.add_column(name, justify="right")
     for line in table(rows):
         drawn.add_row(*line)
-    console = Console(width=None if Console().is_terminal else 200)
     console.print(drawn)
     for line in (*about(experiment, records), *comparisons(rows), *not_run(experiment, records)):
         console.print(line, highlight=False)
