@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/magic.py FOLDER ... --out TABLES.md
 
 For each folder and chain a table of accuracies, a row for each rule: as merged with the rule's own scaling factor, with
-the one chosen on validation examples (the control), and calibrated in each way of the recipe. Then two tables of what is
-gained over the own factor, and over the control, in points with the p of a paired t-test over seeds; their last row is of
-the mean over all rules. Where nothing was chosen, the seconds that evaluating takes.
+the one chosen on validation examples (the control), and calibrated in each way of the recipe. Then two tables of what
+is gained over the own factor, and over the control, in points with the p of a paired t-test over seeds; their last row
+is of the mean over all rules. Where nothing was chosen, the seconds that evaluating takes.
 """
 
 from __future__ import annotations
