@@ -70,6 +70,19 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(run, files, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+def test_a_device_is_worked_on_or_refused_before_anything_is_done(run, files, tmp_path):
+    base, tasks = files
+    words = ("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors", "--device")
+    code, _, err = run(*words, "cuda:99", "--dry-run")
+    assert code == 2
+    assert "cuda:99: torch" in err
+    assert run(*words, "cpu")[0] == 0
+    assert same_bytes(
+        loaded(tmp_path / "out.safetensors"),
+        loaded(magmax.merge("magmax", base, tasks, out=tmp_path / "b.safetensors")),
+    )
+
+
 def test_a_dry_run_reports_problems_with_exit_code_2(run, files, tmp_path):
     base, tasks = files
     code, _, err = run("merge", "--base", base, *tasks, "--out", tasks[0], "--dry-run")

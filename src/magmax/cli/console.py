@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def shown_settings(
-    total: int, words: str, threads: int, restart: bool, scheduler: str | None = None
+    total: int, words: str, threads: int, restart: bool, scheduler: str | None = None, device: str | None = None
 ) -> Generator[Settings]:
     """Settings with the workers of a scheduler, if one is named; their progress is a bar on stderr, if that is a
     terminal."""
@@ -29,7 +29,7 @@ def shown_settings(
     from ..engine.workers import at_scheduler
 
     with at_scheduler(scheduler) as executor, _bar(total, words) as progress:
-        yield Settings(threads, restart, progress, say, executor)
+        yield Settings(threads, restart, progress, say, executor, device=device)
 
 
 @contextmanager
@@ -54,13 +54,19 @@ def _bar(total: int, words: str) -> Generator[Callable[[int], None]]:
 
 
 def done_or_shown(
-    job: Job, words: str, threads: int, restart: bool, dry_run: bool, scheduler: str | None = None
+    job: Job,
+    words: str,
+    threads: int,
+    restart: bool,
+    dry_run: bool,
+    scheduler: str | None = None,
+    device: str | None = None,
 ) -> Outcome | None:
     """Do the job under a bar of these words; or, on a dry run, print what it would cost."""
     if dry_run:
         print_preview(job, threads, scheduler)
         return None
-    with shown_settings(job.read_bytes, words, threads, restart, scheduler) as settings:
+    with shown_settings(job.read_bytes, words, threads, restart, scheduler, device) as settings:
         return job.run(settings)
 
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
-from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
+from .options import Device, DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,7 @@ def merge(
     restart: Restart = False,
     threads: Threads = 0,
     scheduler: Scheduler = None,
+    device: Device = None,
 ) -> None:
     """Merge fine-tuned models into their base.
 
@@ -72,8 +73,8 @@ def merge(
 
     plan = _plan(models, flags)
     print_notes(plan)
-    job = plan.job(settings=Settings(threads, note=say))
-    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler)
+    job = plan.job(settings=Settings(threads, note=say, device=device))
+    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
     if outcome is None:
         return
     for line in job.report():

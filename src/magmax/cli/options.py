@@ -16,6 +16,10 @@ Scheduler = Annotated[
         "output's folder at the same paths."
     ),
 ]
+Device = Annotated[
+    str | None,
+    Parameter(help="Where the rule works on blocks: cuda, or cuda:1 for the second. The processors by default."),
+]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
 Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]

@@ -50,6 +50,8 @@ class Settings:
             of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path again, so
             that they need the inputs and the output's folder on a file system that all share.
         ground: what those workers must see; a job finds out.
+        device: where rules merge: "cuda", "cuda:1" ..., or "cpu" for torch on the processors. By default numpy there.
+            Rules that take singular values round otherwise on another device; all others give the same bytes.
     """
 
     threads: int = 0
@@ -58,10 +60,17 @@ class Settings:
     note: Callable[[str], None] = lambda _: None
     executor: Executor | None = None
     ground: Ground | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise MagMaxError(f"threads must be 0 (one for each processor) or more, not {self.threads}")
+        if self.device is not None:
+            try:
+                from .device import device_named
+            except ImportError as error:
+                raise MagMaxError(f"device={self.device} needs torch: pip install 'magmax[torch]'") from error
+            device_named(self.device)
 
     @property
     def crew(self) -> Crew:
@@ -103,10 +112,21 @@ Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Wor
 
 def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
     """The pass of the job's kernel over all inputs."""
-    kernel = job.kernel.prepared(settings.crew, settings.progress)
-    if words := kernel.note():
+    return Pass(job.inputs, sinks, prepared(job.kernel, settings), settings.crew, True, journal, parts)
+
+
+def prepared(kernel: Kernel, settings: Settings) -> Kernel:
+    """The kernel, once it has found out what it must know, where the settings will have it work."""
+    kernel = kernel.prepared(settings.crew, settings.progress)
+    notes = [kernel.note()]
+    if settings.device is not None:
+        from .device import on_device
+
+        kernel, more = on_device(kernel, settings.device)
+        notes += more
+    for words in filter(None, notes):
         settings.note(words)
-    return Pass(job.inputs, sinks, kernel, settings.crew, True, journal, parts)
+    return kernel
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
 from .companions import companions
 from .compare import Match, Mismatch, compare
-from .job import Job, Settings, provenance_file
+from .job import Job, Settings, prepared, provenance_file
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import Reader
 from .stream import Pass
@@ -232,10 +232,8 @@ class MergesInMemory:
     ) -> None:
         rule = holding(rule) if hold and settings.executor is None else rule
         kernel = _kernel(rule, base, models, options, _match(rule, base, models, options))
-        self.kernel = kernel.prepared(settings.crew, settings.progress)
+        self.kernel = cast("MergeKernel", prepared(kernel, settings))
         self.inputs, self.settings = [base, *models], settings
-        if words := self.kernel.note():
-            settings.note(words)
 
     def at(self, factor: Number) -> dict[str, NDArray[Any]]:
         """The merged tensors as stored units, flat, by the base's own keys."""

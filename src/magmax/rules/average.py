@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .base import State, StreamingRule
+from .base import State, StreamingRule, divide
 from .plan import Address, Array
 from .values import Numbers, each, need, one
 
@@ -46,7 +46,7 @@ class Average(StreamingRule):
 
     def finish(self, state: State, tasks: int) -> Array:
         (total,) = state
-        total /= sum(each(self.weights, tasks))
+        divide(total, sum(each(self.weights, tasks)))
         return total
 
 

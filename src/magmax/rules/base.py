@@ -189,6 +189,11 @@ def bits(values: Array) -> Array:
     return values.view(kind)
 
 
+def divide(values: Array, by: float) -> None:
+    """Divide in place, rounded once: by a bare number torch would multiply by its reciprocal on a GPU."""
+    values /= namespace(values).asarray(by, dtype=values.dtype, device=getattr(values, "device", None))
+
+
 def keeps(incumbent: Array, challenger: Array) -> Array:
     """All ones where |incumbent| > |challenger|, all zeros where the challenger wins or ties; all three are `bits`.
 

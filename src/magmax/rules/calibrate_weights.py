@@ -52,6 +52,7 @@ class CalibrateWeights(After):
 
     name: ClassVar[str] = "calibrate_weights"
     paper: ClassVar[str] = "Li et al., MAGIC, 2025, arXiv 2512.19320"
+    numpy_alone: ClassVar[bool] = True
 
     form: Literal["norm", "ellipsoid"] = "norm"
     per: Literal["tensor", "row"] | None = None

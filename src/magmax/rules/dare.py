@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
+from .base import divide
 from .before import Before
 from .chance import masked_at_random
 from .plan import Address, Answer, Array
@@ -34,5 +35,5 @@ class Dare(Before):
     def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
         keep = 1 - one(self.drop, task)
         kept = masked_at_random(delta, keep, "dare", self.seed, task, at)
-        kept /= keep
+        divide(kept, keep)
         return kept

@@ -79,6 +79,7 @@ class Della(Before):
 
     name: ClassVar[str] = "della"
     paper: ClassVar[str] = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
+    numpy_alone: ClassVar[bool] = True
 
     density: Numbers = 0.5
     epsilon: Numbers = 0.15

@@ -19,10 +19,18 @@ class Part(ABC):
     Attributes:
         name: the word for it in recipes and on the command line.
         paper: where it comes from.
+        numpy_alone: whether it takes arrays in the processor's memory only.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    numpy_alone: ClassVar[bool] = False
+
+    @property
+    def portable(self) -> bool:
+        """Whether it and all its parts work on arrays wherever these are, as on a GPU."""
+        parts = (option for option in _options(self) if isinstance(option, Part))
+        return not self.numpy_alone and all(part.portable for part in parts)
 
     @property
     def varies(self) -> bool:

@@ -45,6 +45,7 @@ class Tunable(Rule):
     name: ClassVar[str] = "tunable"
     scaling_factor: ClassVar[float] = 0.5
     paper: ClassVar[str] = "Hiroshima et al., Tunable MagMax, arXiv 2605.20803"
+    numpy_alone: ClassVar[bool] = True
 
     preference: Sequence[float] | Mapping[str, float] = ()
     span: Literal["model", "tensor"] = "model"

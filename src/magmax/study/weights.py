@@ -10,7 +10,6 @@ from ..errors import MagMaxError, nearest
 from .records import Record, Study, bands
 from .tally import WHOLE, Tally
 
-
 TOO_FEW = 0.001
 """A group of elements that is smaller than this share of the model is not compared with others."""
 
