@@ -35,6 +35,7 @@ class Calibrate(BaseModel):
         model: the folder of the model's config and tokenizer, where neither the merged model nor the base is one.
         norm: of a magnitude: by default l2 of weights and l1 of features.
         form, per, guard: in weight space, see `CalibrateWeights`.
+        ratio: in feature space, of magnitudes at each "place" (token, channel), or of those of each whole "sample".
         inputs: in feature space, whether a layer sees what the "calibrated" or the "merged" layers before it make.
         sensitive: a file of sensitive tensors, whose xi is at most 1; every other is then at least 1.
         max_tokens: the tokens of a text that are used.
@@ -51,6 +52,7 @@ class Calibrate(BaseModel):
     form: Literal["norm", "ellipsoid"] = "norm"
     per: Literal["tensor", "row"] | None = None
     guard: float = 1.0
+    ratio: Literal["place", "sample"] = "place"
     inputs: Literal["calibrated", "merged"] = "calibrated"
     sensitive: str | None = None
     max_tokens: int = Field(64, ge=1)
@@ -114,7 +116,7 @@ class Calibrating:
         tensors = {key: gram.tensors[name] for key, name in names.items() if name in gram.tensors}
         apart = {key: gram.apart[name] for key, name in names.items() if name in gram.apart}
         sensitive = None if self.sensitive is None else [keys[name] for name in self.sensitive if name in keys]
-        options = FeatureOptions(self.chosen.norm or "l1", self.chosen.inputs, sensitive)
+        options = FeatureOptions(self.chosen.norm or "l1", self.chosen.ratio, self.chosen.inputs, sensitive)
         found = calibrate_features(
             module,
             base,

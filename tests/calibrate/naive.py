@@ -49,6 +49,7 @@ def calibrated(
     run: Callable,
     layers: Sequence[str],
     sequential: bool = True,
+    ratio: str = "place",
 ) -> tuple[dict[str, float], State]:
     """xi of each of the layers, in the order of their calls, and the calibrated weights."""
     state = {key: value.clone() for key, value in merged.items()}
@@ -63,7 +64,7 @@ def calibrated(
             for item in own:
                 for args in inputs_of(here, layer, item, run):
                     with torch.no_grad():
-                        kind = kind_of(now)
+                        kind = kind_of(now) if ratio == "place" else "norm"
                         f_k = places(kind, task(*args).double() - start(*args).double())
                         f_m = places(kind, now(*args).double() - start(*args).double())
                     ratios.append((f_k / f_m)[f_m > 0])

@@ -54,16 +54,17 @@ NETS = {
 
 
 @pytest.mark.parametrize("sequential", [True, False], ids=["calibrated inputs", "merged inputs"])
+@pytest.mark.parametrize("ratio", ["place", "sample"])
 @pytest.mark.parametrize("name", NETS)
-def test_as_defined(name, sequential):
+def test_as_defined(name, ratio, sequential):
     """float64; norms are ratios of sums of about a hundred terms, so 1e-9 is ample."""
     kind, given, layers, samples = NETS[name]
     model = made(kind, *given)
     base, models = tuned(model)
     merged = averaged(base, models)
-    xis, state = naive.calibrated(model, base, merged, models, samples, run_items, layers, sequential)
+    xis, state = naive.calibrated(model, base, merged, models, samples, run_items, layers, sequential, ratio)
     model.load_state_dict(merged)
-    options = FeatureOptions(inputs="calibrated" if sequential else "merged")
+    options = FeatureOptions(ratio=ratio, inputs="calibrated" if sequential else "merged")
     found = calibrate_features(model, base, models, samples, options=options)
     told = {layer.name: layer for layer in found.report.layers}
     for layer in layers:

@@ -99,6 +99,7 @@ def test_what_was_measured_before_is_read_and_not_measured_again() -> None:
         ({"calibrations": [{"fsc": {"n": 0}}]}, "fsc needs n to be a whole number of 1 or more, not 0"),
         ({"calibrations": [{"dsc": {"inputs": "raw"}}]}, "dsc needs inputs to be calibrated or merged"),
         ({"calibrations": [{"dsc": {"per": "column"}}]}, "dsc needs per to be tensor or row, not 'column'"),
+        ({"calibrations": [{"fsc": {"ratio": "token"}}]}, "fsc needs ratio to be place or sample, not 'token'"),
         ({"calibrations": [{"fsc": {"folded": "no"}}]}, "fsc needs folded to be true or false, not 'no'"),
         ({"calibrations": [{"wsc": {"form": "round"}}]}, "form"),
         ({"calibrations": ["fsc"], "validation": 0}, "fsc measures features on validation examples"),

@@ -31,6 +31,8 @@ class FeatureOptions:
 
     Attributes:
         norm: of a feature vector's magnitude: "l1", as the public code has it, or "l2".
+        ratio: "place": of magnitudes at each token or channel, as published; a few places that the merge hardly moves
+            may then dominate the mean. "sample": of those of whole samples.
         inputs: "calibrated": a layer's inputs come from the model whose earlier layers are calibrated already;
             "merged": from the merged model as it was given.
         sensitive: keys of tensors whose coefficient may not exceed 1; if there are any, that of every other tensor may
@@ -40,6 +42,7 @@ class FeatureOptions:
     """
 
     norm: Literal["l1", "l2"] = "l1"
+    ratio: Literal["place", "sample"] = "place"
     inputs: Literal["calibrated", "merged"] = "calibrated"
     sensitive: Collection[str] | None = None
     mismatch: Literal["strict", "base"] = "strict"
@@ -113,7 +116,7 @@ def calibrate_features(
     if gram is None:
         gram = measure_gram(opened, merged, others, names, settings, options.mismatch)
         gram.check("the merged model", options.any_model)
-    work = Measurement(model, opened, others, names, samples, run, gram, options.norm, options.sensitive)
+    work = Measurement(model, opened, others, names, samples, run, gram, options.norm, options.ratio, options.sensitive)
     with evaluating(model), torch.no_grad():
         work.calibrate(sequential=options.inputs == "calibrated")
     return Calibration(work.coefficients, work.report())

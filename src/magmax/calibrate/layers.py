@@ -74,12 +74,12 @@ class Part:
         """The type its features are measured in."""
         return torch.float64 if next(iter(self.pieces.values())).parameter.dtype == torch.float64 else torch.float32
 
-    def magnitudes(self, features: Tensor, squared: bool = False) -> Tensor:
+    def magnitudes(self, features: Tensor, squared: bool = False, whole: bool = False) -> Tensor:
         """The L1 norm (or L2) of the features at every place: a token's, a channel's of a convolution, a norm's whole.
 
-        Features of an input of one sample, as the layer gives them; the result is flat.
+        Features of an input of one sample, as the layer gives them; the result is flat. `whole`: of all of it at once.
         """
-        if self.kind == "norm":
+        if whole or self.kind == "norm":
             flat = features.reshape(1, -1)
         elif self.kind == "conv":
             flat = features.flatten(-(next(iter(self.pieces.values())).parameter.dim() - 2)).flatten(0, -2)

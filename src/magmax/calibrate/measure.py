@@ -60,6 +60,7 @@ class Measurement:
     run: Run
     gram: Gram
     norm: str = "l1"
+    ratio: str = "place"
     sensitive: Collection[str] | None = None
     coefficients: Coefficients = field(default_factory=dict)
 
@@ -197,7 +198,8 @@ class Measurement:
         for number, inputs in calls.items():
             device = next(iter(delta.values())).device.type
             with torch.autocast(device, enabled=False):
-                found[number] = part.magnitudes(part.change(delta, inputs), squared=self.norm == "l2")
+                features = part.change(delta, inputs)
+                found[number] = part.magnitudes(features, squared=self.norm == "l2", whole=self.ratio == "sample")
             if not found[number].isfinite().all():
                 task, sample, _ = self._items[number]
                 raise MagMaxError(

@@ -26,6 +26,7 @@ def calibrate(
     form: Literal["norm", "ellipsoid"] = "norm",
     per: Literal["tensor", "row"] | None = None,
     guard: float = 1.0,
+    ratio: Literal["place", "sample"] = "place",
     inputs: Literal["calibrated", "merged"] = "calibrated",
     sensitive: str | None = None,
     max_tokens: int = 64,
@@ -67,6 +68,9 @@ def calibrate(
         In weight space: one coefficient for each tensor (the norm's default) or each of its rows (the ellipsoid's).
     guard
         In weight space: leave tensors alone where the mean of the task vectors' cosine matrix is above this.
+    ratio
+        In feature space: of magnitudes at each place (token, channel), as published, or of whole samples, where places
+        that the merge hardly moves count for little.
     inputs
         In feature space: a layer sees what the calibrated layers before it make, or what the merged ones made.
     sensitive
@@ -98,7 +102,7 @@ def calibrate(
         raise MagMaxError(f"n and max_tokens are 1 or more, and seed 0 or more; not {n}, {max_tokens} and {seed}")
     chosen = Calibrate(
         space=space, samples=samples, n=n, seed=seed, model=model, norm=norm, form=form, per=per, guard=guard,
-        inputs=inputs, sensitive=sensitive, max_tokens=max_tokens, any_model=any_model,
+        ratio=ratio, inputs=inputs, sensitive=sensitive, max_tokens=max_tokens, any_model=any_model,
     )  # fmt: skip
     opened = open_checkpoint(base)
     start = open_checkpoint(merged, base=opened)

@@ -214,7 +214,7 @@ class _Measured:
             self.paths[:learned],
             samples_of(self.here, self.here.tasks_of(self.cell.chain)[:learned], self.options["n"]),
             lambda model, items: encoder(items),
-            FeatureOptions(self.options["norm"], self.options["inputs"]),
+            FeatureOptions(self.options["norm"], self.options["ratio"], self.options["inputs"]),
             settings=Settings(threads=1),
         )
         if not self.options.get("folded", True):

@@ -33,8 +33,8 @@ nothing, but takes the models that are named, one for each task, as if they had 
 
 CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {
     "wsc": {"form": "norm", "per": None, "norm": "l2", "guard": 1.0},
-    "fsc": {"n": 8, "norm": "l1", "inputs": "calibrated", "folded": True},
-    "dsc": {"n": 8, "norm": "l1", "inputs": "calibrated", "per": None},
+    "fsc": {"n": 8, "norm": "l1", "ratio": "place", "inputs": "calibrated", "folded": True},
+    "dsc": {"n": 8, "norm": "l1", "ratio": "place", "inputs": "calibrated", "per": None},
 }
 """MAGIC's ways to give a merged model its magnitudes back, and their options: in weight space (`calibrate_weights`), in
 feature space with n validation examples of each task (for comparison not folded into the weights), and the one of
@@ -42,6 +42,7 @@ length alone, per tensor or row, and then the other."""
 
 ALLOWED: Mapping[str, Sequence[Any]] = {
     "norm": ("l1", "l2"),
+    "ratio": ("place", "sample"),
     "inputs": ("calibrated", "merged"),
     "folded": (True, False),
     "per": ("tensor", "row", None),
