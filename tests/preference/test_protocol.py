@@ -220,6 +220,12 @@ def test_what_is_there_is_read_and_what_is_damaged_is_measured_again(
     assert len(list(folder.iterdir())) == len(stamps) + 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_study_that_was_stopped_has_its_tables_too(records: dict[str, Any], count: int, tmp_path: Path) -> None:
+    files = write_report(study(), EXPERIMENT, list(records.values())[:count], tmp_path)
+    assert f"{sum(record['merges'] for record in list(records.values())[:count])} merges" in files[2].read_text()
+
+
 def test_the_files_agree_with_the_records(records: dict[str, Any], place: Path) -> None:
     files = write_report(study(), EXPERIMENT, list(records.values()), place)
     with files[0].open(newline="") as lines:

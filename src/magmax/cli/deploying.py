@@ -24,6 +24,8 @@ def environments(
 ) -> None:
     """Measure what each preference is worth where tasks occur in other mixtures: the benchmark of the rule tunable.
 
+    Where it is stopped, or a part fails, the tables hold what is measured.
+
     Parameters
     ----------
     recipe
@@ -52,8 +54,11 @@ def environments(
 
     with hired(jobs, scheduler) as executor, bars() as new_bar:
         work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
-        records = work.run()
-    files = write_report(study, experiment, records, Path(out))
+        try:
+            work.run()
+        finally:
+            records = work.finished()
+            files = write_report(study, experiment, records, Path(out)) if records else []
     print(files[-1].read_text("utf-8"), end="")
     print(", ".join(map(str, files)))
 

@@ -85,7 +85,7 @@ def sections(study: Study, rows: Sequence[Row]) -> list[str]:
 
 def widest(rows: Sequence[Row]) -> int:
     """The most tasks that some environment has."""
-    return max(len(shares_of(row["mixture"])) for row in rows if row["mixture"])
+    return max((len(shares_of(row["mixture"])) for row in rows if row["mixture"]), default=0)
 
 
 def ordered(table: Table, kinds: Sequence[str], draws: int | None = None) -> list[tuple[str, str, list[float]]]:

@@ -47,9 +47,8 @@ class Runs:
 
     def run(self) -> list[Record]:
         """Measure what is missing; the records of all parts. Raises what a job raised; finished parts stay."""
-        tasks = len(context(self.experiment, self.study.seeds[0]).tasks)
-        pairs = [(seed, chain) for seed in self.study.seeds for chain in self.study.chains]
-        parts = [Part(*pair, name) for pair in pairs for name in self.study.parts(tasks)]
+        parts = self.parts
+        pairs = list(dict.fromkeys((part.seed, part.chain) for part in parts))
         words = self.study.model_dump_json(), self.experiment.model_dump_json(), str(self.out)
         missing = {part[:2] for part in parts if self.read(part) is None}
         jobs = [self.executor.submit(run_parts, *words, *pair, self.threads) for pair in pairs if pair in missing]
@@ -63,7 +62,18 @@ class Runs:
         finally:
             for job in jobs:
                 job.cancel()
-        return [record for part in parts if (record := self.read(part)) is not None]
+        return self.finished()
+
+    @property
+    def parts(self) -> list[Part]:
+        """Everything that there is to measure."""
+        tasks = len(context(self.experiment, self.study.seeds[0]).tasks)
+        pairs = [(seed, chain) for seed in self.study.seeds for chain in self.study.chains]
+        return [Part(*pair, name) for pair in pairs for name in self.study.parts(tasks)]
+
+    def finished(self) -> list[Record]:
+        """The records of all parts that are measured."""
+        return [record for part in self.parts if (record := self.read(part)) is not None]
 
     def read(self, part: Part) -> Record | None:
         """The record of a part, if one of the same recipe is there."""
