@@ -119,7 +119,7 @@ def test_a_rule_of_the_processors_says_so(rule, tmp_path) -> None:
     told: list[str] = []
     settings = Settings(device="cpu", note=told.append)
     magmax.merge(rule, base, models, out=tmp_path / "out.safetensors", settings=settings)
-    assert any("on the processors alone" in words for words in told)
+    assert any("by the processors alone" in words for words in told)
 
 
 @pytest.mark.parametrize("name", ["warp", "meta", "cuda:99"])

@@ -120,10 +120,9 @@ class DeviceKernel(MergeKernel):
 
 
 def on_device(kernel: Any, name: str) -> tuple[Any, Sequence[str]]:
-    """The kernel at work on a device, and what a user should hear of it; kernels that merge nothing are left alone."""
-    if not isinstance(kernel, MergeKernel):
-        return kernel, []
+    """The kernel at work on a device, and what a user should hear of it; what can only be done here is left here."""
     device = device_named(name)
-    if not kernel.rule.portable:
-        return kernel, [f"{kernel.rule.name} works on the processors alone, and so it does here"]
-    return DeviceKernel.of(kernel, device), []
+    if isinstance(kernel, MergeKernel) and kernel.rule.portable:
+        return DeviceKernel.of(kernel, device), []
+    what = kernel.rule.name if isinstance(kernel, MergeKernel) else "this"
+    return kernel, [f"{what} is done by the processors alone, not on {name}"]
