@@ -92,6 +92,8 @@ class Calibrating:
         """
         gram = measure_gram(self.base, self.merged, self.models, self.names, settings)
         gram.check(self.merged.label, self.chosen.any_model)
+        if doubt := gram.doubt(self.merged.label):
+            settings.note(doubt)
         if self.chosen.space == "feature":
             return self._features({}, gram, settings)
         transform = CalibrateWeights(

@@ -54,6 +54,15 @@ def test_every_rule_makes_a_merge(rule, tasks):
     found.check("merged")
 
 
+def test_a_merge_of_others_that_are_a_little_alike_is_doubted() -> None:
+    base, models = states(4, 0.05)
+    merged = magmax.merge("average", base, models[:2])
+    assert measured(base, merged, models[:2]).doubt("merged") == ""
+    doubtful = measured(base, merged, models[2:])
+    assert "a, b" in doubtful.doubt("merged")
+    assert 0.05 < doubtful.correlation < 0.3
+
+
 def test_an_unrelated_model_is_refused_and_lengths_and_cosines_are_told():
     base, (first, second, other) = states(3, 0.0)
     found = measured(base, other, [first, second])

@@ -13,6 +13,9 @@ from ..errors import MagMaxError
 LEAST_CORRELATION = 0.05
 """Below this multiple correlation with the task vectors, an update is taken for none of theirs."""
 
+DOUBTFUL_CORRELATION = 0.3
+"""Below this, which most merges reach, a user is told."""
+
 Matrix = NDArray[np.float64]
 
 
@@ -60,6 +63,15 @@ class Gram:
                 f"correlation of {correlation:.2g} with theirs, and merges have {LEAST_CORRELATION} or more; name the "
                 "models it was made of, or calibrate it in spite of that with --any-model"
             )
+
+    def doubt(self, merged: str) -> str:
+        """What makes it doubtful that this is a merge of the models; empty where nothing does."""
+        if self.correlation >= DOUBTFUL_CORRELATION:
+            return ""
+        return (
+            f"{merged}: its change from the base has a multiple correlation of {self.correlation:.2g} with those of "
+            f"{', '.join(self.names)}, and most merges have {DOUBTFUL_CORRELATION} or more; are these its models?"
+        )
 
     @property
     def correlation(self) -> float:
