@@ -58,6 +58,8 @@ def tables(result: Result) -> str:
     for chain in dict.fromkeys(method.partition("/")[2] for method in result.methods if "/" in method):
         found = {rule: columns(result, rule, chain) for rule in rules}
         found = {rule: own for rule, own in found.items() if own[OWN]}
+        if not found:
+            continue
         names = list(next(iter(found.values())))
         known = {m: result.values(m, "default") for m in ("zero_shot", f"last/{chain}")}
         references = [f"{method.partition('/')[0]} {percent(own)}" for method, own in known.items() if own]

@@ -49,6 +49,20 @@ def test_every_rule_that_is_not_of_whole_matrices_gives_the_same_bytes(name, dev
 
 
 @pytest.mark.parametrize("device", HERE)
+def test_the_rule_sees_tensors_on_the_device(device, monkeypatch) -> None:
+    seen: list[str] = []
+
+    def step(self: MagMax, state: tuple, vector: torch.Tensor, task: int, at: Address) -> tuple:
+        seen.append(vector.device.type)
+        return (vector,)
+
+    monkeypatch.setattr(MagMax, "step", step)
+    base, *models = (small_model(n) for n in range(3))
+    magmax.merge("magmax", base, models, settings=Settings(device=device))
+    assert set(seen) == {torch.device(device).type}
+
+
+@pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize("name", [name for name, rule in examples().items() if rule.whole])
 def test_rules_of_whole_matrices_agree_to_rounding(name, device, tmp_path) -> None:
     base, *models = (saved(small_model(n), tmp_path / f"{n}.safetensors") for n in range(4))
@@ -92,7 +106,8 @@ def test_what_is_not_finite_is_refused_and_let_through_alike(device, dtype, tmp_
         )
         for n, s in (("usual", Settings()), ("there", Settings(device=device)))
     )
-    assert same_bytes(there, usual)
+    for key, expected in usual.items():  # NaN may have other bits on another device
+        torch.testing.assert_close(there[key], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", HERE)
@@ -119,7 +134,7 @@ def test_a_rule_of_the_processors_says_so(rule, tmp_path) -> None:
     told: list[str] = []
     settings = Settings(device="cpu", note=told.append)
     magmax.merge(rule, base, models, out=tmp_path / "out.safetensors", settings=settings)
-    assert any("by the processors alone" in words for words in told)
+    assert any(words.startswith(("tunable: ", "della: ")) and "processors alone" in words for words in told)
 
 
 @pytest.mark.parametrize("name", ["warp", "meta", "cuda:99"])
@@ -128,7 +143,7 @@ def test_a_device_that_is_none_is_refused(name) -> None:
         Settings(device=name)
 
 
-@pytest.mark.parametrize("name", [name for name, rule in ELEMENTWISE.items() if rule.portable])
+@pytest.mark.parametrize("name", [name for name, rule in ELEMENTWISE.items() if not rule.hindrances])
 def test_no_rule_leaves_the_device_of_its_task_vectors(name, monkeypatch) -> None:
     """On tensors that only pretend to be on a GPU, so that it can be tested without one."""
     monkeypatch.setattr(torch.Tensor, "__invert__", _inverted)  # the pretence knows no ~ and no slices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,29 @@ def test_a_range_includes_both_ends_exactly(text, numbers):
 def test_what_is_no_range_is_an_error(text):
     with pytest.raises(MagMaxError, match=r"0\.1:1\.0:0\.1"):
         factors(text)
+
+
+def test_merges_that_are_held_read_the_models_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_checkpoint(small_model(0), "base")
+    models = [open_checkpoint(small_model(seed), f"model {seed}", base) for seed in (1, 2, 3)]
+    read: list[str] = []
+    monkeypatch.setattr(type(base), "read", _counted(type(base).read, read))
+    merges = MergesInMemory(MagMax(), base, models, Options(), Settings(threads=1), hold=True)
+    counts: list[int] = []
+    for factor in (0.3, 1.0):
+        read.clear()
+        merges.at(factor)
+        counts.append(len([label for label in read if label != "base"]))
+    carried = ("position_ids", "mask", "quantised")
+    assert counts[1] <= len(carried) * len(models) < counts[0]
+
+
+def _counted(read: Any, labels: list[str]) -> Any:
+    def counted(self: Any, *given: Any) -> Any:
+        labels.append(self.label)
+        return read(self, *given)
+
+    return counted
 
 
 @pytest.mark.parametrize("rule", [MagMax(), Ties(density=0.3), Tunable(preference=(1, 2, 1)), CALIBRATED], ids=str)

@@ -33,6 +33,7 @@ from magmax.preference.protocol import run as running  # noqa: E402
 from magmax.preference.protocol.report import write_report  # noqa: E402
 from magmax.preference.protocol.run import Runs  # noqa: E402
 from magmax.preference.protocol.study import Study  # noqa: E402
+from magmax.preference.protocol.tidy import Table, tidy  # noqa: E402
 from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "continual" / "environments"
@@ -223,7 +224,28 @@ def test_what_is_there_is_read_and_what_is_damaged_is_measured_again(
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_study_that_was_stopped_has_its_tables_too(records: dict[str, Any], count: int, tmp_path: Path) -> None:
     files = write_report(study(), EXPERIMENT, list(records.values())[:count], tmp_path)
-    assert f"{sum(record['merges'] for record in list(records.values())[:count])} merges" in files[2].read_text()
+    assert files[2].read_text().startswith(f"NOT ALL IS MEASURED: {count} of {len(records)} parts.")
+
+
+def test_a_seed_that_lacks_an_environment_is_not_averaged_with_whole_ones(records: dict[str, Any]) -> None:
+    other = [{**record, "seed": 1} for name, record in records.items() if name != "D4-0" and name != "D4-1"]
+    table = Table(tidy([*records.values(), *other]))
+    assert len(table.by_seed("magmax", "0.5", ["D2", "D3"])) == 2
+    assert len(table.by_seed("magmax", "0.5", ["D2", "D3", "D4"])) == 1
+
+
+def test_a_study_that_fails_has_its_tables_too(
+    records: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(self: Runs) -> None:
+        raise MagMaxError("a part failed")
+
+    monkeypatch.setattr(Runs, "run", stopped)
+    monkeypatch.setattr(Runs, "finished", lambda self: list(records.values())[:3])
+    monkeypatch.setattr(deploying, "read_study", lambda recipe, words: (study(), EXPERIMENT))
+    with pytest.raises(MagMaxError, match="a part failed"):
+        deploying.environments("any.yaml", out=str(tmp_path))
+    assert "3 of" in (tmp_path / "environments" / "results.md").read_text()
 
 
 def test_the_files_agree_with_the_records(records: dict[str, Any], place: Path) -> None:

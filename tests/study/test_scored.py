@@ -47,6 +47,12 @@ def test_each_kind_finds_its_own_records(records, kind: str, x: str, values: set
     assert len(own) == len(values) * 3, "one for each seed"
 
 
+def test_what_is_calibrated_counts_for_no_study(records) -> None:
+    plain = study_scored("kth", records).records
+    calibrated = [{**record, "calibration": "fsc", "variants": []} for record in records]
+    assert study_scored("kth", [*records, *calibrated]).records == plain
+
+
 def test_one_model_counts_on_its_own_task_alone(records) -> None:
     like = next(record for record in records if record["method"] == "average/independent")
     tasks = range(len(next(iter(like["variants"][0]["rows"].values()))["tasks"]))

@@ -14,7 +14,7 @@ LEAST_CORRELATION = 0.05
 """Below this multiple correlation with the task vectors, an update is taken for none of theirs."""
 
 DOUBTFUL_CORRELATION = 0.3
-"""Below this, which most merges reach, a user is told."""
+"""Most merges have more than this; of one that has less a user is told."""
 
 Matrix = NDArray[np.float64]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,12 @@ def environments(
     with hired(jobs, scheduler) as executor, bars() as new_bar:
         work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
         try:
-            work.run()
-        finally:
-            records = work.finished()
-            files = write_report(study, experiment, records, Path(out)) if records else []
+            records = work.run()
+        except BaseException:
+            with suppress(MagMaxError, OSError, IndexError):  # of what is measured; why it stopped matters more
+                write_report(study, experiment, work.finished(), Path(out))
+            raise
+    files = write_report(study, experiment, records, Path(out))
     print(files[-1].read_text("utf-8"), end="")
     print(", ".join(map(str, files)))
 

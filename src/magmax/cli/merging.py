@@ -73,6 +73,8 @@ def merge(
 
     plan = _plan(models, flags)
     print_notes(plan)
+    if device and plan.adapter_rank is not None:
+        say(f"adapters are merged by the processors alone, not on {device}")
     job = plan.job(settings=Settings(threads, note=say, device=device))
     outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
     if outcome is None:

@@ -192,7 +192,8 @@ class _Measured:
             if self.name in ("fsc", "dsc"):
                 self.calibrate(learned, factor)
             if self.here.experiment.batch_norm == "recalibrated":
-                recalibrate(self.here.encoder, self.here.some_training_items())
+                with self.corrected():
+                    recalibrate(self.here.encoder, self.here.some_training_items())
             self.merging += time.perf_counter() - began
 
     def merged(self, learned: int, factor: float | None) -> dict[str, torch.Tensor]:
@@ -202,7 +203,9 @@ class _Measured:
         base = open_checkpoint(self.here.base, "theta_0")
         if self.held is None or self.held[0] != learned:
             models = [open_checkpoint(path, base=base) for path in self.paths[:learned]]
-            self.held = learned, MergesInMemory(self.rule, base, models, options, Settings(threads=1), hold=True)
+            again = bool(self.here.experiment.factors or self.here.experiment.sweep or self.cell.calibration)
+            hold = again and not isinstance(self.rule, StreamingRule)  # these are quick, and small
+            self.held = learned, MergesInMemory(self.rule, base, models, options, Settings(threads=1), hold=hold)
         return like(self.here.base, base, self.held[1].at(options.factor(self.rule)), options)
 
     def calibrate(self, learned: int, factor: float | None) -> None:

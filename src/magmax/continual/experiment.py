@@ -82,7 +82,7 @@ class Experiment(BaseModel):
         rules: the merge rules, by name or {name: {option: value}}.
         calibrations: each rule's merges are measured as they are, and also calibrated by each of these.
         factors: scaling factors to choose from on the validation examples; beside the rule's own default. What is
-            calibrated has the rule's own: its magnitude no longer depends on the factor.
+            calibrated has the rule's own: the magnitude of its matrices no longer depends on the factor.
         sweep: scaling factors to report, each for itself, on the test examples after the last task; of the same.
         validation: training examples of each class that nothing is trained on, for choosing the factor.
         among: the classes that a test example is told apart from: of the tasks learned so far, or of all tasks.

@@ -14,6 +14,7 @@ from ..checkpoints import Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
 from ..rules import Address, Block, Number, Rule, StreamingRule, places
+from ..rules.held import Held
 from ..rules.plan import Answer
 from ..rules.values import at
 from .ask import ask
@@ -108,6 +109,8 @@ class MergeKernel(Kernel):
         """The rule's merge of the models' task vectors, unscaled."""
         where = Address(slab.key, slab.start)
         rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
+        if isinstance(rule, Held) and (known := rule.recalled(where, slab.stop - slab.start)) is not None:
+            return known
         if isinstance(rule, StreamingRule):
             state = ()
             for task in numbers:

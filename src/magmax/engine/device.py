@@ -7,7 +7,7 @@ others are on the way. What a rule asks before it merges, the processor counts.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -119,10 +119,11 @@ class DeviceKernel(MergeKernel):
         return stored if finite(stored, dtype) else self._stored(slab, fetched(merged, wide))
 
 
-def on_device(kernel: Any, name: str) -> tuple[Any, Sequence[str]]:
+def on_device(kernel: Any, name: str) -> tuple[Any, str]:
     """The kernel at work on a device, and what a user should hear of it; what can only be done here is left here."""
     device = device_named(name)
-    if isinstance(kernel, MergeKernel) and kernel.rule.portable:
-        return DeviceKernel.of(kernel, device), []
-    what = kernel.rule.name if isinstance(kernel, MergeKernel) else "this"
-    return kernel, [f"{what} is done by the processors alone, not on {name}"]
+    if not isinstance(kernel, MergeKernel):
+        return kernel, f"this work is done by the processors alone, not on {name}"
+    if hindrances := kernel.rule.hindrances:
+        return kernel, f"{' and '.join(hindrances)}: merged by the processors alone, not on {name}"
+    return DeviceKernel.of(kernel, device), ""

@@ -39,7 +39,7 @@ DASK_BYTES = 60_000_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How to work, as opposed to what to compute: none of this changes a byte of the result.
+    """How to work, not what to compute: none of this changes a byte of the result, but for what `device` says.
 
     Attributes:
         threads: chunks worked on at once; 0 means one for each processor.
@@ -51,7 +51,8 @@ class Settings:
             that they need the inputs and the output's folder on a file system that all share.
         ground: what those workers must see; a job finds out.
         device: where rules merge: "cuda", "cuda:1" ..., or "cpu" for torch on the processors. By default numpy there.
-            Rules that take singular values round otherwise on another device; all others give the same bytes.
+            Rules that take singular values round otherwise on another device, and NaN that are let through may have
+            other bits; all else has the same bytes.
     """
 
     threads: int = 0
@@ -122,8 +123,8 @@ def prepared(kernel: Kernel, settings: Settings) -> Kernel:
     if settings.device is not None:
         from .device import on_device
 
-        kernel, more = on_device(kernel, settings.device)
-        notes += more
+        kernel, words = on_device(kernel, settings.device)
+        notes.append(words)
     for words in filter(None, notes):
         settings.note(words)
     return kernel

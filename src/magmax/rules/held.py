@@ -19,11 +19,16 @@ class Held(Wrapping):
     )
 
     def merge(self, block: Block, answer: Answer) -> Array:
-        where = block.at, len(block.deltas[0])
-        if where not in self.known:
-            self.known[where] = self.rule.merge(block, answer)
-        merged = self.known[where]
-        return namespace(merged).asarray(merged, copy=True)
+        length = len(block.deltas[0])
+        if (merged := self.recalled(block.at, length)) is None:
+            self.known[block.at, length] = merged = self.rule.merge(block, answer)
+            return namespace(merged).asarray(merged, copy=True)
+        return merged
+
+    def recalled(self, at: Address, length: int) -> Array | None:
+        """A copy of what was merged of so many elements there, if it was."""
+        merged = self.known.get((at, length))
+        return None if merged is None else namespace(merged).asarray(merged, copy=True)
 
 
 def holding(rule: Rule) -> Rule:

@@ -49,7 +49,8 @@ class Cut:
         """All ones (as signed integers) where an entry is kept, all zeros elsewhere."""
         codes = magnitude_codes(delta, self.wide)
         least = self.code if self.last is None or at <= self.last else self.code + 1
-        surplus = np.flatnonzero(np.asarray(codes) == self.code)[self.first :] if at == self.last else ()
+        equal = namespace(codes).nonzero(codes == self.code)[0] if at == self.last else ()
+        surplus = equal[self.first :]
         mask = (least - 1) - codes
         mask >>= 63 if self.wide else 31
         if len(surplus):

@@ -27,10 +27,10 @@ class Part(ABC):
     numpy_alone: ClassVar[bool] = False
 
     @property
-    def portable(self) -> bool:
-        """Whether it and all its parts work on arrays wherever these are, as on a GPU."""
-        parts = (option for option in _options(self) if isinstance(option, Part))
-        return not self.numpy_alone and all(part.portable for part in parts)
+    def hindrances(self) -> list[str]:
+        """What of it takes arrays in the processor's memory only, by name: nothing, where it works on a GPU too."""
+        inside = [name for option in _options(self) if isinstance(option, Part) for name in option.hindrances]
+        return [self.name] * self.numpy_alone + inside
 
     @property
     def varies(self) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from .base import Rule, bits
+from .base import Rule, bits, divide
 from .elect import agreeing, disjoint_mean, left_sum, weigh
 from .magnitude import Cut, apply_mask, largest
 from .plan import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace, seen
@@ -82,7 +82,7 @@ def spread(block: Block) -> Block:
     xp = namespace(block.deltas[0])
     apart = [xp.astype(delta, xp.float64) - block.deltas[0] for delta in block.deltas]
     mean = left_sum(apart)
-    mean /= len(apart)
+    divide(mean, len(apart))
     return Block(block.at, [left_sum([(distance - mean) ** 2 for distance in apart])])
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import MagMaxError
-from .base import Rule
+from .base import Rule, divide
 from .plan import Answer, Array, Block, namespace
 
 LARGEST = 1e38
@@ -60,7 +60,7 @@ def mean(arrays: Sequence[Array]) -> Array:
     merged = arrays[0] + 0
     for array in arrays[1:]:
         merged += array
-    merged /= len(arrays)
+    divide(merged, len(arrays))
     return merged
 
 

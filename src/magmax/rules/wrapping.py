@@ -12,7 +12,7 @@ from .plan import Answer, Array, Block, Plan, Scope, Span
 
 @dataclass(frozen=True)
 class Wrapping(Rule):
-    """A rule that does something more than another one, and is like that one in all that it does not say itself."""
+    """A rule that does more than another one, and asks, costs and merges as that one where it does not say."""
 
     name: ClassVar[str] = "chain"
     scaling_factor: ClassVar[float] = 1.0

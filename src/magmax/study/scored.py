@@ -34,8 +34,8 @@ class Sweep:
 
     Attributes:
         x: what varies, the name of its column.
-        points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Of cells that give the same
-            point, each of another task, the mean is taken.
+        points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Where each is of one task, the
+            mean over tasks is taken.
         recipe: the benchmark's recipe that gives such records.
     """
 
@@ -56,8 +56,9 @@ def _retention(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
 
 def _one_model(parts: Parts) -> int | None:
     """The only model (from 0) that an average takes from, if it is one."""
-    weights = parts[0][1].get("weights") if [name for name, _ in parts] == ["average"] else None
-    return weights.index(1) if isinstance(weights, list) and sorted(weights)[-2:] == [0, 1] else None
+    weights: Any = parts[0][1].get("weights") if [name for name, _ in parts] == ["average"] else None
+    alone = isinstance(weights, list) and weights.count(1) == 1 and weights.count(0) == len(weights) - 1
+    return weights.index(1) if alone else None
 
 
 def _kth(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
@@ -141,7 +142,7 @@ def study_scored(kind: str, records: Records) -> Study:
     sweep = SWEEPS[kind]
     found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
     for record in records:
-        if record["method"] == ZERO_SHOT:
+        if record["method"] == ZERO_SHOT or "calibration" in record:
             continue
         parts = parts_of(record["recipe"]["rule"])
         for variant in record["variants"]:
@@ -153,12 +154,12 @@ def study_scored(kind: str, records: Records) -> Study:
     for series, _, _, x in found:
         values.setdefault(series, set()).add(x)
     most = max(map(len, values.values()), default=2)
-    fewest = max(2, most - 1) if kind == "penalties" else 2  # the unmerged model is not one of independent tasks
+    fewest = max(2, most - 1) if kind == "penalties" else 2  # the unmerged model has no independent training
     rows: list[Record] = [
         {
             "series": series,
             "chain": chain,
-            "rule": told[0][0],
+            "rule": told[0][0] if len(told) == 1 else f"{len(told)} models, each alone",
             "seed": seed,
             sweep.x: x,
             "accuracy": float(np.mean([value for _, value in told])),

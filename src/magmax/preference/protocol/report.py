@@ -24,7 +24,10 @@ ORACLE = f"{OURS}oracle"
 
 
 def write_report(study: Study, experiment: Experiment, records: Sequence[Record], out: Path) -> list[Path]:
-    """Write results.csv (tidy rows), results.json (recipes, factors, tests) and results.md into OUT/environments."""
+    """Write results.csv (tidy rows), results.json (recipes, factors, tests) and results.md into OUT/environments.
+
+    Of a study that was stopped, the records of some parts do, if the baselines of a chain are among them.
+    """
     rows = tidy(records)
     chains = list(dict.fromkeys(record["chain"] for record in records))
     first = [record for record in records if record["part"] == BASELINES]
@@ -38,7 +41,8 @@ def write_report(study: Study, experiment: Experiment, records: Sequence[Record]
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "merges": sum(record["merges"] for record in records),
     }
-    text = [about(study, experiment, records)]
+    tasks = len(first[0]["own"])
+    text = [about(study, experiment, records, len(study.seeds) * len(study.chains) * len(study.parts(tasks)))]
     for chain in chains:
         chosen = {name: [r["chosen"][name] for r in first if r["chain"] == chain] for name in first[0]["chosen"]}
         told = ", ".join(f"{name} {' '.join(f'{f:g}' for f in found)}" for name, found in chosen.items())
@@ -59,9 +63,10 @@ def of(rows: Sequence[Row], chain: str) -> list[Row]:
     return [row for row in rows if row["chain"] == chain]
 
 
-def about(study: Study, experiment: Experiment, records: Sequence[Record]) -> str:
-    """What was measured, in words."""
-    return (
+def about(study: Study, experiment: Experiment, records: Sequence[Record], parts: int) -> str:
+    """What was measured, in words, of so many parts."""
+    stopped = f"NOT ALL IS MEASURED: {len(records)} of {parts} parts. " if len(records) < parts else ""
+    return stopped + (
         f"Experiment {study.experiment} (data {json.dumps(experiment.data)}, scenario "
         f"{json.dumps(experiment.scenario)}), seeds {', '.join(map(str, study.seeds))}; {study.draws} environments of "
         f"each kind, {study.target:.0%} of each the target sample and the rest scored, among all classes. Accuracies "

@@ -62,12 +62,12 @@ class Table:
                 self.values.setdefault((row["method"], row["variant"]), {})[key] = row["value"]
 
     def by_seed(self, method: str, variant: str, mixtures: Sequence[str], draws: int | None = None) -> list[float]:
-        """For each seed the mean over these kinds of environments and their (first) draws."""
+        """For each seed that has all these kinds of environments the mean over them and their (first) draws."""
         own = self.values.get((method, variant)) or self.values.get((method, ""), {})
         some = {k: v for k, v in own.items() if k[0] in mixtures and (draws is None or k[2] < draws)}
-        if {k[0] for k in some} != set(mixtures):
-            return []
-        return [float(np.mean([v for k, v in some.items() if k[1] == seed])) for seed in sorted({k[1] for k in some})]
+        by_seed = {seed: {k: v for k, v in some.items() if k[1] == seed} for seed in sorted({k[1] for k in some})}
+        whole = [own for own in by_seed.values() if {k[0] for k in own} == set(mixtures)]
+        return [float(np.mean(list(own.values()))) for own in whole]
 
     @property
     def mixtures(self) -> list[str]:
