@@ -88,6 +88,8 @@ def results_page() -> str:
     for path in sorted(RESULTS.glob("continual/*/results.md")):
         if not path.parent.name.startswith("magic-"):  # of which continual/magic has a shorter table
             found.append(f"## {path.parent.name}\n\n{path.read_text(encoding='utf-8')}")
+    for path in sorted(RESULTS.glob("continual/*/environments/results.md")):
+        found.append(f"## {path.parent.parent.name}: preferences\n\n{path.read_text(encoding='utf-8')}")
     for name in ("continual/magic", "language/results", "merge", "absorb", "cold", "growth", "parity"):
         found.append(re.sub(r"^#", "##", (RESULTS / f"{name}.md").read_text(encoding="utf-8"), flags=re.M))
     return "\n\n".join(found) + "\n"
