@@ -80,7 +80,8 @@ def about(study: Study, experiment: Experiment, records: Sequence[Record], parts
 def sections(study: Study, rows: Sequence[Row]) -> list[str]:
     """All tables and remarks on one chain."""
     table, kinds = Table(rows), [name for name in study.mixtures if len(MIXTURES[name]) <= widest(rows)]
-    text = [methods_table(table, kinds), selections_table(table, kinds, study), crowd_table(table)]
+    told = [methods_table(table, kinds), selections_table(table, kinds, study), crowd_table(table)]
+    text = told if table.values else []
     text += ["\n".join(f"* {line}" for line in remarks(table, study, Table(rows, "distance")))]
     for part, measured in (("curves", curves_table), ("samples", samples_table), ("archive", archive_table)):
         if own := [row for row in rows if row["part"] == part]:
