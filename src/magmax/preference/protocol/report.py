@@ -66,13 +66,15 @@ def of(rows: Sequence[Row], chain: str) -> list[Row]:
 def about(study: Study, experiment: Experiment, records: Sequence[Record], parts: int) -> str:
     """What was measured, in words, of so many parts."""
     stopped = f"NOT ALL IS MEASURED: {len(records)} of {parts} parts. " if len(records) < parts else ""
-    return stopped + (
-        f"Experiment {study.experiment} (data {json.dumps(experiment.data)}, scenario "
-        f"{json.dumps(experiment.scenario)}), seeds {', '.join(map(str, study.seeds))}; {study.draws} environments of "
-        f"each kind, {study.target:.0%} of each the target sample and the rest scored, among all classes. Accuracies "
-        "in %, mean ± standard deviation over seeds of the mean over environments. oracle: the true mixture; manual: "
-        "its tasks in equal parts; auto: chosen on half of the target sample. The sources label, ot, cos, mmd and auto "
-        f"see the target sample alone. {sum(r['merges'] for r in records)} merges, "
+    environments = (
+        f" {study.draws} environments of each kind, {study.target:.0%} of each the target sample and the rest scored, "
+        "among all classes; means over environments. oracle: the true mixture; manual: its tasks in equal parts; auto: "
+        "chosen on half of the target sample. The sources label, ot, cos, mmd and auto see the target sample alone."
+    )
+    return (
+        f"{stopped}Experiment {study.experiment} (data {json.dumps(experiment.data)}, scenario "
+        f"{json.dumps(experiment.scenario)}), seeds {', '.join(map(str, study.seeds))}."
+        f"{environments * bool(study.mixtures)} Accuracies in %, mean ± standard deviation over seeds. {sum(r['merges'] for r in records)} merges, "
         f"{sum(r['seconds'] for r in records):.0f} s."
     )
 
