@@ -71,11 +71,11 @@ def about(study: Study, experiment: Experiment, records: Sequence[Record], parts
         "among all classes; means over environments. oracle: the true mixture; manual: its tasks in equal parts; auto: "
         "chosen on half of the target sample. The sources label, ot, cos, mmd and auto see the target sample alone."
     )
+    spent = f"{sum(r['merges'] for r in records)} merges, {sum(r['seconds'] for r in records):.0f} s."
     return (
         f"{stopped}Experiment {study.experiment} (data {json.dumps(experiment.data)}, scenario "
         f"{json.dumps(experiment.scenario)}), seeds {', '.join(map(str, study.seeds))}."
-        f"{environments * bool(study.mixtures)} Accuracies in %, mean ± standard deviation over seeds. {sum(r['merges'] for r in records)} merges, "
-        f"{sum(r['seconds'] for r in records):.0f} s."
+        f"{environments * bool(study.mixtures)} Accuracies in %, mean ± standard deviation over seeds. {spent}"
     )
 
 
