@@ -1,4 +1,4 @@
-"""Environments have their mixture's shares, and methods are scored on rows that no preference was made of."""
+"""Environments have their mixture's shares, and rows for scoring that no preference is made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magmax import MagMaxError
-from magmax.preference.environments import MIXTURES, environments, score_methods
+from magmax.preference.environments import MIXTURES, environments
 
 TASK_OF = np.repeat(np.arange(5), [100, 80, 120, 90, 60])
 
@@ -29,25 +29,6 @@ def test_the_same_seed_draws_the_same():
         return [(e.tasks, e.target.tolist(), e.scored.tolist()) for e in environments(TASK_OF, seed=seed)]
 
     assert drawn(1) == drawn(1) != drawn(2)
-
-
-def test_methods_are_scored_on_scored_rows_and_merged_once_for_each_preference():
-    labels = np.arange(len(TASK_OF))
-    asked = []
-
-    def predict(weights):
-        """Right on the tasks with weight."""
-        asked.append(weights)
-        return np.where(np.array(weights)[TASK_OF] > 0, labels, -1)
-
-    def first_task(environment):
-        return np.eye(5)[environment.tasks[0]]
-
-    drawn = environments(TASK_OF, mixtures={"D2": (0.8, 0.2)}, draws=3)
-    records = score_methods(drawn, {"all": lambda e: [1] * 5, "first": first_task}, predict, labels)
-    assert len(asked) == len(set(asked))
-    assert [r.accuracy for r in records if r.method == "all"] == [1.0] * 3
-    assert [r.accuracy for r in records if r.method == "first"] == pytest.approx([0.8] * 3, abs=0.02)
 
 
 @pytest.mark.parametrize("task_of", [[0, 0, 1, 1], [0, 0, 1, 1, 2]])

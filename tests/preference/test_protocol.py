@@ -28,6 +28,7 @@ from magmax.continual.context import Context, context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.engine import workers  # noqa: E402
 from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
+from magmax.preference.choose import halves  # noqa: E402
 from magmax.preference.environments import MIXTURES  # noqa: E402
 from magmax.preference.protocol import run as running  # noqa: E402
 from magmax.preference.protocol.report import write_report  # noqa: E402
@@ -97,6 +98,16 @@ class Plain:
         logits = self.features(merged, data.items) @ self.here.head.numpy().T
         return logits.argmax(1) == data.labels
 
+    def compared(self, target: np.ndarray, source: Any) -> list[float]:
+        """A preference by features of these test examples and of the tasks' training examples."""
+        train, test = self.here.train, self.here.test
+        pairs = []
+        for state, task in zip(self.theta[1:], self.here.tasks, strict=True):
+            own = np.flatnonzero(np.isin(train.labels, task.classes))
+            sides = ((train, own), (test, target))
+            pairs.append(tuple(self.features(state, [part.items[i] for i in rows]) for part, rows in sides))
+        return from_samples(pairs, source)
+
 
 @pytest.fixture(scope="module")
 def plain(place: Path, records: dict[str, Any]) -> Plain:
@@ -158,7 +169,7 @@ def test_factors_are_chosen_on_held_out_training_examples(records: dict[str, Any
 def test_preferences_are_those_of_the_target_sample_alone(records: dict[str, Any], plain: Plain) -> None:
     own = own_shares(plain.theta[0], plain.theta[1:])
     assert records["baselines"]["own"] == pytest.approx(own, abs=1e-12)
-    train, test = plain.here.train, plain.here.test
+    test = plain.here.test
     for row in [*records["D3-0"]["rows"], *records["D3-1"]["rows"]]:
         environment = environment_of("D3", row["draw"])
         assert environment.tasks == row["tasks"]
@@ -167,19 +178,48 @@ def test_preferences_are_those_of_the_target_sample_alone(records: dict[str, Any
         if source == "label":
             expected = from_labels(test.labels[target].tolist(), [task.classes for task in plain.here.tasks])
         elif source in ("ot", "cos", "mmd"):
-            expected = from_samples(
-                [
-                    tuple(plain.features(plain.theta[t + 1], [part.items[i] for i in rows]) for part, rows in pair)
-                    for t, task in enumerate(plain.here.tasks)
-                    for pair in [((train, np.flatnonzero(np.isin(train.labels, task.classes))), (test, target))]
-                ],
-                source,
-            )
+            expected = plain.compared(target, source)
         elif source in ("oracle", "manual"):
             expected = np.full(3, 1 / 3)
         else:
             continue
         assert row["weights"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_auto_takes_the_source_whose_halves_give_the_right_classes_most_probability(
+    records: dict[str, Any], plain: Plain
+) -> None:
+    test, theta = plain.here.test, plain.theta
+    own = records["baselines"]["own"]
+    factor = records["baselines"]["chosen"]["magmax"]
+    target = environment_of("D4", 1).target
+    (row,) = (
+        row for row in records["D4-1"]["rows"] if row["method"] == "tunable/optimal/auto" and row["variant"] == "chosen"
+    )
+
+    def preference(source: str, places: Any) -> list[float]:
+        if source in ("magmax", "uniform"):
+            return own if source == "magmax" else [1 / 3] * 3
+        if source == "label":
+            return from_labels(test.labels[target[places]].tolist(), [task.classes for task in plain.here.tasks])
+        return plain.compared(target[places], source)
+
+    def probability(weights: list[float], rows: Any) -> np.ndarray:
+        merged = magmax.merge(Tunable(preference=weights), theta[0], theta[1:], factor)
+        logits = plain.features(merged, [test.items[i] for i in rows]) @ plain.here.head.numpy().T
+        powers = np.exp(logits.astype(float))
+        return (powers / powers.sum(axis=1, keepdims=True))[np.arange(len(rows)), test.labels[rows]]
+
+    first, second = halves(len(target), 1)
+    objectives = {}
+    for source in ("magmax", "uniform", "label", "ot", "cos", "mmd"):
+        pairs = (first, second), (second, first)
+        found = [probability(preference(source, half), target[others]) for half, others in pairs]
+        final = np.array(preference(source, range(len(target))))
+        objectives[source] = np.concatenate(found).mean() - 0.01 * ((final - own) ** 2).sum()
+    assert objectives[row["origin"]] == pytest.approx(max(objectives.values()), abs=1e-6)
+    assert row["weights"] == pytest.approx(preference(row["origin"], range(len(target))), abs=1e-5)
+    assert row["tries"] == len(objectives)
 
 
 def test_curves_samples_and_archives_are_what_they_say(records: dict[str, Any], plain: Plain) -> None:

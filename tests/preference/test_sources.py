@@ -131,28 +131,67 @@ def test_temperature_sharpens_and_evens():
     assert tempered([0.0, 3.0, 3.0], 1000) == pytest.approx([0, 0.5, 0.5])
 
 
-def test_the_best_score_wins_and_ties_go_to_the_nearest_to_magmax():
-    own = [0.5, 0.3, 0.2]
+OWN = [0.5, 0.3, 0.2]
+
+
+def always(weights):
+    """A source that makes the same of all samples."""
+    return lambda places: {"label": weights}
+
+
+def test_a_source_is_scored_on_the_half_that_its_preference_was_not_made_of():
+    """Against the definition, with a score that tells samples and preferences apart."""
+    first, second = halves(7, seed=3)
+
+    def candidates(places):
+        return {"mean": [1.0, float(np.mean(places)), 2.0], "first": [1.0, 0.5, float(places[0])]}
+
+    def score(weights):
+        return [np.cos(sample) * weights[1] + weights[2] for sample in range(7)]
+
+    choice = choose(candidates, OWN, score, 7, seed=3, pull=0.3, temperatures=(0.5, 1, 3))
+    assert len(choice.trials) == 2 + 2 * 3
+    for trial in choice.trials:
+        made = [candidates(half).get(trial.source, trial.weights) for half in (first, second)]
+        of_first, of_second = (tempered(weights, trial.temperature) for weights in made)
+        seen = [score(of_second)[sample] for sample in first] + [score(of_first)[sample] for sample in second]
+        assert trial.score == pytest.approx(np.mean(seen))
+        away = sum((w - o) ** 2 for w, o in zip(trial.weights, OWN, strict=True))
+        assert trial.objective == pytest.approx(np.mean(seen) - 0.3 * away)
+        if trial.source in candidates([0]):
+            assert trial.weights == pytest.approx(tempered(candidates(range(7))[trial.source], trial.temperature))
+    assert choice.best.objective == max(trial.objective for trial in choice.trials)
+
+
+def test_each_preference_is_scored_once_and_ties_go_to_the_nearest_to_magmax():
     asked = []
 
     def score(weights):
         asked.append(tuple(weights))
-        return weights[2]
+        return [weights[2]] * 4
 
-    choice = choose({"label": [0.1, 0.1, 0.8], "cos": [0.1, 0.1, 0.8]}, own, score, temperatures=(0.5, 1))
+    choice = choose(always([0.1, 0.1, 0.8]), OWN, score, 4, temperatures=(0.5, 1))
     assert (choice.best.source, choice.best.temperature) == ("label", 0.5)
     assert len(asked) == len(set(asked)) == 4
-    assert {trial.source for trial in choice.trials} == {"magmax", "uniform", "label", "cos"}
-    assert choose({"label": [0.1, 0.1, 0.8]}, own, lambda weights: 0.7).best.source == "magmax"
-    assert choose({"label": [0.1, 0.1, 0.8]}, own, score, pull=100).best.source == "magmax"
+    assert choose(always([0.1, 0.1, 0.8]), OWN, lambda weights: [0.7] * 4, 4).best.source == "magmax"
+    assert choose(always([0.1, 0.1, 0.8]), OWN, score, 4, pull=100).best.source == "magmax"
+
+
+def test_a_source_that_a_half_is_too_small_for_is_not_tried():
+    choice = choose(lambda places: {"label": OWN} if len(places) > 2 else {}, OWN, lambda weights: [0.5] * 4, 4)
+    assert [trial.source for trial in choice.trials] == ["magmax", "uniform"]
+
+
+def test_what_cannot_be_scored_is_refused():
     with pytest.raises(MagMaxError, match="no number"):
-        choose({}, own, lambda weights: float("nan"))
+        choose(always(OWN), OWN, lambda weights: [0.5, float("nan")], 2)
+    with pytest.raises(MagMaxError, match="two or more are needed, not 1"):
+        choose(always(OWN), OWN, lambda weights: [0.5], 1)
 
 
-@given(st.integers(2, 50), st.integers(0, 5), st.floats(0.01, 0.99))
+@given(st.integers(2, 50), st.integers(0, 5))
 @settings(max_examples=50)
-def test_halves_are_a_partition_with_something_in_both(count, seed, held_out):
-    fit, held = halves(count, seed, held_out)
-    assert fit
-    assert held
-    assert sorted(fit + held) == list(range(count))
+def test_halves_are_a_partition_with_something_in_both(count, seed):
+    first, second = halves(count, seed)
+    assert abs(len(first) - len(second)) <= 1
+    assert sorted(first + second) == list(range(count))

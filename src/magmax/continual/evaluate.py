@@ -40,6 +40,12 @@ def predict(encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 6
     return logits_of(encoder, head, items, batch, tell).argmax(1)
 
 
+def likelihoods(encoder: Encoder, head: Tensor, items: Sequence[Any], labels: np.ndarray) -> np.ndarray:
+    """The probability of each item's own class, float64, shape (n,), among all classes of the head."""
+    found = torch.as_tensor(logits_of(encoder, head, items), dtype=torch.float64).softmax(dim=1).numpy()
+    return found[np.arange(len(items)), labels]
+
+
 def accuracy_by_task(predicted: np.ndarray, labels: np.ndarray, tasks: Sequence[Task]) -> list[float]:
     """For each task the share of its examples whose class was found among all classes."""
     right = predicted == labels

@@ -1,24 +1,25 @@
-"""Choosing among preferences by trying them on a part of the target's samples."""
+"""Choosing among preferences by trying them on samples of the target that they were not made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
-FIXED = ("uniform", "magmax")
-"""Candidates that have no temperature."""
 
 Weights = Sequence[float]
+Places = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate: where it comes from, its weights, its score on the held-out samples, and that less its pull."""
+    """A candidate: where it comes from, its weights, its mean score, and that less its pull."""
 
     source: str
     temperature: float
@@ -51,54 +52,71 @@ def tempered(weights: Weights, temperature: float) -> list[float]:
 
 
 def choose(
-    candidates: Mapping[str, Weights],
+    candidates: Callable[[Places], Mapping[str, Weights]],
     own: Weights,
-    score: Callable[[Weights], float],
+    score: Callable[[Weights], Sequence[float] | NDArray[Any]],
+    count: int,
     *,
+    seed: int = 0,
     pull: float = 0.01,
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> Choice:
-    """The candidate, at some temperature, of the highest score less pull * |w - own|^2.
+    """The source of preferences, at some temperature, that does best on samples which it did not see.
+
+    Each half of the samples makes preferences that are scored on the other half. The objective is the mean score over
+    all samples, less pull * |w - own|^2; w, and what is returned, is made of all samples.
 
     Args:
-        candidates: preferences by the name of their source (label, ot, cos, mmd ...), made without the held-out
-            samples. "uniform" and "magmax" (the own counts) are always tried too.
+        candidates: preferences by the name of their source (label, ot, cos, mmd ...), made of the samples at these
+            places. A source that lacks from a half is not tried; "uniform" and "magmax" (the own counts) always are.
         own: MagMax's own shares, towards which the pull is.
-        score: what a preference is worth on the held-out samples, such as accuracy; it is asked once for each
-            different preference.
+        score: what a merge with this preference is worth on each of the samples, such as the probability that it gives
+            to the right class, which tells more from a few samples than whether they are right. It is asked once for
+            each different preference.
+        count: how many samples there are.
+        seed: which samples are in which half.
         pull: how much an evident gain must exceed the distance from MagMax by. Of equal objectives the nearest wins.
 
     Raises:
-        MagMaxError: a score that is no number.
+        MagMaxError: fewer than two samples, a score that is no number.
     """
-    tried = {"magmax": own, "uniform": [1 / len(own)] * len(own), **candidates}
-    scores: dict[tuple[float, ...], float] = {}
+    first, second = halves(count, seed)
+    known: dict[tuple[float, ...], NDArray[Any]] = {}
     trials: list[Trial] = []
-    for source, weights in tried.items():
-        for temperature in (1.0,) if source in FIXED else temperatures:
-            preference = tempered(weights, temperature)
-            key = tuple(round(weight, 6) for weight in preference)
-            if key not in scores:
-                scores[key] = float(score(preference))
-            if not np.isfinite(scores[key]):
-                raise MagMaxError(f"the score of the preference {preference} is {scores[key]}, which is no number")
-            away = float(((np.asarray(preference) - np.asarray(own)) ** 2).sum())
-            trials.append(Trial(source, temperature, preference, scores[key], scores[key] - pull * away))
-    best = max(trials, key=lambda trial: (trial.objective, -_away(trial.weights, own)))
-    return Choice(trials, best)
+
+    def scores(weights: Weights) -> NDArray[Any]:
+        key = tuple(round(weight, 6) for weight in weights)
+        if key not in known:
+            known[key] = np.asarray(score(weights), float)
+            if not np.isfinite(known[key]).all():
+                raise MagMaxError(f"a score of the preference {list(weights)} is no number: {known[key].tolist()}")
+        return known[key]
+
+    def attempt(source: str, temperature: float, of_first: Weights, of_second: Weights, weights: Weights) -> None:
+        mean = float(scores(of_first)[second].sum() + scores(of_second)[first].sum()) / count
+        trials.append(Trial(source, temperature, weights, mean, mean - pull * _away(weights, own)))
+
+    even = [1 / len(own)] * len(own)
+    attempt("magmax", 1.0, own, own, own)
+    attempt("uniform", 1.0, even, even, even)
+    made = candidates(first), candidates(second), candidates(range(count))
+    for source in made[2]:
+        if all(source in each for each in made):
+            for temperature in temperatures:
+                attempt(source, temperature, *(tempered(each[source], temperature) for each in made))
+    return Choice(trials, max(trials, key=lambda trial: (trial.objective, -_away(trial.weights, own))))
 
 
-def halves(count: int, seed: int = 0, held_out: float = 0.5) -> tuple[list[int], list[int]]:
-    """The places of the samples that candidates are made of, and of those they are tried on; both have some.
+def halves(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    """The places of samples, cut in half at random; both parts have some.
 
     Raises:
         MagMaxError: fewer than two samples.
     """
     if count < 2:
-        raise MagMaxError(f"a hold-out split needs two samples of the target or more, not {count}")
+        raise MagMaxError(f"samples of the target are cut in half, so two or more are needed, not {count}")
     order = np.random.default_rng(seed).permutation(count).tolist()
-    cut = min(count - 1, max(1, round(count * (1 - held_out))))
-    return sorted(order[:cut]), sorted(order[cut:])
+    return sorted(order[: (count + 1) // 2]), sorted(order[(count + 1) // 2 :])
 
 
 def _away(weights: Weights, own: Weights) -> float:

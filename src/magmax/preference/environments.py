@@ -1,10 +1,9 @@
-"""The protocol of Tunable MagMax: mixtures of tasks to deploy to, and what each preference is worth in them."""
+"""The environments of Tunable MagMax's protocol: mixtures of tasks to deploy to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ MIXTURES: Mapping[str, tuple[float, ...]] = {
 """The shares of the tasks of each kind of environment, as published."""
 
 Rows = NDArray[np.int64]
-Weights = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class Environment:
     tasks: Sequence[int]
     target: Rows
     scored: Rows
-
-
-class Record(NamedTuple):
-    """The micro accuracy of one method in one environment."""
-
-    mixture: str
-    draw: int
-    method: str
-    accuracy: float
-    weights: Weights
 
 
 def environments(
@@ -90,29 +78,3 @@ def environments(
                 parts[1].append(own[cut:])
             found.append(Environment(name, draw, tasks, *(np.sort(np.concatenate(part)) for part in parts)))
     return found
-
-
-def score_methods(
-    drawn: Sequence[Environment],
-    methods: Mapping[str, Callable[[Environment], Sequence[float]]],
-    predict: Callable[[Weights], NDArray[np.integer]],
-    labels: NDArray[np.integer],
-) -> list[Record]:
-    """The micro accuracy of every method in every environment.
-
-    Args:
-        methods: for an environment, of which only the target rows may be looked at, a preference.
-        predict: the class of every row of the test data under the merge with a preference; asked once for each
-            different preference. `predictor` of `preference.text` makes one for an encoder and a head over all classes.
-        labels: the class of every row.
-    """
-    known: dict[Weights, NDArray[np.integer]] = {}
-    records: list[Record] = []
-    for environment in drawn:
-        for method, preference in methods.items():
-            weights = tuple(float(weight) for weight in preference(environment))
-            if weights not in known:
-                known[weights] = predict(weights)
-            right = known[weights][environment.scored] == labels[environment.scored]
-            records.append(Record(environment.mixture, environment.draw, method, float(right.mean()), weights))
-    return records

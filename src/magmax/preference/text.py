@@ -14,14 +14,14 @@ from torch import nn
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import as_tensor
-from ..continual.encoder import Encoder, TextEncoder
-from ..continual.evaluate import predict
+from ..continual.encoder import TextEncoder
+from ..continual.evaluate import likelihoods
 from ..continual.heads import zero_shot_head
 from ..engine.job import Settings
 from ..engine.merge import Options, merge_in_memory
 from ..errors import MagMaxError, nearest
 from ..rules import MagMax, Rule, Tunable
-from .choose import FIXED, Choice, choose, halves, tempered
+from .choose import Choice, choose
 from .own import own_shares
 from .sources import MOST_SAMPLES, Distance, Features, from_labels, from_samples
 
@@ -104,42 +104,40 @@ class TextTarget:
             return from_labels(target.labels, [set(samples.labels) for samples in self.tasks])
         return from_samples(self._pairs(target), cast("Distance", method))
 
-    def chosen(
-        self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01
-    ) -> tuple[list[float], Choice]:
-        """The best on held-out samples of all methods, uniform and MagMax's own counts; see `choose`.
+    def chosen(self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01) -> Choice:
+        """The best, on samples it was not made of, of all methods, uniform and MagMax's own counts; see `choose`.
 
-        Candidates are made of half of the target samples and scored, by accuracy among all labels with a zero-shot head
-        of the base, on the others; the winner's source is then asked again, of all samples.
+        Scores are the probability of the right label among all, with a zero-shot head of the base.
         """
         own = own_shares(self.base, self.models, self.settings, self.options.mismatch, self.options.allow_nonfinite)
-        fit, held = (self.target.pick(rows) for rows in halves(len(self.target.texts), seed))
         names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
         self._put(0.0, self.models)  # the base itself
         head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
-        items = self.encoder.tokenize(held.texts)
-        labels = np.array([names.index(label) for label in held.labels])
-        threads = self.settings.threads
-        predicted = predictor(self.encoder, head, items, self.base, self.models, self.options, rule, threads)
+        items = self.encoder.tokenize(self.target.texts)
+        labels = np.array([names.index(label) for label in self.target.labels])
+        pairs = list(self._pairs(self.target))
 
-        def score(weights: Sequence[float]) -> float:
-            return float((predicted(weights) == labels).mean())
+        def score(weights: Sequence[float]) -> np.ndarray:
+            settings = Settings(self.settings.threads)
+            made = merge_in_memory(rule(weights), self.base, self.models, self.options, settings)
+            put_weights(self.encoder.model, self.base, made)
+            return likelihoods(self.encoder, head, items, labels)
 
-        choice = choose(dict(self._candidates(fit)), own, score, pull=pull)
-        best = choice.best
-        if best.source in FIXED:
-            return list(best.weights), choice
-        return tempered(self.weights(cast("Method", best.source)), best.temperature), choice
+        return choose(
+            lambda places: dict(self._candidates(places, pairs)), own, score, len(items), seed=seed, pull=pull
+        )
 
-    def _candidates(self, fit: Samples) -> Iterator[tuple[str, list[float]]]:
-        """A preference by each method that has what it needs; the others are told of."""
-        pairs = list(self._pairs(fit))
+    def _candidates(
+        self, places: Sequence[int], pairs: Sequence[tuple[Features, Features]]
+    ) -> Iterator[tuple[str, list[float]]]:
+        """A preference by each method that has what it needs in these samples; the others are told of."""
+        seen = [(own, target[list(places)]) for own, target in pairs]
         for method in ("label", *get_args(Distance)):
             try:
                 if method == "label":
-                    yield method, self.weights(method, fit)
+                    yield method, self.weights(method, self.target.pick(places))
                 else:
-                    yield method, from_samples(pairs, cast("Distance", method))
+                    yield method, from_samples(seen, cast("Distance", method))
             except MagMaxError as error:
                 self.settings.note(f"not tried: {method} ({error})")
 
@@ -204,33 +202,14 @@ def text_preference(
     )
     if method != "auto":
         return target.weights(method)
-    weights, choice = target.chosen(lambda tried: replace(rule, preference=list(tried)))
+    choice = target.chosen(lambda tried: replace(rule, preference=list(tried)))
     lines = ["score  less pull  weights  candidate"]
     for trial in choice.trials:
         shares = " ".join(f"{weight:.3f}" for weight in trial.weights)
         origin = f"{trial.source}, temperature {trial.temperature:g}"
         lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
     settings.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
-    return weights
-
-
-def predictor(
-    encoder: Encoder,
-    head: torch.Tensor,
-    items: Sequence[Any],
-    base: Checkpoint,
-    models: Sequence[Checkpoint],
-    options: Options,
-    rule: Callable[[Sequence[float]], Rule] = Tunable,
-    threads: int = 0,
-) -> Callable[[Sequence[float]], np.ndarray]:
-    """For a preference, the class of every item under the merge with it: what `score_methods` and `choose` ask."""
-
-    def predicted(weights: Sequence[float]) -> np.ndarray:
-        put_weights(encoder.model, base, merge_in_memory(rule(weights), base, models, options, Settings(threads)))
-        return predict(encoder, head, items)
-
-    return predicted
+    return list(choice.best.weights)
 
 
 def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ...checkpoints import Checkpoint, open_checkpoint
 from ...checkpoints.memory import as_tensor
 from ...continual.context import Context
 from ...continual.data import Labelled
-from ...continual.evaluate import predict
+from ...continual.evaluate import likelihoods, predict
 from ...engine.job import Settings
 from ...engine.merge import MergesInMemory, Options
 from ...rules import Average, MagMax, Rule, Tunable
@@ -52,6 +52,7 @@ class Learned:
         self.held_task_of = tasks_of(here, here.validation)
         self.merges = 0
         self._known: dict[tuple[str, float], tuple[frozenset[int], Classes]] = {}
+        self._likely: dict[tuple[str, float], NDArray[np.float64]] = {}
         self._features: dict[int, tuple[Features, Features, Features]] = {}
         here.encoder.model.load_state_dict(here.base)
 
@@ -103,6 +104,18 @@ class Learned:
         if len(some):
             found[some] = predict(self.here.encoder, self.here.head, [data.items[row] for row in some.tolist()])
         return found
+
+    def likelihoods(self, data: Labelled, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The probability that the encoder, as it is, gives to the right class of each of these rows."""
+        return likelihoods(self.here.encoder, self.here.head, [data.items[row] for row in rows], data.labels[rows])
+
+    def likelihoods_of_all(self, rule: Rule, factor: float) -> NDArray[np.float64]:
+        """The same of a merge, for all test examples; asked again, it is known."""
+        key = repr(rule), factor
+        if key not in self._likely:
+            everything = np.arange(len(self.here.test))
+            (self._likely[key],) = [self.likelihoods(self.here.test, everything) for _ in self.merged(rule, [factor])]
+        return self._likely[key]
 
     def features(self, task: int) -> tuple[Features, Features, Features]:
         """Under theta_task's own encoder (tasks from 0): features of its training, of test and of held-out examples."""

@@ -15,6 +15,9 @@ from ..environments import MIXTURES
 FORMAT = 1
 """Of the records; a new one makes old records be computed again."""
 
+AUTO = 2
+"""Of what `auto` does; a new one makes records with it be computed again."""
+
 Source = Literal["label", "ot", "cos", "mmd", "auto"]
 Selection = Literal["smallest", "random"]
 BASELINES, CURVES, SAMPLES, ARCHIVE = "baselines", "curves", "samples", "archive"
@@ -141,6 +144,9 @@ class Study(_Words):
         told = self.model_dump(include=set(keys.get(part.name, environment)))
         if part.name not in keys:
             told["selections"] = self.selected(part.kind, part.draw)
+        sources = told["samples"]["sources"] if part.name == SAMPLES else told.get("sources", [])
+        if "auto" in sources:
+            told["auto"] = AUTO
         return {"format": FORMAT, **experiment.chain_recipe(part.seed, part.chain), "part": part.name, **told}
 
     def digest(self, experiment: Experiment, part: Part) -> str:

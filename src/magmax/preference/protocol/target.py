@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from ...continual.data import Labelled
 from ...errors import MagMaxError
 from ...rules import Tunable
-from ..choose import FIXED, choose, halves, tempered
+from ..choose import choose
 from ..sources import Distance, from_labels, from_samples, uniform
 from .learned import Learned
 
@@ -31,7 +32,7 @@ class Target(NamedTuple):
         return self.learned.here.test if self.part == TEST else self.learned.here.validation
 
     def of(self, places: Sequence[int]) -> Target:
-        return self._replace(rows=self.rows[places])
+        return self._replace(rows=self.rows[list(places)])
 
     def weights(self, source: str) -> list[float]:
         """A preference by labels or by features; see `from_labels` and `from_samples`."""
@@ -40,40 +41,37 @@ class Target(NamedTuple):
         features = map(self.learned.features, range(self.learned.tasks))
         return from_samples([(own[0], own[self.part][self.rows]) for own in features], cast("Distance", source))
 
-    def score(self, weights: Sequence[float], factor: float) -> float:
-        """The accuracy on the sample of a merge with this preference."""
-        rule, mask = Tunable(preference=weights), np.isin(np.arange(len(self.data)), self.rows)
+    def scores(self, weights: Sequence[float], factor: float) -> NDArray[np.float64]:
+        """The probability that a merge with this preference gives to the right class of each row."""
+        rule, rows = Tunable(preference=weights), self.rows
         everywhere = list(weights) in (self.learned.own, uniform(self.learned.tasks))
         if self.part == TEST and everywhere:  # tried in every environment
-            (found,) = self.learned.predicted(rule, [factor], range(self.learned.tasks))
-        else:
-            (found,) = [self.learned.seen(self.data, mask) for _ in self.learned.merged(rule, [factor])]
-        return float((found[self.rows] == self.data.labels[self.rows]).mean())
+            return self.learned.likelihoods_of_all(rule, factor)[rows]
+        (found,) = [self.learned.likelihoods(self.data, rows) for _ in self.learned.merged(rule, [factor])]
+        return found
 
     def chosen(self, factor: float, temperatures: Sequence[float], pull: float, seed: int) -> dict[str, Any]:
         """What `auto` finds: its weights, the source and temperature that won, and how many candidates there were.
 
-        Half of the sample makes candidates and the other half tells them apart, by accuracy among all classes; the
-        winner is then asked again, of the whole sample. Raises MagMaxError for fewer than two rows.
+        Raises MagMaxError for fewer than two rows.
         """
-        fit, held = map(self.of, halves(len(self.rows), seed))
-        candidates: dict[str, list[float]] = {}
-        for source in ("label", *get_args(Distance)):
-            try:
-                candidates[source] = fit.weights(source)
-            except MagMaxError:
-                continue  # such as mmd, which needs two rows
         choice = choose(
-            candidates,
+            lambda places: dict(self._candidates(places)),
             self.learned.own,
-            lambda weights: held.score(weights, factor),
+            lambda weights: self.scores(weights, factor),
+            len(self.rows),
+            seed=seed,
             pull=pull,
             temperatures=temperatures,
         )
         best = choice.best
-        final = best.weights if best.source in FIXED else tempered(self.weights(best.source), best.temperature)
         told = {"origin": best.source, "temperature": best.temperature, "tries": len(choice.trials)}
-        return {"weights": list(final), **told}
+        return {"weights": list(best.weights), **told}
+
+    def _candidates(self, places: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
+        for source in ("label", *get_args(Distance)):
+            with suppress(MagMaxError):  # such as of mmd, which needs two rows
+                yield source, self.of(places).weights(source)
 
 
 def known(shares: Sequence[float], tasks: Sequence[int], total: int) -> dict[str, Weights]:
