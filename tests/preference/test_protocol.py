@@ -193,9 +193,8 @@ def test_auto_takes_the_source_whose_halves_give_the_right_classes_most_probabil
     own = records["baselines"]["own"]
     factor = records["baselines"]["chosen"]["magmax"]
     target = environment_of("D4", 1).target
-    (row,) = (
-        row for row in records["D4-1"]["rows"] if row["method"] == "tunable/optimal/auto" and row["variant"] == "chosen"
-    )
+    rows = {(row["method"], row["variant"]): row for row in records["D4-1"]["rows"]}
+    row = rows["tunable/optimal/auto", "chosen"]
 
     def preference(source: str, places: Any) -> list[float]:
         if source in ("magmax", "uniform"):
