@@ -108,7 +108,7 @@ class Priced:
         """Some of the elements that begin at an address."""
         magnitudes = np.empty((len(self.among), len(spots)))
         for row, task in zip(magnitudes, self.among, strict=True):
-            np.nan_to_num(np.abs(deltas[task][spots], out=row), False, LARGEST, LARGEST)
+            np.fmin(np.abs(deltas[task][spots], out=row), LARGEST, out=row)
         return Columns(magnitudes, words[spots], spots + at.offset)
 
     def net(self, columns: Columns) -> Floats:
@@ -188,9 +188,9 @@ class Undecided(Fold):
         columns = priced.columns(at, deltas, words, near)
         net, rows = priced.net(columns), np.arange(len(near))
         winners = best_of(net)
-        leads = net[winners, rows] - net
+        leads = net.max(axis=0) - net
         leads[winners, rows] = np.inf
-        open_ = (leads <= self.windows[winners].T).any(axis=0)
+        open_ = (leads <= self.windows.T[:, winners]).any(axis=0)
         closed, own = ~open_, winners[~open_]
         clear += np.bincount(own, minlength=len(clear))
         clear += [np.count_nonzero(sure & (best == row)) for row in range(len(clear))]

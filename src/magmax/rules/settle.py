@@ -18,7 +18,13 @@ COARSE = (64, 8, 1)
 
 def best_of(net: Floats) -> Places:
     """The row of the largest entry of each column; of equal ones the last."""
-    return len(net) - 1 - net[::-1].argmax(axis=0)
+    best, found = net[0].copy(), np.zeros(net.shape[1], np.int16)
+    beats = np.empty_like(found)
+    for number, row in enumerate(net[1:], start=1):  # several times as fast as argmax
+        np.multiply(row >= best, np.int16(number), out=beats)
+        np.maximum(found, beats, out=found)
+        np.maximum(best, row, out=best)
+    return found.astype(np.intp)
 
 
 def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
