@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from harness.results import entry, publish
 from harness.rounds import console
 from harness.safetensors_stream import StreamWriter
 from harness.tables import SCALING
-from harness.workloads import LLAMA, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload
+from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload
 from matplotlib.figure import Figure
 
 from magmax.engine.cost import ELEMENT_NS
 
-SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA}
+SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA, "2000m": LLAMA_LARGE}
 MODELS = (2, 4, 8, 16, 32)
 WORKERS = (1, 2)
 CHUNK = 1 << 22
@@ -33,11 +32,15 @@ FINITE = np.uint16(0xBFFF)
 app = App(help=__doc__)
 
 
-def make(w: Workload, folder: Path) -> Workload:
-    """Models of random finite bfloat16, one file each, in `folder`."""
+def make(w: Workload, folder: Path, different: int) -> Workload:
+    """A base and models of random finite bfloat16, one file each, in `folder`; from `different` on they are links."""
     placed = Placed(w, folder)
-    for number, path in enumerate(placed.inputs()):
+    base, *models = placed.inputs()
+    for number, path in enumerate([base, *models]):
         path.parent.mkdir(parents=True)
+        if number > different:
+            path.hardlink_to(models[(number - 1) % different])
+            continue
         draw = np.random.default_rng(number)
         with StreamWriter(path, w.shapes(), w.dtype) as writer:
             for shape in w.shapes().values():
@@ -78,26 +81,27 @@ def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
         "processor_s": run.processor_s,
         "predicted_s": predicted,
         "over_predicted": run.processor_s / predicted if run.processor_s else None,
+        "wall_over_predicted": run.inner_s / (predicted / workers) if run.inner_s else None,
         "peak_rss_mb": run.peak_rss_mb,
         "above_imports_mb": run.above_imports_mb,
     }
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Processor seconds and memory over the elements read and written, one line for the model."""
+    """Wall seconds and memory over the elements moved, with a line for what the model says of each number of workers."""
     matplotlib.rcParams["svg.hashsalt"] = "magmax"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    for workers, mark in zip(WORKERS, "os", strict=True):
+    for workers, mark, style in zip(WORKERS, "os", ("--", ":"), strict=True):
         mine = [r for r in records if r["workers"] == workers and not r["failure"]]
         moved = [r["parameters"] * (r["models"] + 2) for r in mine]
         words = f"{workers} worker" + "s" * (workers > 1)
-        time.plot(moved, [r["processor_s"] for r in mine], mark, label=f"{words}, processors", alpha=0.8)
-        time.plot(moved, [r["inner_s"] for r in mine], mark, label=f"{words}, wall", mfc="none", color="gray")
+        (points,) = time.plot(moved, [r["inner_s"] for r in mine], mark, label=words, alpha=0.8)
+        line = sorted(moved)
+        model = [n * ELEMENT_NS * 1e-9 / workers for n in line]
+        time.plot(line, model, style, color=points.get_color(), lw=1, label=f"model, {words}")
         memory.plot(moved, [r["above_imports_mb"] for r in mine], mark, label=words)
-    line = sorted(r["parameters"] * (r["models"] + 2) for r in records)
-    time.plot(line, [n * ELEMENT_NS * 1e-9 for n in line], "k--", lw=1, label=f"model: {ELEMENT_NS} ns an element")
-    time.set(xscale="log", yscale="log", ylabel="seconds", xlabel="elements read and written")
+    time.set(xscale="log", yscale="log", ylabel="wall seconds", xlabel="elements read and written")
     memory.set(xscale="log", ylim=(0, None), ylabel="MB above imports", xlabel="elements read and written")
     time.legend(fontsize=7)
     memory.legend(fontsize=7)
@@ -106,8 +110,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 @app.default
 def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool = True) -> None:
-    """Merges 2 to 32 models of 10 M to 1.1 B bfloat16 parameters by magnitude, with 1 and 2 workers.
+    """Merges 2 to 32 models of 10 M to 2 B bfloat16 parameters by magnitude, with 1 and 2 workers.
 
+    Where there is no room for all models, the last ones are links to the first: they are read as often.
     Writes results/scaling.json and .md, and docs/scaling.svg.
 
     Parameters
@@ -115,28 +120,30 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
     folder
         Where models are made; a folder in memory (tmpfs) leaves the disk out.
     gigabytes
-        The most that models and an output may take at once; points beyond are left out, and said.
+        The most that different models and an output may take at once.
     save
         --no-save prints only.
     """
     load = load_of_the_last_minute()
     records: list[dict[str, Any]] = []
-    left_out: list[str] = []
+    told: list[str] = []
     for name, architecture in SIZES.items():
-        w = Workload(name, architecture, "BF16", tasks=0)
+        w = Workload(name, architecture, "BF16", tasks=MODELS[-1])
         room = min(gigabytes * 1e9, _free(folder) - SPARE_BYTES)
-        fitting = [m for m in MODELS if w.model_bytes() * (m + 2) <= room]
-        left_out += [f"{name} x {m}" for m in MODELS if m not in fitting]
-        if not fitting:
+        different = min(MODELS[-1], int(room // w.model_bytes()) - 2)
+        if different < MODELS[0]:
+            told.append(f"no {name}")
             continue
+        if different < MODELS[-1]:
+            told.append(f"of {name} {different} different models")
         try:
-            made = make(replace(w, tasks=fitting[-1]), folder)
+            made = make(w, folder, different)
             out = folder / "merged.safetensors"
-            records += [point(made, models, workers, out) for models in fitting for workers in WORKERS]
+            records += [point(made, models, workers, out) for models in MODELS for workers in WORKERS]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    told = ", ".join(left_out) or "nothing"
-    words = f"Left out for want of room ({gigabytes:g} GB): {told}. Models in {_kind(folder)}."
+    room_for = f"Room for {gigabytes:g} GB: {', '.join(told)}, the others links to these. " if told else ""
+    words = f"{room_for}Models in {_kind(folder)}."
     found = entry("Scaling: rule magmax, bfloat16, base and models in one file each", records, load, notes=[words])
     publish("scaling", "scaling", found, {"scaling": SCALING}, save)
     if save:

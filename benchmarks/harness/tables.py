@@ -81,6 +81,7 @@ SCALING: list[Column] = [
     ("processor s", number("processor_s", 2)),
     ("model s", number("predicted_s", 2)),
     ("processor / model", number("over_predicted", 2)),
+    ("wall / model", number("wall_over_predicted", 2)),
     ("peak RSS MB", number("peak_rss_mb", 0)),
     ("above imports MB", number("above_imports_mb", 1)),
 ]

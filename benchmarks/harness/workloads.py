@@ -132,6 +132,7 @@ VIT_SMALL = ViT(hidden=256, layers=12, heads=4, patch=32)
 VIT_BASE = ViT(hidden=768, layers=12, heads=12, patch=32)
 VIT_LARGE = ViT(hidden=1024, layers=24, heads=16, patch=16)
 LLAMA = Llama(hidden=2048, layers=22, heads=32, key_heads=4, inner=5632, vocabulary=32000)
+LLAMA_LARGE = Llama(hidden=2560, layers=28, heads=32, key_heads=4, inner=6912, vocabulary=32000)
 
 SMALL = Workload("10m", VIT_SMALL, "F32", tasks=8)
 A = Workload("a", VIT_BASE, "F32", tasks=8)
