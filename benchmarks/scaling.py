@@ -88,7 +88,7 @@ def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Wall seconds and memory over the elements moved, with a line for what the model says of each number of workers."""
+    """Wall seconds and memory over the elements moved; a line for what the model says of each number of workers."""
     matplotlib.rcParams["svg.hashsalt"] = "magmax"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     time, memory = figure.subplots(1, 2)
