@@ -16,6 +16,7 @@ from magmax.checkpoints.writer import Target
 from magmax.cli import main
 from magmax.engine.job import Job, Settings
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.workers import process_pool
 from magmax.errors import MagMaxError, UnfinishedError
 from magmax.rules import MagMax
 
@@ -94,6 +95,15 @@ def test_merging_from_and_into_a_store_gives_the_bytes_of_merging_on_disk(store,
     assert told == f"{store}/out/m.safetensors"
     assert there(f"{store}/out") == {"m.safetensors": (tmp_path / "home.safetensors").read_bytes()}
     assert list((tmp_path / "cache" / "outgoing").iterdir()) == []
+
+
+@pytest.mark.parametrize("rule", ["magmax", "ties"])
+def test_other_processes_read_from_a_store_and_what_they_merge_is_uploaded(deferring, inputs, files, tmp_path, rule):
+    base, models = files
+    magmax.merge(rule, base, models, out=tmp_path / "home.safetensors")
+    with process_pool(2) as pool:
+        magmax.merge(rule, inputs[0], inputs[1:], out=f"{deferring}/out/m.safetensors", executor=pool)
+    assert there(f"{deferring}/out") == {"m.safetensors": (tmp_path / "home.safetensors").read_bytes()}
 
 
 def test_a_folder_of_shards_is_uploaded_with_its_index_last(deferring, files, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from tests.remote.web import Web, served
 
 import magmax
 from magmax.checkpoints import open_checkpoint, remote, urls
-from magmax.engine import stream
+from magmax.engine import crew, stream
 from magmax.engine.job import Settings
+from magmax.engine.workers import process_pool
 from magmax.errors import MagMaxError, UnfinishedError
 
 pytest.importorskip("aiohttp")
@@ -53,6 +56,28 @@ def at_home(files, out: Path, rule: str = "magmax") -> bytes:
 def test_merging_from_the_web_gives_the_bytes_of_merging_from_disk(web, files, tmp_path, rule, threads):
     ours = merged(web, tmp_path / "web.safetensors", rule, threads)
     assert ours == at_home(files, tmp_path / "home.safetensors", rule)
+
+
+def test_other_processes_read_from_the_web_each_for_itself(web, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "SHARE_BYTES", 3_000_000)
+    base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
+    with process_pool(2) as pool:
+        magmax.merge("ties", base, models, out=tmp_path / "web.safetensors", executor=pool)
+    assert (tmp_path / "web.safetensors").read_bytes() == at_home(files, tmp_path / "home.safetensors", "ties")
+
+
+def test_a_server_that_fails_other_processes_for_good_is_told_and_the_merge_resumes(web, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "SHARE_BYTES", 3_000_000)
+    base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
+    out = tmp_path / "web.safetensors"
+    web.spared, web.breaks = 30, -1
+    with process_pool(2) as pool:
+        with pytest.raises(UnfinishedError, match=r"\w+\.safetensors: \S+: bytes [\d,]+ to [\d,]+: failed 5 times"):
+            magmax.merge("magmax", base, models, out=out, executor=pool)
+        assert not out.exists()
+        web.breaks = 0
+        magmax.merge("magmax", base, models, out=out, executor=pool)
+    assert out.read_bytes() == at_home(files, tmp_path / "home.safetensors")
 
 
 def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path, monkeypatch):
@@ -131,6 +156,14 @@ def test_a_file_that_changes_during_the_merge_is_an_error_and_leaves_nothing(web
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("web")] == []
 
 
+def test_another_process_opens_the_same_file_or_none(web, files, tmp_path):
+    content = pickle.dumps(open_checkpoint(f"{web.url}/task2.safetensors"))
+    assert pickle.loads(content).specs == open_checkpoint(files[1][1]).specs
+    web.files["/task2.safetensors"] = saved(small_model(77), tmp_path / "new.safetensors").read_bytes()
+    with pytest.raises(MagMaxError, match=r"task2\.safetensors: changed while it was read"):
+        pickle.loads(content)
+
+
 def test_what_is_not_there_or_not_safetensors_is_said(web, tmp_path):
     with pytest.raises(MagMaxError, match=r"/no\.safetensors: there is no such file"):
         open_checkpoint(f"{web.url}/no.safetensors")
@@ -171,14 +204,16 @@ def sharded(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_folders_with_an_index_and_their_small_files_come_from_the_web(tmp_path):
+@pytest.mark.parametrize("processes", [False, True])
+def test_folders_with_an_index_and_their_small_files_come_from_the_web(processes, tmp_path):
     folders = [sharded(tmp_path / "models" / f"m{n}", n) for n in range(3)]
     content = {f"/{f.name}/{p.name}": p.read_bytes() for f in folders for p in f.iterdir()}
     magmax.merge("average", folders[0], folders[1:], out=tmp_path / "home")
     with served(Web(content)) as web:
         base, *models = [f"{web.url}/{folder.name}" for folder in folders]
         models[-1] += "/model.safetensors.index.json"
-        magmax.merge("average", base, models, out=tmp_path / "web")
+        with process_pool(2) if processes else nullcontext() as pool:
+            magmax.merge("average", base, models, out=tmp_path / "web", executor=pool)
     home, away = ({p.name: p.read_bytes() for p in (tmp_path / place).iterdir()} for place in ("home", "web"))
     provenance = [json.loads(folder.pop("provenance.json")) for folder in (home, away)]
     assert provenance[0] == provenance[1]

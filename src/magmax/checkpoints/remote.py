@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import MagMaxError
 from .sources import source_of
@@ -47,6 +47,10 @@ class RemoteFile:
 
     def __str__(self) -> str:
         return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the file is opened again; it must be the same still."""
+        return _reopened, (self._given, self.stamp)
 
     def fill(self, view: memoryview, offset: int, of: str = "") -> None:
         """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to.
@@ -130,6 +134,13 @@ class RemoteFile:
 
     def _bounds(self, index: int) -> tuple[int, int]:
         return index * BLOCK, min((index + 1) * BLOCK, self.size)
+
+
+def _reopened(url: str, stamp: list[object]) -> RemoteFile:
+    file = RemoteFile(url)
+    if file.stamp != stamp:
+        raise changed(file.url)
+    return file
 
 
 class _Block:

@@ -47,8 +47,8 @@ class Settings:
         progress: told of bytes read, as they are.
         note: told of things worth knowing, such as a resumption.
         executor: its workers work instead of threads of this process: a pool of threads or processes, or the executor
-            of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path again, so
-            that they need the inputs and the output's folder on a file system that all share.
+            of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path or URL
+            again, so that they need the inputs and the output's folder on a file system that all share, or a network.
         ground: what those workers must see; a job finds out.
         device: where rules merge: "cuda", "cuda:1" ..., or "cpu" for torch on the processors. By default numpy there.
             Rules that take singular values round otherwise on another device, and NaN that are let through may have
