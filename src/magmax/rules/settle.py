@@ -56,12 +56,21 @@ def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
 def _swept(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> Floats:
     """Each price in turn set for what is wanted of its task."""
     prices = prices.copy()
-    net = worth - prices[:, None]
+    later = _best_of_later(worth, prices)
+    earlier = np.full(worth.shape[1], -np.inf)
     for task, count in enumerate(wanted.tolist()):
-        net[task] = -np.inf
-        prices[task] = _threshold(worth[task] - net.max(axis=0), count, prices[task])
-        net[task] = worth[task] - prices[task]
+        best_other = np.maximum(earlier, later[task], out=later[task])
+        prices[task] = _threshold(worth[task] - best_other, count, prices[task])
+        np.maximum(earlier, worth[task] - prices[task], out=earlier)
     return prices
+
+
+def _best_of_later(worth: Floats, prices: Floats) -> Floats:
+    """For each task the most that an element is worth, less its price, to any task after it."""
+    found = np.full_like(worth, -np.inf)
+    for task in reversed(range(len(worth) - 1)):
+        np.maximum(found[task + 1], worth[task + 1] - prices[task + 1], out=found[task])
+    return found
 
 
 def _threshold(lead: Floats, count: int, old: float) -> float:
