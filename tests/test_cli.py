@@ -42,6 +42,16 @@ def test_merge_writes_what_the_library_merges(run, files, tmp_path):
     assert (tmp_path / "cli.safetensors").read_bytes() == library.read_bytes()
 
 
+def test_models_may_be_named_as_an_option(run, files, tmp_path):
+    base, tasks = files
+    for name, words in {"a": [*tasks], "b": ["--models", *tasks]}.items():
+        assert run("merge", "--base", base, *words, "--out", tmp_path / f"{name}.safetensors")[0] == 0
+        prefer = ["--prefer", f"{tasks[0].stem}=3", "--prefer", f"{tasks[1].stem}=1"]
+        assert run("tune", "--base", base, *words, *prefer, "--out", tmp_path / f"tuned-{name}.safetensors")[0] == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "tuned-a.safetensors").read_bytes() == (tmp_path / "tuned-b.safetensors").read_bytes()
+
+
 def test_a_rule_with_options_and_assignments(run, files, tmp_path):
     base, tasks = files
     words = ["--base", base, *tasks, "--out", tmp_path / "a.safetensors", "--scaling-factor", "0.7"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def test_samples_lead_to_the_weights_of_their_plain_features(method, place, pair
 
 def test_labels_are_counted(place, run, tmp_path):  # noqa: F811
     _, out, _ = run(*words(place, "label", "--out", tmp_path / "out.safetensors"))
+    assert told(out) == [0.25, 0.75, 0]
+
+
+def test_counting_labels_takes_no_encoder(place, run, tmp_path):  # noqa: F811
+    base = shutil.copy(place / "base" / "model.safetensors", tmp_path / "alone.safetensors")
+    given = words(place, "label", "--out", tmp_path / "out.safetensors")
+    code, out, err = run(*(base if word == str(place / "base") else word for word in map(str, given)))
+    assert code == 0, err
     assert told(out) == [0.25, 0.75, 0]
 
 

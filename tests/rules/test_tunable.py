@@ -303,7 +303,9 @@ def test_a_preference_must_fit_the_models(tmp_path):
     with pytest.raises(MagMaxError, match="did you mean 'sport'"):
         magmax.merge(Tunable(preference={"sprot": 1}), base, models, out=tmp_path / "out.safetensors")
     with pytest.raises(MagMaxError, match="models with names"):
-        Tunable(preference={"a": 1})([np.ones(3, np.float32)])
+        Tunable(preference={"a": 1, "b": 1})([np.ones(3, np.float32)] * 2)
+    with pytest.raises(MagMaxError, match="with one there is nothing to prefer"):
+        magmax.merge(Tunable(preference=[1]), base, models[:1], out=tmp_path / "out.safetensors")
     for word in ("selection", "span"):
         with pytest.raises(MagMaxError, match=word):
             Tunable(preference=[1], **{word: "bogus"})
@@ -335,18 +337,19 @@ class Forgetful(Tunable):
 
 
 def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
-    base, model = (open_checkpoint(saved({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors")) for n in (1, 2))
+    files = (saved({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors") for n in range(3))
+    base, *models = map(open_checkpoint, files)
 
     def told(rule: Rule, threads: int) -> int:
-        preview = merge_job(rule, base, [model], tmp_path / "out.safetensors", Options()).preview(threads)
+        preview = merge_job(rule, base, models, tmp_path / "out.safetensors", Options()).preview(threads)
         return preview["peak_memory"]
 
     for threads in (1, 6):
-        free = told(Forgetful((1,)), threads)
-        held = Tunable((1,)).memory
+        free = told(Forgetful((1, 2)), threads)
+        held = Tunable((1, 2)).memory
         assert held > 100_000_000
-        random = Tunable((1,), selection="random")
+        random = Tunable((1, 2), selection="random")
         assert told(random, threads) - free == random.memory > 100_000_000
-        assert told(Tunable((1,)), threads) - free == held
-        assert told(Tunable((1,), span="tensor"), threads) - free == threads * held
-        assert told(chain(Remembering(), Tunable((1,))), threads) - free == 1000 + held
+        assert told(Tunable((1, 2)), threads) - free == held
+        assert told(Tunable((1, 2), span="tensor"), threads) - free == threads * held
+        assert told(chain(Remembering(), Tunable((1, 2))), threads) - free == 1000 + held

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
+from .options import Models
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
@@ -79,7 +80,8 @@ def train(
 
 def evaluate(
     recipe: str,
-    *models: str,
+    models: Models = (),
+    *,
     seed: int | None = None,
     threads: int = 0,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
-from .options import Device, DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
+from .options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def merge(
-    *models: str,
+    models: Models = (),
+    *,
     base: str | None = None,
     out: str | None = None,
     rule: str | None = None,

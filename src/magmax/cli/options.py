@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Mismatch = Literal["strict", "base", "intersect"]
+Models = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
 Scheduler = Annotated[
     str | None,

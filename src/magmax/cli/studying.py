@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError, nearest
 from .console import print_table, shown_settings
-from .options import Threads
+from .options import Models, Threads
 
 if TYPE_CHECKING:
     from ..study.methods import Records
@@ -24,7 +24,8 @@ SHOWN_ROWS = 40
 
 def study(
     what: str,
-    *models: str,
+    models: Models = (),
+    *,
     base: str | None = None,
     source: Annotated[str | None, Parameter(name="--from")] = None,
     out: str | None = None,

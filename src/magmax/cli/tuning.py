@@ -8,11 +8,12 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import in_bytes, print_outcome, print_preview, print_table, shown_settings
-from .options import DryRun, Dtype, Restart, Scheduler, Threads
+from .options import DryRun, Dtype, Models, Restart, Scheduler, Threads
 
 
 def tune(
-    *models: str,
+    models: Models = (),
+    *,
     out: str,
     base: str | None = None,
     archive: str | None = None,
@@ -57,7 +58,8 @@ def tune(
     samples
         With target: the folder of training samples of each model, NAME.csv or NAME/LABEL/*.txt.
     method
-        With target: how to make a preference of it; auto tries all on a held-out half of the samples.
+        With target: how to make a preference of it. label needs no encoder; auto tries all, each on the half of the
+        samples that it was not made of.
     encoder
         With target: the encoder's folder in the Hugging Face layout, where BASE is not that.
     span
@@ -118,7 +120,7 @@ def tune(
 
 
 def archive(
-    *models: str, base: str, out: str, top: float = 0.3, bits: Literal[8, 16, 32] = 8, threads: Threads = 0
+    models: Models = (), *, base: str, out: str, top: float = 0.3, bits: Literal[8, 16, 32] = 8, threads: Threads = 0
 ) -> None:
     """Store of each model what magmax tune is likely to need, in far fewer bytes.
 

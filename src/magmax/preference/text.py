@@ -97,12 +97,9 @@ class TextTarget:
     settings: Settings
     options: Options = field(default_factory=Options)
 
-    def weights(self, method: Method, target: Samples | None = None) -> list[float]:
-        """A preference by one method; see `from_labels` and `from_samples`."""
-        target = target or self.target
-        if method == "label":
-            return from_labels(target.labels, [set(samples.labels) for samples in self.tasks])
-        return from_samples(self._pairs(target), cast("Distance", method))
+    def weights(self, method: Distance) -> list[float]:
+        """A preference by features; see `from_samples`."""
+        return from_samples(self._pairs(), method)
 
     def chosen(self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01) -> Choice:
         """The best, on samples it was not made of, of all methods, uniform and MagMax's own counts; see `choose`.
@@ -115,7 +112,7 @@ class TextTarget:
         head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
         items = self.encoder.tokenize(self.target.texts)
         labels = np.array([names.index(label) for label in self.target.labels])
-        pairs = list(self._pairs(self.target))
+        pairs = list(self._pairs())
 
         def score(weights: Sequence[float]) -> np.ndarray:
             settings = Settings(self.settings.threads)
@@ -135,16 +132,16 @@ class TextTarget:
         for method in ("label", *get_args(Distance)):
             try:
                 if method == "label":
-                    yield method, self.weights(method, self.target.pick(places))
+                    yield method, counted(self.target.pick(places), self.tasks)
                 else:
                     yield method, from_samples(seen, cast("Distance", method))
             except MagMaxError as error:
                 self.settings.note(f"not tried: {method} ({error})")
 
-    def _pairs(self, target: Samples) -> Iterator[tuple[Features, Features]]:
+    def _pairs(self) -> Iterator[tuple[Features, Features]]:
         for number, samples in enumerate(self.tasks):
             self._put(1.0, [self.models[number]])
-            yield self._features(samples.texts[:MOST_SAMPLES]), self._features(target.texts)
+            yield self._features(samples.texts[:MOST_SAMPLES]), self._features(self.target.texts)
 
     def _features(self, texts: Sequence[str]) -> Features:
         self.encoder.model.eval()
@@ -158,6 +155,11 @@ class TextTarget:
         options = replace(self.options, scaling_factor=factor, dtype=None)
         made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
         put_weights(self.encoder.model, self.base, made)
+
+
+def counted(target: Samples, tasks: Sequence[Samples]) -> list[float]:
+    """A preference by the target's labels; see `from_labels`."""
+    return from_labels(target.labels, [set(samples.labels) for samples in tasks])
 
 
 def text_preference(
@@ -178,9 +180,12 @@ def text_preference(
     Args:
         data: labelled samples of the target, as `read_samples` reads them.
         samples: the folder of each task's training samples, as `read_tasks` reads them.
-        encoder: the folder of the encoder in the Hugging Face layout; by default the base's own.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base's own. "label" needs none.
         rule: the merge that "auto" tries preferences with; its own preference does not matter.
     """
+    tasks, target = read_tasks(samples, names), read_samples(data)
+    if method == "label":
+        return counted(target, tasks)
     folder = encoder or base.folder()
     if folder is None or not folder.is_dir():
         raise MagMaxError(
@@ -191,18 +196,10 @@ def text_preference(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MagMaxError(f"{folder}: has no encoder with its tokenizer: {reason}; name one: --encoder") from error
-    target = TextTarget(
-        loaded,
-        base,
-        models,
-        read_tasks(samples, names),
-        read_samples(data),
-        settings,
-        options,
-    )
+    sought = TextTarget(loaded, base, models, tasks, target, settings, options)
     if method != "auto":
-        return target.weights(method)
-    choice = target.chosen(lambda tried: replace(rule, preference=list(tried)))
+        return sought.weights(method)
+    choice = sought.chosen(lambda tried: replace(rule, preference=list(tried)))
     lines = ["score  less pull  weights  candidate"]
     for trial in choice.trials:
         shares = " ".join(f"{weight:.3f}" for weight in trial.weights)

@@ -105,6 +105,8 @@ class Tunable(Rule):
 
     def check(self, tasks: int) -> None:
         super().check(tasks)
+        if tasks == 1:
+            raise MagMaxError("tunable needs two models or more: with one there is nothing to prefer; take magmax")
         if self._weights is not self.preference:
             raise MagMaxError("a preference by name needs models with names; give a list in the models' order")
         if len(self._weights) != tasks:
