@@ -69,7 +69,8 @@ def about(study: Study, experiment: Experiment, records: Sequence[Record], parts
     environments = (
         f" {study.draws} environments of each kind, {study.target:.0%} of each the target sample and the rest scored, "
         "among all classes; means over environments. oracle: the true mixture; manual: its tasks in equal parts; auto: "
-        "each half of the target sample tries what is made of the other. The sources label, ot, cos, mmd and auto see the target sample alone."
+        "each half of the target sample tries what is made of the other. The sources label, ot, cos, mmd and auto see "
+        "the target sample alone."
     )
     spent = f"{sum(r['merges'] for r in records)} merges, {sum(r['seconds'] for r in records):.0f} s."
     return (
