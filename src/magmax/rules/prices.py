@@ -63,7 +63,7 @@ class Priced:
         found = np.empty(math.prod(block.deltas[0].shape), np.int16)
         among = np.asarray(self.among, np.int16)
         for at, deltas in pieces(block):
-            best, lead, margin = self.leaders(deltas)
+            best, _, lead, margin = self.leaders(deltas)
             close = np.flatnonzero(~(lead > margin))
             if len(close):
                 columns = self.columns(at, deltas, self.words(at, len(best)), close)
@@ -75,11 +75,11 @@ class Priced:
         found[offsets[first:last] - block.at.offset] = tasks[first:last]
         return found
 
-    def leaders(self, deltas: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], float]:
-        """Of some elements the best of `among` (its row), and by how much it leads the next, but for an error.
+    def leaders(self, deltas: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], NDArray[Any], float]:
+        """Of some elements the best of `among` (its row), its worth less its price, and by how much it leads the next.
 
-        Both are told in the type of the task vectors and without the noise; the error is the most that this matters.
-        Where numbers are not finite, the lead does not exceed it.
+        All are told in the type of the task vectors and without the noise; the last answer is the most that this
+        matters to a lead. Where numbers are not finite, the lead does not exceed it.
         """
         kind = deltas[0].dtype.type
         with np.errstate(over="ignore", invalid="ignore"):
@@ -98,7 +98,7 @@ class Priced:
                 np.maximum(best, net, out=best)
             info = np.finfo(kind)
             scale = abs(float(best.max(initial=0.0))) + 2 * float(np.abs(prices).max())
-            return winners, best - second, self.noise + 8 * (float(info.eps) * scale + float(info.tiny))
+            return winners, best, best - second, self.noise + 8 * (float(info.eps) * scale + float(info.tiny))
 
     def words(self, at: Address, count: int) -> NDArray[np.uint32]:
         """A random word for each of so many elements from an address on."""
@@ -180,11 +180,14 @@ class Undecided(Fold):
         Noise and rounding are looked into only where they may matter.
         """
         priced = self.priced
-        best, lead, margin = priced.leaders(deltas)
+        best, top, lead, margin = priced.leaders(deltas)
         with np.errstate(over="ignore"):
-            reach = self.windows.max(axis=1).astype(lead.dtype) + lead.dtype.type(margin)
-        sure = alive & (lead > reach[best])
-        near = np.flatnonzero(alive & ~sure)
+            reach = (self.windows + margin).astype(lead.dtype)
+        np.fill_diagonal(reach, -np.inf)
+        near = np.flatnonzero(alive & ~(lead > reach.max(axis=1)[best]))
+        near = near[self._close(deltas, near, best[near], top[near], reach)]
+        sure = alive.copy()
+        sure[near] = False
         columns = priced.columns(at, deltas, words, near)
         net, rows = priced.net(columns), np.arange(len(near))
         winners = best_of(net)
@@ -201,6 +204,18 @@ class Undecided(Fold):
         sums[0] += total + columns.magnitudes[own, spots].sum()
         sums[1] += total + columns.worth(priced.noise)[own, spots].sum()
         return near[open_]
+
+    def _close(
+        self, deltas: Sequence[NDArray[Any]], spots: Places, best: Winners, top: NDArray[Any], reach: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        """Which of the elements at these spots their best may not lead some other by as much as it must."""
+        close = np.zeros(len(spots), bool)
+        prices = np.asarray(self.priced.prices).astype(top.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for row, task in enumerate(self.priced.among):
+                lead = top - (np.abs(deltas[task][spots]) - prices[row])
+                close |= ~(lead > reach[:, row][best])
+        return close
 
 
 class Found(NamedTuple):
