@@ -256,24 +256,34 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
         share = quota - found.clear
         if rate == 1 and share.min() >= 0:
             prices, at = settled(worth, share, balanced(worth, share, old))
-            if _within(prices - old, windows):
+            if _sound(prices - old, windows).all():
                 return _finished(state, found, prices, at, quota)
         else:
             prices = balanced(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
         state = replace(state, prices=prices.tolist())
         near = found.near
-        if _within(prices - old, windows) and near > 0.9 * room:
-            wanted_near = 0.9 * room if near < 2 * ZOOM * room else near / ZOOM
-            windows, near = narrowed(worth - prices[:, None], windows, wanted_near / near), wanted_near
+        if near > 0.9 * room:
+            part = 0.9 * room / near if near < 2 * ZOOM * room else 1 / ZOOM
+            net, sound = worth - prices[:, None], _sound(prices - old, windows)
+            windows = np.where(sound, narrowed(net, windows, part), windows)
+            near *= part if sound.all() else _part_within(net, windows)
         rate = min(1.0, room / near)
         if left == 1:
             windows, rate = np.full((tasks, tasks), np.inf), 1.0
     raise AssertionError("in the last round every element is known")
 
 
-def _within(shift: Floats, windows: Floats) -> bool:
-    """Whether after a change of prices every element that was clear is still its task's."""
-    return bool((shift[:, None] - shift <= windows).all())
+def _sound(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
+    """For which pairs of tasks, after a change of prices, every element that was the first's is not the second's."""
+    return shift[:, None] - shift <= windows
+
+
+def _part_within(net: Floats, windows: Floats) -> float:
+    """The part of these elements whose best leads some other task by no more than its window."""
+    at = best_of(net)
+    leads = net.max(axis=0) - net
+    leads[at, np.arange(len(at))] = np.inf
+    return float((leads <= windows.T[:, at]).any(axis=0).mean())
 
 
 def tie_breaker(magnitudes: Floats) -> float:
