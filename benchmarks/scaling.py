@@ -26,7 +26,7 @@ SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA, "
 MODELS = (2, 4, 8, 16, 32)
 WORKERS = (1, 2)
 CHUNK = 1 << 22
-SPARE_BYTES = 4_000_000_000
+SPARE_BYTES = 2_000_000_000
 FINITE = np.uint16(0xBFFF)
 """Clears the bit without which no bfloat16 is infinite or NaN."""
 app = App(help=__doc__)
