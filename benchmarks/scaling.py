@@ -17,7 +17,7 @@ from harness.results import entry, publish
 from harness.rounds import console
 from harness.safetensors_stream import StreamWriter
 from harness.tables import SCALING
-from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload
+from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, shard_shapes
 from matplotlib.figure import Figure
 
 from magmax.engine.cost import ELEMENT_NS
@@ -25,6 +25,9 @@ from magmax.engine.cost import ELEMENT_NS
 SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA, "2000m": LLAMA_LARGE}
 MODELS = (2, 4, 8, 16, 32)
 WORKERS = (1, 2)
+SHARDS = 6
+LEAST_POOL = 2
+"""LEAST_POOL ** SHARDS models can differ."""
 CHUNK = 1 << 22
 SPARE_BYTES = 2_000_000_000
 FINITE = np.uint16(0xBFFF)
@@ -32,30 +35,47 @@ FINITE = np.uint16(0xBFFF)
 app = App(help=__doc__)
 
 
-def make(w: Workload, folder: Path, different: int) -> Workload:
-    """A base and models of random finite bfloat16, one file each, in `folder`; from `different` on they are links."""
+def make(w: Workload, folder: Path, pool: int) -> Workload:
+    """A base and models of random finite bfloat16 in `folder`, no two alike, of `pool` files for each shard."""
     placed = Placed(w, folder)
-    base, *models = placed.inputs()
-    for number, path in enumerate([base, *models]):
-        path.parent.mkdir(parents=True)
-        if number > different:
-            path.hardlink_to(models[(number - 1) % different])
-            continue
-        draw = np.random.default_rng(number)
-        with StreamWriter(path, w.shapes(), w.dtype) as writer:
-            for shape in w.shapes().values():
-                size = int(np.prod(shape))
-                for start in range(0, size, CHUNK):
-                    count = min(CHUNK, size - start)
-                    writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+    index = json.dumps({"metadata": {"total_size": w.model_bytes()}, "weight_map": _weight_map(w)})
+    for shard, shapes in enumerate(shard_shapes(w)):
+        files = [folder / "pool" / f"{shard}-{number}.safetensors" for number in range(pool)]
+        for number, path in enumerate(files):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw = np.random.default_rng((number, shard))
+            with StreamWriter(path, shapes, w.dtype) as writer:
+                for shape in shapes.values():
+                    size = int(np.prod(shape))
+                    for start in range(0, size, CHUNK):
+                        count = min(CHUNK, size - start)
+                        writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+        for model, place in enumerate(placed.model_folders()):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "model.safetensors.index.json").write_text(index)
+            (place / _shard_name(w, shard)).hardlink_to(files[_number(model, shard, pool)])
     return placed
+
+
+def _number(model: int, shard: int, pool: int) -> int:
+    """Which file of the pool a model has for a shard: the model's own, where there are enough; no two models alike."""
+    digit = model // pool**shard % pool
+    return (digit + model) % pool if shard else digit
+
+
+def _weight_map(w: Workload) -> dict[str, str]:
+    return {name: _shard_name(w, shard) for shard, shapes in enumerate(shard_shapes(w)) for name in shapes}
+
+
+def _shard_name(w: Workload, shard: int) -> str:
+    return f"model-{shard + 1:05}-of-{w.shards:05}.safetensors"
 
 
 class Placed(Workload):
     """A workload that lies in a folder of its own."""
 
     def __init__(self, w: Workload, folder: Path) -> None:
-        super().__init__(w.name, w.architecture, w.dtype, w.tasks)
+        super().__init__(w.name, w.architecture, w.dtype, w.tasks, w.shards)
         object.__setattr__(self, "_folder", folder / w.name)
 
     @property
@@ -67,9 +87,9 @@ def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
     """One merge, its inputs in the page cache."""
     command = ours_inner(w, out, "magmax", models)
     command[-1] = json.dumps(json.loads(command[-1]) | {"threads": workers})
-    out.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
     run: Measured = measure(command, LIMIT_S, CHILDREN)
-    out.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
     predicted = w.parameters() * (models + 2) * ELEMENT_NS * 1e-9
     console.print(f"{w.name}, {models} models, {workers} workers: {run.inner_s} s {run.error}")
     return {
@@ -112,7 +132,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool = True) -> None:
     """Merges 2 to 32 models of 10 M to 2 B bfloat16 parameters by magnitude, with 1 and 2 workers.
 
-    Where there is no room for all models, the last ones are links to the first: they are read as often.
+    Where there is no room for all models, they share files, no two of them all: as many bytes are read.
     Writes results/scaling.json and .md, and docs/scaling.svg.
 
     Parameters
@@ -120,7 +140,7 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
     folder
         Where models are made; a folder in memory (tmpfs) leaves the disk out.
     gigabytes
-        The most that different models and an output may take at once.
+        The most that models and an output may take at once.
     save
         --no-save prints only.
     """
@@ -128,23 +148,23 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
     records: list[dict[str, Any]] = []
     told: list[str] = []
     for name, architecture in SIZES.items():
-        w = Workload(name, architecture, "BF16", tasks=MODELS[-1])
+        w = Workload(name, architecture, "BF16", tasks=MODELS[-1], shards=SHARDS)
         room = min(gigabytes * 1e9, _free(folder) - SPARE_BYTES)
-        different = min(MODELS[-1], int(room // w.model_bytes()) - 2)
-        if different < MODELS[0]:
-            told.append(f"no {name}")
+        pool = min(MODELS[-1] + 1, int(room // w.model_bytes()) - 1)
+        if pool < LEAST_POOL:
+            told.append(f"none of {name}")
             continue
-        if different < MODELS[-1]:
-            told.append(f"of {name} {different} different models")
+        if pool <= MODELS[-1]:
+            told.append(f"{pool} of {name}")
         try:
-            made = make(w, folder, different)
-            out = folder / "merged.safetensors"
+            made = make(w, folder, pool)
+            out = folder / made.output_name()
             records += [point(made, models, workers, out) for models in MODELS for workers in WORKERS]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    room_for = f"Room for {gigabytes:g} GB: {', '.join(told)}, the others links to these. " if told else ""
-    words = f"{room_for}Models in {_kind(folder)}."
-    found = entry("Scaling: rule magmax, bfloat16, base and models in one file each", records, load, notes=[words])
+    shared = f"Room for {gigabytes:g} GB, so that models share files: {', '.join(told)} differ in all. " if told else ""
+    words = f"{shared}Models in {_kind(folder)}."
+    found = entry("Scaling: rule magmax, bfloat16, base and models in 6 files each", records, load, notes=[words])
     publish("scaling", "scaling", found, {"scaling": SCALING}, save)
     if save:
         draw(records, REPOSITORY / "docs" / "scaling.svg")
