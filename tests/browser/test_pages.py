@@ -22,6 +22,8 @@ from magmax.study.runs import load_run
 from magmax.study.tally import tally
 from magmax.study.weights import Origin
 
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -92,6 +94,7 @@ def test_marks_tell_of_themselves_when_pointed_at(shown: Any, size: dict[str, in
     kind = ".wide" if size == DESK else ".narrow"
     mark = page.locator(f"#figure-norms {kind} .mark").nth(3)
     mark.scroll_into_view_if_needed()
+    page.evaluate(TWO_FRAMES)  # of a scroll the page is told a frame later, and then it hides what it shows
     mark.hover(force=True)
     assert page.locator("#tip.shown").text_content() == mark.get_attribute("data-tip")
     place = page.locator("#tip").bounding_box()
