@@ -15,9 +15,9 @@ from harness.methods import LIMIT_S, ours_inner
 from harness.places import CHILDREN, DATA, REPOSITORY
 from harness.results import entry, publish
 from harness.rounds import console
-from harness.safetensors_stream import StreamWriter
+from harness.safetensors_stream import Shapes, StreamWriter
 from harness.tables import SCALING
-from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, shard_shapes
+from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, shards_of, write_indices
 from matplotlib.figure import Figure
 
 from magmax.engine.cost import ELEMENT_NS
@@ -38,37 +38,32 @@ app = App(help=__doc__)
 def make(w: Workload, folder: Path, pool: int) -> Workload:
     """A base and models of random finite bfloat16 in `folder`, no two alike, of `pool` files for each shard."""
     placed = Placed(w, folder)
-    index = json.dumps({"metadata": {"total_size": w.model_bytes()}, "weight_map": _weight_map(w)})
-    for shard, shapes in enumerate(shard_shapes(w)):
+    for place in (folder / "pool", *placed.model_folders()):
+        place.mkdir(parents=True)
+    for shard, (name, shapes) in enumerate(shards_of(w).items()):
         files = [folder / "pool" / f"{shard}-{number}.safetensors" for number in range(pool)]
-        for number, path in enumerate(files):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw = np.random.default_rng((number, shard))
-            with StreamWriter(path, shapes, w.dtype) as writer:
-                for shape in shapes.values():
-                    size = int(np.prod(shape))
-                    for start in range(0, size, CHUNK):
-                        count = min(CHUNK, size - start)
-                        writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+        for number, file in enumerate(files):
+            _write_random(file, shapes, w.dtype, np.random.default_rng((number, shard)))
         for model, place in enumerate(placed.model_folders()):
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "model.safetensors.index.json").write_text(index)
-            (place / _shard_name(w, shard)).hardlink_to(files[_number(model, shard, pool)])
+            (place / name).hardlink_to(files[_number(model, shard, pool)])
+    write_indices(placed)
     return placed
+
+
+def _write_random(path: Path, shapes: Shapes, dtype: str, draw: np.random.Generator) -> None:
+    with StreamWriter(path, shapes, dtype) as writer:
+        for shape in shapes.values():
+            left = int(np.prod(shape))
+            while left:
+                count = min(CHUNK, left)
+                writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+                left -= count
 
 
 def _number(model: int, shard: int, pool: int) -> int:
     """Which file of the pool a model has for a shard: the model's own, where there are enough; no two models alike."""
     digit = model // pool**shard % pool
     return (digit + model) % pool if shard else digit
-
-
-def _weight_map(w: Workload) -> dict[str, str]:
-    return {name: _shard_name(w, shard) for shard, shapes in enumerate(shard_shapes(w)) for name in shapes}
-
-
-def _shard_name(w: Workload, shard: int) -> str:
-    return f"model-{shard + 1:05}-of-{w.shards:05}.safetensors"
 
 
 class Placed(Workload):

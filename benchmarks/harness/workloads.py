@@ -78,14 +78,24 @@ def values_of(w: Workload, tensor: int, size: int) -> Iterator[list[np.ndarray]]
         yield [encode(base), *(encode(base + noise * np.float32(TASK_SPREAD)) for noise in noises)]
 
 
-def shard_shapes(w: Workload) -> list[Shapes]:
-    """The tensors in order, cut into shards of about the same number of bytes."""
+def shards_of(w: Workload) -> dict[str, Shapes]:
+    """The tensors in order, cut into files of about the same number of bytes."""
     shards: list[Shapes] = [{} for _ in range(w.shards)]
     done, total = 0, w.model_bytes()
     for name, shape in w.shapes().items():
         shards[done * w.shards // total][name] = shape
         done += tensor_bytes(shape, w.dtype)
-    return shards
+    if w.shards == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{w.shards:05}.safetensors": shapes for number, shapes in enumerate(shards, 1)}
+
+
+def write_indices(w: Workload) -> None:
+    """Says in each model's folder which file has which tensor."""
+    where = {tensor: file for file, shapes in shards_of(w).items() for tensor in shapes}
+    index = json.dumps({"metadata": {"total_size": w.model_bytes()}, "weight_map": where}, indent=2)
+    for folder in w.model_folders():
+        (folder / "model.safetensors.index.json").write_text(index)
 
 
 def make(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
@@ -109,11 +119,8 @@ def make(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
 
 
 def _write_weights(w: Workload) -> None:
-    where: dict[str, str] = {}
     tensor = 0
-    for number, shapes in enumerate(shard_shapes(w), 1):
-        file = "model.safetensors" if w.shards == 1 else f"model-{number:05}-of-{w.shards:05}.safetensors"
-        where |= dict.fromkeys(shapes, file)
+    for file, shapes in shards_of(w).items():
         with ExitStack() as stack:
             opened = [StreamWriter(folder / file, shapes, w.dtype) for folder in w.model_folders()]
             writers = [stack.enter_context(writer) for writer in opened]
@@ -123,9 +130,7 @@ def _write_weights(w: Workload) -> None:
                         writer.write(chunk)
                 tensor += 1
     if w.shards > 1:
-        index = json.dumps({"metadata": {"total_size": w.model_bytes()}, "weight_map": where}, indent=2)
-        for folder in w.model_folders():
-            (folder / "model.safetensors.index.json").write_text(index)
+        write_indices(w)
 
 
 VIT_SMALL = ViT(hidden=256, layers=12, heads=4, patch=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -89,6 +90,26 @@ def from_samples(pairs: Pairs, method: Distance = "ot") -> list[float]:
     )
     distances = [distance(*_checked(*pair, number)) for number, pair in enumerate(pairs, start=1)]
     return softmax([-SHARPNESS[method] * d for d in distances])
+
+
+def from_each(
+    labels: Iterable[Hashable],
+    task_labels: Sequence[Collection[Hashable]],
+    pairs: Sequence[tuple[Features, Features]],
+    note: Callable[[str], None] = lambda words: None,
+) -> dict[str, list[float]]:
+    """The preferences of `from_labels` and of `from_samples` by each method; `note` hears why one cannot be made."""
+    makers: dict[str, Callable[[], list[float]]] = {
+        "label": lambda: from_labels(labels, task_labels),
+        **{method: partial(from_samples, pairs, method) for method in get_args(Distance)},
+    }
+    made: dict[str, list[float]] = {}
+    for method, maker in makers.items():
+        try:
+            made[method] = maker()
+        except MagMaxError as error:
+            note(f"not tried: {method} ({error})")
+    return made
 
 
 def transport(ours: Features, theirs: Features) -> float:

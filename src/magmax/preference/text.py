@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..errors import MagMaxError, nearest
 from ..rules import MagMax, Rule, Tunable
 from .choose import Choice, choose
 from .own import own_shares
-from .sources import MOST_SAMPLES, Distance, Features, from_labels, from_samples
+from .sources import MOST_SAMPLES, Distance, Features, from_each, from_labels, from_samples
 
 Method = Literal["label", "ot", "cos", "mmd", "auto"]
 TEMPLATES = ("a message about {}",)
@@ -120,23 +120,11 @@ class TextTarget:
             put_weights(self.encoder.model, self.base, made)
             return likelihoods(self.encoder, head, items, labels)
 
-        return choose(
-            lambda places: dict(self._candidates(places, pairs)), own, score, len(items), seed=seed, pull=pull
-        )
+        def candidates(places: Sequence[int]) -> dict[str, list[float]]:
+            seen = [(own, target[list(places)]) for own, target in pairs]
+            return from_each(self.target.pick(places).labels, labels_of(self.tasks), seen, self.settings.note)
 
-    def _candidates(
-        self, places: Sequence[int], pairs: Sequence[tuple[Features, Features]]
-    ) -> Iterator[tuple[str, list[float]]]:
-        """A preference by each method that has what it needs in these samples; the others are told of."""
-        seen = [(own, target[list(places)]) for own, target in pairs]
-        for method in ("label", *get_args(Distance)):
-            try:
-                if method == "label":
-                    yield method, counted(self.target.pick(places), self.tasks)
-                else:
-                    yield method, from_samples(seen, cast("Distance", method))
-            except MagMaxError as error:
-                self.settings.note(f"not tried: {method} ({error})")
+        return choose(candidates, own, score, len(items), seed=seed, pull=pull)
 
     def _pairs(self) -> Iterator[tuple[Features, Features]]:
         for number, samples in enumerate(self.tasks):
@@ -157,9 +145,9 @@ class TextTarget:
         put_weights(self.encoder.model, self.base, made)
 
 
-def counted(target: Samples, tasks: Sequence[Samples]) -> list[float]:
-    """A preference by the target's labels; see `from_labels`."""
-    return from_labels(target.labels, [set(samples.labels) for samples in tasks])
+def labels_of(tasks: Sequence[Samples]) -> list[set[str]]:
+    """The different labels of each task."""
+    return [set(samples.labels) for samples in tasks]
 
 
 def text_preference(
@@ -185,7 +173,7 @@ def text_preference(
     """
     tasks, target = read_tasks(samples, names), read_samples(data)
     if method == "label":
-        return counted(target, tasks)
+        return from_labels(target.labels, labels_of(tasks))
     folder = encoder or base.folder()
     if folder is None or not folder.is_dir():
         raise MagMaxError(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .chance import draws
 from .plan import Address, Block, Counts, Fold
-from .settle import Places, balanced, best_of, narrowed, settled
+from .settle import Places, balanced, best_of, narrowed, settled, undecided
 from .winners import Winners, codes_of, moved, picked, pieces
 
 Floats = NDArray[np.float64]
@@ -189,18 +189,13 @@ class Undecided(Fold):
         sure = alive.copy()
         sure[near] = False
         columns = priced.columns(at, deltas, words, near)
-        net, rows = priced.net(columns), np.arange(len(near))
-        winners = best_of(net)
-        leads = net.max(axis=0) - net
-        leads[winners, rows] = np.inf
-        open_ = (leads <= self.windows.T[:, winners]).any(axis=0)
-        closed, own = ~open_, winners[~open_]
+        winners, open_ = undecided(priced.net(columns), self.windows)
+        spots, own = np.flatnonzero(~open_), winners[~open_]
         clear += np.bincount(own, minlength=len(clear))
         clear += [np.count_nonzero(sure & (best == row)) for row in range(len(clear))]
         kept = np.abs(picked(Block(at, deltas), np.asarray(priced.among, np.int16)[best]))
         kept *= sure
         total = kept.sum(dtype=np.float64)
-        spots = rows[closed]
         sums[0] += total + columns.magnitudes[own, spots].sum()
         sums[1] += total + columns.worth(priced.noise)[own, spots].sum()
         return near[open_]
@@ -266,7 +261,7 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
             part = 0.9 * room / near if near < 2 * ZOOM * room else 1 / ZOOM
             net, sound = worth - prices[:, None], _sound(prices - old, windows)
             windows = np.where(sound, narrowed(net, windows, part), windows)
-            near *= part if sound.all() else _part_within(net, windows)
+            near *= part if sound.all() else float(undecided(net, windows)[1].mean())
         rate = min(1.0, room / near)
         if left == 1:
             windows, rate = np.full((tasks, tasks), np.inf), 1.0
@@ -276,14 +271,6 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
 def _sound(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
     """For which pairs of tasks, after a change of prices, every element that was the first's is not the second's."""
     return shift[:, None] - shift <= windows
-
-
-def _part_within(net: Floats, windows: Floats) -> float:
-    """The part of these elements whose best leads some other task by no more than its window."""
-    at = best_of(net)
-    leads = net.max(axis=0) - net
-    leads[at, np.arange(len(at))] = np.inf
-    return float((leads <= windows.T[:, at]).any(axis=0).mean())
 
 
 def tie_breaker(magnitudes: Floats) -> float:

@@ -85,6 +85,14 @@ def _threshold(lead: Floats, count: int, old: float) -> float:
     return float(below + (above - below) / 2)
 
 
+def undecided(net: Floats, windows: Floats) -> tuple[Places, NDArray[np.bool_]]:
+    """The best task of each element, and whether that leads some other task by no more than their window."""
+    best = best_of(net)
+    leads = net.max(axis=0) - net
+    leads[best, np.arange(len(best))] = np.inf
+    return best, (leads <= windows.T[:, best]).any(axis=0)
+
+
 def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
     """For each ordered pair of tasks, by how much the first must lead the second for an element to be clear.
 

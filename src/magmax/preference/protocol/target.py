@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple, cast, get_args
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...continual.data import Labelled
-from ...errors import MagMaxError
 from ...rules import Tunable
 from ..choose import choose
-from ..sources import Distance, from_labels, from_samples, uniform
+from ..sources import Distance, Features, from_each, from_labels, from_samples, uniform
 from .learned import Learned
 
 Weights = tuple[float, ...]
@@ -31,15 +29,11 @@ class Target(NamedTuple):
     def data(self) -> Labelled:
         return self.learned.here.test if self.part == TEST else self.learned.here.validation
 
-    def of(self, places: Sequence[int]) -> Target:
-        return self._replace(rows=self.rows[list(places)])
-
     def weights(self, source: str) -> list[float]:
         """A preference by labels or by features; see `from_labels` and `from_samples`."""
         if source == "label":
-            return from_labels(self.data.labels[self.rows].tolist(), [task.classes for task in self.learned.here.tasks])
-        features = map(self.learned.features, range(self.learned.tasks))
-        return from_samples([(own[0], own[self.part][self.rows]) for own in features], cast("Distance", source))
+            return from_labels(self._labels, self._task_labels)
+        return from_samples(self._pairs, cast("Distance", source))
 
     def scores(self, weights: Sequence[float], factor: float) -> NDArray[np.float64]:
         """The probability that a merge with this preference gives to the right class of each row."""
@@ -56,7 +50,7 @@ class Target(NamedTuple):
         Raises MagMaxError for fewer than two rows.
         """
         choice = choose(
-            lambda places: dict(self._candidates(places)),
+            self._candidates,
             self.learned.own,
             lambda weights: self.scores(weights, factor),
             len(self.rows),
@@ -68,10 +62,22 @@ class Target(NamedTuple):
         told = {"origin": best.source, "temperature": best.temperature, "tries": len(choice.trials)}
         return {"weights": list(best.weights), **told}
 
-    def _candidates(self, places: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
-        for source in ("label", *get_args(Distance)):
-            with suppress(MagMaxError):  # such as of mmd, which needs two rows
-                yield source, self.of(places).weights(source)
+    def _candidates(self, places: Sequence[int]) -> dict[str, list[float]]:
+        seen = self._replace(rows=self.rows[list(places)])
+        return from_each(seen._labels, self._task_labels, seen._pairs)
+
+    @property
+    def _labels(self) -> list[int]:
+        return self.data.labels[self.rows].tolist()
+
+    @property
+    def _task_labels(self) -> list[Collection[int]]:
+        return [task.classes for task in self.learned.here.tasks]
+
+    @property
+    def _pairs(self) -> list[tuple[Features, Features]]:
+        features = map(self.learned.features, range(self.learned.tasks))
+        return [(own[0], own[self.part][self.rows]) for own in features]
 
 
 def known(shares: Sequence[float], tasks: Sequence[int], total: int) -> dict[str, Weights]:
