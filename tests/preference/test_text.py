@@ -142,6 +142,14 @@ def test_auto_tells_what_it_tried_and_takes_the_best(place, run, tmp_path):  # n
     assert sum(told(out)) == pytest.approx(1, abs=2e-3)
 
 
+def test_auto_tells_once_what_it_could_not_try(place, run, tmp_path):  # noqa: F811
+    write_csv(tmp_path / "target.csv", [(text, "word29") for text, _ in texts(1, 6, 7)])
+    given = [str(tmp_path / "target.csv") if word.endswith("target.csv") else word for word in words(place, "auto")]
+    code, _, err = run(*given, "--out", tmp_path / "out.safetensors")
+    assert code == 0, err
+    assert err.count("not tried: ") == err.count("not tried: label (none of the 3 target samples") == 1
+
+
 def test_a_recipe_may_name_the_target(place, run):  # noqa: F811
     recipe = place / "recipe.yaml"
     recipe.write_text(

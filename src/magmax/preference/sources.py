@@ -96,9 +96,9 @@ def from_each(
     labels: Iterable[Hashable],
     task_labels: Sequence[Collection[Hashable]],
     pairs: Sequence[tuple[Features, Features]],
-    note: Callable[[str], None] = lambda words: None,
+    note: Callable[[str, str], object] = lambda method, why: None,
 ) -> dict[str, list[float]]:
-    """The preferences of `from_labels` and of `from_samples` by each method; `note` hears why one cannot be made."""
+    """A preference by `from_labels` and by each method of `from_samples`; `note` hears which failed, and why."""
     makers: dict[str, Callable[[], list[float]]] = {
         "label": lambda: from_labels(labels, task_labels),
         **{method: partial(from_samples, pairs, method) for method in get_args(Distance)},
@@ -108,7 +108,7 @@ def from_each(
         try:
             made[method] = maker()
         except MagMaxError as error:
-            note(f"not tried: {method} ({error})")
+            note(method, str(error))
     return made
 
 

@@ -122,9 +122,13 @@ class TextTarget:
 
         def candidates(places: Sequence[int]) -> dict[str, list[float]]:
             seen = [(own, target[list(places)]) for own, target in pairs]
-            return from_each(self.target.pick(places).labels, labels_of(self.tasks), seen, self.settings.note)
+            return from_each(self.target.pick(places).labels, labels_of(self.tasks), seen, told.setdefault)
 
-        return choose(candidates, own, score, len(items), seed=seed, pull=pull)
+        told: dict[str, str] = {}
+        choice = choose(candidates, own, score, len(items), seed=seed, pull=pull)
+        for method, why in told.items():
+            self.settings.note(f"not tried: {method} ({why})")
+        return choice
 
     def _pairs(self) -> Iterator[tuple[Features, Features]]:
         for number, samples in enumerate(self.tasks):

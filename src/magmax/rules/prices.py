@@ -126,7 +126,11 @@ class Columns(NamedTuple):
     def worth(self, noise: float) -> Floats:
         """Magnitudes with equal ones moved apart."""
         odd = np.arange(len(self.magnitudes), dtype=np.uint32) * np.uint32(0x85EBCA6A) + np.uint32(0xC2B2AE35)
-        return self.magnitudes + (self.words * odd[:, None]) * (noise / (1 << 32))
+        found = np.empty_like(self.magnitudes)
+        for row, magnitudes, factor in zip(found, self.magnitudes, odd, strict=True):
+            np.multiply(self.words * factor, noise / (1 << 32), out=row)
+            row += magnitudes
+        return found
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
         if rate == 1 and share.min() >= 0:
             prices, at = settled(worth, share, balanced(worth, share, old))
             if _sound(prices - old, windows).all():
-                return _finished(state, found, prices, at, quota)
+                return _finished(state, found, worth - prices[:, None], prices, at, share)
         else:
             prices = balanced(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
         state = replace(state, prices=prices.tolist())
@@ -279,16 +283,14 @@ def tie_breaker(magnitudes: Floats) -> float:
     return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
 
 
-def _finished(state: Priced, found: Found, prices: Floats, at: NDArray[np.intp], quota: NDArray[np.int64]) -> Priced:
-    """The answer, once every undecided element has its task `at`."""
-    worth, rows = found.columns.worth(state.noise), np.arange(len(at))
-    net = worth - prices[:, None]
+def _finished(state: Priced, found: Found, net: Floats, prices: Floats, at: Places, share: NDArray[np.int64]) -> Priced:
+    """The answer, once every undecided element has its task `at`, and each task its `share` of them."""
     astray = np.flatnonzero(best_of(net) != at)
     tasks = np.asarray(state.among, np.int16)[at[astray]]
     keys = np.array([found.keys[place] for place in astray], object)
     exceptions = {
         key: (found.columns.offsets[astray[keys == key]], tasks[keys == key]) for key in sorted(set(keys.tolist()))
     }
-    retained = found.retained + float(found.columns.magnitudes[at, rows].sum())
-    bound = found.worth + float(net.max(axis=0).sum()) + float(((quota - found.clear) * prices).sum())
+    retained = found.retained + float(found.columns.magnitudes[at, np.arange(len(at))].sum())
+    bound = found.worth + float(net.max(axis=0).sum()) + float((share * prices).sum())
     return replace(state, prices=prices.tolist(), exceptions=exceptions, retained=retained, bound=bound)
