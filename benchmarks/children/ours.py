@@ -4,7 +4,7 @@ from child import job, timed
 
 import magmax
 import magmax.engine
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 
 if __name__ == "__main__":
     task = job()

@@ -35,7 +35,7 @@ from magmax.continual.progress import Tell, silent
 from magmax.continual.sequence import made_from
 from magmax.continual.snapshot import Snapshot
 from magmax.continual.weights import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import CalibrateWeights, Rule, chain, rule_from
 from magmax.rules.calibrate_weights import is_calibrated
 from magmax.rules.lengths import mean_angle, measures

@@ -15,8 +15,8 @@ from .calibrate.gram import Gram
 from .calibrate.report import Report
 from .calibrate.weights import calibrate_weights, measure_gram
 from .checkpoints import Checkpoint
-from .engine.job import Settings
 from .engine.merge import refuse_same_path
+from .engine.settings import Settings
 from .errors import MagMaxError, nearest
 from .rules import CalibrateWeights
 from .rules.sensitive import read_sensitivity

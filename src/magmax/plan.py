@@ -13,8 +13,9 @@ from .calibration import Calibrate, calibrating
 from .checkpoints import Checkpoint, open_adapter, open_checkpoint
 from .checkpoints.base import PREFIX
 from .engine.adapters import AdapterOptions, adapter_job
-from .engine.job import Job, Settings
+from .engine.job import Job
 from .engine.merge import Options, merge_in_memory, merge_job
+from .engine.settings import Settings
 from .errors import MagMaxError
 from .rules import Rule, Tunable
 

@@ -24,7 +24,7 @@ from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.continual.train import Training  # noqa: E402
 from magmax.engine.archive import Archive  # noqa: E402
 from magmax.engine.archiving import write_archive  # noqa: E402
-from magmax.engine.job import Settings  # noqa: E402
+from magmax.engine.settings import Settings  # noqa: E402
 from magmax.ui.runs import open_source  # noqa: E402
 from magmax.ui.tuner import Tuner  # noqa: E402
 

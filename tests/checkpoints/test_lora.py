@@ -17,7 +17,7 @@ from magmax import MagMaxError, Running, merge
 from magmax.checkpoints import open_checkpoint, slabs
 from magmax.checkpoints.lora import base_and_adapter
 from magmax.cli import main
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.recipe import build, load
 
 RANK = 3

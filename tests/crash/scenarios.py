@@ -17,9 +17,10 @@ from tests.robustness.files import model, write
 
 from magmax.checkpoints import open_checkpoint
 from magmax.engine.adapters import merge_adapters
-from magmax.engine.job import Outcome, Settings
+from magmax.engine.job import Outcome
 from magmax.engine.merge import Options, merge_job
 from magmax.engine.running import Running
+from magmax.engine.settings import Settings
 from magmax.engine.sweep import Sweep
 from magmax.rules import CalibrateWeights, MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 

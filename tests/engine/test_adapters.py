@@ -16,8 +16,8 @@ from tests.models import Tensors, average, magmax, task_arithmetic
 from magmax import MagMaxError, merge, merge_adapters
 from magmax.checkpoints import open_checkpoint
 from magmax.cli import main
-from magmax.engine.job import Settings
 from magmax.engine.lowrank import Pair, nearest_to_dense, nearest_to_sum, sum_error
+from magmax.engine.settings import Settings
 from magmax.recipe import build
 from magmax.rules import Dare, Layers, Ties, chain, make_rule
 from magmax.rules.kth_magnitude import KthMagnitude

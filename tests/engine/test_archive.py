@@ -18,8 +18,8 @@ from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.writer import Draft
 from magmax.engine.archive import Archive
 from magmax.engine.archiving import write_archive
-from magmax.engine.job import Settings
 from magmax.engine.merge import Options
+from magmax.engine.settings import Settings
 from magmax.rules import MagMax, Tunable
 
 BLOCK = 1024

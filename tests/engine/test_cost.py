@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from magmax.checkpoints import open_checkpoint
-from magmax.engine.cost import ELEMENT_NS, Cost
+from magmax.engine.cost import ELEMENT_NS, Cost, cost_of
 from magmax.engine.merge import Options, merge_job
 from magmax.rules import MagMax, make_rule
 
@@ -19,7 +19,7 @@ def test_the_cost_of_a_job_is_what_its_passes_read_and_what_it_writes(files, tmp
     opened = [open_checkpoint(path) for path in [base, *models]]
     job = merge_job(make_rule(rule), opened[0], opened[1:], tmp_path / "m.safetensors", Options(dtype="bfloat16"))
     elements = sum(spec.elements for spec in opened[0].specs.values())
-    cost = job.cost(threads=3)
+    cost = cost_of(job, threads=3)
     assert cost.elements == elements * (passes * 5 + 1)
     written = sum(s.nbytes for s in Options(dtype="bfloat16").out_specs(opened[0]).values())
     assert cost.disk_bytes == passes * sum(c.nbytes for c in opened) + written
@@ -42,7 +42,7 @@ def test_a_dry_run_prints_the_time(files, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     opened, model = open_checkpoint(base), open_checkpoint(models[0])
-    cost = merge_job(MagMax(), opened, [model], tmp_path / "m.safetensors", Options()).cost(1)
+    cost = cost_of(merge_job(MagMax(), opened, [model], tmp_path / "m.safetensors", Options()), 1)
     assert f"time          about {cost.seconds(200):.2g} s at 200, " in capsys.readouterr().out
 
 

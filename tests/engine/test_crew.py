@@ -27,8 +27,8 @@ from magmax.checkpoints.writer import Target
 from magmax.cli import app
 from magmax.engine import crew, stream
 from magmax.engine.ground import Ground
-from magmax.engine.job import Settings
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.settings import Settings
 from magmax.engine.sweep import Sweep
 from magmax.engine.workers import cluster, process_pool
 from magmax.errors import UnfinishedError

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import magmax
 from magmax import MagMaxError
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import After, Average, Before, Della, MagMax, Rule, Tunable, all_parts, chain
 from magmax.rules.plan import Address, Block, Scope, answered
 

@@ -17,7 +17,7 @@ from tests.rules.test_planned import flat, ties
 from magmax import MagMaxError, Running, merge
 from magmax.checkpoints import open_checkpoint, slabs
 from magmax.cli import main
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.recipe import build
 from magmax.rules import (
     BUILT_IN,

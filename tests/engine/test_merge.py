@@ -16,8 +16,8 @@ from tests.models import loaded, merged_by, same_bytes, saved, small_model
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
 from magmax.engine.merge import Options, default_names, merge_job
+from magmax.engine.settings import Settings
 from magmax.rules import make_rule
 
 RULES = {

@@ -11,8 +11,8 @@ from tests.models import small_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
-from magmax.engine.job import Settings
 from magmax.engine.merge import MergesInMemory, Options
+from magmax.engine.settings import Settings
 from magmax.engine.sweep import Sweep, factors
 from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
 

@@ -18,7 +18,7 @@ from tests.models import Tensors, loaded, saved
 
 from magmax import merge
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import KthMagnitude, MagMax, Prune, Ties, chain
 
 SHAPES = st.sampled_from(

@@ -14,8 +14,9 @@ from magmax.checkpoints import open_checkpoint, remote, urls
 from magmax.checkpoints.upload import MARKER, Upload
 from magmax.checkpoints.writer import Target
 from magmax.cli import main
-from magmax.engine.job import Job, Settings
+from magmax.engine.job import Job
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.settings import Settings
 from magmax.engine.workers import process_pool
 from magmax.errors import MagMaxError, UnfinishedError
 from magmax.rules import MagMax

@@ -14,7 +14,7 @@ from tests.remote.web import Web, served
 import magmax
 from magmax.checkpoints import open_checkpoint, remote, urls
 from magmax.engine import crew, stream
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.engine.workers import process_pool
 from magmax.errors import MagMaxError, UnfinishedError
 

@@ -14,7 +14,7 @@ from tests.models import loaded, same_bytes, saved
 import magmax
 from magmax import MagMaxError, merge_adapters, open_checkpoint
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.recipe import load, parse_rule
 from magmax.rules import (
     Average,

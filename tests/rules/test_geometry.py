@@ -12,7 +12,7 @@ from tests.models import loaded, same_bytes, saved
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import Address, Consensus, Dare, Karcher, ModelStock, NearSwap, Slerp, chain, make_rule
 from magmax.rules.plan import Scope
 

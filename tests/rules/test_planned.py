@@ -12,7 +12,7 @@ from tests.models import Tensors, loaded, same_bytes, saved
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import Dare, MagMax, Prune, Ties, chain, magnitude
 from magmax.rules.plan import Address, Block, Scope
 

@@ -13,7 +13,7 @@ from tests.rules.test_planned import flat, model, top
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.settings import Settings
 from magmax.rules import (
     Breadcrumbs,
     Della,

@@ -15,8 +15,9 @@ from tests.rules.test_planned import model as planned_model
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import slabs
-from magmax.engine.job import Settings
+from magmax.engine.cost import preview
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.settings import Settings
 from magmax.engine.sweep import Sweep
 from magmax.rules import Address, Average, Dare, IsoC, IsoCTS, Prune, TsvM, as_rule, chain
 from magmax.rules.spectrum import largest
@@ -270,10 +271,10 @@ def test_the_dry_run_counts_a_tensor_of_every_model_and_no_threads(tmp_path):
     base, tasks = model_files(tmp_path)
     big = [saved({"w": torch.zeros(4096, 2048) + n}, tmp_path / f"big{n}.safetensors") for n in range(3)]
     job = merge_job(IsoC(), open_checkpoint(big[0]), [open_checkpoint(b) for b in big[1:]], tmp_path / "o", Options())
-    assert job.preview(1)["peak_memory"] == job.preview(64)["peak_memory"]
-    assert job.preview(1)["peak_memory"] > 4096 * 2048 * (3 * 4 + 2 * 8)
+    assert preview(job, 1)["peak_memory"] == preview(job, 64)["peak_memory"]
+    assert preview(job, 1)["peak_memory"] > 4096 * 2048 * (3 * 4 + 2 * 8)
     small = merge_job(IsoC(), open_checkpoint(base), [open_checkpoint(t) for t in tasks], tmp_path / "p", Options())
-    assert small.preview(1)["peak_memory"] < job.preview(1)["peak_memory"] / 10
+    assert preview(small, 1)["peak_memory"] < preview(job, 1)["peak_memory"] / 10
 
 
 @pytest.mark.parametrize("rule", [IsoC(), IsoCTS(), TsvM()], ids=str)

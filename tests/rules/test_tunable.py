@@ -19,8 +19,9 @@ from tests.rules.test_planned import flat, model
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint, slabs
-from magmax.engine.job import Settings
+from magmax.engine.cost import preview
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.settings import Settings
 from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain, narrowing, prices
 from magmax.rules.chance import draws
 from magmax.rules.plan import Address
@@ -341,8 +342,8 @@ def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
     base, *models = map(open_checkpoint, files)
 
     def told(rule: Rule, threads: int) -> int:
-        preview = merge_job(rule, base, models, tmp_path / "out.safetensors", Options()).preview(threads)
-        return preview["peak_memory"]
+        job = merge_job(rule, base, models, tmp_path / "out.safetensors", Options())
+        return preview(job, threads)["peak_memory"]
 
     for threads in (1, 6):
         free = told(Forgetful((1, 2)), threads)

@@ -28,7 +28,7 @@ from magmax.continual.scenario import Task  # noqa: E402
 from magmax.continual.train import Training  # noqa: E402
 from magmax.engine.archive import Archive  # noqa: E402
 from magmax.engine.archiving import write_archive  # noqa: E402
-from magmax.engine.job import Settings  # noqa: E402
+from magmax.engine.settings import Settings  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 from magmax.rules import Tunable  # noqa: E402
 from magmax.ui.held import Held  # noqa: E402

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..checkpoints import open_checkpoint
-from ..engine.job import Settings
 from ..engine.merge import default_names
+from ..engine.settings import Settings
 from ..errors import MagMaxError
 from .fold import Coefficients
 from .gram import Gram

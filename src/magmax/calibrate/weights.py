@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
 from ..engine.compare import Mismatch, compare
-from ..engine.job import Settings
 from ..engine.reader import Reader
+from ..engine.settings import Settings
 from ..engine.stream import Kernel, Pass, Slab
 from ..rules import CalibrateWeights
 from ..rules.calibrate_weights import is_calibrated

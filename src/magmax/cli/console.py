@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..engine.job import Job, Outcome, Settings
+    from ..engine.job import Job, Outcome
+    from ..engine.settings import Settings
     from ..plan import Plan
 
 
@@ -25,7 +26,7 @@ def shown_settings(
 ) -> Generator[Settings]:
     """Settings with the workers of a scheduler, if one is named; their progress is a bar on stderr, if that is a
     terminal."""
-    from ..engine.job import Settings
+    from ..engine.settings import Settings
     from ..engine.workers import at_scheduler
 
     with at_scheduler(scheduler) as executor, _bar(total, words) as progress:
@@ -72,13 +73,14 @@ def done_or_shown(
 
 def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     """The cost of a job; refuses one that could not run."""
+    from ..engine.cost import preview, preview_of_workers
     from ..engine.workers import at_scheduler
 
     if problems := job.problems():
         from ..errors import listed
 
         raise listed("this would stop the merge", problems)
-    cost = job.preview(threads)
+    cost = preview(job, threads)
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
     print(f"bytes written {cost['write_bytes']:,}")
@@ -90,7 +92,7 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
         print(f"peak memory   about {in_bytes(cost['peak_memory'])}{whole}")
     else:
         with at_scheduler(scheduler) as executor:
-            workers = job.workers(executor)
+            workers = preview_of_workers(job, executor)
         for (threads, held), count in sorted(Counter(workers).items()):
             print(f"workers       {count}, {threads} shares at once, peak memory about {in_bytes(held)} each{whole}")
     print(f"time          {_times(job, threads)}")
@@ -102,9 +104,9 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
 
 def _times(job: Job, threads: int) -> str:
     """How long a job would take on some disks, and on none."""
-    from ..engine.cost import DISKS
+    from ..engine.cost import DISKS, cost_of
 
-    cost = job.cost(threads)
+    cost = cost_of(job, threads)
     processors = cost.processor_seconds / cost.threads
     told = ", ".join(f"{in_time(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
     network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)

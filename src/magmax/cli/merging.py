@@ -70,7 +70,7 @@ def merge(
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }
-    from ..engine.job import Settings
+    from ..engine.settings import Settings
 
     plan = _plan(models, flags)
     print_notes(plan)

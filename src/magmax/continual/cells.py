@@ -29,8 +29,8 @@ from magmax.continual.scenario import Task
 from magmax.continual.sequence import costs, fine_tune
 from magmax.continual.statistics import recalibrate
 from magmax.continual.weights import load_weights, write_bytes
-from magmax.engine.job import Settings
 from magmax.engine.merge import MergesInMemory, Options, like
+from magmax.engine.settings import Settings
 from magmax.errors import MagMaxError
 from magmax.rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
 

@@ -22,12 +22,13 @@ from ..rules import Number, Place, Rule, as_rule
 from ..rules.values import at, written
 from .arithmetic import MergeKernel
 from .crew import Crew
-from .job import Job, Settings, provenance_file
+from .job import Job, provenance_file
 from .layerwise import AdapterMerge, AdapterOptions, Fit
 from .ledger import Ledger
 from .merge import default_names, refuse_same_path
 from .provenance import Provenance, adapter_card
 from .reader import finite
+from .settings import Settings
 from .stream import Progress, Sink
 
 ONE_FILE = 1 << 62

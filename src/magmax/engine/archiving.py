@@ -22,9 +22,10 @@ from ..rules import Prune
 from .archive import BLOCK, FILE, FORMAT, Archive
 from .ask import Questions
 from .compare import compare
-from .job import Settings, explained
+from .job import explained
 from .merge import refuse_same_path, refuse_twins
 from .reader import Reader
+from .settings import Settings
 from .stream import Slab, hold_freed_memory, in_threads
 
 LEVELS = 127

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,68 +15,17 @@ from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.journal import Journal
-from ..checkpoints.slabs import SLAB, checkpoint_digest
+from ..checkpoints.slabs import checkpoint_digest
 from ..checkpoints.upload import Upload
 from ..checkpoints.urls import changed, shown
 from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
 from ..errors import MagMaxError, UnfinishedError, listed
-from .cost import Cost
-from .crew import Crew, cores
 from .ground import Ground
 from .ledger import Ledger
 from .provenance import Provenance
 from .sending import sent
-from .stream import BYTES_AHEAD, Kernel, Pass, Progress, Sink
-from .workers import Cluster
-
-ARRAYS_A_THREAD = 10
-ARRAYS_A_DECOMPOSITION = 16
-"""What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
-IMPORTS_BYTES = 45_000_000
-DASK_BYTES = 60_000_000
-"""What Dask itself takes in a worker, about; a generous guess."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to work, not what to compute: none of this changes a byte of the result, but for what `device` says.
-
-    Attributes:
-        threads: chunks worked on at once; 0 means one for each processor.
-        restart: forget an interrupted run instead of resuming it.
-        progress: told of bytes read, as they are.
-        note: told of things worth knowing, such as a resumption.
-        executor: its workers work instead of threads of this process: a pool of threads or processes, or the executor
-            of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path or URL
-            again, so that they need the inputs and the output's folder on a file system that all share, or a network.
-        ground: what those workers must see; a job finds out.
-        device: where rules merge: "cuda", "cuda:1" ..., or "cpu" for torch on the processors. By default numpy there.
-            Rules that take singular values round otherwise on another device, and NaN that are let through may have
-            other bits; all else has the same bytes.
-    """
-
-    threads: int = 0
-    restart: bool = False
-    progress: Progress = lambda _: None
-    note: Callable[[str], None] = lambda _: None
-    executor: Executor | None = None
-    ground: Ground | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise MagMaxError(f"threads must be 0 (one for each processor) or more, not {self.threads}")
-        if self.device is not None:
-            try:
-                from .device import device_named
-            except ImportError as error:
-                raise MagMaxError(f"device={self.device} needs torch: pip install 'magmax[torch]'") from error
-            device_named(self.device)
-
-    @property
-    def crew(self) -> Crew:
-        """Those who work."""
-        return Crew(self.threads, self.executor, self.ground)
+from .settings import Settings
+from .stream import Kernel, Pass, Progress, Sink
 
 
 @dataclass(frozen=True)
@@ -176,54 +125,18 @@ class Job:
         """Bytes that all passes read, at the usual most."""
         return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
 
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of disk that the output takes beyond what an unfinished one has taken."""
+        return self.draft().size - _allocated(self.target.partial)
+
+    @property
+    def disk_free(self) -> int:
+        """Bytes of disk that are free where the output goes."""
+        return shutil.disk_usage(nearest_folder(self.target.path)).free
+
     def draft(self) -> Draft:
         return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes, self.stem)
-
-    def preview(self, threads: int = 0) -> dict[str, int]:
-        """Passes, bytes to read and write, disk needed and free, peak memory: known before any work."""
-        size = self.draft().size
-        threads = 1 if self.kernel.whole else threads or cores()
-        remote = sum(checkpoint.remote_bytes for checkpoint in self.inputs)
-        memory = self.memory + threads * self.memory_a_thread + min(remote, BYTES_AHEAD)
-        return {
-            "passes": 1 + self.extra_passes,
-            "read_bytes": self.read_bytes,
-            "write_bytes": size,
-            "read_remotely": (1 + self.extra_passes) * sum(c.remote_bytes for c in self.inputs),
-            "write_remotely": size if self.target.url else 0,
-            "disk_needed": size - _allocated(self.target.partial),
-            "disk_free": shutil.disk_usage(nearest_folder(self.target.path)).free,
-            "peak_memory": IMPORTS_BYTES + self._arrays(threads) + memory,
-        }
-
-    def workers(self, executor: Executor | None) -> list[tuple[int, int]]:
-        """Of each worker of a Dask cluster, how many shares it does at once and the bytes it holds at most.
-
-        Raises UnfinishedError if there is none, or one that does not see the inputs.
-        """
-        cluster = Cluster.of(executor)
-        if cluster is None:
-            return []
-        Crew(executor=executor, ground=Ground.of(self.inputs)).muster()
-        fixed = IMPORTS_BYTES + DASK_BYTES
-        return [(n, fixed + self._arrays(n) + n * self.memory_a_thread) for n in cluster.threads().values()]
-
-    def cost(self, threads: int = 0) -> Cost:
-        """What it moves, and so how long it takes; the decompositions of rules that need these are left out."""
-        passes, threads = 1 + self.extra_passes, 1 if self.kernel.whole else threads or cores()
-        read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in self.inputs)
-        elements = sum(spec.elements for checkpoint in self.inputs for spec in checkpoint.specs.values())
-        written = sum(spec.nbytes for spec in self.specs.values()), sum(s.elements for s in self.specs.values())
-        return Cost(passes * read + written[0], passes * elements + written[1], threads)
-
-    def _arrays(self, threads: int) -> int:
-        """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
-        specs = [*self.specs.values(), *self.inputs[0].specs.values()]
-        widest = max([4, *(spec.storage.itemsize for spec in specs)])
-        if self.kernel.whole:
-            largest = max((spec.elements for spec in specs), default=0)
-            return largest * (widest * (1 + len(self.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
-        return threads * (ARRAYS_A_THREAD + 2 * len(self.inputs) * self.kernel.gathers) * SLAB * widest
 
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
@@ -231,12 +144,9 @@ class Job:
         if self.target.url:
             found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
         if not found:
-            disk = self.preview()
-            if disk["disk_needed"] > disk["disk_free"]:
-                found.append(
-                    f"{self.target.path}: needs {disk['disk_needed']:,} bytes of disk, "
-                    f"but {disk['disk_free']:,} are free"
-                )
+            needed, free = self.disk_needed, self.disk_free
+            if needed > free:
+                found.append(f"{self.target.path}: needs {needed:,} bytes of disk, but {free:,} are free")
         return found
 
     def run(self, settings: Settings | None = None) -> Outcome:

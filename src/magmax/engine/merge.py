@@ -29,9 +29,10 @@ from ..rules.values import Value, need, written
 from .arithmetic import MergeKernel
 from .companions import companions
 from .compare import Match, Mismatch, compare
-from .job import Job, Settings, prepared, provenance_file
+from .job import Job, prepared, provenance_file
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import Reader
+from .settings import Settings
 from .stream import Pass
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")

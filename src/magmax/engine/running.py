@@ -25,9 +25,10 @@ from ..rules import Number, Rule, StreamingRule, as_rule
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import Match, Mismatch, compare, extents_of, narrowed
-from .job import Job, Outcome, Settings, provenance_file
+from .job import Job, Outcome, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from .reader import Reader
+from .settings import Settings
 from .state import Generation, State, Task, read_state, streaming
 from .stream import Pass, Sink
 

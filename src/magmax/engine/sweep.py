@@ -17,9 +17,10 @@ from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
-from .job import Job, Outcome, Settings
+from .job import Job, Outcome
 from .merge import Options, merge_job
 from .provenance import Provenance
+from .settings import Settings
 from .stream import Around, Kernel, Slab
 
 MOST_FACTORS = 10_000

@@ -8,8 +8,8 @@ from typing import Any
 from ..checkpoints import open_checkpoint
 from ..engine.ask import Questions
 from ..engine.compare import Mismatch, compare
-from ..engine.job import Settings
 from ..engine.reader import Reader
+from ..engine.settings import Settings
 from ..rules.winners import Supply
 
 

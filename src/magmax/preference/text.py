@@ -17,8 +17,8 @@ from ..checkpoints.memory import as_tensor
 from ..continual.encoder import TextEncoder
 from ..continual.evaluate import likelihoods
 from ..continual.heads import zero_shot_head
-from ..engine.job import Settings
 from ..engine.merge import Options, merge_in_memory
+from ..engine.settings import Settings
 from ..errors import MagMaxError, nearest
 from ..rules import MagMax, Rule, Tunable
 from .choose import Choice, choose

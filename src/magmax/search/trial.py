@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from ..checkpoints.writer import remove
 from ..continual import registry
-from ..engine.job import Settings
+from ..engine.settings import Settings
 from ..errors import MagMaxError
 from ..plan import Plan
 from ..recipe import build, with_value

@@ -19,7 +19,8 @@ from ..continual.context import Context, context
 from ..continual.data import Labelled
 from ..continual.encoder import InBfloat16, TextEncoder
 from ..continual.progress import NewBar, no_bars
-from ..engine.job import Outcome, Settings
+from ..engine.job import Outcome
+from ..engine.settings import Settings
 from ..engine.workers import cores
 from ..errors import MagMaxError, listed, nearest
 from ..preference import schedule, uniform

@@ -17,8 +17,8 @@ from ...checkpoints.memory import as_tensor
 from ...continual.context import Context
 from ...continual.data import Labelled
 from ...continual.evaluate import likelihoods, predict
-from ...engine.job import Settings
 from ...engine.merge import MergesInMemory, Options
+from ...engine.settings import Settings
 from ...rules import Average, MagMax, Rule, Tunable
 from ..own import own_shares
 from ..sources import MOST_SAMPLES, Features

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...checkpoints import open_checkpoint
 from ...engine.archive import Archive
 from ...engine.archiving import write_archive
-from ...engine.job import Settings
+from ...engine.settings import Settings
 from ...rules import Tunable
 from ..environments import Environment
 from ..sources import schedule, uniform
