@@ -2,6 +2,8 @@
 
 import difflib
 
+SAME_COMMAND = "what is finished is kept, and the same command goes on from there"
+
 
 class MagMaxError(ValueError):
     """An input that cannot be used as given: the message names it and says what would work."""

@@ -215,6 +215,8 @@ def test_a_lost_scheduler_is_told_and_the_same_merge_goes_on(slow, tmp_path):
         executor, close = cluster(address)
         error = slow.amid(executor, lambda _: scheduler.kill())
         close()
+        with pytest.raises(UnfinishedError, match=r"does not answer .* the same command goes on"):
+            crew.at_once(executor)
         assert isinstance(error, UnfinishedError), error
         assert "same command goes on from there" in str(error)
         assert not slow.out.exists()

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from ..errors import MagMaxError, UnfinishedError
+from ..errors import SAME_COMMAND, MagMaxError, UnfinishedError
 from .ground import Ground
 from .workers import Cluster, cores
 
@@ -38,7 +38,6 @@ PATIENCE_SECONDS = 60.0
 """How long work waits for a cluster that has lost its last worker."""
 IDLE_SECONDS = 30.0
 """After how long without work a worker closes the files of its last."""
-SAME_COMMAND = "what is finished is kept, and the same command goes on from there"
 BROKEN = (
     "a worker process ended before its share of the work was done (was it killed, for want of memory?); "
     f"{SAME_COMMAND}, with a new executor"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import MagMaxError, UnfinishedError
+from ..errors import SAME_COMMAND, MagMaxError, UnfinishedError
 
 CONNECT_SECONDS = 20
 
@@ -115,7 +115,7 @@ class Cluster:
         try:
             return dict(self.client.nthreads())
         except (OSError, RuntimeError, AttributeError) as error:  # what a client raises that has lost its scheduler
-            raise UnfinishedError(f"the Dask scheduler does not answer ({error})") from error
+            raise UnfinishedError(f"the Dask scheduler does not answer ({error}); {SAME_COMMAND}") from error
 
     def ask(self, question: Callable[[], str]) -> list[str]:
         """What the workers answer that is not "", each with the worker's address; an error counts as an answer."""
