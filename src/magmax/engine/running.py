@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..checkpoints.dcp import distributed
-from ..checkpoints.journal import held
 from ..checkpoints.lora import base_and_adapter, path_back, path_from
-from ..checkpoints.slabs import chunks
 from ..checkpoints.urls import is_url
-from ..checkpoints.views import PrefixedSink, PrefixedView
-from ..checkpoints.writer import Draft, Target, remove
+from ..checkpoints.views import PrefixedSink
+from ..checkpoints.writer import Draft, Target
 from ..errors import MagMaxError
 from ..rules import Number, Rule, StreamingRule, as_rule
 from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import Match, Mismatch, compare, extents_of, narrowed
+from .generations import MOST_MAPPED_TASKS, WINNERS, Generations, slot_prefix
 from .job import Job, Outcome, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from .reader import Reader
 from .settings import Settings
-from .state import Generation, State, Task, read_state, streaming
+from .state import Generation, State, Task, streaming
 from .stream import Pass, Sink
-
-WINNERS = "magmax.winner/"
-MOST_MAPPED_TASKS = 255
-
-
-def slot_prefix(number: int) -> str:
-    """How the names of slot `number` begin in a generation's files; slot 0 alone has the models' own names."""
-    return f"magmax.slot{number}/" if number else ""
 
 
 @dataclass(frozen=True)
@@ -85,28 +73,25 @@ class Running:
     ) -> None:
         self.path = Path(fspath(path))
         self._settings = settings or Settings()
-        self._file = self.path / "state.json"
         self._base_given: Any = base
-        if self._file.exists():
-            self._load()
-            if winners and not self.winners:
-                raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
-            if mismatch is not None and mismatch != self._state.mismatch:
-                raise MagMaxError(f"{self.path}: was begun with mismatch {self._state.mismatch}, not {mismatch}")
-            if rule is not None and as_rule(rule) != self.rule:
+        there = Generations.found(self.path)
+        if there is None:
+            begun = State(streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict")
+            if winners and not (begun.rule.selects and begun.rule.slots(2) == 1):
                 raise MagMaxError(
-                    f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
+                    f"the winners of {begun.rule.name} cannot be mapped: its elements are not one task's own"
                 )
+            self._disk = Generations(self.path, begun)
             return
-        ours = ("generation", "state.json")
-        strange = not self.path.is_dir() or any(p.name[:10] not in ours for p in self.path.iterdir())
-        if self.path.exists() and strange:
+        self._disk = there
+        if winners and not self.winners:
+            raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
+        if mismatch is not None and mismatch != self._state.mismatch:
+            raise MagMaxError(f"{self.path}: was begun with mismatch {self._state.mismatch}, not {mismatch}")
+        if rule is not None and as_rule(rule) != self.rule:
             raise MagMaxError(
-                f"{self.path}: is not a running merge (it has no state.json); name its folder, or a new one"
+                f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
             )
-        self._state = State(streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict")
-        if winners and not (self.rule.selects and self.rule.slots(2) == 1):
-            raise MagMaxError(f"the winners of {self.rule.name} cannot be mapped: its elements are not one task's own")
 
     @property
     def rule(self) -> StreamingRule:
@@ -139,7 +124,7 @@ class Running:
         except OSError as error:
             raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
         try:
-            with self._alone():
+            with self._disk.alone():
                 return self._absorb(model, name, label)
         finally:
             if new and not any(self.path.iterdir()):
@@ -151,18 +136,15 @@ class Running:
         match = self._narrowed(base, compare(base, [opened], self._state.mismatch))
         refuse_same_path([base, opened])
         name = name or (default_names([opened.place])[0] if opened.stored else f"task {len(self.tasks) + 1}")
-        self._refuse_label(label)
+        self._disk.refuse_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
         outcome = job.run(self._settings)
-        count = self.rule.slots(len(self.tasks) + 1)
-        tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._slots()) + 1])]
+        slots = list(outcome.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
+        tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._disk.slots()) + 1])]
         self._state.base_digest = outcome.input_digests[0]
-        self._state.generations[number] = Generation(
-            number, tasks, list(outcome.sink_digests[:count]), label, extents_of(base, match)
-        )
-        self._state.current = number
-        self._save()
+        self._remember_base()
+        self._disk.put(Generation(number, tasks, slots, label, extents_of(base, match)))
         return outcome
 
     def result(
@@ -183,7 +165,7 @@ class Running:
         memory = MemorySink(kernel.merge.out)
         inputs = kernel.merge.reader.inputs
         ledger = Pass(inputs, [memory], kernel, self._settings.crew).run(self._settings.progress)
-        self._verify(ledger.digests(inputs), self._recorded())
+        self._disk.verifier()(ledger.digests(inputs))
         return like(self._base_given, base, memory.tensors, chosen)
 
     def result_job(self, out: str | PathLike[str], options: Options) -> Job:
@@ -191,11 +173,6 @@ class Running:
         base = self._base()
         kernel = self._result_kernel(base, options)
         match = self._narrowed(base, compare(base, []))
-        recorded = self._recorded()
-
-        def verify(found: Sequence[str]) -> None:
-            self._verify(found, recorded)
-
         return Job(
             target=Target.of(out),
             inputs=kernel.merge.reader.inputs,
@@ -211,7 +188,7 @@ class Running:
             partly={key: part.why for key, part in match.partly.items()},
             metadata=kept_metadata(base),
             companions=beside(base, kernel.merge.out, options, match),
-            check=verify,
+            check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
         )
 
@@ -224,32 +201,24 @@ class Running:
             self._state.base_digest,
             current,
             list(self._state.generations.values()),
-            self._shares() if self.winners and current else (),
+            self._disk.shares() if self.winners and current else (),
         )
 
     def label(self, label: str) -> None:
         """Name the current generation, so that it is kept."""
-        with self._alone():
-            current = self._state.generation
-            if current is None:
-                raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
-            self._refuse_label(label)
-            self._state.generations[current.number] = replace(current, label=label)
-            self._save()
+        with self._disk.alone():
+            self._remember_base()
+            self._disk.label(label)
 
     def restore(self, which: str | int) -> Sequence[Generation]:
         """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
-        with self._alone():
-            before = list(self._state.generations.values())
-            found = [g for g in self._state.generations.values() if which in (g.label, g.number, str(g.number))]
-            if not found:
-                known = ", ".join(
-                    f"{g.number} ({g.label})" if g.label else str(g.number) for g in self._state.generations.values()
-                )
-                raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
-            self._state.current = found[0].number
-            self._save()
-            return [generation for generation in before if generation.number not in self._state.generations]
+        with self._disk.alone():
+            self._remember_base()
+            return self._disk.restore(which)
+
+    @property
+    def _state(self) -> State:
+        return self._disk.state
 
     def _base(self) -> Checkpoint:
         given = self._base_given
@@ -262,21 +231,9 @@ class Running:
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
-    def _folder(self, number: int) -> Path:
-        return self.path / f"generation-{number:06}"
-
-    def _slots(self) -> list[Checkpoint]:
-        if self._state.current is None:
-            return []
-        whole = open_checkpoint(self._folder(self._state.current))
-        own = PrefixedView(whole, "", whole.label)
-        own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
-        count = self.rule.slots(len(self.tasks))
-        return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
-
     def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
-        slots, task = self._slots(), len(self.tasks) + 1
-        self._same_tensors(base, slots)
+        slots, task = self._disk.slots(), len(self.tasks) + 1
+        self._refuse_others(base, slots)
         if self.winners and task > MOST_MAPPED_TASKS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
         specs = {
@@ -294,8 +251,7 @@ class Running:
         inputs = [base, *slots, model]
         names = ["base", *(f"slot {n}" for n in range(len(slots))), name]
         if self.winners and slots:
-            whole = open_checkpoint(self._folder(self._state.current or 0))
-            inputs.append(PrefixedView(whole, WINNERS, whole.label))
+            inputs.append(self._disk.winners())
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
@@ -307,23 +263,25 @@ class Running:
         def sinks(draft: Draft) -> Sequence[Sink]:
             return [PrefixedSink(draft, prefix) for prefix in prefixes]
 
+        verify = self._disk.verifier()
+
         def check(found: Sequence[str]) -> None:
-            self._verify(found, self._recorded())
+            verify(found)
             twin = next((t for t in self.tasks if t.digest == found[len(slots) + 1]), None)
             if twin:
                 raise MagMaxError(f"{model.label}: was absorbed already, as {twin.name!r}")
 
         recipe = {"absorb": self.rule.describe(), "task": task}
         return Job(
-            target=Target(self._folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
+            target=Target(self._disk.folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
             kernel=kernel, carried=match.carried, partly={key: part.why for key, part in match.partly.items()},
             sinks=sinks, companions=provenance_file, check=check,
         )  # fmt: skip
 
     def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
         self.rule.check(len(self.tasks))
-        slots = self._slots()
-        self._same_tensors(base, slots)
+        slots = self._disk.slots()
+        self._refuse_others(base, slots)
         match = self._narrowed(base, compare(base, []))
         reader = Reader([base, *slots], options.allow_nonfinite)
         factor, out = options.factor(self.rule), options.out_specs(base)
@@ -336,71 +294,16 @@ class Running:
         before = self._state.extents
         return narrowed(base, match, before) if before else match
 
-    def _recorded(self) -> list[str | None]:
-        """The digests of the base and of the slots as they were last seen."""
-        current = self._state.generation
-        return [self._state.base_digest, *(current.slots if current else ())]
-
-    def _same_tensors(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
+    def _refuse_others(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
         merged = {key: spec.shape for key, spec in base.specs.items() if spec.floating}
         if any({key: spec.shape for key, spec in slot.specs.items()} != merged for slot in slots):
             raise MagMaxError(f"{self.path}: the base is not the one it was begun with: {base.label} has other tensors")
 
-    def _verify(self, found: Sequence[str], recorded: Sequence[str | None]) -> None:
-        """Refuse a base or a state that is not what it was when it was last read or written."""
-        for number, (now, then) in enumerate(zip(found, recorded, strict=False)):
-            if then is not None and now != then:
-                what = (
-                    "the base is not the one it was begun with" if number == 0 else "its files were changed or damaged"
-                )
-                raise MagMaxError(f"{self.path}: {what} (digest {now}, expected {then})")
-
-    def _refuse_label(self, label: str | None) -> None:
-        taken = next((g for g in self._state.generations.values() if label is not None and g.label == label), None)
-        if taken:
-            raise MagMaxError(f"{self.path}: generation {taken.number} is labelled {label!r} already")
-        if label is not None and (not label or label.isdigit()):
-            raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
-
-    def _shares(self) -> list[float]:
-        view = PrefixedView(open_checkpoint(self._folder(self._state.current or 0)), WINNERS, "winners")
-        counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
-        for key, spec in view.specs.items():
-            for chunk in chunks(key, spec):
-                counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
-        total = max(1, int(counts[1:].sum()))
-        return [int(counts[number]) / total for number in range(1, len(self.tasks) + 1)]
-
-    def _save(self) -> None:
-        """Make the current generation the one that counts, then drop those that nothing names."""
+    def _remember_base(self) -> None:
+        """Note where the base that was given is, as seen from the state, if it can be opened again from there."""
         if self._base_given is not None:
-            self._state.base_path = self._base_path()
-        self._state.generations = {
-            n: g for n, g in self._state.generations.items() if g.label or n == self._state.current
-        }
-        self._state.write(self._file)
-        for folder in self.path.glob("generation-*"):
-            if folder.name not in {self._folder(n).name for n in self._state.generations}:
-                remove(folder)
-
-    def _base_path(self) -> str | None:
-        """Where the base that was given is, as seen from the state; None if it cannot be opened again from there."""
-        return path_from(self.path, self._base_given, self._base())
-
-    def _load(self) -> None:
-        self._state = read_state(self._file)
-        current = self._state.current
-        if current is not None and not self._folder(current).is_dir():
-            raise MagMaxError(f"{self.path}: its generation {current} is missing; the state is damaged")
-
-    @contextmanager
-    def _alone(self) -> Generator[None]:
-        """Hold the state against other processes, having seen what they did since it was opened."""
-        with held(self.path):
-            if self._file.exists():
-                self._load()
-            yield
+            self._state.base_path = path_from(self.path, self._base_given, self._base())
 
 
 def _specs(key: str, *checkpoints: Checkpoint) -> list[Spec]:
