@@ -17,8 +17,8 @@ from tests.robustness.files import model, write
 
 from magmax.checkpoints import open_checkpoint
 from magmax.engine.adapters import merge_adapters
-from magmax.engine.job import Outcome
 from magmax.engine.merge import Options, merge_job
+from magmax.engine.outcome import Outcome
 from magmax.engine.running import Running
 from magmax.engine.settings import Settings
 from magmax.engine.sweep import Sweep

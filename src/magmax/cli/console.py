@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..engine.job import Job, Outcome
+    from ..engine.job import Job
+    from ..engine.outcome import Outcome
     from ..engine.settings import Settings
     from ..plan import Plan
 

@@ -1,15 +1,15 @@
-"""A classifier with a frozen head, and the loss of one task."""
+"""A classifier with a frozen head, and the loss of one task with what a penalty on forgetting adds to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from magmax.continual.data import Labelled
 from magmax.continual.encoder import Encoder
-from magmax.continual.penalties import Penalty
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,27 @@ class Classifier:
     def __call__(self, items: Sequence[Any]) -> Tensor:
         features = self.encoder(items)
         return features @ self.head.to(features).T
+
+
+class Penalty(Protocol):
+    """A term of the loss with a memory. `state` is that memory: it is saved beside theta_t, and put back on resuming.
+
+    A penalty is made anew for every sequence of tasks; on resuming, `state` is set before `before_task` is called.
+    """
+
+    state: dict[str, Tensor]
+
+    def before_task(self, learner: Classifier, seen: Sequence[int]) -> None:
+        """The learner has the weights that the task starts from; `seen` are the classes of all earlier tasks."""
+        ...
+
+    def __call__(self, learner: Classifier, items: Sequence[Any], logits: Tensor) -> Tensor:
+        """The scalar to add for a batch; logits of shape (n, all classes)."""
+        ...
+
+    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+        """The task's own data and classes, the learner as it came out of training."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,30 +14,7 @@ from torch import Tensor, nn
 
 from magmax.continual.data import Labelled
 from magmax.continual.fit import in_mode
-
-if TYPE_CHECKING:
-    from magmax.continual.learner import Classifier
-
-
-class Penalty(Protocol):
-    """A term of the loss with a memory. `state` is that memory: it is saved beside theta_t, and put back on resuming.
-
-    A penalty is made anew for every sequence of tasks; on resuming, `state` is set before `before_task` is called.
-    """
-
-    state: dict[str, Tensor]
-
-    def before_task(self, learner: Classifier, seen: Sequence[int]) -> None:
-        """The learner has the weights that the task starts from; `seen` are the classes of all earlier tasks."""
-        ...
-
-    def __call__(self, learner: Classifier, items: Sequence[Any], logits: Tensor) -> Tensor:
-        """The scalar to add for a batch; logits of shape (n, all classes)."""
-        ...
-
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
-        """The task's own data and classes, the learner as it came out of training."""
-        ...
+from magmax.continual.learner import Classifier, Penalty
 
 
 @dataclass

@@ -17,9 +17,8 @@ from torch import Tensor
 from magmax.continual.data import Labelled
 from magmax.continual.encoder import Encoder
 from magmax.continual.fit import FitSettings, fit
-from magmax.continual.learner import Classifier, TaskLoss
+from magmax.continual.learner import Classifier, Penalty, TaskLoss
 from magmax.continual.parallel import Parallel, check_team
-from magmax.continual.penalties import Penalty
 from magmax.continual.progress import NewBar, no_bars
 from magmax.continual.scenario import Task
 from magmax.continual.snapshot import Snapshot

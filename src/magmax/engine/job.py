@@ -22,25 +22,11 @@ from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest
 from ..errors import MagMaxError, UnfinishedError, listed
 from .ground import Ground
 from .ledger import Ledger
+from .outcome import Outcome
 from .provenance import Provenance
 from .sending import sent
 from .settings import Settings
 from .stream import Kernel, Pass, Progress, Sink
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
-
-    path: Path | str
-    seconds: float
-    read_bytes: int
-    written_bytes: int
-    reused_bytes: int
-    carried: Mapping[str, str]
-    partly: Mapping[str, str]
-    input_digests: Sequence[str]
-    sink_digests: Sequence[str]
 
 
 class Work(Protocol):
@@ -163,11 +149,7 @@ class Job:
         if problems := self.problems():
             raise listed(f"{shown(self.target.url)} cannot be written", problems)
         self.target.path.parent.mkdir(parents=True, exist_ok=True)
-
-        def restored(told: Mapping[str, Any]) -> Outcome:
-            return Outcome(**told)
-
-        return sent(self.target, self._identity(), lambda: self._made(settings), restored, settings.note)
+        return sent(self.target, self._identity(), lambda: self._made(settings), settings.note)
 
     def _made(self, settings: Settings) -> Outcome:
         """The work done and the output published on this machine."""

@@ -21,8 +21,9 @@ from .absorb import AbsorbKernel, ResultKernel, slot_dtype
 from .arithmetic import MergeKernel
 from .compare import Match, Mismatch, compare, extents_of, narrowed
 from .generations import MOST_MAPPED_TASKS, WINNERS, Generations, slot_prefix
-from .job import Job, Outcome, provenance_file
+from .job import Job, provenance_file
 from .merge import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
+from .outcome import Outcome
 from .reader import Reader
 from .settings import Settings
 from .state import Generation, State, Task, streaming

@@ -6,33 +6,28 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.upload import Upload
 from ..checkpoints.writer import Target, remove, replace_file
 from ..errors import MagMaxError, UnfinishedError
-
-if TYPE_CHECKING:
-    from .job import Outcome
+from .outcome import Outcome
 
 
 def sent(
     target: Target,
     identity: Mapping[str, Any],
     make: Callable[[], Outcome],
-    restored: Callable[[Mapping[str, Any]], Outcome],
     note: Callable[[str], None],
 ) -> Outcome:
     """The outcome of `make`, uploaded; what an interrupted upload left here is uploaded without making it again.
 
-    Args:
-        identity: what must be unchanged for that.
-        restored: an outcome from its fields, as JSON gives them back.
+    That is, while `identity` is unchanged.
     """
     upload = Upload(target.url)
     upload.begin(target.folder)
     ready = target.path.with_name(target.path.name + ".ready")
-    outcome = _left(ready, target.path, json.loads(json.dumps(identity)), restored)
+    outcome = _left(ready, target.path, json.loads(json.dumps(identity)))
     if outcome is None:
         try:
             outcome = make()
@@ -51,9 +46,9 @@ def sent(
     return replace(outcome, path=upload.name)
 
 
-def _left(ready: Path, made: Path, identity: Any, restored: Callable[[Mapping[str, Any]], Outcome]) -> Outcome | None:
+def _left(ready: Path, made: Path, identity: Any) -> Outcome | None:
     try:
         told = json.loads(ready.read_text())
     except (OSError, ValueError):
         return None
-    return restored(told["outcome"]) if told["identity"] == identity and made.exists() else None
+    return Outcome(**told["outcome"]) if told["identity"] == identity and made.exists() else None

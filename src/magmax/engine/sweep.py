@@ -17,8 +17,9 @@ from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
 from .arithmetic import MergeKernel
-from .job import Job, Outcome
+from .job import Job
 from .merge import Options, merge_job
+from .outcome import Outcome
 from .provenance import Provenance
 from .settings import Settings
 from .stream import Around, Kernel, Slab

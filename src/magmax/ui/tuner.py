@@ -19,7 +19,7 @@ from ..continual.context import Context, context
 from ..continual.data import Labelled
 from ..continual.encoder import InBfloat16, TextEncoder
 from ..continual.progress import NewBar, no_bars
-from ..engine.job import Outcome
+from ..engine.outcome import Outcome
 from ..engine.settings import Settings
 from ..engine.workers import cores
 from ..errors import MagMaxError, listed, nearest
