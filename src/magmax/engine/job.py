@@ -1,4 +1,4 @@
-"""A piece of work that ends in one output on disk: previewed, resumed, published or left for another try."""
+"""A piece of work that ends in one output on disk: resumed, published or left for another try."""
 
 from __future__ import annotations
 
