@@ -15,6 +15,7 @@ from tests.models import Tensors, loaded, same_bytes, saved, small_model
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.journal import held
 from magmax.checkpoints.writer import Draft
 from magmax.engine.archive import Archive
 from magmax.engine.archiving import write_archive
@@ -117,6 +118,71 @@ def test_presets_are_stored_listed_and_told_apart(archived):
     with pytest.raises(MagMaxError, match="0 or more"):
         again.store("x", {"task1": -1})
     assert list(Archive(archive.folder).presets) == ["cars first", "even"]
+
+
+def test_an_archive_made_anew_keeps_its_presets(archived):
+    archived(0.3, 8).store("cars first", {"task1": 3, "task2": 1})
+    notes = []
+    again = archived(0.3, 8, settings=Settings(note=notes.append))
+    assert again.presets == {"cars first": {"task1": 3, "task2": 1}}
+    assert notes == [f"{again.folder}: replaced; presets kept: 1"]
+
+
+def test_presets_for_other_models_are_not_lost(archived, files):
+    archive = archived(0.3, 8)
+    archive.store("cars first", {"task1": 3, "task2": 1})
+    before = {path: path.read_bytes() for path in archive.folder.iterdir()}
+    base, models = open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1][:2]]
+    reads = []
+    with pytest.raises(
+        MagMaxError, match=r"presets \(cars first\) for other models \(task1, task2, task3, task4\); name"
+    ):
+        write_archive(base, models, ["task1", "task2"], archive.folder, settings=Settings(progress=reads.append))
+    (archive.folder / "archive.json").write_text("{")
+    with pytest.raises(
+        MagMaxError, match=r"archive\.json: cannot be read .* and may hold presets; name another folder"
+    ):
+        write_archive(base, models, ["task1", "task2"], archive.folder, settings=Settings(progress=reads.append))
+    (archive.folder / "archive.json").write_bytes(before[archive.folder / "archive.json"])
+    assert {path: path.read_bytes() for path in archive.folder.iterdir()} == before
+    assert not reads
+
+
+def test_a_preset_stored_while_the_archive_is_made_anew_is_kept(archived):
+    archive = archived(0.3, 8)
+
+    def store(number: int) -> None:
+        if not archive.presets:
+            archive.store("meanwhile", {"task1": 1})
+
+    assert archived(0.3, 8, settings=Settings(progress=store)).presets == {"meanwhile": {"task1": 1}}
+
+
+def test_presets_stored_by_two_are_all_kept(archived):
+    ours = archived(0.3, 8)
+    theirs = Archive(ours.folder)
+    theirs.store("theirs", {"task1": 1})
+    ours.store("ours", {"task2": 1})
+    assert list(Archive(ours.folder).presets) == list(ours.presets) == ["theirs", "ours"]
+
+
+def test_a_preset_for_an_archive_made_anew_is_stored_if_the_models_are_the_same(archived, files):
+    before = archived(0.3, 8)
+    base, models = open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1]]
+    write_archive(base, models, before.tasks, before.folder, top=0.5, bits=16)
+    before.store("mine", {"task1": 1})
+    again = Archive(before.folder)
+    assert (again.top, again.bits, list(again.presets)) == (0.5, 16, ["mine"])
+    write_archive(base, models[::-1], before.tasks, before.folder)
+    with pytest.raises(MagMaxError, match="now holds other models; preset 'x' is not stored: tune again"):
+        before.store("x", {"task1": 1})
+    assert list(Archive(before.folder).presets) == ["mine"]
+
+
+def test_a_preset_waits_for_nobody_who_holds_the_archive(archived):
+    archive = archived(0.3, 8)
+    with held(archive.folder), pytest.raises(MagMaxError, match="another magmax is changing it"):
+        archive.store("x", {"task1": 1})
 
 
 def test_another_base_is_refused_before_anything_is_written(archived, tmp_path):

@@ -131,7 +131,8 @@ def archive(
     base
         The model that all of them were fine-tuned from; tuning needs it again.
     out
-        The archive's folder.
+        The archive's folder. An archive that is there is replaced; its presets are kept where the models have the same
+        names, in the same order, and else it is refused.
     top
         The fraction of each task vector to keep, its entries of largest magnitude.
     bits

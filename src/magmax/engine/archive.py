@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec, open_checkpoint
 from ..checkpoints.dtypes import widen
+from ..checkpoints.journal import held
 from ..checkpoints.lora import path_back
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError, listed, nearest
@@ -39,32 +40,58 @@ BLOCK = 1024
 FILE = "archive.json"
 
 
+Presets = dict[str, dict[str, float]]
+
+
+class About:
+    """What `archive.json` says. Raises MagMaxError, in words of the reason alone, for what says no such thing."""
+
+    def __init__(self, told: Any) -> None:
+        try:
+            if told["format"] != FORMAT:
+                raise ValueError(f"it has format {told['format']}; this magmax reads {FORMAT}")
+            self.tasks = [str(name) for name in told["tasks"]]
+            self.top, self.bits = float(told["top"]), int(told["bits"])
+            self.presets: Presets = {
+                str(name): {str(task): float(weight) for task, weight in weights.items()}
+                for name, weights in told["presets"].items()
+            }
+            self.base_path, self.base_digest = told["base"]["path"], str(told["base"]["digest"])
+            self.models = [str(digest) for digest in told.get("models", [])]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise MagMaxError(str(error)) from error
+        self.told = told
+
+    @classmethod
+    def of(cls, folder: Path) -> About:
+        try:
+            return cls(json.loads((folder / FILE).read_text("utf-8")))
+        except (OSError, RecursionError, ValueError) as error:
+            raise MagMaxError(str(error)) from error
+
+    def same_models(self, other: About) -> bool:
+        """Whether both are of the same models, as far as they say."""
+        return (self.tasks, self.models, self.base_digest) == (other.tasks, other.models, other.base_digest)
+
+
 class Archive:
     """An archive on disk. Raises MagMaxError for a folder that holds none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            about = json.loads((folder / FILE).read_text("utf-8"))
-            if about["format"] != FORMAT:
-                raise ValueError(f"it has format {about['format']}; this magmax reads {FORMAT}")
-            self.tasks = [str(name) for name in about["tasks"]]
-            self.top, self.bits = float(about["top"]), int(about["bits"])
-            self.presets: dict[str, dict[str, float]] = {
-                str(name): {str(task): float(weight) for task, weight in weights.items()}
-                for name, weights in about["presets"].items()
-            }
-            self._base_path, self._base_digest = about["base"]["path"], str(about["base"]["digest"])
-        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            self._about = About.of(folder)
+        except MagMaxError as error:
             raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive makes one") from error
-        self._about = about
+        self.tasks, self.top, self.bits = self._about.tasks, self._about.top, self._about.bits
+        self.presets = self._about.presets
         self.tensors = open_checkpoint(folder)
 
     def base(self, given: str | None = None) -> Checkpoint:
         """The base: the one given, or where it was when the archive was made."""
-        if given is None and self._base_path is None:
+        if given is None and self._about.base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        return open_checkpoint(given or path_back(self.folder, self._base_path))
+        return open_checkpoint(given or path_back(self.folder, self._about.base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTask]:
         """Each task's vector, as far as it was kept."""
@@ -76,7 +103,7 @@ class Archive:
         job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
 
         def same_base(digests: Sequence[str]) -> None:
-            if digests[0] != self._base_digest:
+            if digests[0] != self._about.base_digest:
                 raise MagMaxError(f"{opened.label}: is not the base that {self.folder} was made with")
 
         return replace(job, check=same_base)
@@ -87,14 +114,21 @@ class Archive:
         return self.presets[name]
 
     def store(self, name: str, preference: Mapping[str, float]) -> None:
-        """Remember a preference under a name, in one step. Raises MagMaxError for weights that are none."""
+        """Remember a preference under a name, beside those that others have stored meanwhile.
+
+        Raises MagMaxError for weights that are none, and where the archive was made anew from other models.
+        """
         weights_of(preference)
         for task in preference:
             if task not in self.tasks:
                 raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest(task, self.tasks)}")
-        self.presets[name] = dict(preference)
-        self._about["presets"] = self.presets
-        replace_file(self.folder / FILE, json.dumps(self._about, indent=2).encode() + b"\n")
+        with held(self.folder):
+            now = Archive(self.folder)._about
+            if not now.same_models(self._about):
+                raise MagMaxError(f"{self.folder}: now holds other models; preset {name!r} is not stored: tune again")
+            now.presets[name] = dict(preference)
+            replace_file(self.folder / FILE, json.dumps(now.told | {"presets": now.presets}, indent=2).encode() + b"\n")
+        self.presets = now.presets
 
 
 class ArchivedTask(Checkpoint):

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, Spec
 from ..checkpoints.dtypes import compute_dtype, narrow
+from ..checkpoints.journal import held
 from ..checkpoints.lora import path_from
 from ..checkpoints.slabs import Chunk, checkpoint_digest, slab_digest, slabs, tensor_digest
 from ..checkpoints.writer import Draft, Target
 from ..errors import MagMaxError, listed
 from ..rules import Prune
-from .archive import BLOCK, FILE, FORMAT, Archive
+from .archive import BLOCK, FILE, FORMAT, About, Archive, Presets
 from .ask import Questions
 from .compare import compare
 from .job import explained
@@ -155,7 +156,7 @@ def write_archive(
     base_given: object = None,
     settings: Settings | None = None,
 ) -> Archive:
-    """Store what tuning needs of each model's task vector.
+    """Store what tuning needs of each model's task vector. An archive that was there keeps its presets.
 
     Args:
         top: the fraction of each task vector's entries to keep, those of largest magnitude over the whole model.
@@ -164,7 +165,8 @@ def write_archive(
 
     Raises:
         MagMaxError: no models, models that do not fit the base or are the same, NaN or infinity, differences too large
-            for the bits, options out of range, a place that cannot be written, no space left.
+            for the bits, options out of range, a place that cannot be written or that holds presets for other models,
+            no space left.
     """
     settings = settings or Settings()
     if not 0 < top <= 1:
@@ -181,15 +183,17 @@ def write_archive(
     refuse_same_path(inputs)
     if problems := target.problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
         raise listed(f"{out} cannot be written", problems)
+    _presets(out, names)
     carried = compare(base, models).carried
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.elements]
-    refuse_twins(models, [_digest(model) for model in models])
+    digests = [_digest(model) for model in models]
+    refuse_twins(models, digests)
     hold_freed_memory()
     kept, reader = _kept(Reader(inputs), keys, top, settings)
     writing = Writing(reader, keys, kept, bits, settings.crew.count)
     starts = writing.starts(settings)
     about = {
-        "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "presets": {},
+        "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,
         "base": {"path": path_from(out, base_given, base), "digest": _digest(base)},
     }  # fmt: skip
     draft = Draft(target, writing.specs(starts), {})
@@ -197,14 +201,36 @@ def write_archive(
         out.parent.mkdir(parents=True, exist_ok=True)
         draft.open(fresh=True)
         writing.write(draft, starts, settings)
-        draft.publish({}, {FILE: json.dumps(about, indent=2).encode() + b"\n"})
+        with held(out):
+            presets = _presets(out, names)  # again: others may have stored some meanwhile
+            draft.publish({}, {FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})
     except OSError as error:
         draft.discard()
         raise explained(error, out, "it begins anew") from error
     except BaseException:
         draft.discard()
         raise
+    if presets:
+        settings.note(f"{out}: replaced; presets kept: {len(presets)}")
     return Archive(out)
+
+
+def _presets(out: Path, names: Sequence[str]) -> Presets:
+    """The presets of the archive that is to be replaced, if there is one. Raises MagMaxError for those of others."""
+    if not (out / FILE).exists():
+        return {}
+    try:
+        old = About.of(out)
+    except MagMaxError as error:
+        raise MagMaxError(
+            f"{out / FILE}: cannot be read ({error}), and may hold presets; name another folder, or remove {out}"
+        ) from error
+    if old.presets and old.tasks != list(names):
+        raise MagMaxError(
+            f"{out}: holds presets ({', '.join(old.presets)}) for other models ({', '.join(old.tasks)}); "
+            "name another folder, or remove it"
+        )
+    return old.presets
 
 
 def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
