@@ -185,6 +185,16 @@ def test_a_preset_waits_for_nobody_who_holds_the_archive(archived):
         archive.store("x", {"task1": 1})
 
 
+@pytest.mark.parametrize("out", ["", "tuned.safetensors", "deep/tuned", "../link/tuned.safetensors"])
+def test_an_output_inside_the_archive_is_refused(out, archived):
+    archive = archived(0.3, 8)
+    (archive.folder.parent / "link").symlink_to(archive.folder)
+    before = sorted(archive.folder.rglob("*"))
+    with pytest.raises(MagMaxError, match=r"is the archive .* or inside it; choose another place"):
+        archive.job(MagMax(), archive.folder / out, Options())
+    assert sorted(archive.folder.rglob("*")) == before
+
+
 def test_another_base_is_refused_before_anything_is_written(archived, tmp_path):
     other = saved(small_model(99), tmp_path / "other.safetensors")
     with pytest.raises(MagMaxError, match="is not the base"):

@@ -98,7 +98,8 @@ class Archive:
         return [ArchivedTask(self, task, name, base) for task, name in enumerate(self.tasks)]
 
     def job(self, rule: Rule, out: Path, options: Options, base: str | None = None) -> Job:
-        """The work of merging what was kept, into a file or folder."""
+        """The work of merging what was kept, into a file or folder outside the archive's."""
+        self.refuse_inside(out)
         opened = self.base(base)
         job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
 
@@ -107,6 +108,11 @@ class Archive:
                 raise MagMaxError(f"{opened.label}: is not the base that {self.folder} was made with")
 
         return replace(job, check=same_base)
+
+    def refuse_inside(self, out: Path) -> None:
+        """Raise MagMaxError for an output that would spoil the archive."""
+        if self.folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise MagMaxError(f"{out}: is the archive {self.folder} or inside it; choose another place for the output")
 
     def preset(self, name: str) -> dict[str, float]:
         if name not in self.presets:
