@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.models import loaded, same_bytes, saved, small_model
 
 import magmax
@@ -218,7 +219,27 @@ def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path
     assert run("tune", "--archive", archive, "--preset", "mine", "--out", tmp_path / "d.safetensors")[0] == 0
     for name in "cd":
         assert same_bytes(loaded(tmp_path / f"{name}.safetensors"), loaded(tmp_path / "a.safetensors"))
-    assert run("presets", archive)[1].splitlines()[1].split() == ["mine", "0.75", "0", "0.25", "0"]
+    assert run("presets", archive)[1].splitlines()[1].split() == ["mine", "3", "0", "1", "0"]
+    code, _, err = run("tune", "--archive", archive, "--preset", "mine", "--out", archive / "x.safetensors")
+    assert code == 2
+    assert "inside it; choose another place" in err
+    assert run("presets", archive)[0] == 0
+    code, _, err = run("archive", "--base", base, *tasks[::-1], "--out", archive)
+    assert code == 2
+    assert "holds presets (mine) for other models" in err
+
+
+def test_a_preset_gives_the_bytes_of_the_run_that_saved_it(run, tmp_path):
+    """Weights 1 and 5 of nine elements tie in the largest remainders; rounded shares do not."""
+    draw = torch.Generator().manual_seed(0)
+    paths = [saved({"w": torch.randn(9, generator=draw)}, tmp_path / f"{name}.safetensors") for name in ("b", "x", "y")]
+    archive = tmp_path / "archive"
+    assert run("archive", "--base", *paths, "--out", archive, "--top", "1", "--bits", "32")[0] == 0
+    words, given = ["tune", "--archive", archive], ["--prefer", "x=1", "--prefer", "y=5", "--save", "mine"]
+    assert run(*words, *given, "--out", tmp_path / "saved.safetensors")[0] == 0
+    assert json.loads((archive / "archive.json").read_text())["presets"] == {"mine": {"x": 1, "y": 5}}
+    assert run(*words, "--preset", "mine", "--out", tmp_path / "again.safetensors")[0] == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "saved.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

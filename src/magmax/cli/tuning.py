@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
 
 from cyclopts import Parameter
 
@@ -89,6 +90,8 @@ def tune(
     if (target is None) != (samples is None):
         raise MagMaxError("--target DATA and --samples FOLDER, the training samples of each model, go together")
     kept = Archive(Path(archive)) if archive else None
+    if kept:
+        kept.refuse_inside(Path(out))
     opened = kept.base(base) if kept else open_checkpoint(str(base))
     inputs = kept.models(opened) if kept else [open_checkpoint(m, base=opened) for m in models]
     weights = kept.preset(preset) if kept and preset else _weights(prefer or [])
@@ -105,6 +108,7 @@ def tune(
     with shown_settings(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
         rule = plan.preferred(opened, inputs, settings)
         told = dict(zip(plan.names, rule.shares, strict=True))
+        given = dict(zip(plan.names, cast("Sequence[float]", rule.preference), strict=True))
         if kept:
             job = kept.job(rule, Path(out), plan.options, base)
         else:
@@ -114,7 +118,7 @@ def tune(
             return
         outcome = job.run(settings)
     if kept and save:
-        kept.store(save, told)
+        kept.store(save, given)
     print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in told.items()))
     print_outcome(f"tuned {len(inputs)} models", outcome)
 
