@@ -226,6 +226,26 @@ def test_a_folder_that_is_no_archive_is_refused(tmp_path, archived):
         Archive(archive.folder)
 
 
+@pytest.mark.parametrize("told", [{"bits": 8}, {"bits": 32}, {"top": 1.0}])
+def test_an_archive_that_is_not_what_it_says_is_refused(told, archived):
+    archive = archived(0.3, 16)
+    about = json.loads((archive.folder / "archive.json").read_text())
+    (archive.folder / "archive.json").write_text(json.dumps(about | told))
+    with pytest.raises(MagMaxError, match=r"holds nothing of wide\.weight, F32"):
+        Archive(archive.folder).job(MagMax(), archive.folder.parent / "o.safetensors", Options())
+
+
+@pytest.mark.parametrize("part", ["kept", "starts"])
+def test_a_damaged_archive_is_refused_as_it_is_read(part, archived, tmp_path):
+    archive = archived(0.3, 8)
+    tensors = loaded(archive.folder / "model.safetensors")
+    tensors[f"2/{part}/wide.weight"][256] ^= 1
+    saved(tensors, archive.folder / "model.safetensors")
+    with pytest.raises(MagMaxError, match=r"of wide\.weight for task3, kept and starts disagree; it is corrupt"):
+        Archive(archive.folder).job(MagMax(), tmp_path / "o.safetensors", Options()).run()
+    assert not (tmp_path / "o.safetensors").exists()
+
+
 def test_half_precision_is_archived_as_its_task_vectors(tmp_path):
     draw = np.random.default_rng(0)
     models = [{"w": torch.from_numpy(draw.normal(size=3000).astype(np.float32)).bfloat16()} for _ in range(3)]

@@ -38,6 +38,7 @@ from .merge import Options, merge_job
 FORMAT = 1
 BLOCK = 1024
 FILE = "archive.json"
+PARTS = ("kept", "starts", "values", "scales")
 
 
 Presets = dict[str, dict[str, float]]
@@ -152,7 +153,7 @@ class ArchivedTask(Checkpoint):
         self._tensors, self._base, self._task, self._bits = archive.tensors, base, task, archive.bits
         self._sparse = archive.top < 1
         problems = [
-            f"{archive.folder}: holds nothing of {key}, {spec}"
+            f"{archive.folder}: holds nothing of {key}, {spec}, with top {archive.top:g} and {archive.bits} bits"
             for key, spec in base.specs.items()
             if spec.floating and spec.elements and not self._fits(key, spec)
         ]
@@ -170,7 +171,12 @@ class ArchivedTask(Checkpoint):
         value = first * BLOCK
         if self._sparse:
             mask = np.unpackbits(self._part("kept", key, first * BLOCK // 8, -(-end // 8)), count=total)
-            places, value = np.flatnonzero(mask) + first * BLOCK, int(self._starts(key, first)[0])
+            places, value = np.flatnonzero(mask) + first * BLOCK, self._start(key, first)
+            if value < 0 or value + len(places) != self._start(key, last):
+                raise MagMaxError(
+                    f"{self._tensors.label}: of {key} for {self.label}, kept and starts disagree; it is corrupt: "
+                    "make the archive anew, or copy it again"
+                )
         stored = self._values(key, value, value + len(places))
         dense = np.zeros(total, self.specs[key].storage)
         if self._bits == 8:
@@ -188,8 +194,20 @@ class ArchivedTask(Checkpoint):
         return self._tensors.header_digests()
 
     def _fits(self, key: str, spec: Spec) -> bool:
-        kept = self._tensors.specs.get(f"{self._task}/{'kept' if self._sparse else 'values'}/{key}")
-        return kept is not None and kept.shape == ((-(-spec.elements // 8) if self._sparse else spec.elements),)
+        found = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
+        kind, blocks = self.specs[key].dtype, -(-spec.elements // BLOCK)
+        values = found.pop("values")
+        wanted = {
+            "kept": Spec("U8", (-(-spec.elements // 8),)) if self._sparse else None,
+            "starts": Spec("I64", (blocks,)) if self._sparse else None,
+            "scales": Spec(kind, (blocks,)) if self._bits == 8 else None,
+        }
+        if values is None or found != wanted or values.dtype != {8: "I8", 16: "BF16"}.get(self._bits, kind):
+            return False
+        return (
+            len(values.shape) == 1
+            and values.elements <= spec.elements <= values.elements + spec.elements * self._sparse
+        )
 
     def _values(self, key: str, start: int, stop: int) -> NDArray[Any]:
         name = f"{self._task}/values/{key}"
@@ -197,8 +215,11 @@ class ArchivedTask(Checkpoint):
         dtype = self._tensors.specs[name].dtype
         return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage)
 
-    def _starts(self, key: str, block: int) -> NDArray[np.int64]:
-        return self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")
+    def _start(self, key: str, block: int) -> int:
+        """How many entries are kept before a block, or in all."""
+        if block * BLOCK >= self.specs[key].elements:
+            return self._tensors.specs[f"{self._task}/values/{key}"].elements
+        return int(self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")[0])
 
     def _part(self, kind: str, key: str, start: int, stop: int) -> NDArray[Any]:
         """Bytes of one of the task's tensors."""
