@@ -114,6 +114,22 @@ def test_samples_lead_to_the_weights_of_their_plain_features(method, place, pair
     assert told(out) == pytest.approx(from_samples(pairs, method), abs=2e-3)
 
 
+def test_features_need_no_labels(place, run, tmp_path):  # noqa: F811
+    """In a CSV as a spreadsheet writes it, with a mark of its encoding."""
+    found = read_samples(place / "target.csv").texts
+    (tmp_path / "target.csv").write_text("\n".join(["text", *found]), encoding="utf-8-sig")
+    given = [str(tmp_path / "target.csv") if word.endswith("target.csv") else word for word in words(place, "ot")]
+    results = [
+        run(*words_, "--out", tmp_path / name)
+        for name, words_ in (("a.safetensors", given), ("b.safetensors", words(place, "ot")))
+    ]
+        run(*given, "--out", tmp_path / "a.safetensors"),
+        run(*words(place, "ot"), "--out", tmp_path / "b.safetensors"),
+    ]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_labels_are_counted(place, run, tmp_path):  # noqa: F811
     _, out, _ = run(*words(place, "label", "--out", tmp_path / "out.safetensors"))
     assert told(out) == [0.25, 0.75, 0]

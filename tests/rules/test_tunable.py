@@ -174,9 +174,43 @@ def test_what_is_found_on_a_sample_ends_at_the_same_choice(kind, selection, monk
     rule = Tunable(preference=[2, 1, 4, 1e-4] if kind == "tiny quota" else [2, 1, 4, 3], selection=selection)
     everything = rule(list(vectors))
     monkeypatch.setattr(prices, "ROOM", 1 << (10 if kind == "mostly frozen" else 14))
+    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 12)
     monkeypatch.setattr(narrowing, "ROOM", 1)
     monkeypatch.setattr(narrowing, "LEAST", 1 << (7 if kind == "mostly frozen" else 12))
     assert (rule(list(vectors)) == everything).all()
+
+
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("ratio", [1.5, 2, 5])
+def test_prices_of_steep_preferences_are_found_without_holding_everything(halved, ratio, monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(12, 200_000)).astype(np.float32) * 3
+    vectors = list(np.round(vectors * 4) / 4 if halved else vectors)
+    monkeypatch.setattr(prices, "ROOM", 1)
+    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 14)
+    held: list[int] = []
+    read = prices.Found.read.__func__
+
+    def noted(cls: type, replies: Any, tasks: int) -> Any:
+        found = read(cls, replies, tasks)
+        held.append(len(found.keys))
+        return found
+
+    monkeypatch.setattr(prices.Found, "read", classmethod(noted))
+    rule = Tunable(preference=[ratio**-t for t in range(12)])
+    tau = rule(vectors)
+    assert max(held) < 100_000
+    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 20)
+    best = rule(vectors)
+    assert np.abs(tau).sum(dtype=float) == pytest.approx(np.abs(best).sum(dtype=float), rel=1e-5)
+    assert np.abs(tau).sum(dtype=float) > np.abs(replace(rule, selection="smallest")(vectors)).sum(dtype=float)
+
+
+def test_one_huge_element_leaves_the_others_their_best_choice():
+    vectors = np.random.default_rng(0).normal(size=(2, 5000)).astype(np.float32)
+    usual = Tunable(preference=[3, 1])(list(vectors))
+    vectors[0, 0] = 1e30
+    found = Tunable(preference=[3, 1])(list(vectors))
+    assert np.abs(found[1:]).sum() == pytest.approx(np.abs(usual[1:]).sum(), rel=1e-3)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1e9])
@@ -206,6 +240,7 @@ def sharded(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("slab", [64, 1 << 10])
 def test_slabs_threads_and_shards_change_no_byte(selection, span, slab, tmp_path, monkeypatch):
     monkeypatch.setattr(prices, "ROOM", 1 << 10)
+    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 12)
     monkeypatch.setattr(narrowing, "ROOM", 1)
     monkeypatch.setattr(narrowing, "LEAST", 1 << 10)
     rule = Tunable(preference=[3, 1, 1], selection=selection, span=span)

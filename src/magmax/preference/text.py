@@ -54,7 +54,7 @@ def read_samples(path: Path, labelled: bool = True) -> Samples:
         found = Samples([file.read_text("utf-8") for file in files], [file.parent.name for file in files])
     else:
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, ValueError, csv.Error) as error:
             raise MagMaxError(f"{path}: cannot be read as a CSV with {told}: {error}") from error
@@ -67,9 +67,9 @@ def read_samples(path: Path, labelled: bool = True) -> Samples:
     return found
 
 
-def read_tasks(folder: Path, names: Sequence[str]) -> list[Samples]:
+def read_tasks(folder: Path, names: Sequence[str], labelled: bool = True) -> list[Samples]:
     """Training samples of each task: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
-    return [read_samples(place) for place in places_of(folder, names)]
+    return [read_samples(place, labelled) for place in places_of(folder, names)]
 
 
 def places_of(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -170,12 +170,13 @@ def text_preference(
     """A preference for models of texts, from files; what "auto" tried is told to `settings.note`.
 
     Args:
-        data: labelled samples of the target, as `read_samples` reads them.
+        data: samples of the target, as `read_samples` reads them; "label" and "auto" need their labels.
         samples: the folder of each task's training samples, as `read_tasks` reads them.
         encoder: the folder of the encoder in the Hugging Face layout; by default the base's own. "label" needs none.
         rule: the merge that "auto" tries preferences with; its own preference does not matter.
     """
-    tasks, target = read_tasks(samples, names), read_samples(data)
+    labelled = method in ("label", "auto")
+    tasks, target = read_tasks(samples, names, labelled), read_samples(data, labelled)
     if method == "label":
         return from_labels(target.labels, labels_of(tasks))
     folder = encoder or base.folder()

@@ -2,7 +2,8 @@
 
 Maximising sum_p |tau_win(p)[p]| under quotas is a transport problem whose dual has one price a task. Prices are found
 on a sample, then from the elements that are nearly undecided alone, ever fewer of them, until all of these are known
-and the last few can be settled exactly. Should that not come about in some rounds, all elements are held at once.
+and the last few can be settled exactly. Should that not come about in some rounds, the best choice so far is taken,
+which has the quotas and a bound too; only if there is none, all elements are held at once.
 """
 
 from __future__ import annotations
@@ -17,16 +18,23 @@ from numpy.typing import NDArray
 
 from .chance import draws
 from .plan import Address, Block, Counts, Fold
-from .settle import Places, balanced, best_of, narrowed, settled, undecided
+from .settle import Places, balanced, best_of, misplaced, narrowed, settled, undecided
 from .winners import Winners, codes_of, moved, picked, pieces
 
 Floats = NDArray[np.float64]
 
 ROOM = 1 << 21
-"""Magnitudes held at once."""
+"""Magnitudes held at once, but for at least LEAST_ROOM elements."""
+LEAST_ROOM = 1 << 18
 COPIES = 8
 """How often these are in memory, in one shape or another."""
 ROUNDS = 10
+DAMP = 0.5
+"""The part of a change of prices that is made at once, where it goes beyond what is known."""
+MOST_MOVES = 1000
+"""How many elements are moved one by one from a task to another, at most."""
+NEGLIGIBLE = 1e-8
+"""A gap at which a choice is taken though a better one may be found."""
 ZOOM = 16
 """How many times fewer elements count as undecided from one round to the next."""
 TINY = 2.0**-30
@@ -57,6 +65,11 @@ class Priced:
     exceptions: Mapping[str, tuple[NDArray[np.int64], Winners]]
     retained: float = math.nan
     bound: float = math.nan
+
+    @property
+    def gap(self) -> float:
+        """How much more another choice could keep at most, as a part of that."""
+        return max(0.0, self.bound - self.retained) / self.bound if self.bound else 0.0
 
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element."""
@@ -161,7 +174,7 @@ class Undecided(Fold):
             else:
                 open_ = self._open(at, deltas, alive, words, clear, sums)
             near += len(open_)
-            taken = open_[words[open_] * np.uint32(SAMPLER) <= self.rate * ((1 << 32) - 1)]
+            taken = open_[_sampled(words[open_], self.rate)]
             parts.append(self.priced.columns(at, deltas, words, taken))
         body = [
             np.vstack([part.offsets, part.words.astype(np.int64), part.magnitudes.view(np.int64)]) for part in parts
@@ -217,6 +230,10 @@ class Undecided(Fold):
         return close
 
 
+def _sampled(words: NDArray[np.uint32], rate: float) -> NDArray[np.bool_]:
+    return words * np.uint32(SAMPLER) <= rate * ((1 << 32) - 1)
+
+
 class Found(NamedTuple):
     """The replies of all blocks to `Undecided`, together, in the order of their addresses."""
 
@@ -240,25 +257,44 @@ class Found(NamedTuple):
         retained, worth = (math.fsum(column) for column in sums.T)
         return cls(heads[:, :tasks].sum(axis=0), retained, worth, int(heads[:, -1].sum()), columns, keys)
 
+    def thinned(self, rate: float) -> Found:
+        """With such a part of the elements only."""
+        some = np.flatnonzero(_sampled(self.columns.words, rate))
+        magnitudes, words, offsets = self.columns
+        columns = Columns(magnitudes[:, some], words[some], offsets[some])
+        return self._replace(columns=columns, keys=[self.keys[place] for place in some])
+
 
 def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[Fold, Any, Priced]:
     """Find who supplies each element, so that each of `among` supplies what is `wanted` of it and most is retained."""
     tasks, quota = len(among), np.array(wanted)
-    room = max(1 << 12, ROOM // tasks)
+    room = max(LEAST_ROOM, ROOM // tasks)
     state = Priced(among, [0.0] * tasks, 0.0, seed, {})
     windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / sum(wanted))
+    best: Priced | None = None
     for left in reversed(range(ROUNDS)):
         found = Found.read((yield Undecided(state, windows, rate)), tasks)
+        if len(found.keys) > 2 * room and left:
+            rate = room / found.near
+            found = found.thinned(rate)
         if not state.noise:
             state = replace(state, noise=tie_breaker(found.columns.magnitudes))
         worth, old = found.columns.worth(state.noise), np.array(state.prices)
         share = quota - found.clear
         if rate == 1 and share.min() >= 0:
-            prices, at = settled(worth, share, balanced(worth, share, old))
-            if _sound(prices - old, windows).all():
-                return _finished(state, found, worth - prices[:, None], prices, at, share)
+            prices = balanced(worth, share, old)
+            if not left or misplaced(worth, share, prices) <= MOST_MOVES:
+                shift = prices - old
+                prices, at = settled(worth, share, prices, windows - (shift[:, None] - shift))
+                if _sound(prices - old, windows).all():
+                    return _finished(state, found, worth - prices[:, None], prices, at, share)
+                best = _better(best, _finished(state, found, worth - old[:, None], old, at, share))
+                if best.gap < NEGLIGIBLE:
+                    return best
         else:
             prices = balanced(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
+        if np.isfinite(windows).all():
+            prices = old + reachable((prices - old) * DAMP, windows)
         state = replace(state, prices=prices.tolist())
         near = found.near
         if near > 0.9 * room:
@@ -267,9 +303,28 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
             windows = np.where(sound, narrowed(net, windows, part), windows)
             near *= part if sound.all() else float(undecided(net, windows)[1].mean())
         rate = min(1.0, room / near)
+        if left == 1 and best is not None:
+            return best
         if left == 1:
             windows, rate = np.full((tasks, tasks), np.inf), 1.0
     raise AssertionError("in the last round every element is known")
+
+
+def _better(best: Priced | None, made: Priced) -> Priced:
+    """What retains more, with the lower of both bounds."""
+    if best is None:
+        return made
+    return replace(max(best, made, key=lambda one: one.retained), bound=min(best.bound, made.bound))
+
+
+def reachable(shift: Floats, windows: Floats) -> Floats:
+    """The largest change of prices, none above `shift`, under which every element that was clear is still its task's.
+
+    Of what lies beyond the windows nothing is known, so that a price must not go there at once.
+    """
+    for _ in range(len(shift)):
+        shift = (shift + windows).min(axis=1)
+    return shift
 
 
 def _sound(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
@@ -279,7 +334,7 @@ def _sound(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
 
 def tie_breaker(magnitudes: Floats) -> float:
     """The most that equal magnitudes are moved apart: a power of two, far below a typical magnitude."""
-    typical = float(magnitudes.max(axis=0).mean()) if magnitudes.size else 0.0
+    typical = float(np.median(magnitudes.max(axis=0))) if magnitudes.size else 0.0
     return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
 
 

@@ -96,22 +96,26 @@ def undecided(net: Floats, windows: Floats) -> tuple[Places, NDArray[np.bool_]]:
 def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
     """For each ordered pair of tasks, by how much the first must lead the second for an element to be clear.
 
-    `part` of the elements, at most, are not clear in some pair; in each pair it is the same part of what the first
-    task has, as equal magnitudes may put most elements of one pair closer together than any of another.
+    `part` of the elements, at most, are not clear in some pair. In each pair it is a number of them that goes with the
+    square root of what the lesser of the two tasks has, as does the error of prices that were found on a sample; and
+    not a distance, as equal magnitudes may put most elements of one pair closer together than any of another.
     """
     at = best_of(net)
     leads = {task: net[task, at == task] - net[:, at == task] for task in range(len(net)) if (at == task).any()}
     ordered = {task: np.sort(lead, axis=1) for task, lead in leads.items()}
 
+    counts = np.bincount(at, minlength=len(net))
+
     def at_part(share: float) -> Floats:
         found = windows.copy()
         for task, lead in ordered.items():
-            found[task] = np.minimum(found[task], lead[:, int(share * lead.shape[1])])
+            last = (share * np.sqrt(np.minimum(counts[task], counts))).astype(np.intp).clip(0, lead.shape[1] - 1)
+            found[task] = np.minimum(found[task], lead[np.arange(len(net)), last])
         np.fill_diagonal(found, -1.0)
         return found
 
-    low, high = 0.0, min(part, 1 - 2**-20)
-    for _ in range(12):
+    low, high = 0.0, float(np.sqrt(net.shape[1]))
+    for _ in range(16):
         middle = (low + high) / 2
         least = at_part(middle)
         near = sum(int((lead <= least[task][:, None]).any(axis=0).sum()) for task, lead in leads.items())
@@ -121,8 +125,16 @@ def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
     return found
 
 
-def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> tuple[Floats, Places]:
+def misplaced(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> int:
+    """How many elements go to another task, under these prices, than they must for all to have what is wanted."""
+    counts = np.bincount(best_of(worth - prices[:, None]), minlength=len(worth))
+    return int((counts - wanted).clip(0).sum())
+
+
+def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reach: Floats) -> tuple[Floats, Places]:
     """The choice of most worth that gives each task just what is wanted, and prices that prove it.
+
+    Of such prices some are given, if there are any, of which none rises against another by more than their `reach`.
 
     Starts from the choice under `prices`, the best for the counts it has, and moves one element after another along the
     cheapest chain of tasks from a surplus to a deficit (successive shortest paths).
@@ -141,7 +153,9 @@ def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> tuple[F
         surplus[chain[-1]] += 1
         costs, movers = _costs(near, spot, prices)
     at[columns] = spot
-    return prices + _potentials(costs), at
+    change = _potentials(np.minimum(costs, reach))
+    within = (change[:, None] - change <= costs).all()
+    return prices + (change if within else _potentials(costs)), at
 
 
 def _candidates(worth: Floats, at: Places, moves: int) -> Places:

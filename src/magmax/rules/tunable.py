@@ -10,7 +10,7 @@ from ..errors import MagMaxError, nearest
 from . import narrowing
 from .base import Rule
 from .plan import Answer, Array, Block, Plan, Scope, Span
-from .prices import COPIES, ROOM, Priced, priced
+from .prices import COPIES, LEAST_ROOM, ROOM, Priced, priced
 from .quota import Named, Weights, quotas, weights_of
 from .replay import Replay
 from .winners import Supply, picked
@@ -67,7 +67,7 @@ class Tunable(Rule):
     @property
     def memory(self) -> int:
         if self.selection == "optimal":
-            return 8 * COPIES * ROOM
+            return 8 * COPIES * max(ROOM, LEAST_ROOM * len(self._weights))
         return narrowing.memory(len(self._weights), self.selection == "random")
 
     @property
