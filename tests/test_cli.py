@@ -53,6 +53,25 @@ def test_models_may_be_named_as_an_option(run, files, tmp_path):
     assert (tmp_path / "tuned-a.safetensors").read_bytes() == (tmp_path / "tuned-b.safetensors").read_bytes()
 
 
+def test_tune_takes_the_remedies_that_its_errors_name(run, tmp_path):
+    base = {"a": torch.zeros(6), "b": torch.zeros(2)}
+    tasks = {
+        "one": {**base, "a": torch.arange(6.0)},
+        "two": {"a": -torch.arange(6.0)},
+        "odd": {**base, "a": torch.ones(6) * torch.nan},
+    }
+    files = {
+        name: saved(tensors, tmp_path / f"{name}.safetensors") for name, tensors in {"base": base, **tasks}.items()
+    }
+    words = ["tune", "--base", files["base"], "--out", tmp_path / "out.safetensors", "--prefer", "one=1"]
+    for other, remedy in (("two", ["--mismatch", "base"]), ("odd", ["--allow-nonfinite"])):
+        given = [*words, "--prefer", f"{other}=1", files["one"], files[other]]
+        code, _, err = run(*given)
+        assert code == 2
+        assert " ".join(remedy) in err
+        assert run(*given, *remedy)[0] == 0
+
+
 def test_a_rule_with_options_and_assignments(run, files, tmp_path):
     base, tasks = files
     words = ["--base", base, *tasks, "--out", tmp_path / "a.safetensors", "--scaling-factor", "0.7"]

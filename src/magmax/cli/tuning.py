@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .console import in_bytes, print_outcome, print_preview, print_table, shown_settings
-from .options import DryRun, Dtype, Models, Restart, Scheduler, Threads
+from .options import DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
 
 
 def tune(
@@ -30,6 +30,8 @@ def tune(
     seed: int = 0,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
+    mismatch: Mismatch | None = None,
+    allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
@@ -49,7 +51,7 @@ def tune(
         An archive made by magmax archive, instead of the models.
     prefer
         NAME=WEIGHT, once for each model to take from; nothing is taken from the others. NAME is the model's file name
-        without its suffix.
+        without its suffix; of models in folders of their own, the folder's name.
     preset
         A preference that was stored in the archive.
     save
@@ -57,7 +59,8 @@ def tune(
     target
         Instead: samples of what the merged model is for, a CSV with the columns text and label, or LABEL/NAME.txt.
     samples
-        With target: the folder of training samples of each model, NAME.csv or NAME/LABEL/*.txt.
+        With target: the folder of training samples of each model, NAME.csv or NAME/LABEL/*.txt. Only the methods label
+        and auto need labels, here and of the target.
     method
         With target: how to make a preference of it. label needs no encoder; auto tries all, each on the half of the
         samples that it was not made of.
@@ -73,6 +76,8 @@ def tune(
         Multiplies the merged task vector.
     dtype
         The output's floating type. The base's by default.
+    mismatch
+        Where a model's tensors are not the base's, as in merge. An archive was made of what is in all of them.
     """
     from pathlib import Path
 
@@ -83,6 +88,8 @@ def tune(
 
     if (archive is None) == (not models) or (archive is None and base is None):
         raise MagMaxError("tune needs --base BASE and the models, or --archive ARCHIVE")
+    if archive is not None and mismatch:
+        raise MagMaxError("an archive's tensors are the base's: --mismatch is for models")
     if archive is None and (preset or save):
         raise MagMaxError("presets are kept in archives: --preset and --save need --archive ARCHIVE")
     if sum(map(bool, (prefer, preset, target))) != 1:
@@ -102,6 +109,8 @@ def tune(
         "target": {"data": target, "samples": samples, "method": method, "encoder": encoder} if target else None,
         "scaling_factor": scaling_factor,
         "dtype": dtype,
+        "mismatch": mismatch or "strict",
+        "allow_nonfinite": allow_nonfinite,
     }
     plan = build(content, "the command line", {}, "")
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))
