@@ -119,15 +119,10 @@ def test_features_need_no_labels(place, run, tmp_path):  # noqa: F811
     found = read_samples(place / "target.csv").texts
     (tmp_path / "target.csv").write_text("\n".join(["text", *found]), encoding="utf-8-sig")
     given = [str(tmp_path / "target.csv") if word.endswith("target.csv") else word for word in words(place, "ot")]
-    results = [
-        run(*words_, "--out", tmp_path / name)
-        for name, words_ in (("a.safetensors", given), ("b.safetensors", words(place, "ot")))
-    ]
-        run(*given, "--out", tmp_path / "a.safetensors"),
-        run(*words(place, "ot"), "--out", tmp_path / "b.safetensors"),
-    ]
+    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    results = [run(*some, "--out", out) for some, out in zip((given, words(place, "ot")), outs, strict=True)]
     assert [code for code, _, _ in results] == [0, 0], results
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
 def test_labels_are_counted(place, run, tmp_path):  # noqa: F811
