@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Self, cast
 from ..errors import MagMaxError, nearest
 from . import narrowing
 from .base import Rule
+from .bids import Priced
 from .plan import Answer, Array, Block, Plan, Scope, Span
-from .prices import COPIES, LEAST_ROOM, ROOM, Priced, priced
+from .prices import COPIES, LEAST_ROOM, ROOM, priced
 from .quota import Named, Weights, quotas, weights_of
 from .replay import Replay
 from .winners import Supply, picked

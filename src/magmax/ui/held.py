@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint
 from ..engine.reader import Reader
 from ..engine.stream import Slab
+from ..rules.bids import Columns, Priced
 from ..rules.plan import Address, Block
-from ..rules.prices import Columns, Found, Priced, Undecided, tie_breaker
+from ..rules.prices import Found, Undecided, tie_breaker
 from ..rules.quota import quotas
 from ..rules.settle import balanced
 from ..rules.winners import Supply, picked
