@@ -54,7 +54,7 @@ def main(*, models: int = 3) -> None:
     load = load_of_the_last_minute()
     fresh_output()
     warm(A)
-    start = measure([sys.executable, "-c", "import magmax.cli, magmax.engine"], LIMIT_S, CHILDREN)
+    start = measure([sys.executable, "-c", "import magmax.cli, magmax.merging"], LIMIT_S, CHILDREN)
     imports = (start.bytes_read, start.bytes_written)
     records = [absorb(model, OUTPUT / "state", imports) for model in A.inputs()[1 : models + 1]]
     title = f"magmax absorb, {A.parameters() / 1e6:.0f} M float32 parameters, model after model"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from magmax.continual.tables import MAIN, Mean, paired
+from magmax.continual.evaluation.tables import MAIN, Mean, paired
 
 VARIANTS = {"default": "own", "chosen": "chosen"}
 COSTS = {"training seconds": 1, "merging seconds": 1, "peak memory bytes": 1e6, "stored bytes": 1e6}

@@ -19,7 +19,7 @@ import yaml
 from harness.places import RESULTS
 
 import magmax
-from magmax.calibrate import FeatureOptions, calibrate_features, draw
+from magmax.calibration import FeatureOptions, calibrate_features, draw
 from magmax.continual.cells import chain_folder, samples_of
 from magmax.continual.context import context
 from magmax.continual.experiment import Experiment

@@ -13,8 +13,8 @@ from harness.machine import commit, hardware
 from harness.places import BENCHMARKS, RESULTS, WORK
 from rich.console import Console
 
-from magmax.continual.weights import write_bytes
-from magmax.engine.workers import process_pool
+from magmax.continual.training.weight_files import write_bytes
+from magmax.merging.execution.executors import process_pool
 
 app = App(help=__doc__)
 console = Console(stderr=True)

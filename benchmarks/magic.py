@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from compare import Result, drawn, percent
 
+from magmax.continual.evaluation.tables import Mean, paired
 from magmax.continual.experiment import rule_name
-from magmax.continual.tables import Mean, paired
 
 OWN, CONTROL = "own factor", "chosen factor"
 Values = Mapping[int, float]

@@ -20,7 +20,7 @@ from harness.tables import SCALING
 from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, shards_of, write_indices
 from matplotlib.figure import Figure
 
-from magmax.engine.cost import ELEMENT_NS
+from magmax.merging.cost import ELEMENT_NS
 
 SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA, "2000m": LLAMA_LARGE}
 MODELS = (2, 4, 8, 16, 32)

@@ -21,16 +21,16 @@ import numpy as np
 from drawing import picture, table
 
 import magmax
-from magmax.continual.data import MINILM, NEWSGROUP_NAMES, NEWSGROUPS, Labelled, read_newsgroups
-from magmax.continual.encoder import TextEncoder
-from magmax.continual.evaluate import accuracy_by_task, predict
-from magmax.continual.fetch import fetch
-from magmax.continual.fit import FitSettings
-from magmax.continual.heads import zero_shot_head
+from magmax.continual.data.datasets import MINILM, NEWSGROUP_NAMES, NEWSGROUPS, Labelled, read_newsgroups
+from magmax.continual.data.downloads import fetch
+from magmax.continual.data.scenarios import class_incremental, shuffled_classes
+from magmax.continual.evaluation.accuracy import accuracy_by_task, predict
+from magmax.continual.models.heads import zero_shot_head
+from magmax.continual.models.text_encoder import TextEncoder
 from magmax.continual.progress import NewBar, bars
-from magmax.continual.scenario import class_incremental, shuffled_classes
-from magmax.continual.sequence import Protocol, fine_tune
-from magmax.continual.weights import load_weights
+from magmax.continual.training.fit import FitSettings
+from magmax.continual.training.sequence import Protocol, fine_tune
+from magmax.continual.training.weight_files import load_weights
 
 TEMPLATES = ["a message about {}", "a discussion of {}", "a question about {}"]
 TEMPERATURE = 20.0  # of the cosine similarities, when they become logits

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 import magmax
-from magmax.continual.data import Labelled
-from magmax.continual.fit import FitSettings, fit
-from magmax.continual.scenario import class_incremental
+from magmax.continual.data.datasets import Labelled
+from magmax.continual.data.scenarios import class_incremental
+from magmax.continual.training.fit import FitSettings, fit
 
 random = np.random.default_rng(0)
 labels = random.integers(0, 10, 2000)

@@ -3,8 +3,8 @@
 from child import job, timed
 
 import magmax
-import magmax.engine
-from magmax.engine.settings import Settings
+import magmax.merging
+from magmax.merging.execution.execution_options import Settings
 
 if __name__ == "__main__":
     task = job()

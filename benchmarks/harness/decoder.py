@@ -18,27 +18,19 @@ from tokenizers import Tokenizer
 
 import magmax
 from harness.machine import commit
-from magmax.calibrate import calibrate_features
+from magmax.calibration import calibrate_features
 from magmax.continual.cells import digest_of_file, environment
-from magmax.continual.data import Labelled
-from magmax.continual.fit import FitSettings, fit
-from magmax.continual.language import (
-    NextToken,
-    bytes_of,
-    corpus,
-    llama,
-    perplexity_per_byte,
-    train_tokenizer,
-    windows,
-)
+from magmax.continual.data.datasets import Labelled
+from magmax.continual.language import NextToken, bytes_of, corpus, llama, perplexity_per_byte, train_tokenizer, windows
 from magmax.continual.progress import Tell, silent
-from magmax.continual.sequence import made_from
-from magmax.continual.snapshot import Snapshot
-from magmax.continual.weights import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes
-from magmax.engine.settings import Settings
+from magmax.continual.training.fit import FitSettings, fit
+from magmax.continual.training.sequence import made_from
+from magmax.continual.training.snapshot import Snapshot
+from magmax.continual.training.weight_files import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes
+from magmax.merging.execution.execution_options import Settings
 from magmax.rules import CalibrateWeights, Rule, chain, rule_from
-from magmax.rules.calibrate_weights import is_calibrated
-from magmax.rules.lengths import mean_angle, measures
+from magmax.rules.norms import mean_angle, measures
+from magmax.rules.transforms.calibrate_weights import is_calibrated
 
 SNAPSHOT_STEPS = 50
 REFERENCES = "references"

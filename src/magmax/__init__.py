@@ -5,23 +5,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .errors import MagMaxError
-
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .checkpoints import open_checkpoint
-    from .engine.adapters import merge_adapters
-    from .engine.fusion_bench import MagMaxAlgorithm, magmax_merge
-    from .engine.merge import merge
-    from .engine.running import Running
+    from .merging.adapters.adapter_merge import merge_adapters
+    from .merging.api import merge
+    from .merging.compat_fusion_bench import MagMaxAlgorithm, magmax_merge
+    from .merging.running.running_merge import Running
 
 _HOMES = {
-    "MagMaxAlgorithm": ".engine.fusion_bench",
-    "Running": ".engine.running",
-    "magmax_merge": ".engine.fusion_bench",
-    "merge": ".engine.merge",
-    "merge_adapters": ".engine.adapters",
+    "MagMaxAlgorithm": ".merging.compat_fusion_bench",
+    "Running": ".merging.running.running_merge",
+    "magmax_merge": ".merging.compat_fusion_bench",
+    "merge": ".merging.api",
+    "merge_adapters": ".merging.adapters.adapter_merge",
     "open_checkpoint": ".checkpoints",
 }
 

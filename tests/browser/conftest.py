@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from magmax.continual.fetch import File, Source, fetch, is_fetched
+from magmax.continual.data.downloads import File, Source, fetch, is_fetched
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 AXE = Source(

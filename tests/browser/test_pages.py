@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.analysis import runs
 from tests.browser.window import DESK, PHONE, Window
 from tests.models import small_model
-from tests.study import runs
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
+from magmax.analysis.method_comparison import methods
+from magmax.analysis.report.builder import run_page, weights_page
+from magmax.analysis.run_folders import load_run
+from magmax.analysis.weight_statistics import tally
+from magmax.analysis.weight_studies import Origin
 from magmax.checkpoints import open_checkpoint
-from magmax.report.compose import run_page, weights_page
-from magmax.study.methods import methods
-from magmax.study.runs import load_run
-from magmax.study.tally import tally
-from magmax.study.weights import Origin
 
 TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 

@@ -21,12 +21,12 @@ from tests.continual import toys  # noqa: E402
 
 from magmax.checkpoints import open_checkpoint  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.train import Training  # noqa: E402
-from magmax.engine.archive import Archive  # noqa: E402
-from magmax.engine.archiving import write_archive  # noqa: E402
-from magmax.engine.settings import Settings  # noqa: E402
-from magmax.ui.runs import open_source  # noqa: E402
-from magmax.ui.tuner import Tuner  # noqa: E402
+from magmax.continual.training.trainer import Training  # noqa: E402
+from magmax.merging.execution.execution_options import Settings  # noqa: E402
+from magmax.preference.archive import Archive  # noqa: E402
+from magmax.preference.archive_writer import write_archive  # noqa: E402
+from magmax.ui.sources import open_source  # noqa: E402
+from magmax.ui.view_model import Tuner  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

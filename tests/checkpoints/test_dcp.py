@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import magmax as package
 from magmax import MagMaxError
 from magmax.checkpoints import Checkpoint, open_checkpoint
-from magmax.checkpoints.dcp import boxes
+from magmax.checkpoints.torch.dcp import boxes
 
 
 @pytest.fixture(scope="module")

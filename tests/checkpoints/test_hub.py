@@ -18,11 +18,11 @@ from tests.models import loaded, magmax, merged_by, same_bytes, saved, small_mod
 
 import magmax as package
 from magmax import MagMaxError
-from magmax.checkpoints import hub as hub_module
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.hub import HubId, hub_id, needed
+from magmax.checkpoints.remote import hub as hub_module
+from magmax.checkpoints.remote.hub import HubId, hub_id, needed
 from magmax.cli import app
-from magmax.engine.provenance import read_provenance
+from magmax.merging.provenance import read_provenance
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

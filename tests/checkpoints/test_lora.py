@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from tests.models import Tensors, loaded, raw, same_bytes, saved
 
 from magmax import MagMaxError, Running, merge
-from magmax.checkpoints import open_checkpoint, slabs
-from magmax.checkpoints.lora import base_and_adapter
+from magmax.checkpoints import blocks, open_checkpoint
+from magmax.checkpoints.lora.adapted_model import base_and_adapter
 from magmax.cli import main
-from magmax.engine.settings import Settings
-from magmax.recipe import build, load
+from magmax.merging.execution.execution_options import Settings
+from magmax.recipes.recipe import build, load
 
 RANK = 3
 PREFIX = "base_model.model."
@@ -80,7 +80,7 @@ def presented(source: Any, base: Path | None = None) -> Tensors:
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     found: Tensors = {}
     for key, spec in model.specs.items():
-        parts = [model.read(key, *cut) for chunk in slabs.chunks(key, spec) for cut in chunk.slabs(spec)]
+        parts = [model.read(key, *cut) for chunk in blocks.chunks(key, spec) for cut in chunk.slabs(spec)]
         units = torch.from_numpy(np.concatenate(parts))
         found[key] = units.view(types.get(spec.dtype, torch.int64)).reshape(spec.shape)
     return found
@@ -146,8 +146,8 @@ def test_slabs_tiles_and_threads_change_no_byte(base, tmp_path, monkeypatch, sla
     folder = adapter(tmp_path / "task", {**ALL, **embedding()})
     whole = presented(f"{base}+{folder}")
     merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", settings=Settings(threads=1))
-    monkeypatch.setattr("magmax.checkpoints.slabs.SLAB", slab)
-    monkeypatch.setattr("magmax.checkpoints.factors.TILE", tile)
+    monkeypatch.setattr("magmax.checkpoints.blocks.SLAB", slab)
+    monkeypatch.setattr("magmax.checkpoints.lora.product.TILE", tile)
     assert same_bytes(presented(f"{base}+{folder}"), whole)
     merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", settings=Settings(threads=4))
     assert same_bytes(loaded(tmp_path / "four.safetensors"), loaded(tmp_path / "one.safetensors"))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from magmax.checkpoints.patterns import LONGEST, Pattern, PatternError
+from magmax.checkpoints.lora.bounded_regex import LONGEST, Pattern, PatternError
 
 ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", "[ab]", "[^a.]", "0", "^", "$", r"\w", "_", r"[]\]a-b]", r"\A"])
 MANY = st.sampled_from(["", "", "", "*", "+", "?", "{2}", "{0,2}", "{1,}", "{,1}", "*?", "+?", "??", "{1,2}?"])

@@ -22,10 +22,10 @@ from tests.models import Tensors, loaded, magmax, merged_by, raw, same_bytes, sa
 
 import magmax as package
 from magmax import MagMaxError
-from magmax.checkpoints import pickled
-from magmax.checkpoints.pickled import PickledModel
-from magmax.checkpoints.torchfile import LEGACY_MAGIC
-from magmax.engine.convert import convert_job
+from magmax.checkpoints.torch import pickled_models
+from magmax.checkpoints.torch.pickled_models import PickledModel
+from magmax.checkpoints.torch.torch_file import LEGACY_MAGIC
+from magmax.merging.convert import convert_job
 
 SOURCE = """
 import argparse
@@ -403,7 +403,7 @@ def test_small_files_that_hold_one_thing_many_times_are_refused_at_once(name: st
 def test_modules_that_share_their_modules_many_times_over_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickled, "MOST_PARTS", 10_000)
+    monkeypatch.setattr(pickled_models, "MOST_PARTS", 10_000)
     net = torch.nn.Sequential()
     for _ in range(40):
         net = torch.nn.Sequential(net, net)

@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from magmax.continual.data import Labelled  # noqa: E402
-from magmax.continual.encoder import TextEncoder  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 
 WORDS = 40
 

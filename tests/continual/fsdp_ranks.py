@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from magmax.continual.data import Dataset, Labelled
-from magmax.continual.encoder import TextEncoder
+from magmax.continual.data.datasets import Dataset, Labelled
 from magmax.continual.experiment import Experiment
-from magmax.continual.fit import FitSettings, fit
-from magmax.continual.parallel import shard, whole
-from magmax.continual.snapshot import Snapshot
-from magmax.continual.train import Training
+from magmax.continual.models.text_encoder import TextEncoder
+from magmax.continual.training.fit import FitSettings, fit
+from magmax.continual.training.parallel import shard, whole
+from magmax.continual.training.snapshot import Snapshot
+from magmax.continual.training.trainer import Training
 from magmax.errors import MagMaxError
 
 HERE = "tests.continual.fsdp_ranks"

@@ -24,13 +24,13 @@ from magmax.continual import cells, registry  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import context, hold_out  # noqa: E402
-from magmax.continual.data import Labelled  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.evaluation.result_files import write_results  # noqa: E402
+from magmax.continual.evaluation.tables import against_best, comparisons, paired, signed_rank, summary, table, tidy  # noqa: E402
 from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
-from magmax.continual.results import write_results  # noqa: E402
-from magmax.continual.tables import against_best, comparisons, paired, signed_rank, summary, table, tidy  # noqa: E402
-from magmax.continual.weights import load_weights  # noqa: E402
-from magmax.engine.workers import cluster, process_pool  # noqa: E402
+from magmax.continual.training.weight_files import load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
+from magmax.merging.execution.executors import cluster, process_pool  # noqa: E402
 
 ALL = [
     "sequential",

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from tests.continual.test_benchmark import experiment  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.calibrate import FeatureOptions, calibrate_features, unfolded  # noqa: E402
+from magmax.calibration import FeatureOptions, calibrate_features, unfolded  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import chain_folder, samples_of  # noqa: E402
 from magmax.continual.context import context  # noqa: E402

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from tests.continual import toys  # noqa: E402
 
 from magmax import cli  # noqa: E402
-from magmax.cli import learning  # noqa: E402
+from magmax.cli import continual  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").rglob("*.yaml"))
@@ -137,9 +137,9 @@ def test_a_chain_that_the_recipe_has_not(
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_the_benchmarks_that_come_with_magmax_are_experiments(path: Path) -> None:
-    assert learning.read_experiment(str(path)).cells()
+    assert continual.read_experiment(str(path)).cells()
 
 
 def test_a_missing_recipe() -> None:
     with pytest.raises(MagMaxError, match=r"none.yaml: cannot be read"):
-        learning.read_experiment("none.yaml")
+        continual.read_experiment("none.yaml")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magmax.continual.data import (
+from magmax.continual.data.datasets import (
     NEWSGROUP_NAMES,
     NEWSGROUPS,
     Labelled,
@@ -15,7 +15,7 @@ from magmax.continual.data import (
     read_tab,
     without_leaks,
 )
-from magmax.continual.fetch import fetch, is_fetched
+from magmax.continual.data.downloads import fetch, is_fetched
 from magmax.errors import MagMaxError
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n"

@@ -12,8 +12,8 @@ from tests.continual import toys  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from magmax.continual.context import context  # noqa: E402
-from magmax.continual.encoder import InBfloat16  # noqa: E402
 from magmax.continual.experiment import Experiment, digest_of  # noqa: E402
+from magmax.continual.models.text_encoder import InBfloat16  # noqa: E402
 
 
 def features(encoder: InBfloat16 | toys.ToyEncoder) -> Tensor:

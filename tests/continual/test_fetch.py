@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from magmax.continual.fetch import FetchError, File, Source, cache_folder, fetch, is_fetched
+from magmax.continual.data.downloads import FetchError, File, Source, cache_folder, fetch, is_fetched
 
 PLAIN, NESTED = b"plain file", b"file in an archive in an archive"
 

@@ -10,12 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data import Labelled  # noqa: E402
-from magmax.continual.encoder import TextEncoder  # noqa: E402
-from magmax.continual.evaluate import accuracy_by_task, predict  # noqa: E402
-from magmax.continual.fit import FitSettings, batches, fit  # noqa: E402
-from magmax.continual.learner import Classifier, TaskLoss  # noqa: E402
-from magmax.continual.scenario import Task  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.scenarios import Task  # noqa: E402
+from magmax.continual.evaluation.accuracy import accuracy_by_task, predict  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
+from magmax.continual.training.fit import FitSettings, batches, fit  # noqa: E402
+from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 

@@ -25,9 +25,9 @@ from tests.continual.test_resume import outcome  # noqa: E402
 from torch import nn  # noqa: E402
 
 from magmax import cli  # noqa: E402
-from magmax.continual.fit import FitSettings, fit  # noqa: E402
-from magmax.continual.parallel import blocks, check_team, shard  # noqa: E402
-from magmax.continual.weights import read_metadata, write_tensors  # noqa: E402
+from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
+from magmax.continual.training.parallel import blocks, check_team, shard  # noqa: E402
+from magmax.continual.training.weight_files import read_metadata, write_tensors  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_one_process_is_refused_before_anything_is_written(
 
 
 def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
-    from magmax.cli.learning import read_experiment
+    from magmax.cli.continual import read_experiment
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(ranks.RECIPE))

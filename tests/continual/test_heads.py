@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data import Dataset, Labelled  # noqa: E402
-from magmax.continual.encoder import TextEncoder  # noqa: E402
-from magmax.continual.heads import nearest_class_mean, prompt_head, zero_shot, zero_shot_head  # noqa: E402
+from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.continual.models.heads import nearest_class_mean, prompt_head, zero_shot, zero_shot_head  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 NAMES, TEMPLATES = ["3 14", "15", "9 26 5"], ["{}", "1 {} 2", "{} 7"]

@@ -16,10 +16,10 @@ Image = pytest.importorskip("PIL.Image")
 
 from tests.continual.tiny_clip import save_tiny_clip  # noqa: E402
 
-from magmax.continual.evaluate import logits_of, score  # noqa: E402
-from magmax.continual.hub import FILE_NAME, HubPictures, hub, images, pool  # noqa: E402
+from magmax.continual.data.hub_datasets import FILE_NAME, HubPictures, hub, images, pool  # noqa: E402
+from magmax.continual.data.scenarios import data_sets, domain_incremental, published  # noqa: E402
+from magmax.continual.evaluation.accuracy import logits_of, score  # noqa: E402
 from magmax.continual.registry import build  # noqa: E402
-from magmax.continual.scenario import data_sets, domain_incremental, published  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 

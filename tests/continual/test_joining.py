@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from magmax.continual import registry
-from magmax.continual.data import Dataset, Labelled
-from magmax.continual.joining import Chained, join, joined, thinned
-from magmax.continual.scenario import (
+from magmax.continual.data.combine import Chained, join, joined, thinned
+from magmax.continual.data.datasets import Dataset, Labelled
+from magmax.continual.data.scenarios import (
     Task,
     checked,
     class_incremental_tasks,

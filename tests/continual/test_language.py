@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from magmax import MagMaxError
 from magmax.continual import language
-from magmax.continual.data import Labelled
-from magmax.continual.fit import FitSettings, fit
+from magmax.continual.data.datasets import Labelled
 from magmax.continual.language import (
     CORPORA,
     Corpus,
@@ -31,7 +30,8 @@ from magmax.continual.language import (
     train_tokenizer,
     windows,
 )
-from magmax.continual.weights import load_weights
+from magmax.continual.training.fit import FitSettings, fit
+from magmax.continual.training.weight_files import load_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

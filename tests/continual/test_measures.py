@@ -7,9 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data import Labelled  # noqa: E402
-from magmax.continual.evaluate import score  # noqa: E402
-from magmax.continual.measures import (  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.scenarios import Task  # noqa: E402
+from magmax.continual.evaluation.accuracy import score  # noqa: E402
+from magmax.continual.evaluation.measures import (  # noqa: E402
     MEASURES,
     average_incremental_accuracy,
     backward_transfer,
@@ -17,7 +18,6 @@ from magmax.continual.measures import (  # noqa: E402
     forward_transfer,
     matrix,
 )
-from magmax.continual.scenario import Task  # noqa: E402
 
 
 @pytest.fixture(params=[2, 3, 7])

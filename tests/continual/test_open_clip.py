@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.open_clip import open_clip  # noqa: E402
+from magmax.continual.models.open_clip import open_clip  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

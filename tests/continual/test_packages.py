@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from magmax.continual.fetch import FetchError, File, Source, fetch
+from magmax.continual.data.downloads import FetchError, File, Source, fetch
 
 CONTENT, NESTED = b"a file", b"a file of an archive in the archive"
 

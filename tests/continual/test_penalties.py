@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
-from magmax.continual.data import Labelled  # noqa: E402
-from magmax.continual.fit import FitSettings  # noqa: E402
-from magmax.continual.learner import Classifier  # noqa: E402
-from magmax.continual.penalties import EWC, LwF, ReleasedEWC, fisher  # noqa: E402
-from magmax.continual.scenario import class_incremental  # noqa: E402
-from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.weights import load_weights  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.scenarios import class_incremental  # noqa: E402
+from magmax.continual.training.fit import FitSettings  # noqa: E402
+from magmax.continual.training.losses import Classifier  # noqa: E402
+from magmax.continual.training.penalties import EWC, LwF, ReleasedEWC, fisher  # noqa: E402
+from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.weight_files import load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 OWN = [4, 1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magmax.continual.pictures import VENDORS, read_digits, read_emoji, read_fashion, read_idx
+from magmax.continual.data.pictures import VENDORS, read_digits, read_emoji, read_fashion, read_idx
 from magmax.errors import MagMaxError
 
 Image = pytest.importorskip("PIL.Image")

@@ -19,14 +19,14 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
-from magmax.continual.data import Labelled  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.fit import FitSettings, fit  # noqa: E402
-from magmax.continual.learner import Classifier, TaskLoss  # noqa: E402
-from magmax.continual.scenario import Task  # noqa: E402
-from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.snapshot import Snapshot  # noqa: E402
-from magmax.continual.train import MERGED, Training  # noqa: E402
+from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
+from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
+from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.snapshot import Snapshot  # noqa: E402
+from magmax.continual.training.trainer import MERGED, Training  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_a_training_stopped_between_tasks_ends_in_the_same_bytes(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from magmax.continual.context import Context
-    from magmax.engine.running import Running
+    from magmax.merging.running.running_merge import Running
 
     Training(experiment(), tmp_path / "whole").run()
     owner: Any = Context if place == "row" else Running

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magmax.continual.scenario import Task, class_incremental, shuffled_classes
+from magmax.continual.data.scenarios import Task, class_incremental, shuffled_classes
 from magmax.errors import MagMaxError
 
 

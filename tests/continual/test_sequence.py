@@ -11,14 +11,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual import sequence  # noqa: E402
-from magmax.continual.data import Labelled  # noqa: E402
-from magmax.continual.encoder import TextEncoder  # noqa: E402
-from magmax.continual.fit import FitSettings, fit  # noqa: E402
-from magmax.continual.learner import Classifier, TaskLoss  # noqa: E402
-from magmax.continual.scenario import class_incremental  # noqa: E402
-from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.weights import load_weights, read_metadata, save_weights  # noqa: E402
+from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.scenarios import class_incremental  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
+from magmax.continual.training import sequence  # noqa: E402
+from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
+from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
+from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.weight_files import load_weights, read_metadata, save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 TASKS = class_incremental([2, 0, 3, 1], 2)

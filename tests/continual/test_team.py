@@ -19,8 +19,8 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.fit import share_of  # noqa: E402
-from magmax.continual.train import Training  # noqa: E402
+from magmax.continual.training.fit import share_of  # noqa: E402
+from magmax.continual.training.trainer import Training  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

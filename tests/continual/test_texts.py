@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magmax.continual.data import held_out
-from magmax.continual.texts import DOMAINS, REUTERS, REUTERS_NAMES, SENTIMENTS, read_reuters, read_sentiments
+from magmax.continual.data.datasets import held_out
+from magmax.continual.data.texts import DOMAINS, REUTERS, REUTERS_NAMES, SENTIMENTS, read_reuters, read_sentiments
 from magmax.errors import MagMaxError
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n"

@@ -15,14 +15,14 @@ from safetensors.torch import load_file  # noqa: E402
 
 import magmax  # noqa: E402
 from magmax.continual import registry  # noqa: E402
-from magmax.continual.data import Dataset, Labelled  # noqa: E402
-from magmax.continual.encoder import TextEncoder  # noqa: E402
-from magmax.continual.evaluate import logits_of, predict  # noqa: E402
-from magmax.continual.fit import FitSettings  # noqa: E402
-from magmax.continual.heads import nearest_class_mean  # noqa: E402
-from magmax.continual.scenario import class_incremental  # noqa: E402
-from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.trained_head import HeadedEncoder  # noqa: E402
+from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.continual.data.scenarios import class_incremental  # noqa: E402
+from magmax.continual.evaluation.accuracy import logits_of, predict  # noqa: E402
+from magmax.continual.models.heads import nearest_class_mean  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
+from magmax.continual.models.trained_head import HeadedEncoder  # noqa: E402
+from magmax.continual.training.fit import FitSettings  # noqa: E402
+from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
 
-from magmax.continual.joining import Chained  # noqa: E402
-from magmax.continual.pixels import Stored, load_all  # noqa: E402
-from magmax.continual.view import View  # noqa: E402
+from magmax.calibration.image_transforms import View  # noqa: E402
+from magmax.continual.data.combine import Chained  # noqa: E402
+from magmax.continual.data.pixels import Stored, load_all  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 RANDOM = np.random.default_rng(0)

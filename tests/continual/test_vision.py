@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual.tiny_clip import SIZE, save_tiny_clip  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.continual.data import Dataset, Labelled  # noqa: E402
-from magmax.continual.evaluate import predict  # noqa: E402
-from magmax.continual.fit import FitSettings  # noqa: E402
-from magmax.continual.heads import nearest_class_mean, zero_shot  # noqa: E402
-from magmax.continual.onnx import read_onnx  # noqa: E402
-from magmax.continual.scenario import class_incremental  # noqa: E402
-from magmax.continual.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.statistics import recalibrate  # noqa: E402
-from magmax.continual.view import View  # noqa: E402
-from magmax.continual.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, vit_s  # noqa: E402
-from magmax.continual.weights import save_weights  # noqa: E402
+from magmax.calibration.image_transforms import View  # noqa: E402
+from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.continual.data.scenarios import class_incremental  # noqa: E402
+from magmax.continual.evaluation.accuracy import predict  # noqa: E402
+from magmax.continual.models.batch_norm import recalibrate  # noqa: E402
+from magmax.continual.models.heads import nearest_class_mean, zero_shot  # noqa: E402
+from magmax.continual.models.onnx_weights import read_onnx  # noqa: E402
+from magmax.continual.models.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, vit_s  # noqa: E402
+from magmax.continual.training.fit import FitSettings  # noqa: E402
+from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.weight_files import save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 NAMES = ["a cat", "2 dogs", "bird", "tree"]

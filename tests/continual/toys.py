@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from magmax.continual.data import Dataset, Labelled
+from magmax.continual.data.datasets import Dataset, Labelled
 
 WIDTH, CLASSES = 6, 6
 

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from magmax.checkpoints import slabs, writer
-from magmax.engine import stream
+from magmax.checkpoints import blocks, writer
 from magmax.errors import MagMaxError
+from magmax.merging import pipeline
 from magmax.rules import MagMax
 
 SECONDS = 60
@@ -251,7 +251,7 @@ def _be_the_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, 
     try:
         small_slabs()
         if not threads:
-            vars(stream)["in_threads"] = in_turn
+            vars(pipeline)["in_threads"] = in_turn
         disk.install()
         return "end", work(*given), "", disk.log
     except MagMaxError as error:
@@ -262,12 +262,12 @@ def _be_the_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, 
 
 def small_slabs() -> None:
     """Cut small tensors into many chunks, and note each of them in the journal at once."""
-    slabs.SLAB, slabs.SLABS_A_CHUNK = 32, 2
-    stream.JOURNAL_SECONDS = -1.0
+    blocks.SLAB, blocks.SLABS_A_CHUNK = 32, 2
+    pipeline.JOURNAL_SECONDS = -1.0
 
 
 def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int, ahead: Any = None) -> Iterator[Any]:
-    """What `stream.in_threads` does, in one thread, so that the calls always come in one order."""
+    """What `pipeline.in_threads` does, in one thread, so that the calls always come in one order."""
     yield from map(work, todo)
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from tests.robustness.files import model, write
 
 from magmax.checkpoints import open_checkpoint
-from magmax.engine.adapters import merge_adapters
-from magmax.engine.merge import Options, merge_job
-from magmax.engine.outcome import Outcome
-from magmax.engine.running import Running
-from magmax.engine.settings import Settings
-from magmax.engine.sweep import Sweep
+from magmax.merging.adapters.adapter_merge import merge_adapters
+from magmax.merging.api import Options, merge_job
+from magmax.merging.execution.execution_options import Settings
+from magmax.merging.result import Outcome
+from magmax.merging.running.running_merge import Running
+from magmax.merging.sweep import Sweep
 from magmax.rules import CalibrateWeights, MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 
 RULES_THAT_ASK = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())

@@ -23,11 +23,11 @@ from tests.robustness.files import data, entries, model, with_header, write, wri
 
 from magmax import merge_adapters
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.lora import within
-from magmax.engine.merge import merge
-from magmax.engine.running import Running
+from magmax.checkpoints.lora.adapted_model import within
 from magmax.errors import MagMaxError
-from magmax.recipe import load
+from magmax.merging.api import merge
+from magmax.merging.running.running_merge import Running
+from magmax.recipes.recipe import load
 
 LONGEST_MESSAGE = 20_000
 

@@ -17,8 +17,8 @@ from tests import models as plain
 from tests.models import Tensors, loaded, saved
 
 from magmax import merge
-from magmax.checkpoints import slabs
-from magmax.engine.settings import Settings
+from magmax.checkpoints import blocks
+from magmax.merging.execution.execution_options import Settings
 from magmax.rules import KthMagnitude, MagMax, Prune, Ties, chain
 
 SHAPES = st.sampled_from(
@@ -174,7 +174,7 @@ def test_a_merge_is_its_definition_however_it_is_read_cut_and_shared_out(
     in_memory = merge(rule, with_ties[0], with_ties[1:], factor)
     assert all(in_memory[new] is in_memory[key] for new, key in world.tied.items())
     assert same_numbers({key: in_memory[key] for key in wanted}, wanted)
-    with TemporaryDirectory() as where, patch.multiple(slabs, SLAB=slab, SLABS_A_CHUNK=chunk):
+    with TemporaryDirectory() as where, patch.multiple(blocks, SLAB=slab, SLABS_A_CHUNK=chunk):
         paths: list[Path] = []
         for number, tensors in enumerate((world.base, *world.models)):
             place = Path(where) / f"in{number}"

@@ -11,7 +11,7 @@ from tests.models import merged_by
 
 import magmax
 from magmax import open_checkpoint
-from magmax.engine.merge import Options, merge_job
+from magmax.merging.api import Options, merge_job
 from magmax.rules import as_rule
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magmax import MagMaxError
-from magmax.preference.environments import MIXTURES, environments
+from magmax.preference.mixtures import MIXTURES, environments
 
 TASK_OF = np.repeat(np.arange(5), [100, 80, 120, 90, 60])
 

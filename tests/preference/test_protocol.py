@@ -22,19 +22,19 @@ from tests.test_cli import run  # noqa: E402, F401
 
 import magmax  # noqa: E402
 from magmax import MagMaxError  # noqa: E402
-from magmax.cli import deploying  # noqa: E402
+from magmax.cli import environments  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
 from magmax.continual.context import Context, context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.engine import workers  # noqa: E402
+from magmax.merging.execution import executors  # noqa: E402
 from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
-from magmax.preference.choose import halves  # noqa: E402
-from magmax.preference.environments import MIXTURES  # noqa: E402
-from magmax.preference.protocol import run as running  # noqa: E402
-from magmax.preference.protocol.report import write_report  # noqa: E402
-from magmax.preference.protocol.run import Runs  # noqa: E402
-from magmax.preference.protocol.study import Study  # noqa: E402
-from magmax.preference.protocol.tidy import Table, tidy  # noqa: E402
+from magmax.preference.candidates import halves  # noqa: E402
+from magmax.preference.environments import environment_runs as running  # noqa: E402
+from magmax.preference.environments.environment_runs import Runs  # noqa: E402
+from magmax.preference.environments.environment_tables import write_report  # noqa: E402
+from magmax.preference.environments.environments_config import Study  # noqa: E402
+from magmax.preference.environments.tidy_rows import Table, tidy  # noqa: E402
+from magmax.preference.mixtures import MIXTURES  # noqa: E402
 from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "continual" / "environments"
@@ -145,7 +145,7 @@ def scored_rows(name: str, row: dict[str, Any]) -> list[int]:
 
 def environment_of(name: str, draw: int) -> Any:
     """Drawn again, by the public function."""
-    from magmax.preference.environments import environments
+    from magmax.preference.mixtures import environments
 
     here = context(EXPERIMENT, 0)
     task_of = np.array([next(t for t, task in enumerate(here.tasks) if c in task.classes) for c in here.test.labels])
@@ -281,9 +281,9 @@ def test_a_study_that_fails_has_its_tables_too(
 
     monkeypatch.setattr(Runs, "run", stopped)
     monkeypatch.setattr(Runs, "finished", lambda self: list(records.values())[:3])
-    monkeypatch.setattr(deploying, "read_study", lambda recipe, words: (study(), EXPERIMENT))
+    monkeypatch.setattr(environments, "read_study", lambda recipe, words: (study(), EXPERIMENT))
     with pytest.raises(MagMaxError, match="a part failed"):
-        deploying.environments("any.yaml", out=str(tmp_path))
+        environments.environments("any.yaml", out=str(tmp_path))
     assert "3 of" in (tmp_path / "environments" / "results.md").read_text()
 
 
@@ -313,7 +313,7 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
     toys.written(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
     few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
-    monkeypatch.setattr(workers, "hired", lambda jobs, scheduler: nullcontext(executor))
+    monkeypatch.setattr(executors, "hired", lambda jobs, scheduler: nullcontext(executor))
     code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
     assert code == 0, err
     assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
@@ -329,7 +329,7 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
 
 @pytest.mark.parametrize("recipe", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_the_repository_can_be_read(recipe: Path) -> None:
-    study, experiment = deploying.read_study(str(recipe))
+    study, experiment = environments.read_study(str(recipe))
     assert study.seeds == experiment.seeds == [0, 1, 2]
 
 

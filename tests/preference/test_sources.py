@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from magmax import MagMaxError
 from magmax.preference import choose, from_labels, from_samples, schedule, tempered, uniform
-from magmax.preference.choose import halves
+from magmax.preference.candidates import halves
 
 
 def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.test_cli import run  # noqa: E402, F401
 
 from magmax import MagMaxError  # noqa: E402
+from magmax.calibration.samples import read_samples  # noqa: E402
 from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
-from magmax.preference.text import read_samples, read_tasks  # noqa: E402
-from magmax.recipe import load  # noqa: E402
+from magmax.preference.text_target import read_tasks  # noqa: E402
+from magmax.recipes.recipe import load  # noqa: E402
 
 WORDS = [f"word{n}" for n in range(30)]
 NAMES = ("cars", "ships", "birds")

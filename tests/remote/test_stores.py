@@ -10,15 +10,16 @@ import pytest
 from tests.models import loaded, saved, small_model
 
 import magmax
-from magmax.checkpoints import open_checkpoint, remote, urls
-from magmax.checkpoints.upload import MARKER, Upload
+from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.remote import remote_file, urls
+from magmax.checkpoints.remote.upload import MARKER, Upload
 from magmax.checkpoints.writer import Target
 from magmax.cli import main
-from magmax.engine.job import Job
-from magmax.engine.merge import Options, merge_job
-from magmax.engine.settings import Settings
-from magmax.engine.workers import process_pool
 from magmax.errors import MagMaxError, UnfinishedError
+from magmax.merging.api import Options, merge_job
+from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.executors import process_pool
+from magmax.merging.job import Job
 from magmax.rules import MagMax
 
 
@@ -26,7 +27,7 @@ from magmax.rules import MagMax
 def apart(monkeypatch, tmp_path) -> None:
     """A cache and a working directory of the test's own; short waits and small blocks."""
     monkeypatch.setenv("MAGMAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "BLOCK", 1 << 18)
+    monkeypatch.setattr(remote_file, "BLOCK", 1 << 18)
     monkeypatch.setattr(urls, "WAIT", 0.001)
 
 

@@ -12,11 +12,13 @@ from tests.models import loaded, saved, small_model
 from tests.remote.web import Web, served
 
 import magmax
-from magmax.checkpoints import open_checkpoint, remote, urls
-from magmax.engine import crew, stream
-from magmax.engine.settings import Settings
-from magmax.engine.workers import process_pool
+from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.remote import remote_file, urls
 from magmax.errors import MagMaxError, UnfinishedError
+from magmax.merging import pipeline
+from magmax.merging.execution import pool as pool_module
+from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.executors import process_pool
 
 pytest.importorskip("aiohttp")
 NAMES = ["base", "task1", "task2", "task3"]
@@ -25,8 +27,8 @@ NAMES = ["base", "task1", "task2", "task3"]
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch) -> None:
     """Blocks so small that every file has many, and no long waits between tries."""
-    monkeypatch.setattr(remote, "BLOCK", 1 << 18)
-    monkeypatch.setattr(remote, "HEAD", 1 << 12)
+    monkeypatch.setattr(remote_file, "BLOCK", 1 << 18)
+    monkeypatch.setattr(remote_file, "HEAD", 1 << 12)
     monkeypatch.setattr(urls, "WAIT", 0.001)
 
 
@@ -59,7 +61,7 @@ def test_merging_from_the_web_gives_the_bytes_of_merging_from_disk(web, files, t
 
 
 def test_other_processes_read_from_the_web_each_for_itself(web, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "SHARE_BYTES", 3_000_000)
+    monkeypatch.setattr(pool_module, "SHARE_BYTES", 3_000_000)
     base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
     with process_pool(2) as pool:
         magmax.merge("ties", base, models, out=tmp_path / "web.safetensors", executor=pool)
@@ -67,7 +69,7 @@ def test_other_processes_read_from_the_web_each_for_itself(web, files, tmp_path,
 
 
 def test_a_server_that_fails_other_processes_for_good_is_told_and_the_merge_resumes(web, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "SHARE_BYTES", 3_000_000)
+    monkeypatch.setattr(pool_module, "SHARE_BYTES", 3_000_000)
     base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
     out = tmp_path / "web.safetensors"
     web.spared, web.breaks = 30, -1
@@ -88,16 +90,16 @@ def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path,
 
 
 def test_memory_ahead_of_the_work_is_bounded(web, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "BYTES_AHEAD", 300_000)
+    monkeypatch.setattr(pipeline, "BYTES_AHEAD", 300_000)
     most = 0
-    begin = stream.Ahead.begin
+    begin = pipeline.Ahead.begin
 
     def watched(self, chunk):
         nonlocal most
         begin(self, chunk)
         most = max(most, self._bytes)
 
-    monkeypatch.setattr(stream.Ahead, "begin", watched)
+    monkeypatch.setattr(pipeline.Ahead, "begin", watched)
     assert merged(web, tmp_path / "web.safetensors") == at_home(files, tmp_path / "home.safetensors")
     assert 0 < most < 300_000 + 2_500_000  # the largest tensor of one model, in whole blocks
 

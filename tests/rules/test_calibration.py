@@ -13,9 +13,9 @@ from tests.models import loaded, same_bytes, saved
 
 import magmax
 from magmax import MagMaxError, merge_adapters, open_checkpoint
-from magmax.checkpoints import slabs
-from magmax.engine.settings import Settings
-from magmax.recipe import load, parse_rule
+from magmax.checkpoints import blocks
+from magmax.merging.execution.execution_options import Settings
+from magmax.recipes.recipe import load, parse_rule
 from magmax.rules import (
     Average,
     CalibrateWeights,
@@ -33,8 +33,8 @@ from magmax.rules import (
     chain,
     rule_from,
 )
-from magmax.rules.calibrate_weights import is_calibrated
-from magmax.rules.sensitive import Drop, Sensitivity, read_sensitivity, worst
+from magmax.rules.transforms.calibrate_weights import is_calibrated
+from magmax.rules.transforms.sensitive_tensors import Drop, Sensitivity, read_sensitivity, worst
 
 SHAPES = {
     "embed_tokens.weight": (7, 6),
@@ -121,7 +121,7 @@ def vectors(base, others, key):
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_each_form_is_its_definition_after_every_rule(name, options, monkeypatch):
     """Slabs of 32 elements cut the tensors between rows, and the longer rows too."""
-    monkeypatch.setattr(slabs, "SLAB", 32)
+    monkeypatch.setattr(blocks, "SLAB", 32)
     base, others = models(3)
     plain = magmax.merge(AFTER[name], base, others, 0.7)
     ours = magmax.merge(chain(AFTER[name], CalibrateWeights(**options)), base, others, 0.7)
@@ -217,7 +217,7 @@ def test_what_is_calibrated_is_told_from_name_and_shape():
 
 
 def test_the_guard_leaves_collinear_tensors_as_they_were(monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 32)
+    monkeypatch.setattr(blocks, "SLAB", 32)
     base, others = models(3)
     conv = base["conv.weight"]
     for size, other in enumerate(others, start=1):
@@ -235,7 +235,7 @@ def test_the_guard_leaves_collinear_tensors_as_they_were(monkeypatch):
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_sensitive_tensors_only_shrink_and_the_others_only_grow(options, monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 32)
+    monkeypatch.setattr(blocks, "SLAB", 32)
     base, others = models(3)
     sensitive = ["conv.weight", "layer.1.bias"]
     for factor in (0.05, 20.0):
@@ -260,7 +260,7 @@ def test_threads_slabs_and_places_change_nothing(name, tmp_path, monkeypatch):
     paths = [saved(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate([base, *others])]
     rule = chain(AFTER[name], CalibrateWeights(form="ellipsoid", guard=0.9))
     whole = magmax.merge(rule, base, others)
-    monkeypatch.setattr(slabs, "SLAB", 32)
+    monkeypatch.setattr(blocks, "SLAB", 32)
     outs = [tmp_path / f"out{threads}.safetensors" for threads in (1, 4)]
     for threads, out in zip((1, 4), outs, strict=True):
         magmax.merge(rule, paths[0], paths[1:], out=out, settings=Settings(threads=threads))
@@ -292,8 +292,8 @@ def test_models_that_differ_in_rows_are_calibrated_in_those_that_all_have(tmp_pa
 
 
 def test_adapters_are_calibrated_as_the_dense_updates_they_stand_for(tmp_path):
-    from tests.engine.test_adapters import SHAPES as MODULES
-    from tests.engine.test_adapters import three, updates
+    from tests.merging.test_adapters import SHAPES as MODULES
+    from tests.merging.test_adapters import three, updates
 
     adapters = three(tmp_path)
     base = {f"{module}.weight": torch.zeros(shape) for module, shape in MODULES.items()}

@@ -11,10 +11,10 @@ from tests.models import loaded, same_bytes, saved
 
 import magmax
 from magmax import MagMaxError
-from magmax.checkpoints import slabs
-from magmax.engine.settings import Settings
+from magmax.checkpoints import blocks
+from magmax.merging.execution.execution_options import Settings
 from magmax.rules import Address, Consensus, Dare, Karcher, ModelStock, NearSwap, Slerp, chain, make_rule
-from magmax.rules.plan import Scope
+from magmax.rules.statistics import Scope
 
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-11}
 """Of the largest value: a few roundings of the type that is merged in."""
@@ -128,7 +128,7 @@ def test_a_rule_is_its_definition(rule, count, definition, dtype, far, library):
 @pytest.mark.parametrize(("rule", "count", "definition"), CASES)
 @pytest.mark.parametrize("slab", [64, 1 << 18])
 def test_files_cut_into_slabs_merge_to_the_definition(rule, count, definition, slab, tmp_path, monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", slab)
+    monkeypatch.setattr(blocks, "SLAB", slab)
     base, tasks = torch_files(tmp_path, count)
     merged = loaded(magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "out.safetensors"))
     start, *models = [model(n) for n in range(count + 1)]
@@ -141,7 +141,7 @@ def test_files_cut_into_slabs_merge_to_the_definition(rule, count, definition, s
 @pytest.mark.parametrize(("name", "count"), GRAM)
 @pytest.mark.parametrize("span", ["tensor", "model"])
 def test_threads_change_no_byte(name, count, span, tmp_path, monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     base, tasks = torch_files(tmp_path, count)
     rule = make_rule(name, {"span": span})
     outs = [
@@ -212,7 +212,7 @@ def test_a_zero_tensor_has_no_direction():
 
 @pytest.mark.parametrize("rule", [Slerp(), Karcher(), ModelStock()], ids=lambda rule: rule.name)
 def test_a_chain_merges_what_its_transform_leaves(rule, monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     count = 1 if rule.name == "slerp" else 3
     base, *models = [model(n) for n in range(count + 1)]
     dare = Dare(drop=0.5)

@@ -11,10 +11,10 @@ from tests.models import Tensors, loaded, same_bytes, saved
 
 import magmax
 from magmax import MagMaxError
-from magmax.checkpoints import slabs
-from magmax.engine.settings import Settings
-from magmax.rules import Dare, MagMax, Prune, Ties, chain, magnitude
-from magmax.rules.plan import Address, Block, Scope
+from magmax.checkpoints import blocks
+from magmax.merging.execution.execution_options import Settings
+from magmax.rules import Dare, MagMax, Prune, Ties, chain, selection
+from magmax.rules.statistics import Address, Block, Scope
 
 DENSITIES = [0.0, 0.01, 0.2, 0.5, 0.9, 1.0]
 
@@ -93,7 +93,7 @@ def test_pruning_keeps_exactly_so_many(which, keep):
 def test_slabs_and_threads_change_no_byte(rule, slab, tmp_path, monkeypatch):
     paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(slabs, "SLAB", slab)
+    monkeypatch.setattr(blocks, "SLAB", slab)
     out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", settings=Settings(threads=3))
     assert same_bytes(loaded(out), loaded(usual))
     in_memory = magmax.merge(rule, *split([loaded(p) for p in paths]))
@@ -109,7 +109,7 @@ def split(models):
 def test_the_k_largest_are_found_exactly_in_any_blocks(values, keep, wide):
     vector = np.array(values, np.float64 if wide else np.float32)
     blocks = [Block(Address(f"{n:02}", 0), [part]) for n, part in enumerate(np.array_split(vector, 7)) if len(part)]
-    (cut,) = answer(magnitude.largest([keep], Scope(1, len(vector), wide)), blocks)
+    (cut,) = answer(selection.largest([keep], Scope(1, len(vector), wide)), blocks)
     kept = np.concatenate([cut.mask(block.deltas[0], block.at) for block in blocks]) != 0
     assert (np.where(kept, vector, 0) == top(vector, keep)).all()
     assert kept.sum() == min(keep, len(vector))
@@ -130,7 +130,7 @@ def answer(plan, blocks):
 
 
 def test_a_misleading_sample_costs_passes_but_not_exactness(monkeypatch):
-    monkeypatch.setattr(magnitude, "SAMPLE", 1)
+    monkeypatch.setattr(selection, "SAMPLE", 1)
     base = {"w": torch.zeros(300_000)}
     task = {"w": torch.cat([torch.full((5,), 1e-30), torch.randn(299_995, generator=torch.Generator().manual_seed(0))])}
     merged = magmax.merge(Ties(density=0.1), base, [task], 1.0)

@@ -12,7 +12,7 @@ from tests import models as reference
 
 from magmax import MagMaxError
 from magmax.rules import Address, Average, KthMagnitude, MagMax, RandomMix, TaskArithmetic
-from magmax.rules.chance import draws
+from magmax.rules.random import draws
 
 RULES = [
     (MagMax(), reference.magmax),

@@ -12,8 +12,8 @@ from tests.rules.test_planned import flat, model, top
 
 import magmax
 from magmax import MagMaxError
-from magmax.checkpoints import slabs
-from magmax.engine.settings import Settings
+from magmax.checkpoints import blocks
+from magmax.merging.execution.execution_options import Settings
 from magmax.rules import (
     Breadcrumbs,
     Della,
@@ -27,8 +27,8 @@ from magmax.rules import (
     chain,
     rule_from,
 )
-from magmax.rules.chance import draws
-from magmax.rules.plan import Address, Block, Scope, answered
+from magmax.rules.random import draws
+from magmax.rules.statistics import Address, Block, Scope, answered
 
 NUMBERS = [(0.5, 0.1), (0.9, 0.01), (0.7, 0.6), (0.0, 0.2), (1.0, 0.2), (0.4, 0.0)]
 
@@ -142,7 +142,7 @@ def test_della_without_a_window_is_random_pruning_and_at_one_keeps_all():
 
 
 def test_rows_longer_than_a_block_are_refused_in_words(monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     base, tensors = {"w": torch.zeros(2, 100)}, {"w": torch.ones(2, 100)}
     with pytest.raises(MagMaxError, match=r"w: its rows of 100 elements are too long.*span: tensor"):
         magmax.merge(chain(Della(), MagMax()), base, [tensors])
@@ -212,7 +212,7 @@ SCHEDULED = [
 def test_slabs_and_threads_change_no_byte(rule, tmp_path, monkeypatch):
     paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", settings=Settings(threads=3))
     assert same_bytes(loaded(out), loaded(usual))
     assert rule_from(rule.describe()) == rule

@@ -14,13 +14,13 @@ from tests.rules.test_planned import model as planned_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
-from magmax.checkpoints import slabs
-from magmax.engine.cost import preview
-from magmax.engine.merge import Options, merge_job
-from magmax.engine.settings import Settings
-from magmax.engine.sweep import Sweep
+from magmax.checkpoints import blocks
+from magmax.merging.api import Options, merge_job
+from magmax.merging.cost import preview
+from magmax.merging.execution.execution_options import Settings
+from magmax.merging.sweep import Sweep
 from magmax.rules import Address, Average, Dare, IsoC, IsoCTS, Prune, TsvM, as_rule, chain
-from magmax.rules.spectrum import largest
+from magmax.rules.spectral.svd import largest
 
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-9}
 """Of the largest value; what is computed in float64 is good to about 1e-10 of it."""
@@ -116,13 +116,13 @@ def test_files_merge_as_arrays_do_whatever_the_threads_and_slabs(rule, tmp_path,
         assert torch.equal(merged[key], wanted.to(start[key].dtype)), key
     assert (merged["ids"] == start["ids"]).all()
     assert same_bytes(magmax.merge(rule, start, models, 1.0), merged)
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     other = magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "other.safetensors", settings=Settings(threads=4))
     assert same_bytes(loaded(other), merged)
 
 
 def test_digests_do_not_tell_whether_a_tensor_was_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     base, tasks = model_files(tmp_path)
     outs = [magmax.merge(rule, base, tasks, out=tmp_path / f"out-{rule}") for rule in ("iso_c", "magmax")]
     told = []
@@ -132,7 +132,7 @@ def test_digests_do_not_tell_whether_a_tensor_was_read_whole(tmp_path, monkeypat
     assert told[0] == told[1]
     again = merge_job(as_rule("magmax"), open_checkpoint(base), [open_checkpoint(outs[0])], tmp_path / "x", Options())
     tensors = json.loads((outs[0] / "provenance.json").read_text())["tensors"]
-    assert again.run().input_digests[1] == slabs.checkpoint_digest(open_checkpoint(outs[0]).specs, tensors)
+    assert again.run().input_digests[1] == blocks.checkpoint_digest(open_checkpoint(outs[0]).specs, tensors)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 49), (60, 12)])
@@ -227,7 +227,7 @@ def test_more_task_specific_directions_than_there_is_room_for_are_not_taken():
 @pytest.mark.parametrize("span", ["model", "tensor"])
 def test_pruning_before_a_whole_tensor_rule_keeps_what_it_keeps_before_any(rule, span, tmp_path, monkeypatch):
     """Of the many equal magnitudes at the cut, those in later slabs are dropped, though tensors come whole."""
-    monkeypatch.setattr(slabs, "SLAB", 64)
+    monkeypatch.setattr(blocks, "SLAB", 64)
     base, *models = [planned_model(n, "coarse") for n in range(4)]
     merged = magmax.merge(chain(Prune(keep=0.3, span=span), rule), base, models, 1.0)
     keys = sorted(base)

@@ -18,14 +18,15 @@ from tests.rules.test_planned import flat, model
 
 import magmax
 from magmax import MagMaxError
-from magmax.checkpoints import open_checkpoint, slabs
-from magmax.engine.cost import preview
-from magmax.engine.merge import Options, merge_job
-from magmax.engine.settings import Settings
-from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain, narrowing, prices
-from magmax.rules.chance import draws
-from magmax.rules.plan import Address
-from magmax.rules.quota import quotas
+from magmax.checkpoints import blocks, open_checkpoint
+from magmax.merging.api import Options, merge_job
+from magmax.merging.cost import preview
+from magmax.merging.execution.execution_options import Settings
+from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain
+from magmax.rules.random import draws
+from magmax.rules.statistics import Address
+from magmax.rules.tunable import dual_prices, windows
+from magmax.rules.tunable.quotas import quotas
 
 SELECTIONS = ["optimal", "random", "smallest"]
 PREFERENCES = [(1, 1, 1), (8, 1, 1), (0, 1, 3), (1, 0, 2), (0, 0, 1), (1, 3, 9), (9, 3, 1), (5, 1, 0)]
@@ -173,10 +174,10 @@ def test_what_is_found_on_a_sample_ends_at_the_same_choice(kind, selection, monk
         vectors = vectors * (1 + 2.0**-40)
     rule = Tunable(preference=[2, 1, 4, 1e-4] if kind == "tiny quota" else [2, 1, 4, 3], selection=selection)
     everything = rule(list(vectors))
-    monkeypatch.setattr(prices, "ROOM", 1 << (10 if kind == "mostly frozen" else 14))
-    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 12)
-    monkeypatch.setattr(narrowing, "ROOM", 1)
-    monkeypatch.setattr(narrowing, "LEAST", 1 << (7 if kind == "mostly frozen" else 12))
+    monkeypatch.setattr(dual_prices, "ROOM", 1 << (10 if kind == "mostly frozen" else 14))
+    monkeypatch.setattr(dual_prices, "LEAST_ROOM", 1 << 12)
+    monkeypatch.setattr(windows, "ROOM", 1)
+    monkeypatch.setattr(windows, "LEAST", 1 << (7 if kind == "mostly frozen" else 12))
     assert (rule(list(vectors)) == everything).all()
 
 
@@ -185,21 +186,21 @@ def test_what_is_found_on_a_sample_ends_at_the_same_choice(kind, selection, monk
 def test_prices_of_steep_preferences_are_found_without_holding_everything(halved, ratio, monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(12, 200_000)).astype(np.float32) * 3
     vectors = list(np.round(vectors * 4) / 4 if halved else vectors)
-    monkeypatch.setattr(prices, "ROOM", 1)
-    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 14)
+    monkeypatch.setattr(dual_prices, "ROOM", 1)
+    monkeypatch.setattr(dual_prices, "LEAST_ROOM", 1 << 14)
     held: list[int] = []
-    read = prices.Found.read.__func__
+    read = dual_prices.Found.read.__func__
 
     def noted(cls: type, replies: Any, tasks: int) -> Any:
         found = read(cls, replies, tasks)
         held.append(len(found.keys))
         return found
 
-    monkeypatch.setattr(prices.Found, "read", classmethod(noted))
+    monkeypatch.setattr(dual_prices.Found, "read", classmethod(noted))
     rule = Tunable(preference=[ratio**-t for t in range(12)])
     tau = rule(vectors)
     assert max(held) < 100_000
-    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 20)
+    monkeypatch.setattr(dual_prices, "LEAST_ROOM", 1 << 20)
     best = rule(vectors)
     assert np.abs(tau).sum(dtype=float) == pytest.approx(np.abs(best).sum(dtype=float), rel=1e-5)
     assert np.abs(tau).sum(dtype=float) > np.abs(replace(rule, selection="smallest")(vectors)).sum(dtype=float)
@@ -219,9 +220,9 @@ def test_wrong_guesses_cost_rounds_but_no_byte(selection, margin, monkeypatch):
     vectors = list(np.random.default_rng(0).integers(-9, 10, (4, 30_000)).astype(np.float32))
     rule = Tunable(preference=[2, 1, 4, 3], selection=selection)
     everything = rule(vectors)
-    monkeypatch.setattr(narrowing, "ROOM", 1)
-    monkeypatch.setattr(narrowing, "LEAST", 1 << 10)
-    monkeypatch.setattr(narrowing, "MARGIN", margin)
+    monkeypatch.setattr(windows, "ROOM", 1)
+    monkeypatch.setattr(windows, "LEAST", 1 << 10)
+    monkeypatch.setattr(windows, "MARGIN", margin)
     assert (rule(vectors) == everything).all()
 
 
@@ -239,14 +240,14 @@ def sharded(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("span", ["model", "tensor"])
 @pytest.mark.parametrize("slab", [64, 1 << 10])
 def test_slabs_threads_and_shards_change_no_byte(selection, span, slab, tmp_path, monkeypatch):
-    monkeypatch.setattr(prices, "ROOM", 1 << 10)
-    monkeypatch.setattr(prices, "LEAST_ROOM", 1 << 12)
-    monkeypatch.setattr(narrowing, "ROOM", 1)
-    monkeypatch.setattr(narrowing, "LEAST", 1 << 10)
+    monkeypatch.setattr(dual_prices, "ROOM", 1 << 10)
+    monkeypatch.setattr(dual_prices, "LEAST_ROOM", 1 << 12)
+    monkeypatch.setattr(windows, "ROOM", 1)
+    monkeypatch.setattr(windows, "LEAST", 1 << 10)
     rule = Tunable(preference=[3, 1, 1], selection=selection, span=span)
     paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(slabs, "SLAB", slab)
+    monkeypatch.setattr(blocks, "SLAB", slab)
     out = magmax.merge(
         rule,
         paths[0],

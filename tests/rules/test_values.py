@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.models import Tensors, loaded, same_bytes, saved, scaled
 
 import magmax
-from magmax import MagMaxError, recipe
+from magmax import MagMaxError
+from magmax.recipes import recipe
 from magmax.rules import (
     Average,
     Dare,
@@ -33,7 +34,7 @@ from magmax.rules import (
     places,
     rule_from,
 )
-from magmax.rules.values import each, read
+from magmax.rules.schedules import each, read
 
 NAMES = ["model.embed_tokens.weight", *(f"model.layers.{n}.{p}" for n in range(4) for p in ("attn.w", "mlp.w")), "norm"]
 GRADIENT = {"layers": [0.0, 1.0, 0.25]}

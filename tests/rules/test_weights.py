@@ -21,7 +21,7 @@ from magmax.rules import (
     TaskArithmetic,
     Ties,
     chain,
-    magnitude,
+    selection,
 )
 
 WEIGHTS = (0.7, -0.2, 1.5)
@@ -106,7 +106,7 @@ def ties(taken: list[np.ndarray], densities: tuple[float, ...], weights: tuple[f
 @pytest.mark.parametrize("sample", [None, 1])
 def test_weighted_ties_with_a_density_for_each_model_is_its_definition(kind, sample, monkeypatch):
     if sample:
-        monkeypatch.setattr(magnitude, "SAMPLE", sample)
+        monkeypatch.setattr(selection, "SAMPLE", sample)
     base, models = model(0, kind), [model(n, kind) for n in (1, 2, 3)]
     rule = Ties(density=PerModel(DENSITIES), weights=PerModel(WEIGHTS))
     merged = flat(magmax.merge(rule, base, models, 1.0))
@@ -117,7 +117,7 @@ def test_weighted_ties_with_a_density_for_each_model_is_its_definition(kind, sam
 @pytest.mark.parametrize("which", ["top", "bottom"])
 @pytest.mark.parametrize("sample", [2048, 1])
 def test_pruning_keeps_of_each_model_its_own_share(which, sample, monkeypatch):
-    monkeypatch.setattr(magnitude, "SAMPLE", sample)
+    monkeypatch.setattr(selection, "SAMPLE", sample)
     base = model(0, "coarse")
     base = {key: torch.zeros_like(tensor) for key, tensor in base.items()}
     models = [model(n, "coarse") for n in (1, 2, 3)]

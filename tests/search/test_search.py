@@ -21,14 +21,14 @@ from tests.search.scores import number
 
 import magmax
 from magmax import MagMaxError
-from magmax.cli.learning import read_experiment
+from magmax.cli.continual import read_experiment
 from magmax.continual.context import context
 from magmax.continual.experiment import Experiment
-from magmax.continual.weights import load_weights
-from magmax.recipe import load
-from magmax.search.given import load_search
-from magmax.search.results import BEST, TABLE, best_of, front, write_search
-from magmax.search.study import STORE, Search, Tried
+from magmax.continual.training.weight_files import load_weights
+from magmax.recipes.recipe import load
+from magmax.search.config import load_search
+from magmax.search.runner import STORE, Search, Tried
+from magmax.search.trial_results import BEST, TABLE, best_of, front, write_search
 
 pytest.importorskip("optuna")
 

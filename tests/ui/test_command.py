@@ -26,7 +26,7 @@ def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    for name in ("magmax.ui.serve", "magmax.ui.page"):
+    for name in ("magmax.ui.server", "magmax.ui.page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert "pip install 'magmax[ui]'" in refused(monkeypatch, capsys, str(tmp_path))
 

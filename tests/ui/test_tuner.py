@@ -23,17 +23,17 @@ from tests.continual.conftest import tiny_encoder  # noqa: E402
 import magmax  # noqa: E402
 from magmax import cli  # noqa: E402
 from magmax.checkpoints import open_checkpoint  # noqa: E402
+from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.scenario import Task  # noqa: E402
-from magmax.continual.train import Training  # noqa: E402
-from magmax.engine.archive import Archive  # noqa: E402
-from magmax.engine.archiving import write_archive  # noqa: E402
-from magmax.engine.settings import Settings  # noqa: E402
+from magmax.continual.training.trainer import Training  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
+from magmax.merging.execution.execution_options import Settings  # noqa: E402
+from magmax.preference.archive import Archive  # noqa: E402
+from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.rules import Tunable  # noqa: E402
-from magmax.ui.held import Held  # noqa: E402
-from magmax.ui.runs import open_source  # noqa: E402
-from magmax.ui.tuner import FACTOR, MAGMAX, Tuner, own_samples  # noqa: E402
+from magmax.ui.preview import Held  # noqa: E402
+from magmax.ui.sources import open_source  # noqa: E402
+from magmax.ui.view_model import FACTOR, MAGMAX, Tuner, own_samples  # noqa: E402
 
 EXPERIMENT = Experiment(**toys.RECIPE)
 

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 from ..errors import MagMaxError
 from .base import PREFIX, Checkpoint
-from .dcp import DistributedCheckpoint, distributed
 from .dtypes import Spec
 from .folder import PICKLES, open_folder, open_remote
-from .hub import locate, might_be_id
-from .lora import LoraModel, base_and_adapter, is_adapter
+from .lora.adapted_model import LoraModel, base_and_adapter, is_adapter
+from .lora.peft import CONFIG, PeftFolder
 from .memory import StateDict, open_pickle
-from .peft import CONFIG, PeftFolder
+from .remote.hub import locate, might_be_id
+from .remote.urls import is_url, shown
 from .safetensors import SafetensorsFile
-from .urls import is_url, shown
+from .torch.dcp import DistributedCheckpoint, distributed
 
 __all__ = ["Checkpoint", "Spec", "open_adapter", "open_checkpoint"]
 

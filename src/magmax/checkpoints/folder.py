@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError, listed
 from .base import Checkpoint
 from .memory import open_pickle
-from .remote import RemoteFile, in_parallel
-from .remote_folder import RemoteFolder, weight_map_of
+from .remote.remote_file import RemoteFile, in_parallel
+from .remote.remote_folder import RemoteFolder, weight_map_of
 from .safetensors import SafetensorsFile
 
 PICKLES = (".pt", ".pth", ".bin")

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 from .base import Checkpoint
+from .byte_ranges import RangeFile
 from .dtypes import BITS, Spec
-from .ranges import RangeFile
-from .remote import RemoteFile
+from .remote.remote_file import RemoteFile
 
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63

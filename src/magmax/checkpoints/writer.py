@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .dtypes import BITS, Spec
 from .journal import fdatasync
-from .upload import staged
-from .urls import is_url
+from .remote.upload import staged
+from .remote.urls import is_url
 
 SHARD_BYTES = 5_000_000_000
 PROVENANCE = "provenance.json"

@@ -6,21 +6,9 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from .. import __version__
+from .._version import __version__
 from ..errors import MagMaxError
-from . import (
-    calibrating,
-    deploying,
-    learning,
-    looking,
-    merging,
-    recipes,
-    running,
-    searching,
-    serving,
-    studying,
-    tuning,
-)
+from . import analysis, calibrate, continual, environments, inspect, merge, preference, recipes, running, search, ui
 
 app = App(
     name="magmax",
@@ -28,15 +16,15 @@ app = App(
     help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
 )
 for verb in (
-    *(merging.merge, merging.sweep, searching.search, calibrating.calibrate),
-    *(tuning.tune, tuning.archive, tuning.presets),
+    *(merge.merge, merge.sweep, search.search, calibrate.calibrate),
+    *(preference.tune, preference.archive, preference.presets),
     *(running.absorb, running.result, running.status, running.label, running.restore),
-    *(looking.inspect, looking.convert, looking.diff, looking.rules),
-    *(learning.train, learning.bench, deploying.environments, studying.study, studying.report),
+    *(inspect.inspect, inspect.convert, inspect.diff, inspect.rules),
+    *(continual.train, continual.bench, environments.environments, analysis.study, analysis.report),
 ):
     app.command(verb)
-app.command(learning.evaluate, name="eval")
-app.command(serving.ui)
+app.command(continual.evaluate, name="eval")
+app.command(ui.ui)
 
 own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
 for verb in (recipes.ls, recipes.cp, recipes.check):

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..engine.job import Job
-    from ..engine.outcome import Outcome
-    from ..engine.settings import Settings
-    from ..plan import Plan
+    from ..merging.execution.execution_options import Settings
+    from ..merging.job import Job
+    from ..merging.result import Outcome
+    from ..recipes.request import Plan
 
 
 def say(text: str) -> None:
@@ -27,8 +27,8 @@ def shown_settings(
 ) -> Generator[Settings]:
     """Settings with the workers of a scheduler, if one is named; their progress is a bar on stderr, if that is a
     terminal."""
-    from ..engine.settings import Settings
-    from ..engine.workers import at_scheduler
+    from ..merging.execution.execution_options import Settings
+    from ..merging.execution.executors import at_scheduler
 
     with at_scheduler(scheduler) as executor, _bar(total, words) as progress:
         yield Settings(threads, restart, progress, say, executor, device=device)
@@ -74,8 +74,8 @@ def done_or_shown(
 
 def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     """The cost of a job; refuses one that could not run."""
-    from ..engine.cost import preview, preview_of_workers
-    from ..engine.workers import at_scheduler
+    from ..merging.cost import preview, preview_of_workers
+    from ..merging.execution.executors import at_scheduler
 
     if problems := job.problems():
         from ..errors import listed
@@ -105,7 +105,7 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
 
 def _times(job: Job, threads: int) -> str:
     """How long a job would take on some disks, and on none."""
-    from ..engine.cost import DISKS, cost_of
+    from ..merging.cost import DISKS, cost_of
 
     cost = cost_of(job, threads)
     processors = cost.processor_seconds / cost.threads

@@ -8,7 +8,7 @@ from .console import print_notes, print_preview, print_table
 
 def ls() -> None:
     """List the shipped recipes."""
-    from ..recipe import shipped
+    from ..recipes.recipe import shipped
 
     rows = [(path.stem, path.read_text().splitlines()[0].removeprefix("# ")) for path in shipped()]
     print_table(["recipe", "what it does"], rows)
@@ -26,7 +26,7 @@ def cp(name: str, to: str | None = None) -> None:
     """
     from pathlib import Path
 
-    from ..recipe import shipped
+    from ..recipes.recipe import shipped
     from ..rules import nearest
 
     known = {path.stem: path for path in shipped()}
@@ -53,7 +53,7 @@ def check(recipe: str, *assignments: str) -> None:
     assignments
         As in merge: scaling_factor=0.7, rule.k=2.
     """
-    from ..recipe import load
+    from ..recipes.recipe import load
 
     plan = load(recipe, assignments)
     print_notes(plan)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
+from .common_options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 from .console import done_or_shown, print_outcome, print_table, shown_settings
-from .options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
 
 if TYPE_CHECKING:
-    from ..engine.running import Running
+    from ..merging.running.running_merge import Running
 
 
 def absorb(
@@ -85,7 +85,7 @@ def result(
         The output's floating type. The base's by default.
     """
 
-    from ..engine.merge import Options
+    from ..merging.api import Options
 
     running = _running(state, base, None)
     job = running.result_job(out, Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
@@ -154,8 +154,8 @@ def restore(state: str, which: str) -> None:
 def _running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:
     from pathlib import Path
 
-    from ..engine.running import Running
-    from ..recipe import parse_rule
+    from ..merging.running.running_merge import Running
+    from ..recipes.recipe import parse_rule
 
     new = not (Path(state) / "state.json").exists()
     if new and "settings" not in options:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magmax.continual.cells import cell_file, chain_folder, run_cell, run_chain
-from magmax.continual.experiment import ZERO_SHOT, Cell, Experiment, digest_of
-from magmax.continual.progress import Tell, silent
+from .cells import cell_file, chain_folder, run_cell, run_chain
+from .experiment import ZERO_SHOT, Cell, Experiment, digest_of
+from .progress import Tell, silent
 
 Record = dict[str, Any]
 

@@ -18,21 +18,21 @@ import numpy as np
 import torch
 import xxhash
 
-import magmax
-from magmax.calibrate import FeatureOptions, calibrate_features, unfolded
-from magmax.checkpoints import open_checkpoint
-from magmax.continual.context import Context, alone, context, device
-from magmax.continual.evaluate import Row
-from magmax.continual.experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
-from magmax.continual.given import take_in
-from magmax.continual.scenario import Task
-from magmax.continual.sequence import costs, fine_tune
-from magmax.continual.statistics import recalibrate
-from magmax.continual.weights import load_weights, write_bytes
-from magmax.engine.merge import MergesInMemory, Options, like
-from magmax.engine.settings import Settings
-from magmax.errors import MagMaxError
-from magmax.rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
+from .._version import __version__
+from ..calibration import FeatureOptions, calibrate_features, unfolded
+from ..checkpoints import open_checkpoint
+from ..errors import MagMaxError
+from ..merging.api import MergesInMemory, Options, like
+from ..merging.execution.execution_options import Settings
+from ..rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
+from .context import Context, alone, context, device
+from .data.scenarios import Task
+from .evaluation.accuracy import Row
+from .experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
+from .models.batch_norm import recalibrate
+from .training.external import take_in
+from .training.sequence import costs, fine_tune
+from .training.weight_files import load_weights, write_bytes
 
 
 def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Path:
@@ -278,7 +278,7 @@ def stored_bytes(here: Context, cell: Cell) -> int:
 def environment(threads: int) -> dict[str, Any]:
     """Where a record was made."""
     return {
-        "magmax": magmax.__version__,
+        "magmax": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

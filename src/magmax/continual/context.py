@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magmax.continual import registry
-from magmax.continual.data import Dataset, Labelled
-from magmax.continual.encoder import Encoder, InBfloat16
-from magmax.continual.evaluate import Row, logits_of, score
-from magmax.continual.experiment import Experiment
-from magmax.continual.fit import FitSettings
-from magmax.continual.penalties import PENALTIES
-from magmax.continual.progress import NewBar, no_bars
-from magmax.continual.scenario import Task
-from magmax.continual.sequence import Protocol
+from . import registry
+from .data.datasets import Dataset, Labelled
+from .data.scenarios import Task
+from .evaluation.accuracy import Row, logits_of, score
+from .experiment import Experiment
+from .models.text_encoder import Encoder, InBfloat16
+from .progress import NewBar, no_bars
+from .training.fit import FitSettings
+from .training.penalties import PENALTIES
+from .training.sequence import Protocol
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from magmax.continual import registry
-from magmax.continual.parallel import Parallel
-from magmax.errors import MagMaxError
-from magmax.rules import nearest, rule_from
+from ..errors import MagMaxError
+from ..rules import nearest, rule_from
+from . import registry
+from .training.parallel import Parallel
 
 Choice = str | dict[str, Any]
 FORMAT = 1

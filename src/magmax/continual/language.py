@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from magmax.continual.data import NEWSGROUPS, Labelled, read_newsgroups
-from magmax.continual.fetch import fetch
-from magmax.continual.texts import DOMAINS, REUTERS, SENTIMENTS, read_reuters, read_sentiments
-from magmax.errors import MagMaxError
-from magmax.rules import nearest
+from ..errors import MagMaxError
+from ..rules import nearest
+from .data.datasets import NEWSGROUPS, Labelled, read_newsgroups
+from .data.downloads import fetch
+from .data.texts import DOMAINS, REUTERS, SENTIMENTS, read_reuters, read_sentiments
 
 BEGIN = "<s>"
 """The token that every window begins with."""

@@ -7,54 +7,54 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from magmax.errors import MagMaxError
-from magmax.rules import nearest
+from ..errors import MagMaxError
+from ..rules import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from magmax.continual.data import Dataset
-    from magmax.continual.encoder import Encoder
-    from magmax.continual.scenario import Task
+    from .data.datasets import Dataset
+    from .data.scenarios import Task
+    from .models.text_encoder import Encoder
 
 HERE = "magmax.continual"
 
 DATA: dict[str, str | Callable[..., Dataset]] = {
-    "newsgroups": f"{HERE}.data:newsgroups",
-    "reuters52": f"{HERE}.texts:reuters52",
-    "sentiments": f"{HERE}.texts:sentiments",
-    "fashion_mnist": f"{HERE}.pictures:fashion_mnist",
-    "digits": f"{HERE}.pictures:digits",
-    "emoji": f"{HERE}.pictures:emoji",
-    "hub": f"{HERE}.hub:hub",
-    "images": f"{HERE}.hub:images",
-    "pool": f"{HERE}.hub:pool",
-    "joined": f"{HERE}.joining:joined",
-    "long_tail": f"{HERE}.joining:long_tail",
+    "newsgroups": f"{HERE}.data.datasets:newsgroups",
+    "reuters52": f"{HERE}.data.texts:reuters52",
+    "sentiments": f"{HERE}.data.texts:sentiments",
+    "fashion_mnist": f"{HERE}.data.pictures:fashion_mnist",
+    "digits": f"{HERE}.data.pictures:digits",
+    "emoji": f"{HERE}.data.pictures:emoji",
+    "hub": f"{HERE}.data.hub_datasets:hub",
+    "images": f"{HERE}.data.hub_datasets:images",
+    "pool": f"{HERE}.data.hub_datasets:pool",
+    "joined": f"{HERE}.data.combine:joined",
+    "long_tail": f"{HERE}.data.combine:long_tail",
 }
 """name -> (**options) -> Dataset: raw items; the same for every seed of a benchmark."""
 
 MODELS: dict[str, str | Callable[..., Encoder]] = {
-    "minilm": f"{HERE}.encoder:minilm",
-    "clip": f"{HERE}.vision:clip",
-    "open_clip": f"{HERE}.open_clip:open_clip",
-    "vit_s": f"{HERE}.vision:vit_s",
-    "efficientnet_lite0": f"{HERE}.vision:efficientnet_lite0",
-    "trained_head": f"{HERE}.trained_head:trained_head",
+    "minilm": f"{HERE}.models.text_encoder:minilm",
+    "clip": f"{HERE}.models.vision:clip",
+    "open_clip": f"{HERE}.models.open_clip:open_clip",
+    "vit_s": f"{HERE}.models.vision:vit_s",
+    "efficientnet_lite0": f"{HERE}.models.vision:efficientnet_lite0",
+    "trained_head": f"{HERE}.models.trained_head:trained_head",
 }
 """name -> (**options) -> Encoder with the weights theta_0; what must not be trained has requires_grad off."""
 
 HEADS: dict[str, str | Callable[..., Tensor]] = {
-    "zero_shot": f"{HERE}.heads:zero_shot",
-    "nearest_class_mean": f"{HERE}.heads:nearest_class_mean",
-    "trained": f"{HERE}.trained_head:trained",
+    "zero_shot": f"{HERE}.models.heads:zero_shot",
+    "nearest_class_mean": f"{HERE}.models.heads:nearest_class_mean",
+    "trained": f"{HERE}.models.trained_head:trained",
 }
 """name -> (encoder, dataset, **options) -> Tensor of shape (classes, width), frozen, made with theta_0."""
 
 SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
-    "class_incremental": f"{HERE}.scenario:class_incremental_tasks",
-    "domain_incremental": f"{HERE}.scenario:domain_incremental",
-    "data_sets": f"{HERE}.scenario:data_sets",
+    "class_incremental": f"{HERE}.data.scenarios:class_incremental_tasks",
+    "domain_incremental": f"{HERE}.data.scenarios:domain_incremental",
+    "data_sets": f"{HERE}.data.scenarios:data_sets",
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from magmax.continual.context import alone, context
-from magmax.continual.experiment import Experiment
-from magmax.continual.weights import load_weights
-from magmax.errors import MagMaxError
+from ..errors import MagMaxError
+from .context import alone, context
+from .experiment import Experiment
+from .training.weight_files import load_weights
 
 
 def accuracies(recipe: str, seed: int, on: str, model: Path) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .choose import Choice, choose, tempered
-from .own import own_shares
-from .sources import from_labels, from_samples, schedule, uniform
+from .candidates import Choice, choose, tempered
+from .estimators import from_labels, from_samples, schedule, uniform
+from .natural_shares import own_shares
 
 __all__ = ["Choice", "choose", "from_labels", "from_samples", "own_shares", "schedule", "tempered", "uniform"]

@@ -9,33 +9,33 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from ..errors import MagMaxError, nearest
 from .after import After
 from .average import Average
-from .base import Rule, State, StreamingRule
 from .before import Before
-from .breadcrumbs import Breadcrumbs
-from .calibrate_weights import CalibrateWeights
 from .chain import chain
 from .consensus import Consensus
-from .dare import Dare
-from .della import Della
+from .contract import Rule, State, StreamingRule
 from .elect import Elect, ElectSum
-from .iso_c import IsoC
-from .iso_cts import IsoCTS
 from .karcher import Karcher
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
 from .model_stock import ModelStock
 from .nearswap import NearSwap
-from .places import Place, places
-from .plan import Address, Array, Block
-from .prune import Prune
+from .positions import Place, places
 from .random_mix import RandomMix
 from .sce import Sce
+from .schedules import Filters, Layers, Number, Numbers, PerModel, read
 from .slerp import Slerp
+from .spectral.iso_c import IsoC
+from .spectral.iso_cts import IsoCTS
+from .spectral.tsv_m import TsvM
+from .statistics import Address, Array, Block
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
-from .tsv_m import TsvM
-from .tunable import Tunable
-from .values import Filters, Layers, Number, Numbers, PerModel, read
+from .transforms.breadcrumbs import Breadcrumbs
+from .transforms.calibrate_weights import CalibrateWeights
+from .transforms.dare import Dare
+from .transforms.della import Della
+from .transforms.prune import Prune
+from .tunable.tunable_rule import Tunable
 
 __all__ = [
     "Address",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .part import Part
-from .plan import Answer, Array, Block, Plan, Scope, Span
+from .component import Part
+from .statistics import Answer, Array, Block, Plan, Scope, Span
 from .wrapping import Wrapping
 
 Merge = Callable[[Block], Array]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .base import State, StreamingRule, divide
-from .plan import Address, Array
-from .values import Numbers, each, need, one
+from .contract import State, StreamingRule, divide
+from .schedules import Numbers, each, need, one
+from .statistics import Address, Array
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from .part import Part
-from .plan import Address, Answer, Array, Plan, Scope, Span
+from .component import Part
+from .statistics import Address, Answer, Array, Plan, Scope, Span
 
 
 @dataclass(frozen=True)

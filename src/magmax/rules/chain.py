@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from ..errors import MagMaxError
 from .after import After, Followed
-from .base import Rule, State, StreamingRule
 from .before import Before
-from .plan import Address, Answer, Array, Block, Plan, Scope, Span, seen
+from .contract import Rule, State, StreamingRule
+from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, seen
 from .wrapping import Wrapping
 
 

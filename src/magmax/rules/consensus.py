@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .base import Rule
-from .plan import Answer, Array, Block, namespace
+from .contract import Rule
+from .statistics import Answer, Array, Block, namespace
 
 
 @dataclass(frozen=True)

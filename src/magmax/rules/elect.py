@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Rule, bits
-from .plan import Answer, Array, Block, namespace
-from .values import Numbers, each, need
+from .contract import Rule, bits
+from .schedules import Numbers, each, need
+from .statistics import Answer, Array, Block, namespace
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .after import Followed
-from .base import Rule
-from .plan import Address, Answer, Array, Block, namespace
+from .contract import Rule
+from .statistics import Address, Answer, Array, Block, namespace
 from .wrapping import Wrapping
 
 

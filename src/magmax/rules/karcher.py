@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError
-from .combination import Combination
-from .plan import Sums
+from .linear_combination import Combination
+from .statistics import Sums
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .base import State, StreamingRule, bits, keeps
-from .plan import Address, Array
+from .contract import State, StreamingRule, bits, keeps
+from .statistics import Address, Array
 
 
 @dataclass(frozen=True)

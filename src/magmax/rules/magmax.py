@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import State, StreamingRule, bits, keeps
-from .plan import Address, Array
+from .contract import State, StreamingRule, bits, keeps
+from .statistics import Address, Array
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from itertools import combinations
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .combination import Combination
-from .plan import Sums
+from .linear_combination import Combination
+from .statistics import Sums
 
 SINGULAR = 1e-6
 

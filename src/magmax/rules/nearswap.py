@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Rule
-from .combination import alone
-from .plan import Answer, Array, Block, namespace
-from .values import Number, need, one
+from .contract import Rule
+from .linear_combination import alone
+from .schedules import Number, need, one
+from .statistics import Answer, Array, Block, namespace
 
 
 @dataclass(frozen=True)

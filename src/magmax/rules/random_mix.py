@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import State, StreamingRule, bits
-from .chance import chance_mask
-from .plan import Address, Array
+from .contract import State, StreamingRule, bits
+from .random import chance_mask
+from .statistics import Address, Array
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from .base import Rule, bits, divide
+from .contract import Rule, bits, divide
 from .elect import agreeing, disjoint_mean, left_sum, weigh
-from .magnitude import Cut, apply_mask, largest
-from .plan import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace, seen
-from .values import Number, each, need
+from .schedules import Number, each, need
+from .selection import Cut, apply_mask, largest
+from .statistics import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace, seen
 
 
 class Selected(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .combination import Combination, alone
-from .plan import Sums
-from .values import Number, need, one
+from .linear_combination import Combination, alone
+from .schedules import Number, need, one
+from .statistics import Sums
 
 COLLINEAR = 0.9995
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .average import add
-from .base import State, StreamingRule
-from .plan import Address, Array
-from .values import Numbers, need, one
+from .contract import State, StreamingRule
+from .schedules import Numbers, need, one
+from .statistics import Address, Array
 
 
 @dataclass(frozen=True)

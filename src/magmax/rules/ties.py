@@ -9,11 +9,11 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..errors import MagMaxError
-from .base import Rule, bits
+from .contract import Rule, bits
 from .elect import agreeing, disjoint_mean, left_sum, weigh
-from .magnitude import Cut, Equals, apply_mask, exact_cuts, ranked
-from .plan import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
-from .values import Numbers, each, need
+from .schedules import Numbers, each, need
+from .selection import Cut, Equals, apply_mask, exact_cuts, ranked
+from .statistics import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
 
 
 class Trimmed(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import Rule
-from .plan import Answer, Array, Block, Plan, Scope, Span
+from .contract import Rule
+from .statistics import Answer, Array, Block, Plan, Scope, Span
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from nicegui import background_tasks, run, ui
 from nicegui.elements.mixins.text_element import TextElement
 
 from ..errors import MagMaxError
-from .parts import Slider, box, button, words
-from .runs import OUT
-from .tuner import FACTOR, MAGMAX, Preview, Tuner
+from .sources import OUT
+from .view_model import FACTOR, MAGMAX, Preview, Tuner
+from .widgets import Slider, box, button, words
 
 PAUSE = 0.15
 """Seconds without a change before a preview is made."""

@@ -1,0 +1,136 @@
+"""A run's methods side by side: the accuracies R of each over its seeds, and the measures made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..continual.evaluation.measures import matrix
+from ..continual.evaluation.tables import MAIN, Mean, Paired, paired, summary, tidy
+from ..continual.experiment import LAST, UNMERGED, ZERO_SHOT
+from ..errors import MagMaxError
+from .records import Band, Record, Study
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with one way to choose its scaling factor, over its seeds.
+
+    Attributes:
+        factors: the scaling factors used, without repetition; none where nothing is scaled.
+        matrices: by seed R, shape (T + 1, T): R[i, j - 1] is the accuracy on task j after i tasks; NaN if not measured.
+        means: each measure over the seeds.
+    """
+
+    name: str
+    variant: str
+    chain: str
+    rule: str
+    factors: Sequence[float]
+    matrices: Mapping[int, NDArray[np.float64]]
+    means: Mapping[str, Mean]
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others: the name, and how its factor was found if not by default."""
+        return self.name if self.variant == "default" else f"{self.name}, {self.variant}"
+
+    @property
+    def main(self) -> Mean:
+        """The average accuracy after the last task."""
+        return self.means[MAIN]
+
+    @property
+    def competes(self) -> bool:
+        """Whether it keeps to the rules of continual learning: no old data, no joint training."""
+        return self.chain not in UNMERGED
+
+    def accuracy(self, learned: int, task: int) -> Band:
+        """On a task (from 1) after so many tasks, over the seeds."""
+        return Band.of([float(r[learned, task - 1]) for r in self.matrices.values()])
+
+    def on_seen(self, learned: int) -> Band:
+        """The mean accuracy on the tasks learned so far, over the seeds."""
+        return Band.of([float(r[learned, :learned].mean()) for r in self.matrices.values()])
+
+    @property
+    def tasks(self) -> int:
+        return next(iter(self.matrices.values())).shape[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is something to see after every task, not after the last alone."""
+        return all(self.on_seen(i).n for i in range(1, self.tasks + 1))
+
+
+def methods(records: Records) -> list[Method]:
+    """All methods, the best average accuracy first. Raises MagMaxError where statistics cannot be taken."""
+    zero = {r["seed"]: r["variants"][0]["rows"]["0"]["tasks"] for r in records if r["method"] == ZERO_SHOT}
+    matrices: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = {}
+    factors: dict[tuple[str, str], set[float]] = {}
+    about: dict[tuple[str, str], tuple[str, str]] = {}
+    for record in records:
+        for variant in record["variants"]:
+            key = record["method"], variant["variant"]
+            rows = {int(i): row["tasks"] for i, row in variant["rows"].items()}
+            first = {0: zero[record["seed"]]} if record["seed"] in zero else {}
+            r = matrix({**first, **rows}, len(rows[max(rows)]))
+            if record["chain"] == "joint":
+                r[1:-1] = np.nan
+            matrices.setdefault(key, {})[record["seed"]] = r
+            factors.setdefault(key, set()).update({variant["scaling_factor"]} - {None})
+            about[key] = record["chain"], record["rule"]
+    try:
+        means = summary(tidy(records))
+    except ImportError as error:
+        raise MagMaxError(f"statistics need {error.name}: pip install 'magmax[report]'") from error
+    found = [
+        Method(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
+        for key in matrices
+        if MAIN in means.get(key, {})
+    ]
+    return sorted(found, key=lambda method: -method.main.mean)
+
+
+def rivals(found: Sequence[Method]) -> Sequence[Method]:
+    """The methods to be compared: with the rules' own factors, and keeping to the rules."""
+    return [method for method in found if method.variant == "default" and method.competes]
+
+
+def best_two(found: Sequence[Method]) -> Paired | None:
+    """The best of the rivals against the next best on the same seeds; None where there are no two."""
+    ours = rivals(found)
+    same = [other for other in ours[1:] if other.matrices.keys() == ours[0].matrices.keys()]
+    if not same:
+        return None
+    best = ours[0]
+    values = [[float(method.matrices[seed][-1].mean()) for seed in sorted(best.matrices)] for method in (best, same[0])]
+    return paired(best.name, same[0].name, "default", *values)
+
+
+def curves(records: Records) -> Study:
+    """The accuracy on each task after each task, of every method and seed: R itself."""
+    rows: list[Record] = []
+    for method in methods(records):
+        for seed, r in method.matrices.items():
+            about = {"method": method.name, "variant": method.variant, "chain": method.chain, "rule": method.rule}
+            for (learned, task), accuracy in np.ndenumerate(r):
+                if np.isfinite(accuracy):
+                    rows.append({**about, "seed": seed, "learned": learned, "task": task + 1, "accuracy": accuracy})
+    findings: list[str] = []
+    for method in rivals(methods(records)):
+        if "forgetting" in method.means and method.rule != ZERO_SHOT:
+            lost = method.means["forgetting"].mean
+            what = "the unmerged model" if method.rule == LAST else method.rule
+            findings.append(
+                f"{method.chain}, {what}: {method.main.mean:.1%} on average at the end, {100 * lost:.1f} points below "
+                "the best each earlier task had."
+            )
+    definition = "R[i, j], the accuracy on task j after learning the tasks 1 to i; row 0 is the pre-trained model."
+    return Study("curves", "Accuracy after every task", definition, rows, {}, findings)

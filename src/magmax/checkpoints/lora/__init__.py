@@ -1,0 +1,1 @@
+"""LoRA adapters of PEFT: reading, mapping to the base's tensors, low-rank products."""

@@ -1,0 +1,1 @@
+"""Checkpoints on other machines: the Hugging Face hub, URLs, ranges and uploads."""

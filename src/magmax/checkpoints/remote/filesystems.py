@@ -1,0 +1,143 @@
+"""Ranges of bytes as servers give them: of the web, where every answer is checked, and of whatever fsspec opens."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from ...errors import MagMaxError
+from .urls import WEB, NotThereError, changed, file_system, shown
+
+PATIENCE = 60.0
+"""Seconds without a single byte after which a connection counts as broken."""
+TELLING = (
+    "ETag",
+    "etag",
+    "generation",
+    "version_id",
+    "VersionId",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "created",
+)
+"""What file systems call that which changes with a file."""
+
+
+class Piece(NamedTuple):
+    """What an answer holds: its bytes, how many the whole file has, and what tells that the file is unchanged."""
+
+    content: bytes
+    size: int
+    stamp: list[object]
+
+
+class Source(ABC):
+    """A file, as far as a server gives it."""
+
+    @abstractmethod
+    def get(self, begin: int, end: int) -> Piece:
+        """Bytes begin..end, or fewer where the file ends before; one try. The stamp may be left out (empty)."""
+
+    @abstractmethod
+    def stamp(self) -> list[object]:
+        """Size, and ETag or time, as the server tells them now."""
+
+
+class Stored(Source):
+    """A file in an object store, or in any other file system of fsspec's."""
+
+    def __init__(self, url: str) -> None:
+        self._files, self._path = file_system(url)
+        self._label, self._size = shown(url), -1
+
+    def get(self, begin: int, end: int) -> Piece:
+        stamp = [] if self._size >= 0 else self.stamp()
+        if stamp:
+            self._size = int(str(stamp[0]))
+        end = min(end, self._size)
+        content = self._files.cat_file(self._path, start=begin, end=end) if begin < end else b""
+        return Piece(content, self._size, stamp)
+
+    def stamp(self) -> list[object]:
+        self._files.invalidate_cache()
+        told: dict[str, Any] = self._files.info(self._path)
+        if told.get("type") == "directory":
+            raise NotThereError(f"{self._label}: is a folder")
+        return [told["size"], *(str(told[name]) for name in TELLING if told.get(name) is not None)]
+
+
+class Web(Source):
+    """A file of an HTTP server. Every answer must be of the asked range and of the file as it was first seen."""
+
+    def __init__(self, url: str) -> None:
+        self._files, self._url = file_system(url)
+        self._label = shown(url)
+        self._sync: Any = import_module("fsspec.asyn").sync
+        self._client: Any = import_module("aiohttp")
+        self._first: list[object] = []
+
+    def get(self, begin: int, end: int) -> Piece:
+        return self._sync(self._files.loop, self._get, begin, end)
+
+    def stamp(self) -> list[object]:
+        return self.get(0, 1).stamp
+
+    async def _get(self, begin: int, end: int) -> Piece:
+        session = await self._files.set_session()
+        settings = dict(self._files.kwargs)
+        headers = {**settings.pop("headers", {}), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        settings["timeout"] = self._client.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        async with session.get(self._files.encode_url(self._url), headers=headers, **settings) as response:
+            size = self._size(response, begin)
+            stamp: list[object] = [size, response.headers.get("ETag") or response.headers.get("Last-Modified")]
+            self._first = self._first or stamp
+            if stamp != self._first:
+                raise changed(self._label)
+            wanted = max(0, min(end, size) - begin)
+            content = bytearray()
+            async for part in response.content.iter_any():
+                content += part
+                if len(content) > wanted:
+                    raise MagMaxError(
+                        f"{self._label}: the server sends more than the bytes {begin:,} to {begin + wanted:,} that "
+                        "were asked for; download the file first"
+                    )
+            return Piece(bytes(content), size, stamp)
+
+    def _size(self, response: Any, begin: int) -> int:
+        """The bytes of the whole file, from an answer that holds a part of it."""
+        status = int(response.status)
+        if status in (404, 410):
+            raise FileNotFoundError(self._label)
+        if status in (401, 403):
+            raise PermissionError(f"status {status}")
+        if status == 412:
+            raise changed(self._label)
+        said = str(response.headers.get("Content-Range", ""))
+        if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", said)):
+            return int(match[1])
+        if status == 200:
+            raise MagMaxError(
+                f"{self._label}: the server sends whole files only, and no part of one; download it first"
+            )
+        if status != 206:
+            kind = ConnectionError if status >= 500 or status in (408, 425, 429) else MagMaxError
+            raise kind(f"{self._label}: the server answers with status {status} ({response.reason})")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said)
+        if match is None or int(match[1]) != begin:
+            raise MagMaxError(
+                f"{self._label}: the server was asked for the bytes from {begin:,} on and says that it sends "
+                f"{said or 'others'!r}; download the file first"
+            )
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise MagMaxError(f"{self._label}: the server compresses what it sends; download the file first")
+        return int(match[3])
+
+
+def source_of(url: str) -> Source:
+    """What gives the file of a URL."""
+    return Web(url) if url.lower().startswith(WEB) else Stored(url)

@@ -1,0 +1,142 @@
+"""Folders of a model on another machine: its index, its only file, and the small files beside the weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import weakref
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from ...errors import MagMaxError
+from ..safetensors import is_string_map
+from .remote_file import RemoteFile, in_parallel
+from .urls import WEB, NotThereError, file_system, patiently, shown
+
+INDEX = ".safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+SMALL = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "modules.json",
+)  # fmt: skip
+"""What is asked for by name where a server does not list its folders."""
+LARGEST = 200_000_000
+
+
+class RemoteFolder:
+    """A folder of safetensors, by its URL or by that of its index.
+
+    The web does not list folders: there the names that transformers and diffusers give to files are tried.
+
+    Attributes:
+        url: the folder, or the index that was named, without anything secret.
+        index_url: the index, if there is one.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.index_url = shown(url), ""
+        parts = urlsplit(url)
+        self._parts = parts._replace(path=parts.path.rstrip("/") + "/")
+        self._named = self._index = self._copies = None
+        if parts.path.endswith(".index.json"):
+            self._named = PurePosixPath(parts.path).name
+            self._parts = parts._replace(path=parts.path.rpartition("/")[0] + "/")
+        self._names = None if url.lower().startswith(WEB) else self._listed()
+
+    def inside(self, name: str) -> str:
+        """The URL of a file in the folder."""
+        return urlunsplit(self._parts._replace(path=self._parts.path + name))
+
+    def weight_map(self) -> dict[str, str] | None:
+        """Tensor name -> file name, of the one index of safetensors; None where there is none."""
+        names = self._names if self._names is not None else [stem + INDEX for stem in STEMS]
+        indexes = [self._named] if self._named else [name for name in names if name.endswith(INDEX) and "/" not in name]
+        if self._names is not None and len(indexes) > 1:
+            raise MagMaxError(f"{self.url}: has several indexes ({', '.join(indexes)}); name one of them")
+        for name in indexes:
+            try:
+                self._index = RemoteFile(self.inside(name))
+            except NotThereError:
+                if self._named:
+                    raise
+                continue
+            self.index_url = self._index.url
+            return weight_map_of(self._index.bytes(0, self._index.size).decode(errors="replace"), self.index_url)
+        return None
+
+    def only(self) -> str:
+        """The URL of the one safetensors file. Raises MagMaxError for none, several, or another kind of model."""
+        if self._names is None:
+            for stem in STEMS:
+                try:
+                    return RemoteFile(self.inside(f"{stem}.safetensors"))._given  # pyright: ignore[reportPrivateUsage]
+                except NotThereError:
+                    continue
+            raise MagMaxError(
+                f"{self.url}: has neither {STEMS[0]}{INDEX} nor {STEMS[0]}.safetensors; name the .safetensors file"
+            )
+        found = [name for name in self._names if name.endswith(".safetensors") and "/" not in name]
+        if "adapter_config.json" in self._names:
+            raise MagMaxError(f"{self.url}: adapters are not read from another machine; download the folder first")
+        if len(found) != 1:
+            what = f"{len(found)} safetensors files and no index" if found else "no safetensors"
+            other = [name for name in self._names if name.endswith((".bin", ".pt", ".pth", ".distcp"))]
+            remedy = "it is not of safetensors: download it first" if other and not found else "name the file itself"
+            raise MagMaxError(f"{self.url}: the folder holds {what}; {remedy}")
+        return self.inside(found[0])
+
+    def fingerprints(self, again: bool) -> dict[str, list[object]]:
+        """What tells that the index is unchanged."""
+        if self._index is None:
+            return {}
+        return {self.index_url: self._index.stamp_now() if again else self._index.stamp}
+
+    def companions(self, endings: Collection[str]) -> Path:
+        """A folder on this machine with copies of the small files, which is deleted with this object."""
+        if self._copies is None:
+            copies = tempfile.TemporaryDirectory(prefix="magmax-")
+            weakref.finalize(self, copies.cleanup)
+            names = SMALL if self._names is None else self._names
+            wanted = [n for n in names if PurePosixPath(n).suffix in endings and not n.endswith(".index.json")]
+            in_parallel(lambda name: self._copied(name, Path(copies.name)), wanted)
+            self._copies = Path(copies.name)
+        return self._copies
+
+    def _copied(self, name: str, folder: Path) -> None:
+        try:
+            file = RemoteFile(self.inside(name))
+        except NotThereError:
+            return
+        if file.size <= LARGEST:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.bytes(0, file.size))
+
+    def _listed(self) -> list[str]:
+        """The names of the files in the folder and in the folders in it."""
+        files, path = file_system(urlunsplit(self._parts))
+        top = path.rstrip("/") + "/"
+
+        def names() -> list[str]:
+            files.invalidate_cache()
+            found: list[str] = [name[len(top) :] for name in files.find(top, maxdepth=2) if name.startswith(top)]
+            return [name for name in found if ".." not in name.split("/")]
+
+        found = patiently(self.url, names)
+        if not found:
+            raise NotThereError(f"{self.url}: there is no such file or folder")
+        return found
+
+
+def weight_map_of(text: str, index: str) -> dict[str, str]:
+    """Tensor name -> file name, from the text of an index. Raises MagMaxError where it is none."""
+    try:
+        where: Any = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
+    if not is_string_map(where) or not where:
+        raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
+    return where

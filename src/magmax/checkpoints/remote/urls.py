@@ -1,0 +1,90 @@
+"""Names of files on other machines, what opens them, and patience with networks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ...errors import MagMaxError, UnfinishedError
+from ..base import PREFIX
+
+TRIES = 5
+WAIT = 0.2
+"""Seconds before the second try; twice as many before each later one."""
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+WEB = ("http://", "https://")
+
+Result = TypeVar("Result")
+
+
+class NotThereError(MagMaxError):
+    """There is no such file."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names something on another machine, models of the hub apart."""
+    return SCHEME.match(text) is not None and not text.startswith(PREFIX)
+
+
+def shown(url: str) -> str:
+    """A URL as messages show it: a user's name and password left out, and a query told by its digest alone."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    query = f"?{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}" if parts.query else ""
+    return f"{parts.scheme}://{host}{parts.path}{query}"
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. Raises MagMaxError where a package for it is missing."""
+    try:
+        core: Any = import_module("fsspec.core")
+    except ModuleNotFoundError as error:
+        raise MagMaxError(f"{shown(url)}: is on another machine; to read it: pip install 'magmax[remote]'") from error
+    try:
+        found, path = core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        told = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
+        raise MagMaxError(f"{shown(url)}: cannot be opened: {told}") from error
+    return found, path
+
+
+def patiently(what: str, work: Callable[[], Result], tries: int = TRIES) -> Result:
+    """The result of `work`, tried again where it fails by what may pass: broken connections, busy servers.
+
+    Raises:
+        NotThereError, MagMaxError: nothing there; no access; whatever `work` itself refuses.
+        UnfinishedError: it failed in every try.
+    """
+    for number in range(tries):
+        try:
+            return work()
+        except UnfinishedError:
+            raise
+        except MagMaxError:
+            raise
+        except FileNotFoundError as error:
+            raise NotThereError(f"{what}: there is no such file") from error
+        except PermissionError as error:
+            raise MagMaxError(f"{what}: access is refused ({error}); log in, or mind the name") from error
+        except Exception as error:  # every library of a network has errors of its own
+            if number == tries - 1:
+                told = (str(error).strip() or type(error).__name__)[:300]
+                raise UnfinishedError(f"{what}: failed {tries} times ({told}); run the same command again") from error
+            time.sleep(WAIT * 2**number)
+    raise AssertionError("the last try returns or raises")
+
+
+def changed(name: str) -> MagMaxError:
+    """The error for a file that is no longer what it was when it was opened."""
+    return MagMaxError(f"{name}: changed while it was read; wait until nothing writes it, and start again")
+
+
+def cache_folder() -> str:
+    """Where what is on its way is kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
+    return os.environ.get("MAGMAX_CACHE") or ".cache"

@@ -1,0 +1,210 @@
+"""Whole models in pickles, as torch.save(model) leaves them, read without their classes and with nothing run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from numpy.typing import NDArray
+
+from ...errors import MagMaxError, listed
+from ..base import Checkpoint
+from ..byte_ranges import RangeFile
+from .safe_unpickler import Record, told
+from .torch_file import Stored, TorchFile
+
+MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
+"""What savers call the model, where they save it beside other things."""
+SCRIPT = "__torch__."
+DEEPEST = 100
+MOST_PARTS = 1_000_000
+DATA_PARALLEL = "module."
+
+
+class PickledModel(Checkpoint):
+    """The tensors of a model in a torch file, under the names that its `state_dict()` would give them.
+
+    A module is known by its `_parameters`, `_buffers` and `_modules`, whatever its class: parameters, persistent
+    buffers and then its modules' own, each name after the names of what it is in. What a class does beyond that when
+    its state dict is taken is not known here. Of a TorchScript module every tensor is taken. A mapping of names to
+    tensors is a state dict.
+
+    Args:
+        part: the model's place in what was pickled, such as "ema" or "state/model"; by default the module itself, or
+            what is called by one of `MODEL_NAMES`, or the one thing there that holds tensors.
+        strip: keep the tensors whose names begin with this, and take it off.
+        inert: calls of the pickle to be kept as notes of themselves, beyond those known to be harmless.
+
+    Raises:
+        MagMaxError: a pickle that would call what is not known, or holds no model, or several; a parameter of a kind
+            that cannot be read; a file that is cut.
+    """
+
+    def __init__(self, path: Path, label: str, part: str = "", strip: str = "", inert: Iterable[str] = ()) -> None:
+        super().__init__(label, {})
+        self.path = path
+        file = RangeFile(path, label)
+        source = TorchFile(file, 0, file.size, label, inert)
+        found = self._named(self._model(source.root, [p for p in part.split("/") if p]))
+        if strip:
+            found = self._stripped(found, strip)
+        elif found and all(name.startswith(DATA_PARALLEL) for name in found):
+            self.notes.append(
+                f"{label}: every name begins with {DATA_PARALLEL!r}; --strip {DATA_PARALLEL} takes it off"
+            )
+        self._tensors: dict[str, Stored] = {}
+        seen: dict[tuple[Any, ...], str] = {}
+        for name, tensor in found.items():
+            if tensor.spec.elements and tensor.place in seen:
+                self.aliases[name] = seen[tensor.place]
+                continue
+            seen[tensor.place] = name
+            self.specs[name], self._tensors[name] = tensor.spec, source.laid_out(tensor)
+
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        return self._tensors[key].units(start, stop)
+
+    def files(self) -> list[Path]:
+        return [] if self.path is None else [self.path]
+
+    def _model(self, root: Any, part: list[str]) -> Any:
+        """The part of `root` that is the model."""
+        for name in part:
+            inside = _parts(root)
+            if name not in inside:
+                raise MagMaxError(f"{self.label}: has no part {name!r}; {_listing(root)}")
+            root = inside[name]
+        known: dict[tuple[int, int], bool] = {}
+        for level in itertools.count():
+            if part or _is_module(root):
+                break
+            if level > DEEPEST:
+                raise self._endless()
+            holding = {name: value for name, value in _parts(root).items() if _holds_tensors(value, known)}
+            direct = [name for name, value in holding.items() if isinstance(value, Stored)]
+            nested = [name for name in holding if name not in direct]
+            called = [name for name in nested if name in MODEL_NAMES]
+            if not nested:
+                break
+            if len(called) != 1 and (direct or len(nested) > 1):
+                raise MagMaxError(f"{self.label}: which part of it is the model cannot be told; {_listing(root)}")
+            name = called[0] if called else nested[0]
+            if isinstance(root, Record) and name == "vector":
+                self.notes.append(
+                    f"{self.label}: holds a task vector, what was added to a base; it is no model by itself"
+                )
+            root = holding[name]
+        return root
+
+    def _named(self, model: Any) -> dict[str, Stored]:
+        """The model's tensors by name."""
+        found: dict[str, Stored] = {}
+        problems: list[str] = []
+        if _is_module(model):
+            self._walk(model, "", found, problems, itertools.count())
+        else:
+            for name, value in _parts(model).items():
+                if isinstance(value, Stored):
+                    found[name] = value
+            if left := [name for name in _parts(model) if name not in found]:
+                self.notes.append(f"{self.label}: {', '.join(left[:5])}: no tensors, left out")
+        if problems:
+            raise listed(f"{self.label} cannot be read as a model", problems)
+        if not found:
+            raise MagMaxError(f"{self.label}: holds {_kind(model)}, and no tensor of a model in it")
+        return found
+
+    def _walk(
+        self,
+        module: Record,
+        prefix: str,
+        found: dict[str, Stored],
+        problems: list[str],
+        visits: Iterator[int],
+        depth: int = 0,
+    ) -> None:
+        attributes = module.attributes
+        if module.name.startswith(SCRIPT):
+            children = {n: v for n, v in _parts(attributes).items() if _is_module(v)}
+            own = {n: v for n, v in _parts(attributes).items() if isinstance(v, Stored)}
+        else:
+            passing = attributes.get("_non_persistent_buffers_set", set())
+            if not isinstance(passing, set | frozenset):
+                raise MagMaxError(f"{self.label}: {prefix}_non_persistent_buffers_set is {_kind(passing)}, not a set")
+            buffers = {n: v for n, v in _parts(attributes.get("_buffers")).items() if n not in passing}
+            own, children = _parts(attributes["_parameters"]) | buffers, _parts(attributes["_modules"])
+        for name, value in own.items():
+            self._refuse_endless(depth, visits)
+            if isinstance(value, Stored):
+                found[prefix + name] = value
+            elif value is not None:
+                problems.append(f"{self.label}: {prefix}{name} is {_kind(value)}, not a tensor that can be read")
+        for name, child in children.items():
+            self._refuse_endless(depth, visits)
+            if _is_module(child):
+                self._walk(child, f"{prefix}{name}.", found, problems, visits, depth + 1)
+            elif child is not None:
+                problems.append(f"{self.label}: {prefix}{name} is {_kind(child)}, not a module")
+
+    def _refuse_endless(self, depth: int, visits: Iterator[int]) -> None:
+        if depth > DEEPEST or next(visits) > MOST_PARTS:
+            raise self._endless()
+
+    def _endless(self) -> MagMaxError:
+        return MagMaxError(f"{self.label}: its modules lie in one another without an end")
+
+    def _stripped(self, found: dict[str, Stored], prefix: str) -> dict[str, Stored]:
+        kept = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+        if not kept:
+            raise MagMaxError(f"{self.label}: no name begins with {prefix!r}; the first is {next(iter(found))!r}")
+        if len(kept) < len(found):
+            left = next(name for name in found if not name.startswith(prefix))
+            self.notes.append(f"{self.label}: {len(found) - len(kept)} names without {prefix!r} left out ({left}, ...)")
+        return kept
+
+
+def _is_module(value: Any) -> bool:
+    if not isinstance(value, Record):
+        return False
+    return value.name.startswith(SCRIPT) or {"_parameters", "_modules"} <= value.attributes.keys()
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What a mapping or an object of an unknown class holds, by name."""
+    if isinstance(value, dict):
+        held = list(cast("dict[Any, Any]", value).items())
+    elif isinstance(value, Record):
+        pairs = [cast("tuple[Any, ...]", item) for item in value.items if isinstance(item, tuple)]
+        held = [*value.attributes.items(), *((pair[0], pair[1]) for pair in pairs if len(pair) == 2)]
+    else:
+        held = []
+    return {_text(name): part for name, part in held}
+
+
+def _text(name: Any) -> str:
+    """A key as a name; of what is neither text nor a number only the kind, for it may hold itself many times over."""
+    if isinstance(name, str):
+        return name
+    return str(name) if isinstance(name, int) and name.bit_length() < 64 else told(name)
+
+
+def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 0) -> bool:
+    """Whether a tensor is in a value, or in what it holds, a few levels down; what is `known` is not sought again."""
+    if isinstance(value, Stored) or _is_module(value):
+        return True
+    place = id(value), depth
+    if place not in known:
+        known[place] = depth < 4 and any(_holds_tensors(part, known, depth + 1) for part in _parts(value).values())
+    return known[place]
+
+
+def _listing(root: Any) -> str:
+    known: dict[tuple[int, int], bool] = {}
+    names = [name for name, value in _parts(root).items() if _holds_tensors(value, known)]
+    return f"choose one with --part: {', '.join(names[:20]) or 'none holds tensors'}"
+
+
+def _kind(value: Any) -> str:
+    return f"a {told(value)}" if isinstance(value, Record) else f"a {type(value).__name__}"

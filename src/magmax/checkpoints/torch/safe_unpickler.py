@@ -1,0 +1,334 @@
+"""Pickles read as data: an interpreter of our own, which has no way to import or to call what a pickle names.
+
+Names stay names (`Global`), objects of any class become `Record`s of what the pickle says of them, and a call is made
+only if it is in a table of pure functions of ours; any other is refused, with its name.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple, cast
+
+from ...errors import MagMaxError
+
+LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+NUMBERS_AND_TEXT = {
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE",
+    "BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+
+
+class Global(NamedTuple):
+    """The name of a class or function, "module.name"; never looked up."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of a class that is not known here: the class's name and all that the pickle would have given it."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list[Any])
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The object's `__dict__` and slots."""
+        parts = cast("tuple[Any, ...]", self.state) if isinstance(self.state, tuple) else (self.state,)
+        found: dict[str, Any] = {}
+        for part in parts:
+            if isinstance(part, dict):
+                found |= cast("dict[str, Any]", part)
+        return found
+
+
+Calls = Mapping[str, Callable[..., Any]]
+
+
+def _copied(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def copied(items: Any = ()) -> Any:
+        return kind(items)
+
+    return copied
+
+
+def _flat(key: Any) -> Any:
+    """A key, if it is one that can be hashed: to hash what is nested deep enough would overflow the stack."""
+    parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else ()
+    if any(isinstance(part, tuple | frozenset) and not isinstance(part, Global) for part in parts):
+        raise ValueError("a key within a key")
+    return cast("object", key)
+
+
+def _keys(keys: Iterable[Any]) -> list[Any]:
+    return [_flat(key) for key in keys]
+
+
+def _mapping(items: Any = ()) -> dict[Any, Any]:
+    pairs: Any = cast("dict[Any, Any]", items).items() if isinstance(items, dict) else items
+    return {_flat(key): value for key, value in pairs}
+
+
+def _default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
+    return _mapping(items)
+
+
+def _set(items: Any = ()) -> set[Any]:
+    return set(_keys(items))
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_keys(items))
+
+
+def _bytes(content: Any = b"") -> bytes:
+    if not isinstance(content, bytes):
+        raise TypeError("bytes made of something else")
+    return content
+
+
+def _encode(text: str, codec: str = "latin1") -> bytes:
+    if codec != "latin1":
+        raise ValueError("bytes in another codec than latin1")
+    return text.encode("latin1")
+
+
+def _text(text: Any) -> str:
+    if type(text) is not str:
+        raise TypeError("a name that is no text")
+    return text
+
+
+def _old_object(kind: Global, *_: Any) -> Record:
+    return Record(kind.name)
+
+
+def _new_object(kind: Global, *args: Any) -> Record:
+    return Record(kind.name, args)
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _mapping,
+    "collections.defaultdict": _default_dict,
+    "dict": _mapping, "list": _copied(list), "tuple": _copied(tuple), "set": _set,
+    "frozenset": _frozenset, "bytearray": _bytes, "complex": complex,
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": _old_object, "copyreg.__newobj__": _new_object,
+    "torch.Size": _copied(tuple), "torch.serialization._get_layout": _text,
+}  # fmt: skip
+PLAIN: Calls = _PLAIN
+"""Calls that make plain data; the names of builtins are without their module."""
+
+INERT = frozenset({
+    "getattr", "functools.partial", "torch.device", "argparse.Namespace", "uuid.UUID", "datetime.datetime",
+    "datetime.timedelta", "decimal.Decimal", "types.SimpleNamespace", "numpy.dtype", "random.Random",
+    *(f"pathlib{sub}.{kind}" for sub in ("", "._local") for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *(f"numpy.{c}.multiarray.{f}" for c in ("core", "_core") for f in ("scalar", "_reconstruct")),
+    "torchvision.transforms.functional.InterpolationMode", "torchvision.transforms.InterpolationMode",
+    "PIL.Image.Resampling", "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING", "torch._C.Generator", "torch._C._nn.gelu",
+})  # fmt: skip
+"""Calls that are kept as records of themselves: settings, paths, enums, whose values nobody needs here."""
+
+
+class Machine:
+    """One pickle, run opcode by opcode over a stack of plain data.
+
+    Args:
+        stream: read from where it stands to the end of the pickle.
+        label: what messages call the file.
+        calls: functions to be called, by the name that the pickle gives them, beyond `PLAIN`.
+        inert: calls to be kept as records, beyond `INERT`.
+        persistent: what a persistent id stands for.
+
+    Raises:
+        MagMaxError: a call that is not in the tables; a pickle that is cut or corrupt.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        label: str,
+        calls: Calls,
+        inert: Iterable[str] = (),
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._stream, self._label, self._persistent = stream, label, persistent
+        self._calls, self._inert = {**PLAIN, **calls}, INERT | set(inert)
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        push, pop, marked = self._push, self._pop, self._marked
+        self._handlers: dict[str, Callable[[Any], None]] = {
+            **{name: self._literal(value) for name, value in LITERALS.items()},
+            **dict.fromkeys(NUMBERS_AND_TEXT, push),
+            **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self._remember),
+            **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), lambda arg: push(self._memo[arg])),
+            **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
+            "MEMOIZE": lambda _: self._remember(len(self._memo)),
+            "MARK": lambda _: self._mark(),
+            "POP": lambda _: self._drop(),
+            "POP_MARK": lambda _: self._drop_marked(),
+            "DUP": lambda _: push(self._stack[-1]),
+            "EMPTY_DICT": lambda _: push({}),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_SET": lambda _: push(set()),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "DICT": lambda _: self._dict(marked()),
+            "LIST": lambda _: push(marked()),
+            "FROZENSET": lambda _: push(_frozenset(marked())),
+            "TUPLE": lambda _: push(tuple(marked())),
+            "TUPLE1": lambda _: self._tuple(1),
+            "TUPLE2": lambda _: self._tuple(2),
+            "TUPLE3": lambda _: self._tuple(3),
+            "APPEND": lambda _: self._extend([pop()]),
+            "APPENDS": lambda _: self._extend(marked()),
+            "ADDITEMS": lambda _: self._extend(marked()),
+            "SETITEM": lambda _: self._put([pop(), pop()][::-1]),
+            "SETITEMS": lambda _: self._put(marked()),
+            "GLOBAL": lambda arg: self._global(*arg.split(" ", 1)),
+            "STACK_GLOBAL": lambda _: self._global(*[pop(), pop()][::-1]),
+            "REDUCE": lambda _: self._call(*[pop(), pop()][::-1]),
+            "NEWOBJ": lambda _: self._new(*[pop(), pop()][::-1]),
+            "NEWOBJ_EX": lambda _: self._new(*[pop(), pop(), pop()][:0:-1]),
+            "INST": lambda arg: self._instance([Global(arg.replace(" ", ".", 1)), *marked()]),
+            "OBJ": lambda _: self._instance(marked()),
+            "BUILD": lambda _: self._build(pop()),
+            "PERSID": lambda arg: self._identified(arg),
+            "BINPERSID": lambda _: self._identified(pop()),
+        }
+
+    def run(self) -> Any:
+        """The object that the pickle describes."""
+        try:
+            for opcode, arg, _ in pickletools.genops(self._stream):
+                handler = self._handlers.get(opcode.name)
+                if handler is None:
+                    raise MagMaxError(f"{self._label}: this pickle uses {opcode.name}, which is refused")
+                handler(arg)
+            if len(self._stack) != 1 or self._marks:
+                raise ValueError("it leaves more or less than one object")
+            return self._stack[0]
+        except MagMaxError:
+            raise
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            told = str(error) or type(error).__name__
+            raise MagMaxError(f"{self._label}: holds no whole pickle ({told[:200]}); is it truncated?") from error
+
+    def _push(self, made: Any) -> None:
+        self._stack.append(made)
+
+    def _pop(self) -> Any:
+        return self._stack.pop()
+
+    def _literal(self, value: Any) -> Callable[[Any], None]:
+        return lambda _: self._push(value)
+
+    def _remember(self, number: int) -> None:
+        self._memo[number] = self._stack[-1]
+
+    def _mark(self) -> None:
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def _marked(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def _drop(self) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._marked()
+
+    def _drop_marked(self) -> None:
+        self._marked()
+
+    def _tuple(self, count: int) -> None:
+        parts = tuple(self._stack[-count:])
+        if len(parts) < count:
+            raise ValueError("a tuple of too few parts")
+        self._stack[-count:] = [parts]
+
+    def _global(self, module: Any, name: Any) -> None:
+        if type(name) is not str or type(module) is not str:
+            raise ValueError("a name that is no text")
+        builtin = module in ("builtins", "__builtin__")
+        module = "copyreg" if module == "copy_reg" else module
+        self._push(Global(name if builtin else f"{module}.{name}"))
+
+    def _call(self, function: Any, args: Any) -> None:
+        if not isinstance(args, tuple):
+            raise ValueError("arguments that are no tuple")
+        given = cast("tuple[Any, ...]", args)
+        if isinstance(function, Global) and function.name in self._calls:
+            self._push(self._calls[function.name](*given))
+        elif isinstance(function, Global) and function.name in self._inert:
+            self._push(Record(function.name, given))
+        else:
+            raise MagMaxError(
+                f"{self._label}: this pickle would call {told(function)}, which is refused; it did not run"
+            )
+
+    def _new(self, kind: Any, args: Any) -> None:
+        if not isinstance(kind, Global) or kind.name in self._calls:
+            self._call(kind, args)
+        else:
+            self._push(Record(kind.name, args))
+
+    def _instance(self, parts: list[Any]) -> None:
+        self._call(parts[0], tuple(parts[1:]))
+
+    def _build(self, state: Any) -> None:
+        made = self._stack[-1]
+        if isinstance(made, Record):
+            made.state = state
+        elif not isinstance(made, dict | list | set):  # what a subclass of these has besides holds no weights
+            raise MagMaxError(f"{self._label}: this pickle would change {told(made)}, which is refused")
+
+    def _put(self, pairs: list[Any]) -> None:
+        into = self._stack[-1]
+        found = list(zip(pairs[::2], pairs[1::2], strict=True))
+        if isinstance(into, Record):
+            into.items += found
+        else:
+            cast("dict[Any, Any]", into).update(_mapping(found))
+
+    def _extend(self, items: list[Any]) -> None:
+        into = self._stack[-1]
+        if isinstance(into, set):
+            cast("set[Any]", into).update(_keys(items))
+        else:
+            cast("list[Any]", into.items if isinstance(into, Record) else into).extend(items)
+
+    def _dict(self, pairs: list[Any]) -> None:
+        self._push({})
+        self._put(pairs)
+
+    def _identified(self, identity: Any) -> None:
+        if self._persistent is None:
+            raise MagMaxError(f"{self._label}: this pickle speaks of things outside of it, which is refused")
+        self._push(self._persistent(identity))
+
+
+def told(made: Any, deep: int = 9) -> str:
+    """What messages call something found in a pickle."""
+    if deep and isinstance(made, Record) and made.name == "getattr" and [type(a) for a in made.args[1:]] == [str]:
+        return f"{told(made.args[0], deep - 1)}.{made.args[1]}"
+    if isinstance(made, Global | Record):
+        return made.name if "." in made.name else f"builtins.{made.name}"
+    return f"an object of type {type(made).__name__}"

@@ -1,0 +1,214 @@
+"""The verbs that look for reasons: study, report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError, nearest
+from .common_options import Models, Threads
+from .console import print_table, shown_settings
+
+if TYPE_CHECKING:
+    from ..analysis.method_comparison import Records
+    from ..analysis.records import Study
+    from ..analysis.weight_studies import Tallies
+
+SHOWN_ROWS = 40
+
+
+def study(
+    what: str,
+    models: Models = (),
+    *,
+    base: str | None = None,
+    source: Annotated[str | None, Parameter(name="--from")] = None,
+    out: str | None = None,
+    top: float | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Why a merge works: one of the MagMax paper's analyses, of any models or of a benchmark's results.
+
+    Parameters
+    ----------
+    what
+        Of checkpoints, without any data: conflicts, consistency, contribution, cosine, norms. Of a benchmark's
+        accuracies: retention, kth, scaling, drop, penalties, curves.
+    models
+        Fine-tuned models; anything that magmax merge reads.
+    base
+        The model that all of them were fine-tuned from.
+    source
+        Instead of models: the output folder of magmax bench or train, with every chain and seed that is in it.
+    out
+        A folder for WHAT.csv, WHAT.json, WHAT.html and, of most, WHAT.svg.
+    top
+        With conflicts: count only this fraction of each task vector, its largest entries.
+    as_json
+        Print the records as JSON instead of a table.
+    """
+    from ..analysis.accuracy_studies import SCORED
+    from ..analysis.weight_studies import STUDIES
+
+    if what not in (*STUDIES, *SCORED):
+        raise MagMaxError(f"there is no study {what!r}; {nearest(what, [*STUDIES, *SCORED])}")
+    if top is not None and (what != "conflicts" or not 0 < top <= 1):
+        raise MagMaxError(f"--top is a fraction from 0 to 1 for the study conflicts, not {top} for {what}")
+    found, cells = _studied(what, models, base, source, top, threads)
+    files = [] if out is None else _written(found, cells, Path(out))  # first: who reads what is printed may stop early
+    if as_json:
+        print(found.as_json(), end="")
+    else:
+        _print(found)
+    if files:
+        print(", ".join(map(str, files)))
+
+
+def report(
+    *sources: str,
+    base: str | None = None,
+    out: str,
+    calibration: str | None = None,
+    threads: Threads = 0,
+) -> None:
+    """Write one self-contained page about models, a benchmark or a training; it opens without a network.
+
+    Parameters
+    ----------
+    sources
+        Fine-tuned models of --base, which need no training run: conflicts, contribution, likeness, distances. Or one
+        output folder of magmax bench or magmax train: accuracies too.
+    base
+        The model that all of them were fine-tuned from.
+    out
+        The page (.html).
+    calibration
+        A calibration's report (.json), whose coefficients are shown too.
+    """
+    path = Path(out)
+    if path.suffix not in (".html", ".htm"):
+        raise MagMaxError(f"--out {out}: a report is one page; name a file that ends in .html")
+    from ..analysis.report.builder import run_page, weights_page
+
+    coefficients = None if calibration is None else coefficients_of(Path(calibration))
+    if base is None and len(sources) == 1:
+        from ..analysis.run_folders import load_run
+
+        run = load_run(Path(sources[0]))
+        with shown_settings(_bytes(run.chains.values()), "reading checkpoints", threads, False) as settings:
+            tallies = run.tallies(None, threads, settings.progress)
+        page = run_page(run, tallies, coefficients)
+    else:
+        tallies = _tallies(sources, base, None, threads)
+        page = weights_page(tallies, Path(str(base)).name, coefficients)
+    page.write(path)
+    for each in page.advice:
+        print(f"{each.kind}: {each.headline}\n  {each.because}")
+    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+
+
+def coefficients_of(path: Path) -> dict[str, float]:
+    """Layer -> coefficient, from a calibration's report: "layers" with name and xi; or a map, alone or under
+    "coefficients".
+
+    Raises MagMaxError for a file that holds none.
+    """
+    try:
+        found: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MagMaxError(f"{path}: cannot be read: {error}") from error
+    inner = found.get("coefficients", found) if isinstance(found, dict) else None
+    numbers: list[tuple[Any, Any]] = list(inner.items()) if isinstance(inner, dict) else []
+    layers = found.get("layers") if isinstance(found, dict) else None
+    if isinstance(layers, list):
+        numbers = [(layer.get("name"), layer.get("xi")) for layer in layers if isinstance(layer, dict)]
+    known = {str(k): float(v) for k, v in numbers if type(v) in (int, float) and math.isfinite(v)}
+    if not known:
+        raise MagMaxError(
+            f"{path}: holds no coefficients; expected layers with a name and xi, or a map from tensor to number"
+        )
+    return known
+
+
+def _studied(
+    what: str, models: Sequence[str], base: str | None, source: str | None, top: float | None, threads: int
+) -> tuple[Study, Records]:
+    """The study, and the benchmark's cells if it is of one."""
+    from ..analysis.accuracy_studies import SCORED, study_scored
+    from ..analysis.weight_studies import study_weights
+
+    if source is None:
+        if what in SCORED:
+            raise MagMaxError(f"{what} is read from accuracies; give a benchmark's results: --from FOLDER")
+        return study_weights(what, _tallies(models, base, top, threads), top), ()
+    if models or base:
+        raise MagMaxError("give either models and their --base, or --from FOLDER, not both")
+    from ..analysis.run_folders import load_run
+
+    run = load_run(Path(source))
+    if what in SCORED:
+        return study_scored(what, run.cells), run.cells
+    if not run.chains:
+        raise MagMaxError(
+            f"{source}: has no checkpoints any more (magmax bench --discard deletes them); {what} needs them"
+        )
+    with shown_settings(_bytes(run.chains.values()), "reading checkpoints", threads, False) as settings:
+        return study_weights(what, run.tallies(top, threads, settings.progress), top), run.cells
+
+
+def _tallies(models: Sequence[str], base: str | None, top: float | None, threads: int) -> Tallies:
+    from ..analysis.weight_statistics import tally
+    from ..analysis.weight_studies import Origin
+    from ..checkpoints import open_checkpoint
+    from ..merging.api import default_names
+
+    if base is None or not models:
+        raise MagMaxError("give --base BASE and the fine-tuned models, or the folder of a benchmark or a training")
+    start = open_checkpoint(base)
+    others = [open_checkpoint(model, base=start) for model in models]
+    names = default_names([other.place for other in others])
+    total = start.nbytes * (1 + len(others))
+    with shown_settings(total, f"reading {len(others)} models", threads, False) as settings:
+        return {Origin(): tally(start, others, names, top, threads, settings.progress)}
+
+
+def _bytes(chains: Any) -> int:
+    return sum(path.stat().st_size for paths in chains for path in paths)
+
+
+def _print(found: Study) -> None:
+    """What was found in words, and the records; of many only the first."""
+    for sentence in found.findings:
+        print(sentence)
+    from ..analysis.records import plain
+
+    def told(value: Any) -> str:
+        return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    rows = [tuple(told(value) for value in plain(record).values()) for record in found.records[:SHOWN_ROWS]]
+    if rows:
+        print_table(list(found.records[0]), rows)
+    if len(found.records) > SHOWN_ROWS:
+        print(f"... {len(found.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
+
+
+def _written(found: Study, cells: Records, folder: Path) -> list[Path]:
+    """The records, the page and the drawings of a study, each as a file."""
+    from ..analysis.report.builder import figures_of
+    from ..analysis.report.html_page import single, standalone_svgs
+    from ..checkpoints.writer import replace_file
+
+    figures = figures_of(found, cells)
+    paths = found.write(folder)
+    paths.append(single(found, figures).write(folder / f"{found.kind}.html"))
+    for figure in figures:
+        for name, drawing in standalone_svgs(figure).items():
+            paths.append(folder / f"{name}.svg")
+            replace_file(paths[-1], drawing.encode())
+    return paths

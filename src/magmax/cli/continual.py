@@ -1,0 +1,247 @@
+"""The verbs that learn: train, eval, bench."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError
+from .common_options import Models
+
+if TYPE_CHECKING:
+    from ..continual.experiment import Experiment
+
+Restart = Annotated[bool, Parameter(negative="", help="Clear the folder and begin again.")]
+
+
+def train(
+    recipe: str,
+    *assignments: str,
+    out: str,
+    chain: str = "sequential",
+    rule: str = "magmax",
+    seed: int | None = None,
+    scaling_factor: float | None = None,
+    threads: int = 0,
+    restart: Restart = False,
+) -> None:
+    """Learn the tasks of a recipe one after another; merge and evaluate after each.
+
+    Several processes: torchrun --nproc-per-node 2 -m magmax.cli train RECIPE --out OUT, or accelerate launch; each has
+    a part of the model with parallel=fsdp.
+
+    Parameters
+    ----------
+    recipe
+        An experiment (.yaml).
+    assignments
+        Changes to it, such as fit.steps=20.
+    out
+        The folder for the checkpoints, the running merge and the metrics. The same command again goes on.
+    chain
+        One of the recipe's chains: sequential, independent, lwf, ewc, ...
+    rule
+        The merge rule that each task is absorbed into.
+    seed
+        Draws the tasks and the order of the examples; the recipe's first by default.
+    scaling_factor
+        Of the merge; the rule's own by default.
+    threads
+        Of torch; 0 leaves the choice to it.
+    """
+    experiment = read_experiment(recipe, assignments)
+    from ..continual.progress import bars
+    from ..continual.training.trainer import Training
+    from ..recipes.recipe import parse_rule
+
+    parsed, given = parse_rule(rule)
+    factor = given if scaling_factor is None else scaling_factor
+    named = rule if rule.isidentifier() else parsed.describe()
+    chosen = experiment.seeds[0] if seed is None else seed
+    work = Training(experiment, Path(out), chain, named, chosen, factor, restart)
+    _threads(threads)
+    team = _team()
+    with bars() as new_bar:
+        metrics = work.run(new_bar, team)
+    if team:
+        team.end_training()
+    for what, rows in metrics.items():
+        last = rows[max(rows, key=int)]
+        shares = " ".join(f"{100 * share:.1f}" for share in last["tasks"])
+        print(f"{what:<7} accuracy on each task after the last, in %: {shares}; mean {_mean(last['tasks'])}")
+    if metrics:
+        print(f"{Path(out) / 'metrics.json'} and the checkpoints are in {out}")
+
+
+def evaluate(
+    recipe: str,
+    models: Models = (),
+    *,
+    seed: int | None = None,
+    threads: int = 0,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Evaluate models on the test examples of a recipe, among the classes of all its tasks.
+
+    Parameters
+    ----------
+    recipe
+        An experiment (.yaml).
+    models
+        Safetensors files of the recipe's model: checkpoints, merges. Then assignments such as data.newsgroups.seed=1.
+    seed
+        Draws the tasks; the recipe's first by default.
+    threads
+        Of torch; 0 leaves the choice to it.
+    as_json
+        Print JSON instead of a table.
+    """
+    from ..recipes.recipe import is_override
+
+    paths = [word for word in models if not is_override(word) or os.path.exists(word)]
+    if not paths:
+        raise MagMaxError("eval needs a recipe and at least one model")
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        raise MagMaxError(f"{missing[0]}: there is no such file")
+    experiment = read_experiment(recipe, [word for word in models if word not in paths])
+    from dataclasses import asdict
+
+    from ..continual.progress import bars
+    from ..continual.training.trainer import evaluate as measure
+
+    _threads(threads)
+    with bars() as new_bar:
+        found = measure(experiment, paths, experiment.seeds[0] if seed is None else seed, new_bar)
+    if as_json:
+        print(json.dumps({path: asdict(row) for path, row in found.items()}, indent=2))
+        return
+    for path, row in found.items():
+        shares = " ".join(f"{100 * share:.1f}" for share in row.tasks)
+        print(f"{path}: {shares}; mean {_mean(row.tasks)}, macro {100 * row.macro:.1f}, micro {100 * row.micro:.1f}")
+
+
+def bench(
+    recipe: str,
+    *assignments: str,
+    out: str,
+    jobs: int = 1,
+    threads: int = 1,
+    scheduler: str | None = None,
+    discard: Annotated[bool, Parameter(negative="", help="Delete checkpoints once every rule is measured.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(negative="", help="Show what is measured and what is not, and do nothing.")
+    ] = False,
+) -> None:
+    """Measure every method of a recipe over its seeds; write a table, CSV and JSON.
+
+    Where it is stopped, or a cell fails, these hold the cells that are measured, and name those that are not.
+
+    Parameters
+    ----------
+    recipe
+        An experiment (.yaml).
+    assignments
+        Changes to it, such as fit.steps=20 or seeds=[0].
+    out
+        The folder for the checkpoints (chains), the finished cells, results.csv, results.json and results.md. Cells of
+        the same recipe that are there are not measured again.
+    jobs
+        Processes that work at once.
+    threads
+        Of torch, in each process.
+    scheduler
+        The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
+    """
+    experiment = read_experiment(recipe, assignments)
+    from ..continual.benchmark import Benchmark, finished
+    from ..continual.evaluation.result_files import show, write_results
+    from ..continual.progress import bars
+    from ..merging.execution.executors import hired
+
+    if jobs < 1 or threads < 1:
+        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    folder = Path(out).resolve()
+    if dry_run:
+        show(experiment, finished(experiment, folder))
+        return
+    try:
+        with hired(jobs, scheduler) as executor, bars() as new_bar:
+            Benchmark(experiment, folder, executor, threads, discard, new_bar("Benchmark")).run()
+    finally:
+        records = finished(experiment, folder)
+        files = write_results(experiment, records, Path(out)) if records else []
+    show(experiment, records)
+    print(", ".join(map(str, files)))
+
+
+def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
+    """An experiment from its file, with assignments such as fit.steps=20 put in.
+
+    Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
+    """
+    from ..yaml_documents import read_document, validated
+
+    try:
+        import torch  # noqa: F401
+
+        from ..continual.experiment import Experiment, Fit
+    except ImportError as error:
+        raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
+    document = read_document(file)
+    for word in assignments:
+        document = document._replace(content=assigned(document.content, word))
+
+    def known(parts: Sequence[str]) -> list[str]:
+        return list((Experiment if len(parts) == 1 else Fit).model_fields)
+
+    return validated(Experiment, document, known).checked()
+
+
+def assigned(content: Any, word: str) -> dict[str, Any]:
+    """The content with one assignment put in; the value is read as YAML."""
+    from ..recipes.recipe import is_override
+    from ..yaml_documents import parse_yaml
+
+    if not is_override(word):
+        raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")
+    name, _, text = word.partition("=")
+    *path, last = name.split(".")
+    content = json.loads(json.dumps(content))
+    place = content
+    for part in path:
+        if isinstance(place.get(part), str):
+            place[part] = {place[part]: {}}
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise MagMaxError(f"{word}: {part} has no keys to set")
+    place[last] = parse_yaml(text, word)
+    return content
+
+
+def _team() -> Any:
+    """The processes of `accelerate launch` or torchrun; None where this is the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as the pooler of a sentence encoder
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+
+
+def _threads(count: int) -> None:
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+def _mean(shares: list[float]) -> str:
+    return f"{100 * sum(shares) / len(shares):.1f}"

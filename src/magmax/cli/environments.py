@@ -1,0 +1,86 @@
+"""The verb that measures preferences: environments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import MagMaxError
+from .continual import assigned, read_experiment
+
+if TYPE_CHECKING:
+    from ..continual.experiment import Experiment
+    from ..preference.environments.environments_config import Study
+
+
+def environments(
+    recipe: str,
+    *assignments: str,
+    out: str,
+    jobs: int = 1,
+    threads: int = 1,
+    scheduler: str | None = None,
+) -> None:
+    """Measure what each preference is worth where tasks occur in other mixtures: the benchmark of the rule tunable.
+
+    Where it is stopped, or a part fails, the tables hold what is measured.
+
+    Parameters
+    ----------
+    recipe
+        A study (.yaml): the recipe of magmax bench whose chains are merged, environments, preferences.
+    assignments
+        Changes to it, such as draws=2 or seeds=[0].
+    out
+        The folder that magmax bench was given: its checkpoints (chains) are used, and trained where they lack. Finished
+        records, results.csv, results.json and results.md come into its subfolder environments; records of the same
+        recipe that are there are not measured again.
+    jobs
+        Processes that work at once, on one chain each.
+    threads
+        Of torch, in each process.
+    scheduler
+        The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
+    """
+    from ..continual.progress import bars
+
+    if jobs < 1 or threads < 1:
+        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    study, experiment = read_study(recipe, assignments)
+    from ..merging.execution.executors import hired
+    from ..preference.environments.environment_runs import Runs
+    from ..preference.environments.environment_tables import write_report
+
+    with hired(jobs, scheduler) as executor, bars() as new_bar:
+        work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
+        try:
+            records = work.run()
+        except BaseException:
+            with suppress(MagMaxError, OSError, IndexError):  # of what is measured; why it stopped matters more
+                write_report(study, experiment, work.finished(), Path(out))
+            raise
+    files = write_report(study, experiment, records, Path(out))
+    print(files[-1].read_text("utf-8"), end="")
+    print(", ".join(map(str, files)))
+
+
+def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Study, Experiment]:
+    """A study and the experiment that it names, with assignments such as draws=2 put in.
+
+    Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
+    """
+    from ..yaml_documents import read_document, validated
+
+    document = read_document(recipe)
+    for word in assignments:
+        document = document._replace(content=assigned(document.content, word))
+    named = document.content.get("experiment")
+    if not isinstance(named, str):
+        raise MagMaxError(f"{recipe}: experiment is the recipe of magmax bench whose chains are merged, not {named!r}")
+    experiment = read_experiment(str(Path(recipe).parent / named))
+    from ..preference.environments.environments_config import SHAPES, Study
+
+    study = validated(Study, document, lambda parts: list(SHAPES.get(parts[0], Study).model_fields))
+    return study.checked(experiment), experiment

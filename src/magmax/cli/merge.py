@@ -1,0 +1,195 @@
+"""The verbs that merge: merge, sweep."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError
+from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
+from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..recipes.request import Plan
+
+
+def merge(
+    models: Models = (),
+    *,
+    base: str | None = None,
+    out: str | None = None,
+    rule: str | None = None,
+    scaling_factor: float | None = None,
+    dtype: Dtype | None = None,
+    mismatch: Mismatch | None = None,
+    adapter_rank: int | None = None,
+    allow_nonfinite: Nonfinite = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+    scheduler: Scheduler = None,
+    device: Device = None,
+) -> None:
+    """Merge fine-tuned models into their base.
+
+    Parameters
+    ----------
+    models
+        The fine-tuned models: .safetensors files, folders, .pt/.bin state dicts, torch.distributed checkpoints, folders
+        of PEFT LoRA adapters (of the base, or BASE+ADAPTER), ids of models on the Hugging Face hub. Or one recipe
+        (.yaml). Then assignments such as scaling_factor=0.7 or rule.k=2.
+    base
+        The model that all of them were fine-tuned from.
+    out
+        A .safetensors file, or a folder for shards with the base's config and tokenizer beside them.
+    rule
+        A name, or with options "{kth_magnitude: {k: 2}}", or a chain "[{dare: {drop: 0.9}}, magmax]": see magmax rules.
+    scaling_factor
+        Multiplies the merged task vector. The rule's own by default.
+    dtype
+        The output's floating type. The base's by default.
+    mismatch
+        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
+        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
+    adapter_rank
+        Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
+    """
+    flags = {
+        "base": base,
+        "out": out,
+        "rule": rule,
+        "scaling_factor": scaling_factor,
+        "dtype": dtype,
+        "mismatch": mismatch,
+        "adapter_rank": adapter_rank,
+        "allow_nonfinite": allow_nonfinite or None,
+    }
+    from ..merging.execution.execution_options import Settings
+
+    plan = _plan(models, flags)
+    print_notes(plan)
+    if device and plan.adapter_rank is not None:
+        say(f"adapters are merged by the processors alone, not on {device}")
+    job = plan.job(settings=Settings(threads, note=say, device=device))
+    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
+    if outcome is None:
+        return
+    for line in job.report():
+        print(line)
+    what = "models" if plan.adapter_rank is None else "adapters"
+    print_outcome(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
+
+
+def sweep(
+    recipe: str,
+    *assignments: str,
+    evaluate: Annotated[str | None, Parameter(name="--eval")] = None,
+    out: str | None = None,
+    keep: Annotated[bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")] = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+    scheduler: Scheduler = None,
+) -> None:
+    """Merge once, then write or evaluate the result at many scaling factors.
+
+    Parameters
+    ----------
+    recipe
+        A merge recipe (.yaml).
+    assignments
+        scaling_factor=first:last:step, both ends included, or scaling_factor=a,b,c; other assignments as in merge.
+    evaluate
+        A command that is given the path of a result and prints a JSON number as its last line. Each result is deleted
+        once it is scored, so that one at a time takes disk.
+    out
+        Where results go, with the factor put into the name; the recipe's out by default.
+    """
+    from pathlib import Path
+
+    from ..merging.sweep import Sweep, factors
+    from ..recipes.recipe import load
+
+    ranges = [a.partition("=")[2] for a in assignments if a.startswith(("scaling_factor=", "method.scaling_factor="))]
+    if len(ranges) != 1:
+        raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
+    plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
+    print_notes(plan)
+    if plan.calibrate:
+        raise MagMaxError(
+            "a sweep does not calibrate; leave calibrate out, and calibrate its results: magmax calibrate"
+        )
+    where = out or plan.out
+    if where is None:
+        raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
+    base, models, names = plan.opened()
+    chosen = factors(ranges[0])
+    rows: list[tuple[str, ...]] = []
+    total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
+    words = f"sweeping {len(chosen)} scaling factors"
+    with shown_settings(total, words, threads, restart, scheduler) as settings:
+        rule = plan.preferred(base, models, settings) if plan.target else plan.rule
+        work = Sweep(rule, base, models, names, Path(where), plan.options, chosen, settings)
+        if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
+            raise MagMaxError(
+                f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
+            )
+        try:
+            with work.merged() as scaler:
+                for factor in chosen:
+                    path = scaler.write(factor)
+                    told = str(path) if evaluate is None else _scored(evaluate, path, keep)
+                    rows.append((f"{factor:g}", told))
+        finally:
+            if rows:
+                print_table(["scaling_factor", "score" if evaluate else "path"], rows)
+
+
+def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
+    """The recipe that the command line names or spells out; flags stand above the recipe."""
+    import os
+
+    from ..checkpoints.lora.adapted_model import seen_from
+    from ..checkpoints.remote.urls import is_url
+    from ..recipes.recipe import build, is_override, load, merged_overrides
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    assigned = [w for w in words if is_override(w) and not os.path.exists(w)]
+    paths = [w for w in words if w not in assigned]
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        here = os.path.dirname(paths[0])
+        if "base" in given:
+            given["base"] = seen_from(here, given["base"])
+        if "out" in given and not is_url(given["out"]):
+            given["out"] = os.path.relpath(given["out"], here or ".")
+        return load(paths[0], assigned, given)
+    if "base" not in given and "adapter_rank" not in given:
+        raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
+    return build(merged_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
+
+
+def _scored(command: str, path: Path, keep: bool) -> str:
+    """Run the user's evaluation on a result, and delete the result unless it is to be kept; the number it printed."""
+    from ..checkpoints.writer import remove
+
+    try:
+        done = subprocess.run([*shlex.split(command), path], stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.strip().splitlines()
+        score: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+        if type(score) not in (int, float):
+            raise MagMaxError(f"{command} {path}: exit code {done.returncode}, and no JSON number as its last line")
+        return f"{score:g}"
+    except ValueError as error:
+        if isinstance(error, MagMaxError):
+            raise
+        raise MagMaxError(
+            f"{command} {path}: no JSON number as its last line, or unbalanced quotes ({error})"
+        ) from error
+    finally:
+        if not keep:
+            remove(path)

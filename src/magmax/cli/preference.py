@@ -1,0 +1,209 @@
+"""The verbs of preferences: tune, archive, presets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError
+from .common_options import DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
+from .console import in_bytes, print_outcome, print_preview, print_table, shown_settings
+
+
+def tune(
+    models: Models = (),
+    *,
+    out: str,
+    base: str | None = None,
+    archive: str | None = None,
+    prefer: Annotated[list[str] | None, Parameter(negative="")] = None,
+    preset: str | None = None,
+    save: str | None = None,
+    target: str | None = None,
+    samples: str | None = None,
+    method: Literal["label", "ot", "cos", "mmd", "auto"] = "auto",
+    encoder: str | None = None,
+    span: Literal["model", "tensor"] = "model",
+    selection: Literal["optimal", "random", "smallest"] = "optimal",
+    seed: int = 0,
+    scaling_factor: float | None = None,
+    dtype: Dtype | None = None,
+    mismatch: Mismatch | None = None,
+    allow_nonfinite: Nonfinite = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    threads: Threads = 0,
+    scheduler: Scheduler = None,
+) -> None:
+    """Merge with MagMax, told how much to take from each model: the rule tunable.
+
+    Parameters
+    ----------
+    models
+        The fine-tuned models, as in merge; or none, with --archive.
+    out
+        A .safetensors file, or a folder.
+    base
+        The model that all of them were fine-tuned from. An archive knows where it was.
+    archive
+        An archive made by magmax archive, instead of the models.
+    prefer
+        NAME=WEIGHT, once for each model to take from; nothing is taken from the others. NAME is the model's file name
+        without its suffix; of models in folders of their own, the folder's name.
+    preset
+        A preference that was stored in the archive.
+    save
+        Store the preference in the archive under this name.
+    target
+        Instead: samples of what the merged model is for, a CSV with the columns text and label, or LABEL/NAME.txt.
+    samples
+        With target: the folder of training samples of each model, NAME.csv or NAME/LABEL/*.txt. Only the methods label
+        and auto need labels, here and of the target.
+    method
+        With target: how to make a preference of it. label needs no encoder; auto tries all, each on the half of the
+        samples that it was not made of.
+    encoder
+        With target: the encoder's folder in the Hugging Face layout, where BASE is not that.
+    span
+        Whether the quotas hold over the whole model or in every tensor.
+    selection
+        How elements are chosen under the quotas: for the most magnitude retained, or as published.
+    seed
+        Of the random numbers.
+    scaling_factor
+        Multiplies the merged task vector.
+    dtype
+        The output's floating type. The base's by default.
+    mismatch
+        Where a model's tensors are not the base's, as in merge. An archive was made of what is in all of them.
+    """
+    from pathlib import Path
+
+    from ..checkpoints import open_checkpoint
+    from ..merging.api import merge_job
+    from ..preference.archive import Archive
+    from ..recipes.recipe import build
+
+    if (archive is None) == (not models) or (archive is None and base is None):
+        raise MagMaxError("tune needs --base BASE and the models, or --archive ARCHIVE")
+    if archive is not None and mismatch:
+        raise MagMaxError("an archive's tensors are the base's: --mismatch is for models")
+    if archive is None and (preset or save):
+        raise MagMaxError("presets are kept in archives: --preset and --save need --archive ARCHIVE")
+    if sum(map(bool, (prefer, preset, target))) != 1:
+        raise MagMaxError("tune needs --prefer NAME=WEIGHT (once for each model), or --preset NAME, or --target DATA")
+    if (target is None) != (samples is None):
+        raise MagMaxError("--target DATA and --samples FOLDER, the training samples of each model, go together")
+    kept = Archive(Path(archive)) if archive else None
+    if kept:
+        kept.refuse_inside(Path(out))
+    opened = kept.base(base) if kept else open_checkpoint(str(base))
+    inputs = kept.models(opened) if kept else [open_checkpoint(m, base=opened) for m in models]
+    weights = kept.preset(preset) if kept and preset else _weights(prefer or [])
+    content: dict[str, Any] = {
+        "base": str(opened.path),
+        "models": [{"path": name, "name": name} for name in kept.tasks] if kept else list(models),
+        "rule": {"tunable": {"span": span, "selection": selection, "seed": seed, "preference": weights or []}},
+        "target": {"data": target, "samples": samples, "method": method, "encoder": encoder} if target else None,
+        "scaling_factor": scaling_factor,
+        "dtype": dtype,
+        "mismatch": mismatch or "strict",
+        "allow_nonfinite": allow_nonfinite,
+    }
+    plan = build(content, "the command line", {}, "")
+    total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))
+    with shown_settings(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
+        rule = plan.preferred(opened, inputs, settings)
+        told = dict(zip(plan.names, rule.shares, strict=True))
+        given = dict(zip(plan.names, cast("Sequence[float]", rule.preference), strict=True))
+        if kept:
+            job = kept.job(rule, Path(out), plan.options, base)
+        else:
+            job = merge_job(rule, opened, inputs, out, plan.options, plan.names)
+        if dry_run:
+            print_preview(job, threads, scheduler)
+            return
+        outcome = job.run(settings)
+    if kept and save:
+        kept.store(save, given)
+    print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in told.items()))
+    print_outcome(f"tuned {len(inputs)} models", outcome)
+
+
+def archive(
+    models: Models = (), *, base: str, out: str, top: float = 0.3, bits: Literal[8, 16, 32] = 8, threads: Threads = 0
+) -> None:
+    """Store of each model what magmax tune is likely to need, in far fewer bytes.
+
+    Parameters
+    ----------
+    models
+        The fine-tuned models, as in merge.
+    base
+        The model that all of them were fine-tuned from; tuning needs it again.
+    out
+        The archive's folder. An archive that is there is replaced; its presets are kept where the models have the same
+        names, in the same order, and else it is refused.
+    top
+        The fraction of each task vector to keep, its entries of largest magnitude.
+    bits
+        How many bits each takes; 32 keeps them exactly.
+    """
+    from pathlib import Path
+
+    from ..checkpoints import open_checkpoint
+    from ..merging.api import default_names
+    from ..preference.archive_writer import write_archive
+
+    opened = open_checkpoint(base)
+    inputs = [open_checkpoint(model, base=opened) for model in models]
+    size = opened.nbytes + sum(model.nbytes for model in inputs)
+    with shown_settings(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
+        made = write_archive(
+            opened,
+            inputs,
+            default_names(list(models)),
+            Path(out),
+            top=top,
+            bits=bits,
+            base_given=base,
+            settings=settings,
+        )
+    size = made.tensors.nbytes
+    print(f"archived {', '.join(made.tasks)}: {out} ({in_bytes(size)}, {size / opened.nbytes:.2f} times the base)")
+
+
+def presets(archive: str) -> None:
+    """List an archive's tasks and the preferences stored in it.
+
+    Parameters
+    ----------
+    archive
+        The archive's folder.
+    """
+    from pathlib import Path
+
+    from ..preference.archive import Archive
+
+    found = Archive(Path(archive))
+    rows = [(name, *(f"{weights.get(task, 0):g}" for task in found.tasks)) for name, weights in found.presets.items()]
+    print_table(["preset", *found.tasks], rows)
+
+
+def _weights(words: list[str]) -> dict[str, float]:
+    """The preference that NAME=WEIGHT words spell."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = None
+        if not name or weight is None:
+            raise MagMaxError(f"--prefer needs NAME=WEIGHT, such as news=3, not {word!r}")
+        if name in found:
+            raise MagMaxError(f"--prefer names {name!r} twice; keep one")
+        found[name] = weight
+    return found

@@ -1,0 +1,76 @@
+"""The verb that searches: search."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import MagMaxError
+from .common_options import Scheduler
+from .console import print_table, say
+from .continual import read_experiment
+
+if TYPE_CHECKING:
+    from ..search.runner import Tried
+
+
+def search(
+    recipe: str,
+    *assignments: str,
+    out: str,
+    jobs: int | None = None,
+    threads: int = 1,
+    scheduler: Scheduler = None,
+) -> None:
+    """Search for the scaling factor, the options of a rule or the preference whose merge scores best.
+
+    Parameters
+    ----------
+    recipe
+        A search (.yaml): the merge, the space of settings, the score.
+    assignments
+        Changes to it, such as trials=100.
+    out
+        The folder for the trials, trials.csv and best.yaml. The same command again goes on; more trials add to it.
+    jobs
+        Trials that are under way at once, each in a process of its own; one, or with a scheduler one for each thread of
+        its workers. The choice of a trial knows the scores of all but this many before it.
+    threads
+        Of each merge.
+    """
+    from pathlib import Path
+
+    from ..merging.execution.executors import hired
+    from ..merging.execution.pool import at_once
+    from ..search.config import load_search
+    from ..search.runner import Search
+    from ..search.trial_results import best_of, front, tasks_of, write_search
+
+    if (jobs is not None and jobs < 1) or threads < 1:
+        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    given, trials = load_search(recipe, assignments, read_experiment)
+    if not isinstance(trials.score, str) and trials.score[2] == "test":
+        say("note: scores are those on the test examples; what is chosen by them must not be reported on them")
+    with hired(jobs or 1, scheduler) as executor:
+        tried = Search(given, trials, Path(out), executor, jobs or at_once(executor), threads, _say_trial).run()
+    files = write_search(given, trials, tried, Path(out))
+    tasks = tasks_of(given, tried)
+    shown = front(tried, tasks, given.direction) if len(tasks) > 1 else [best_of(given, tried)]
+    rows = [
+        (str(t.number), *map(_told, t.chosen.values()), *(f"{t.scores[task]:.6g}" for task in tasks)) for t in shown
+    ]
+    if len(tasks) > 1:
+        print(
+            f"the Pareto front: {len(shown)} of {len(tried)} trials, each with what no other has on all tasks at once"
+        )
+    print_table(["trial", *shown[0].chosen, *tasks], rows)
+    print(f"best: trial {best_of(given, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
+
+
+def _say_trial(trial: Tried) -> None:
+    chosen = ", ".join(f"{name} {_told(value)}" for name, value in trial.chosen.items())
+    came = ", ".join(f"{task} {score:.6g}" for task, score in trial.scores.items())
+    say(f"trial {trial.number}: {chosen}: {came or trial.refused}")
+
+
+def _told(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,60 @@
+"""The verb of the page: ui."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..errors import MagMaxError
+from .continual import read_experiment
+
+
+def ui(
+    run: str,
+    *,
+    recipe: str | None = None,
+    seed: int | None = None,
+    samples: str | None = None,
+    examples: int = 120,
+    port: int = 7860,
+    no_browser: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Try preferences on a page of this machine, and take the merge from there.
+
+    Parameters
+    ----------
+    run
+        The folder of magmax train; or an archive of magmax archive, or a chain of magmax bench.
+    recipe
+        Of an archive or a chain: its experiment (.yaml), or the recipe.json of a training.
+    seed
+        Of an archive or a chain: what drew the tasks; the recipe's first by default.
+    samples
+        Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. Test
+        examples of the recipe by default.
+    examples
+        How many test examples, dealt evenly to the tasks.
+    port
+        Where the page is served, on 127.0.0.1 alone; 0 for any free port.
+    no_browser
+        Do not open a browser.
+    """
+    try:
+        from ..ui.server import bound, serve
+        from ..ui.sources import open_source
+        from ..ui.view_model import Tuner
+    except ImportError as error:
+        raise MagMaxError(f"the page needs {error.name}, which is missing: pip install 'magmax[ui]'") from error
+    from ..continual.progress import bars
+
+    if examples < 1:
+        raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
+    with bound(port) as at:
+        told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
+        source = open_source(Path(run), told, seed)
+        with bars() as new_bar:
+            tuner = Tuner.open(source, examples, Path(samples) if samples else None, new_bar)
+        serve(tuner, at, not no_browser, partial(print, flush=True))

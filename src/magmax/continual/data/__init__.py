@@ -1,0 +1,1 @@
+"""Data sets and the scenarios that split them into tasks."""

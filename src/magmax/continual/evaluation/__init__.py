@@ -1,0 +1,1 @@
+"""Accuracies, measures of forgetting, and tables."""

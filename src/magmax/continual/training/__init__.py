@@ -1,0 +1,1 @@
+"""Fine-tuning task after task: the loop, penalties, snapshots and several processes."""

@@ -1,0 +1,198 @@
+"""`magmax train`: one chain of tasks, each absorbed into a running merge and evaluated as it is learned."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoints.writer import remove
+from ...errors import MagMaxError
+from ...merging.running.running_merge import Running
+from ..cells import with_seed
+from ..context import Context, context
+from ..evaluation.accuracy import Row
+from ..experiment import UNMERGED, Cell, Experiment
+from ..progress import NewBar, no_bars
+from .parallel import check_team
+from .sequence import fine_tune
+from .weight_files import MADE_FROM, load_weights, read_metadata, write_bytes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECIPE, METRICS, MERGE, MERGED = "recipe.json", "metrics.json", "merge", "merged.safetensors"
+MADE = (RECIPE, METRICS, MERGE, MERGED, "costs.json", "theta_", "step_", "penalty_")
+"""How the names of all that a training writes begin."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A chain to be trained in a folder.
+
+    In `out`: theta_0 .. theta_T, the running merge in `merge`, `merged.safetensors` at the end, `metrics.json` with
+    R of the model and of the merge after every task, and `recipe.json`. The same command again goes on where a kill
+    left it; with another recipe it is an error, unless `restart` clears the folder.
+    """
+
+    experiment: Experiment
+    out: Path
+    chain: str = "sequential"
+    rule: Any = "magmax"
+    seed: int = 0
+    scaling_factor: float | None = None
+    restart: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what comes out."""
+        told = self.experiment.chain_recipe(self.seed, self.chain)
+        told |= {"rule": self.rule, "scaling_factor": self.scaling_factor, "among": self.experiment.among}
+        return json.loads(json.dumps(told))
+
+    def run(self, new_bar: NewBar = no_bars, team: Accelerator | None = None) -> dict[str, Any]:
+        """Train, absorb, evaluate; returns the metrics."""
+        if self.chain not in self.experiment.chain_choices:
+            known = ", ".join(self.experiment.chain_choices)
+            raise MagMaxError(f"the recipe's chains are {known}; {self.chain!r} is none of them")
+        if self.chain == "given":
+            raise MagMaxError("the chain 'given' trains nothing; magmax bench merges and evaluates its models")
+        check_team(team, self.experiment.parallel)
+        first = team is None or team.is_main_process
+        if first:
+            self.prepare()
+        with team.main_process_first() if team else nullcontext():  # one process downloads what is missing
+            here = context(self.experiment, self.seed, new_bar if first else no_bars)
+        if team:
+            here.encoder.model.to(team.device)
+        work = _Work(self, here, new_bar if first else no_bars)
+        fine_tune(
+            here.encoder,
+            here.head,
+            here.train,
+            here.tasks_of(self.chain),
+            here.protocol(self.chain),
+            self.out,
+            seed=self.seed,
+            new_bar=new_bar if first else no_bars,
+            done=work.after if first else None,
+            team=team,
+        )
+        if team:
+            team.wait_for_everyone()
+        return work.finish() if first else {}
+
+    def clear(self) -> None:
+        """Delete what a training made, and nothing else."""
+        try:
+            ours = json.loads((self.out / RECIPE).read_text()).keys() >= {"chain", "seed", "fit"}
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise MagMaxError(
+                f"{self.out}: its {RECIPE} is none of a training, so nothing is deleted; name another --out"
+            )
+        for path in self.out.iterdir():
+            if path.name.startswith(MADE):
+                remove(path)
+
+    def prepare(self) -> None:
+        """The folder made, cleared, or found to be of the same recipe."""
+        file = self.out / RECIPE
+        if self.restart and file.exists():
+            self.clear()
+        if not file.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
+            write_bytes(json.dumps(self.recipe(), indent=2).encode() + b"\n", file)
+            return
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise MagMaxError(f"{file}: cannot be read: {error}; begin again with --restart") from error
+        if changed := differences(before, self.recipe()):
+            raise MagMaxError(
+                f"{self.out}: was begun with another recipe: {'; '.join(changed)}; name another --out, or begin again "
+                "with --restart"
+            )
+
+
+class _Work:
+    """What follows each task: absorb it, evaluate the model and the merge, write the metrics."""
+
+    def __init__(self, training: Training, here: Context, new_bar: NewBar) -> None:
+        self.training, self.here, self.new_bar = training, here, new_bar
+        self.file = training.out / METRICS
+        self.metrics: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.running = self.begin()
+
+    def begin(self) -> Running | None:
+        """The running merge, as it was left or new; None for a chain that nothing is merged from."""
+        training = self.training
+        if training.chain in UNMERGED:
+            return None
+        rule = with_seed(Cell(seed=training.seed, chain=training.chain, rule=training.rule))
+        return Running(training.out / MERGE, rule, self.theta(0))
+
+    def theta(self, t: int) -> Path:
+        return self.training.out / f"theta_{t}.safetensors"
+
+    def absorb(self, t: int) -> None:
+        """Absorb the tasks up to t that are not; all of them anew where task t was trained again, on other data."""
+        assert self.running is not None
+        names = [f"task {i} {read_metadata(self.theta(i)).get(MADE_FROM, '')[:8]}" for i in range(1, t + 1)]
+        if [task.name for task in self.running.tasks][:t] != names[: len(self.running.tasks)]:
+            remove(self.training.out / MERGE)
+            self.metrics = {what: {i: r for i, r in rows.items() if int(i) < t} for what, rows in self.metrics.items()}
+            self.running = self.begin()
+            assert self.running is not None
+        for i in range(len(self.running.tasks), t):
+            self.running.absorb(self.theta(i + 1), names[i])
+
+    def after(self, t: int, path: Path) -> None:
+        """What is called when theta_t is there."""
+        if self.running is not None:
+            self.absorb(t)
+        learned = len(self.here.tasks) if self.training.chain == "joint" else t
+        key = str(learned)
+        if key in self.metrics.get("model", {}) and key in self.metrics.get("merged", {key: None}):
+            return
+        tell = self.new_bar(f"Evaluating after task {t}")
+        load_weights(self.here.encoder.model, path)
+        self.note("model", key, self.here.row(learned))
+        tell(1, 2)
+        if self.running is not None and len(self.running.tasks) == t:
+            merged = self.training.out / f"merged-after-{t}.safetensors"
+            self.running.result(self.training.scaling_factor, merged)
+            load_weights(self.here.encoder.model, merged)
+            self.note("merged", key, self.here.row(learned))
+            merged.unlink()
+        write_bytes(json.dumps(self.metrics, indent=2).encode() + b"\n", self.file)
+        tell(2, 2)
+
+    def note(self, what: str, key: str, row: Row) -> None:
+        self.metrics.setdefault(what, {})[key] = asdict(row)
+
+    def finish(self) -> dict[str, Any]:
+        if self.running is not None:
+            self.running.result(self.training.scaling_factor, self.training.out / MERGED)
+        return self.metrics
+
+
+def evaluate(experiment: Experiment, models: list[str], seed: int, new_bar: NewBar = no_bars) -> dict[str, Row]:
+    """The accuracies of models (safetensors files of the recipe's model) after all tasks, by their paths."""
+    here = context(experiment, seed, new_bar)
+    found: dict[str, Row] = {}
+    for path in models:
+        load_weights(here.encoder.model, Path(path))
+        found[path] = here.row(len(here.tasks))
+    return found
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Where two recipes differ: "fit.steps was 60 and is 50"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [d for k in keys for d in differences(before.get(k), now.get(k), f"{name}.{k}" if name else k)]
+    return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]

@@ -1,5 +1,0 @@
-"""mergekit's YAML recipes as plans: the same words, the same meaning, our arithmetic; the rest refused by its line."""
-
-from .reading import build, is_mergekit
-
-__all__ = ["build", "is_mergekit"]

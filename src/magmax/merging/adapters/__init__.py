@@ -1,0 +1,1 @@
+"""Merges of LoRA adapters into one adapter."""

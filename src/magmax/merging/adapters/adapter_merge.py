@@ -1,0 +1,229 @@
+"""LoRA adapters merged into one LoRA adapter, without their base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...checkpoints import Spec, open_adapter
+from ...checkpoints.blocks import slab_digests, slabs, tensor_digest
+from ...checkpoints.journal import Journal
+from ...checkpoints.lora.peft import CONFIG, PeftFolder
+from ...checkpoints.lora.target_modules import Layer, config_of, same_layers
+from ...checkpoints.writer import Target
+from ...errors import MagMaxError
+from ...rules import Number, Place, Rule, as_rule
+from ...rules.schedules import at, written
+from ..api import default_names, refuse_same_path
+from ..digests import Ledger
+from ..execution.execution_options import Settings
+from ..execution.pool import Crew
+from ..job import Job, provenance_file
+from ..kernel import MergeKernel
+from ..pipeline import Progress, Sink
+from ..provenance import Provenance, adapter_card
+from ..reader import finite
+from .adapter_kernel import AdapterMerge, AdapterOptions, Fit
+
+ONE_FILE = 1 << 62
+"""Bytes a shard: PEFT reads an adapter from one file."""
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """The work of a merge of adapters, layer after layer; finished ones are noted in the journal."""
+
+    merge: AdapterMerge
+    kernel: MergeKernel
+    sinks: Sequence[Sink]
+    threads: int
+    journal: Journal
+    parts: Sequence[Any]
+
+    @property
+    def reused(self) -> int:
+        done = {module for module, *_ in self.parts}
+        return sum(self.merge.read_bytes(layer) for layer in self.merge.layers if layer.module in done)
+
+    def run(self, progress: Progress) -> Ledger:
+        ledger = Ledger({}, 0)
+        made: dict[str, str] = {}
+        ledger.tensors = [*(_digests(folder) for folder in self.merge.folders), made]
+        made |= self._frozen(ledger.tensors)
+        for module, fit, digests in self.parts:
+            self.merge.fits[module] = Fit(*fit)
+            made |= digests
+        todo = [layer for layer in self.merge.layers if layer.module not in self.merge.fits]
+        progress(self.reused)
+        kernel = self.kernel
+        if todo and not self.merge.rule.linear:
+            kernel = kernel.prepared(Crew(self.threads), progress)
+        for layer in todo:
+            digests, fit = self._layer(layer, kernel)
+            made |= digests
+            for sink in self.sinks:
+                sink.sync()
+            self.journal.append([[layer.module, [fit.rank, fit.norm, fit.error], digests]])
+            progress(self.merge.read_bytes(layer))
+        return ledger
+
+    def _frozen(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        """Carry over the base's own weights; refuses those that are not the same in all adapters that have them."""
+        carried: dict[str, str] = {}
+        for name, first in self.merge.frozen().items():
+            having = [(f, own[name]) for f, own in zip(self.merge.folders, digests, strict=False) if name in own]
+            carried[name] = having[0][1]
+            for folder, digest in having:
+                if (folder.specs[name], digest) != (first.specs[name], carried[name]):
+                    raise MagMaxError(f"{folder.label}: {name} is not what it is in {first.label}; their bases differ")
+            for sink in self.sinks:
+                sink.write(name, 0, first.read(name, 0, first.specs[name].units))
+        return carried
+
+    def _layer(self, layer: Layer, kernel: MergeKernel) -> tuple[dict[str, str], Fit]:
+        pair, fit = self.merge.fitted(layer, kernel, self.threads)
+        self.merge.fits[layer.module] = fit
+        by_a, by_b = pair if layer.embedding else reversed(pair)
+        digests: dict[str, str] = {}
+        for name, stored in zip(layer.names(), (by_a, by_b.T), strict=True):
+            flat = np.ascontiguousarray(stored).reshape(-1)
+            for sink in self.sinks:
+                sink.write(name, 0, flat)
+                digests[name] = _digest(flat, name, sink.specs[name])
+        return digests, fit
+
+
+def merge_adapters(
+    rule: Rule | str,
+    adapters: Sequence[str | PathLike[str]],
+    rank: int,
+    out: str | PathLike[str],
+    scaling_factor: Number | None = None,
+    *,
+    dtype: str | None = None,
+    settings: Settings | None = None,
+) -> dict[str, Fit]:
+    """Merge LoRA adapters into one LoRA adapter, without their base.
+
+        B A  ~  scaling_factor * rule(s_1 * B_1 A_1, ..., s_T * B_T A_T),  the nearest product of at most that rank
+
+    An adapter that does not target a module has zero for its update. The result's own s is 1. PEFT's
+    add_weighted_adapter merges the factors B_t and A_t apart, by default, which is another thing.
+
+    Args:
+        rule: a rule or its name.
+        adapters: folders of PEFT LoRA adapters, whose ranks, scales and targets may differ.
+        rank: the most that a layer of the result may have.
+        out: the folder of the result.
+        scaling_factor: by default the rule's own.
+        dtype: the factors' type ("float32", "bfloat16", ...); by default the adapters', float32 where these differ.
+
+    Returns:
+        How well each module fits: its rank, the norm of its merged update, and the Frobenius norm of what the rank and
+        the rounding lose.
+
+    Raises:
+        MagMaxError: an adapter that is none, that saves modules in full, or that does not match the others; a result
+            that cannot be written.
+    """
+    if isinstance(adapters, str | PathLike):
+        raise MagMaxError("adapters must be a list of paths")
+    folders = [open_adapter(adapter) for adapter in adapters]
+    merge, job = adapter_job(as_rule(rule), folders, Path(fspath(out)), AdapterOptions(rank, scaling_factor, dtype))
+    job.run(settings)
+    return merge.fits
+
+
+def adapter_job(
+    rule: Rule,
+    folders: Sequence[PeftFolder],
+    out: Path,
+    options: AdapterOptions,
+    names: Sequence[str] | None = None,
+) -> tuple[AdapterMerge, Job]:
+    """The work of merging adapters into the folder of one. Raises MagMaxError for adapters that do not match."""
+    rule.check(len(folders))
+    if out.suffix == ".safetensors":
+        raise MagMaxError(f"{out}: an adapter is a folder; give one a name without .safetensors")
+    refuse_same_path(folders)
+    if rule.needs_base:
+        raise MagMaxError(f"{rule.name} combines whole weights, and adapters hold changes alone; choose another rule")
+    layers, updates = same_layers(folders)
+    for layer in layers:
+        first, last = (Place(layer.key, depth) for depth in (0, 1))
+        factor = options.scaling_factor
+        if rule.at(first) != rule.at(last) or (factor is not None and at(factor, first) != at(factor, last)):
+            raise MagMaxError(
+                "adapters do not tell how many layers their base has, which a gradient over layers needs; "
+                "merge into the base (--base), or give numbers by filter"
+            )
+    merge = AdapterMerge(rule, folders, options, layers, updates)
+    merge.kernel().check_placed()
+    recipe = {
+        "rule": rule.describe(),
+        "scaling_factor": written(merge.scaling_factor),
+        "dtype": options.dtype or "as the adapters",
+        "adapter_rank": options.rank,
+    }
+
+    def worker(
+        job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]
+    ) -> LayerWork:
+        if settings.executor is not None:
+            raise MagMaxError("adapters are merged into an adapter by threads of this process; give no executor")
+        return LayerWork(merge, merge.kernel(), sinks, settings.threads, journal, parts)
+
+    def companions(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+        fits = {module: fit.told() for module, fit in sorted(merge.fits.items())}
+        told = {"adapter": {**merge.whole().told(), "layers": fits}}
+        card = adapter_card(provenance, merge.dtype, merge.report()).encode()
+        config = config_of(folders, merge.ranks())
+        return {CONFIG: config, "README.md": card, **provenance_file(provenance, digests, told)}
+
+    def refuse_twins(digests: Sequence[str]) -> None:
+        seen: dict[object, str] = {}
+        for folder, own, digest in zip(folders, updates, digests, strict=True):
+            same = digest, *(u.scale for u in own.values())
+            if same in seen:
+                raise MagMaxError(f"{folder.label}: holds the same tensors as {seen[same]}; name each adapter once")
+            seen[same] = folder.label
+
+    job = Job(
+        target=Target(out),
+        inputs=folders,
+        names=names or default_names([str(folder.path) for folder in folders]),
+        recipe=recipe,
+        specs=merge.specs(),
+        kernel=merge.kernel(),
+        companions=companions,
+        check=refuse_twins,
+        extra_passes=rule.passes,
+        shard_bytes=ONE_FILE,
+        stem="adapter_model",
+        worker=worker,
+        memory=merge.memory,
+        report=merge.report,
+    )
+    return merge, job
+
+
+def _digests(folder: PeftFolder) -> dict[str, str]:
+    """The digest of each of an adapter's tensors; refuses NaN and infinity, of which no rank is the nearest."""
+    found: dict[str, str] = {}
+    for key, spec in folder.specs.items():
+        stored = folder.read(key, 0, spec.units)
+        if spec.floating and spec.elements and not finite(stored, spec.dtype):
+            raise MagMaxError(f"{folder.weights.label}: {key} holds NaN or infinity; mend the adapter")
+        found[key] = _digest(stored, key, spec)
+    return found
+
+
+def _digest(stored: NDArray[Any], key: str, spec: Spec) -> str:
+    cuts = slabs(key, spec)
+    return tensor_digest(slab_digests(stored, cuts) if cuts else b"")

@@ -1,0 +1,69 @@
+"""Any checkpoint, whole pickled models among them, written as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..checkpoints import open_checkpoint
+from ..checkpoints.lora.adapted_model import base_and_adapter
+from ..checkpoints.remote.hub import locate
+from ..checkpoints.torch.pickled_models import PickledModel
+from ..checkpoints.writer import Target
+from ..errors import MagMaxError
+from .api import default_names, kept_metadata
+from .job import Job, provenance_file
+from .model_files import companions
+from .pipeline import Kernel, Slab
+from .provenance import Provenance
+
+SAFETENSORS = (".safetensors", ".json")
+
+
+@dataclass(frozen=True)
+class CopyKernel(Kernel):
+    """Every slab as it is."""
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+        return [slab.stored(0)]
+
+
+def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequence[str] = ()) -> Job:
+    """The work of writing a checkpoint as safetensors, every tensor byte for byte and tied ones once.
+
+    Args:
+        old: a file of torch's that holds a state dict, a module or any object that holds one: nothing in it is run, see
+            `PickledModel`, which `part`, `strip` and `inert` are for; or whatever `open_checkpoint` opens.
+        out: a `.safetensors` file, or a folder.
+
+    Raises:
+        MagMaxError: what cannot be read; options that are for pickles, given for something else.
+    """
+    found = None if base_and_adapter(old) else locate(old)
+    if found and found.path.is_file() and found.path.suffix not in SAFETENSORS:
+        source = PickledModel(found.path, found.label, part, strip, inert)
+        source.origin = found.origin
+    elif part or strip or inert:
+        raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
+    else:
+        source = open_checkpoint(old)
+
+    def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
+        folder = source.folder()
+        return {**(companions(folder, None) if folder else {}), **provenance_file(provenance, digests)}
+
+    return Job(
+        target=Target.of(out),
+        inputs=[source],
+        names=default_names([source.place]),
+        recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},
+        specs=source.specs,
+        kernel=CopyKernel(),
+        carried={},
+        metadata=kept_metadata(source),
+        companions=beside,
+    )

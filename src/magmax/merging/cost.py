@@ -1,0 +1,112 @@
+"""What a job takes, known before any work: passes, bytes, memory, and time.
+
+Time is a model of two numbers, the disk's speed and the work of a processor on one element.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from ..checkpoints.blocks import SLAB
+from .execution.executors import Cluster
+from .execution.pool import Crew, cores
+from .execution.shared_files import Ground
+from .job import Job
+from .pipeline import BYTES_AHEAD
+
+ARRAYS_A_THREAD = 10
+ARRAYS_A_DECOMPOSITION = 16
+"""What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
+IMPORTS_BYTES = 45_000_000
+DASK_BYTES = 60_000_000
+"""What Dask itself takes in a worker, about; a generous guess."""
+ELEMENT_NS = 1.6
+"""Nanoseconds of one processor for each element that is read or written, digests and checks included.
+
+Measured: 1.3 (average) to 1.8 (TIES), float32 and bfloat16 alike, on an AMD EPYC; benchmarks/results/merge.md."""
+DISKS = (200, 1_000, 5_000)
+"""MB a second of a hard disk, of a fair and of a fast solid-state disk."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job moves.
+
+    t = max(disk_bytes / disk speed, elements * ELEMENT_NS / threads), for reading, computing and writing overlap.
+
+    Attributes:
+        disk_bytes: bytes read from and written to this machine's disk, over all passes.
+        elements: elements read, over all inputs and passes, and written.
+        threads: how many processors work on them.
+    """
+
+    disk_bytes: int
+    elements: int
+    threads: int
+
+    @property
+    def processor_seconds(self) -> float:
+        """Seconds that the processors work, all together."""
+        return self.elements * ELEMENT_NS * 1e-9
+
+    def seconds(self, mb_s: float) -> float:
+        """Seconds on a disk that reads or writes so many MB (10^6 bytes) a second, with nothing in the page cache.
+
+        >>> Cost(disk_bytes=7 * 140 * 10**9, elements=7 * 70 * 10**9, threads=2).seconds(1_000)
+        980.0
+        """
+        return max(self.disk_bytes / (mb_s * 1e6), self.processor_seconds / self.threads)
+
+
+def cost_of(job: Job, threads: int = 0) -> Cost:
+    """What a job moves, and so how long it takes; the decompositions of rules that need these are left out."""
+    passes = 1 + job.extra_passes
+    read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in job.inputs)
+    elements = sum(spec.elements for checkpoint in job.inputs for spec in checkpoint.specs.values())
+    written = sum(spec.nbytes for spec in job.specs.values()), sum(s.elements for s in job.specs.values())
+    return Cost(passes * read + written[0], passes * elements + written[1], _threads(job, threads))
+
+
+def preview(job: Job, threads: int = 0) -> dict[str, int]:
+    """Passes, bytes to read and write, disk needed and free, peak memory."""
+    size, threads = job.draft().size, _threads(job, threads)
+    remote = sum(checkpoint.remote_bytes for checkpoint in job.inputs)
+    memory = job.memory + threads * job.memory_a_thread + min(remote, BYTES_AHEAD)
+    return {
+        "passes": 1 + job.extra_passes,
+        "read_bytes": job.read_bytes,
+        "write_bytes": size,
+        "read_remotely": (1 + job.extra_passes) * remote,
+        "write_remotely": size if job.target.url else 0,
+        "disk_needed": job.disk_needed,
+        "disk_free": job.disk_free,
+        "peak_memory": IMPORTS_BYTES + _arrays(job, threads) + memory,
+    }
+
+
+def preview_of_workers(job: Job, executor: Executor | None) -> list[tuple[int, int]]:
+    """Of each worker of a Dask cluster, how many shares it does at once and the bytes it holds at most.
+
+    Raises UnfinishedError if there is none, or one that does not see the inputs.
+    """
+    cluster = Cluster.of(executor)
+    if cluster is None:
+        return []
+    Crew(executor=executor, ground=Ground.of(job.inputs)).muster()
+    fixed = IMPORTS_BYTES + DASK_BYTES
+    return [(n, fixed + _arrays(job, n) + n * job.memory_a_thread) for n in cluster.threads().values()]
+
+
+def _threads(job: Job, threads: int) -> int:
+    return 1 if job.kernel.whole else threads or cores()
+
+
+def _arrays(job: Job, threads: int) -> int:
+    """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
+    specs = [*job.specs.values(), *job.inputs[0].specs.values()]
+    widest = max([4, *(spec.storage.itemsize for spec in specs)])
+    if job.kernel.whole:
+        largest = max((spec.elements for spec in specs), default=0)
+        return largest * (widest * (1 + len(job.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
+    return threads * (ARRAYS_A_THREAD + 2 * len(job.inputs) * job.kernel.gathers) * SLAB * widest

@@ -1,0 +1,1 @@
+"""How a merge is executed: threads, executors, Dask, CUDA."""

@@ -1,0 +1,129 @@
+"""Merging on an accelerator: blocks go there as they are stored, are merged by the same rules, and come back as stored.
+
+Every thread has a stream of its own and copies through pinned memory, so that while one thread's block is merged,
+others are on the way. What a rule asks before it merges, the processor counts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...checkpoints.dtypes import STORAGE, compute_dtype
+from ...errors import MagMaxError
+from ..kernel import MergeKernel
+from ..pipeline import Slab
+from ..reader import Reader, finite
+
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+WIDE = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+
+PROCESSORS = torch.device("cpu")
+
+_own = threading.local()
+
+
+def device_named(name: str) -> torch.device:
+    """The device. Raises MagMaxError where there is none of that name."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MagMaxError(f"there is no device {name!r}; give cuda, or cuda:1 for the second, or cpu") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise MagMaxError(f"merging on {name!r} is not supported; give cuda, or cuda:1 for the second, or cpu")
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        there = f"{count} such devices" if count else "no such device"
+        raise MagMaxError(f"{name}: torch {torch.__version__} finds {there} here; leave it out to use the processors")
+    return device
+
+
+@contextmanager
+def at_work(device: torch.device) -> Generator[None]:
+    """This thread's own stream of the device; of the processor, nothing."""
+    if device.type == "cpu":
+        yield
+        return
+    streams: dict[torch.device, Any] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(streams[device]):
+        yield
+
+
+def sent(stored: NDArray[Any], dtype: str, device: torch.device) -> torch.Tensor:
+    """Stored units as a tensor of that type on the device; on the processor they share memory."""
+    units = torch.as_tensor(stored.view(np.int16) if dtype == "BF16" else stored).view(TYPES[dtype])
+    return units if device.type == "cpu" else units.pin_memory().to(device, non_blocking=True)
+
+
+def fetched(values: torch.Tensor, dtype: str) -> NDArray[Any]:
+    """A tensor of that type as stored units."""
+    if values.device.type != "cpu":
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        torch.cuda.current_stream(values.device).synchronize()
+        values = host
+    return (values.view(torch.int16) if dtype == "BF16" else values).numpy().view(STORAGE[dtype])
+
+
+@dataclass(frozen=True)
+class DeviceReader(Reader):
+    """Slabs as tensors on a device."""
+
+    device: torch.device = PROCESSORS
+
+    def widened(self, slab: Slab, number: int, stored: NDArray[Any]) -> Any:
+        """Units of input `number` as numbers, on the device."""
+        values = sent(stored, slab.spec(number).dtype, self.device)
+        if not self.allow_nonfinite and not self.checked and not bool(torch.isfinite(values).all()):
+            raise self._error(number, slab.key)
+        return values.to(WIDE[compute_dtype(slab.spec(0).dtype)])
+
+
+@dataclass(frozen=True)
+class DeviceKernel(MergeKernel):
+    """A merge's kernel whose rule works on a device; its questions are answered already."""
+
+    device: torch.device = PROCESSORS
+
+    @classmethod
+    def of(cls, kernel: MergeKernel, device: torch.device) -> DeviceKernel:
+        given = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+        reader = kernel.reader
+        given["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.checked, device)
+        return cls(**given, device=device)
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+        with at_work(self.device):
+            return super().__call__(slab)
+
+    def scaled(self, slab: Slab, base: Any, merged: Any) -> NDArray[Any]:
+        """base + scaling_factor * merged, rounded as on the processor, in stored units."""
+        merged *= torch.tensor(self.factors[slab.key], dtype=merged.dtype, device=merged.device)
+        merged += base
+        dtype = self.out[slab.key].dtype
+        wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
+        if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it
+            return self._stored(slab, fetched(merged, wide))
+        stored = fetched(merged.to(TYPES[dtype]), dtype)
+        return stored if finite(stored, dtype) else self._stored(slab, fetched(merged, wide))
+
+
+def on_device(kernel: Any, name: str) -> tuple[Any, str]:
+    """The kernel at work on a device, and what a user should hear of it; what can only be done here is left here."""
+    device = device_named(name)
+    if not isinstance(kernel, MergeKernel):
+        return kernel, f"this work is done by the processors alone, not on {name}"
+    if hindrances := kernel.rule.hindrances:
+        return kernel, f"{' and '.join(hindrances)}: merged by the processors alone, not on {name}"
+    return DeviceKernel.of(kernel, device), ""

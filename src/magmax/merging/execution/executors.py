@@ -1,0 +1,123 @@
+"""Workers beyond the threads of this process: pools of processes, and Dask clusters."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
+
+CONNECT_SECONDS = 20
+
+
+def cores() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_pool(workers: int) -> Executor:
+    """Processes that begin from nothing, so that no thread of this one is copied into them; and that end with it."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves."""
+
+    def watch() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
+    """The executor of a Dask scheduler at an address, and what closes the connection."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
+    try:
+        client: Any = Client(address, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise MagMaxError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error
+    return client.get_executor(pure=False), client.close
+
+
+@contextmanager
+def at_scheduler(address: str | None) -> Generator[Executor | None]:
+    """The executor of a Dask scheduler while the block lasts; none without an address."""
+    if address is None:
+        yield None
+        return
+    executor, close = cluster(address)
+    try:
+        yield executor
+    finally:
+        close()
+
+
+@contextmanager
+def hired(jobs: int, scheduler: str | None) -> Generator[Executor]:
+    """The workers of a Dask scheduler, or so many processes of this machine, while the block lasts."""
+    with at_scheduler(scheduler) as executor:
+        if executor is not None:
+            yield executor
+            return
+    with process_pool(jobs) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Dask cluster behind an executor."""
+
+    client: Any
+
+    @classmethod
+    def of(cls, executor: Executor | None) -> Cluster | None:
+        """The cluster, if the executor is one's."""
+        client = getattr(executor, "_client", None)
+        return None if client is None else cls(client)
+
+    @property
+    def address(self) -> str:
+        return str(self.client.scheduler.address) if self.client.scheduler else "the scheduler"
+
+    def pickled(self, content: Any) -> bytes:
+        """As Dask sends it: what is defined in a script or a notebook goes along."""
+        from distributed.protocol import pickle
+
+        return bytes(pickle.dumps(content))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+
+    def wait(self) -> bool:
+        """Whether there is a worker, or one comes soon."""
+        try:
+            self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+    def threads(self) -> dict[str, int]:
+        """How many threads each worker has, by its address. Raises UnfinishedError if the scheduler is lost."""
+        try:
+            return dict(self.client.nthreads())
+        except (OSError, RuntimeError, AttributeError) as error:  # what a client raises that has lost its scheduler
+            raise UnfinishedError(f"the Dask scheduler does not answer ({error}); {SAME_COMMAND}") from error
+
+    def ask(self, question: Callable[[], str]) -> list[str]:
+        """What the workers answer that is not "", each with the worker's address; an error counts as an answer."""
+        told: dict[str, Any] = self.client.run(question, on_error="return")
+        return [f"worker {address}: {answer}" for address, answer in told.items() if answer != ""]

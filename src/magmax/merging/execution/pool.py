@@ -1,0 +1,252 @@
+"""Who does the work: threads of this process, or the workers of an executor, in other processes or on other machines.
+
+A share of the work is a task, pickled once, and some of its items; a worker sends back a small result and writes its
+ranges of the output in place. The process that began the work alone keeps the journal.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
+from .executors import Cluster, cores
+from .shared_files import Ground
+
+SHARE_BYTES = 64_000_000
+"""How much of all inputs one share of the work reads, about."""
+LOOK_SECONDS = 2.0
+PATIENCE_SECONDS = 60.0
+"""How long work waits for a cluster that has lost its last worker."""
+IDLE_SECONDS = 30.0
+"""After how long without work a worker closes the files of its last."""
+BROKEN = (
+    "a worker process ended before its share of the work was done (was it killed, for want of memory?); "
+    f"{SAME_COMMAND}, with a new executor"
+)
+
+Item = TypeVar("Item")
+
+
+class Task(ABC):
+    """What is done with each share of some work; whatever it is made of can be pickled."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether a process does one share at a time, whatever its threads. By default not."""
+        return False
+
+    @abstractmethod
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """The result of a share, which is small."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Those who work.
+
+    Attributes:
+        threads: of this process, where there is no executor; 0 means one for each processor.
+        executor: its workers work instead: a pool of threads or processes, or a Dask cluster's.
+        ground: what each worker must see.
+    """
+
+    threads: int = 0
+    executor: Executor | None = None
+    ground: Ground | None = None
+
+    @property
+    def count(self) -> int:
+        """How many threads of this process work, where there is no executor."""
+        return self.threads or cores()
+
+    def muster(self) -> None:
+        """Raise UnfinishedError if a Dask cluster has no worker, or one that does not see what it must."""
+        cluster = Cluster.of(self.executor)
+        if cluster is None or self.ground is None:
+            return
+        if not cluster.wait():
+            raise UnfinishedError(f"{cluster.address}: the scheduler has no workers; start some: dask worker ADDRESS")
+        problems = cluster.ask(self.ground.problem)
+        if problems:
+            raise UnfinishedError("\n".join(["not every worker can do its share", *(f"  - {p}" for p in problems)]))
+
+    def shares(
+        self, task: Task, items: Iterable[Item], cost: Callable[[Item], int], least: int = 0
+    ) -> Generator[tuple[list[Item], Any]]:
+        """Have the executor's workers do the task on all items; yields each share and its result as they come.
+
+        Args:
+            cost: bytes that an item reads.
+            least: bytes that a share must read to be worth its result.
+
+        Raises:
+            UnfinishedError: the workers are lost, or one of them does not see what it must.
+            MagMaxError: the work cannot be sent to other processes; and whatever a share raises.
+        """
+        submit, unpacked = self._submitter(task)
+        queue = grouped(items, cost, max(SHARE_BYTES, least))
+        waiting: dict[Future[Any], list[Item]] = {}
+        room = _Room(self.executor)
+        try:
+            while True:
+                while len(waiting) < room.most() and (share := next(queue, None)) is not None:
+                    waiting[submit(share)] = share
+                if not waiting:
+                    return
+                done = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED).done
+                for future in done:
+                    share = waiting.pop(future)
+                    yield share, unpacked(result_of(future))
+        finally:
+            wait([future for future in waiting if not future.cancel()])
+
+    def _submitter(self, task: Task) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
+        """What hands in a share of the task, and what gives its result from what comes back."""
+        executor = self.executor
+        assert executor is not None
+        if isinstance(executor, ThreadPoolExecutor):
+            return partial(submitted, executor, _done, task), lambda result: result
+        cluster = Cluster.of(executor)
+        packed, token = _packed(task, cluster.pickled if cluster else pickle.dumps), uuid4().hex
+
+        def submit(share: list[Any]) -> Future[Any]:
+            return submitted(executor, do_share, token, packed, self.ground, pickle.dumps(share))
+
+        return submit, pickle.loads
+
+
+def at_once(executor: Executor | None) -> int:
+    """How many shares the workers of an executor do at once."""
+    cluster = Cluster.of(executor)
+    return sum(cluster.threads().values()) if cluster else getattr(executor, "_max_workers", cores())
+
+
+class _Room:
+    """How many shares may be under way: two for each thread of a worker, so that none waits for its next."""
+
+    def __init__(self, executor: Executor | None) -> None:
+        self._executor, self._cluster = executor, Cluster.of(executor)
+        self._found, self._looked, self._alive = 1, 0.0, time.monotonic()
+
+    def most(self) -> int:
+        now = time.monotonic()
+        if not self._looked or (self._cluster and now - self._looked > LOOK_SECONDS):
+            self._found, self._looked = at_once(self._executor), now
+        if self._found:
+            self._alive = now
+        elif now - self._alive > PATIENCE_SECONDS:
+            raise UnfinishedError(
+                f"the cluster has had no worker for {PATIENCE_SECONDS:.0f} s; start some; {SAME_COMMAND}"
+            )
+        return 2 * max(1, self._found)
+
+
+def grouped(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Generator[list[Item]]:
+    """Neighbouring items together, until they cost as much as a share may; a single one may cost more."""
+    share: list[Item] = []
+    total = 0
+    for item in items:
+        if share and total + cost(item) > most:
+            yield share
+            share, total = [], 0
+        share.append(item)
+        total += cost(item)
+    if share:
+        yield share
+
+
+def do_share(token: str, packed: bytes, ground: Ground | None, items: bytes) -> bytes:
+    """In a worker: one share of the task that `packed` is; kept under its token for the shares to come.
+
+    Items and result are pickled here, as Dask's own messages make tuples of named tuples.
+    """
+    if ground is not None:
+        ground.check(thoroughly=token not in _tasks)
+    return pickle.dumps(_done(_unpacked(token, packed), pickle.loads(items)))
+
+
+def _done(task: Task, items: Sequence[Any]) -> Any:
+    with _one_at_a_time if task.alone else nullcontext():
+        return task(items)
+
+
+_one_at_a_time = threading.Lock()
+_tasks: dict[str, Task] = {}
+_loading = threading.Lock()
+_idle: list[threading.Timer] = []
+
+
+def _unpacked(token: str, packed: bytes) -> Task:
+    """The task, whose files are opened once for all shares, and closed when no share has come for a while."""
+    with _loading:
+        if token not in _tasks:
+            _tasks.clear()
+            _tasks[token] = pickle.loads(zlib.decompress(packed))
+        for timer in _idle:
+            timer.cancel()
+        _idle[:] = [threading.Timer(IDLE_SECONDS, _tasks.clear)]
+        _idle[0].daemon = True
+        _idle[0].start()
+        return _tasks[token]
+
+
+def _packed(task: Task, dumps: Callable[[Task], bytes]) -> bytes:
+    try:
+        return zlib.compress(dumps(task), 1)
+    except MagMaxError:
+        raise
+    except Exception as error:  # whatever a class of somebody else raises
+        raise MagMaxError(
+            f"the work cannot be sent to other processes ({error}); a rule, and all that it asks, must be made of "
+            "what can be pickled"
+        ) from error
+
+
+def submitted(executor: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
+    """Work handed to an executor. Raises UnfinishedError if it takes none."""
+    try:
+        return executor.submit(work, *given)
+    except BrokenExecutor as error:
+        raise UnfinishedError(BROKEN) from error
+    except (RuntimeError, OSError) as error:  # an executor that is shut down; a client that is closed
+        raise UnfinishedError(f"the executor takes no more work ({error}); {SAME_COMMAND}") from error
+
+
+def result_of(future: Future[Any]) -> Any:
+    """What came of work handed to an executor. Raises UnfinishedError if its workers were lost."""
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise UnfinishedError(
+            f"the connection to the scheduler is lost, or it gave up the work; {SAME_COMMAND}"
+        ) from error
+    except BrokenExecutor as error:
+        raise UnfinishedError(BROKEN) from error
+    except ModuleNotFoundError as error:
+        raise UnfinishedError(f"a worker lacks {error.name}; install the same magmax and extras there") from error
+    except Exception as error:
+        if type(error).__name__ == "KilledWorker":
+            raise UnfinishedError(
+                "one share of the work has ended several workers (for want of memory? --dry-run says what each "
+                f"holds); {SAME_COMMAND}"
+            ) from error
+        raise

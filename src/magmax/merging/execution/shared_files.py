@@ -1,0 +1,105 @@
+"""What a worker must see to do its share: the same version, the same input files, and the folder of the output."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from glob import escape
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import xxhash
+
+from ..._version import __version__
+from ...checkpoints import Checkpoint
+from ...checkpoints.writer import Target
+from ...errors import UnfinishedError
+
+HEAD_BYTES = 1 << 20
+REMEDY = "a worker needs every input and the output's folder at the same paths, on a file system that all share"
+
+
+class Seen(NamedTuple):
+    """A file: its size, when it was changed, and the digest of its beginning, where a header is."""
+
+    size: int
+    mtime: int
+    head: str = ""
+
+    @classmethod
+    def at(cls, path: str, thoroughly: bool) -> Seen:
+        status = Path(path).stat()
+        return cls(status.st_size, status.st_mtime_ns, _head(path) if thoroughly else "")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What each worker must see.
+
+    Attributes:
+        files: every input file, by its absolute path.
+        probe: a file beside the output that is there while the work goes on, if there is one.
+        version: of magmax.
+    """
+
+    files: Mapping[str, Seen] = field(default_factory=dict[str, Seen])
+    probe: str = ""
+    version: str = __version__
+
+    @classmethod
+    def of(cls, inputs: Iterable[Checkpoint]) -> Ground:
+        """The ground of a piece of work on these inputs."""
+        paths = dict.fromkeys(str(path.absolute()) for checkpoint in inputs for path in checkpoint.files())
+        return cls({path: Seen.at(path, thoroughly=True) for path in paths})
+
+    @contextmanager
+    def staked(self, target: Target) -> Generator[Ground]:
+        """The ground with a probe beside the output, until the block is left."""
+        path = target.path.absolute()
+        for old in path.parent.glob(f"{escape(path.name)}.probe-*"):
+            old.unlink(missing_ok=True)
+        probe = path.with_name(f"{path.name}.probe-{uuid4().hex}")
+        probe.touch()
+        try:
+            yield replace(self, probe=str(probe))
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def problem(self) -> str:
+        """What this process does not see as it must, in words; nothing if it sees everything."""
+        if self.version != __version__:
+            return f"has magmax {__version__}, and the work was begun with {self.version}; install the same"
+        if self.probe and not os.path.exists(self.probe):
+            return f"{self.probe}: is not there, as it must be while the output is written; {REMEDY}"
+        return self._changed(thoroughly=True)
+
+    def check(self, thoroughly: bool) -> None:
+        """In a worker: raise UnfinishedError if there is a problem; without `thoroughly` no file is opened."""
+        missing = self.probe and not os.path.exists(self.probe)
+        problem = self.problem() if thoroughly or missing else self._changed(thoroughly=False)
+        if problem:
+            raise UnfinishedError(f"{worker_name()}: {problem}")
+
+    def _changed(self, thoroughly: bool) -> str:
+        for path, wanted in self.files.items():
+            try:
+                found = Seen.at(path, thoroughly)
+            except OSError as error:
+                return f"{path}: {error.strerror}; {REMEDY}"
+            if found != (wanted if thoroughly else wanted._replace(head="")):
+                return f"{path}: is another file than where the work was begun, or changed since; {REMEDY}"
+        return ""
+
+
+def worker_name() -> str:
+    """What messages call this process."""
+    return f"worker {socket.gethostname()}, process {os.getpid()}"
+
+
+def _head(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return xxhash.xxh3_128_hexdigest(file.read(HEAD_BYTES))

@@ -1,0 +1,91 @@
+"""Looking without merging: what a checkpoint holds, and how far a model moved from its base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint
+from .execution.pool import Crew
+from .matching import compare
+from .pipeline import Kernel, Pass, Progress, Slab
+from .provenance import read_provenance
+from .reader import Reader
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How one tensor moved: the L2 norm of its task vector, of the base, and the share of elements that changed."""
+
+    key: str
+    elements: int
+    norm: float
+    base_norm: float
+    changed: float
+
+    @property
+    def relative(self) -> float:
+        """The task vector's norm in units of the base's."""
+        return self.norm / self.base_norm if self.base_norm else math.inf * (self.norm > 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A model against its base: each merged tensor's movement, and what cannot be compared, key -> why."""
+
+    movements: Sequence[Movement]
+    apart: dict[str, str]
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(math.fsum(m.norm**2 for m in self.movements))
+
+
+@dataclass(frozen=True)
+class Measure(Kernel):
+    """Sums of squares of the task vector and of the base, and counts of changes, slab by slab."""
+
+    reader: Reader
+    apart: Mapping[str, str]
+    sums: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict[str, list[tuple[float, float, int]]])
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+        if slab.key not in self.apart:
+            start = self.reader.numbers(slab, 0).astype("f8")
+            vector = self.reader.numbers(slab, 1) - start
+            parts = (float(vector @ vector), float(start @ start), int(np.count_nonzero(vector)))
+            self.sums.setdefault(slab.key, []).append(parts)
+        return []
+
+
+def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> Difference:
+    """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
+    apart = dict(compare(base, [model], "base").carried)
+    kernel = Measure(Reader([base, model], allow_nonfinite=True), apart)
+    Pass([base, model], [], kernel, Crew(threads), digest=False).run(progress)
+    sums = kernel.sums
+    movements = [
+        Movement(
+            key=key,
+            elements=base.specs[key].elements,
+            norm=math.sqrt(math.fsum(part[0] for part in parts)),
+            base_norm=math.sqrt(math.fsum(part[1] for part in parts)),
+            changed=sum(part[2] for part in parts) / base.specs[key].elements,
+        )
+        for key, parts in sums.items()
+    ]
+    order = {key: place for place, key in enumerate(base.specs)}
+    extra = {
+        key: f"{model.label}: has a tensor {key} that {base.label} has not" for key in model.specs if key not in order
+    }
+    return Difference(sorted(movements, key=lambda m: order[m.key]), {**apart, **extra})
+
+
+def provenance_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How a checkpoint says it was made, if magmax made it."""
+    return read_provenance(checkpoint.metadata)

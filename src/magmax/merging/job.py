@@ -1,0 +1,277 @@
+"""A piece of work that ends in one output on disk: resumed, published or left for another try."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.blocks import checkpoint_digest
+from ..checkpoints.journal import Journal
+from ..checkpoints.remote.upload import Upload
+from ..checkpoints.remote.urls import changed, shown
+from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
+from ..errors import MagMaxError, UnfinishedError, listed
+from .digests import Ledger
+from .execution.execution_options import Settings
+from .execution.shared_files import Ground
+from .pipeline import Kernel, Pass, Progress, Sink
+from .provenance import Provenance
+from .result import Outcome
+from .sending import sent
+
+
+class Work(Protocol):
+    """What reads the inputs of a job and fills its sinks, and notes in the journal what is done."""
+
+    @property
+    def sinks(self) -> Sequence[Sink]: ...
+
+    @property
+    def reused(self) -> int:
+        """Bytes that an interrupted run has read already."""
+        ...
+
+    def run(self, progress: Progress) -> Ledger: ...
+
+
+Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Work]
+
+
+def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
+    """The pass of the job's kernel over all inputs."""
+    return Pass(job.inputs, sinks, prepared(job.kernel, settings), settings.crew, True, journal, parts)
+
+
+def prepared(kernel: Kernel, settings: Settings) -> Kernel:
+    """The kernel, once it has found out what it must know, where the settings will have it work."""
+    kernel = kernel.prepared(settings.crew, settings.progress)
+    notes = [kernel.note()]
+    if settings.device is not None:
+        from .execution.cuda import on_device
+
+        kernel, words = on_device(kernel, settings.device)
+        notes.append(words)
+    for words in filter(None, notes):
+        settings.note(words)
+    return kernel
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of an output.
+
+    Attributes:
+        inputs: the base and then the rest; `names` are what provenance calls them.
+        specs: the tensors to be written.
+        carried, partly: the tensors that are not merged, or not as a whole, and why.
+        sinks: gives the kernel's sinks, which lead into the draft.
+        companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
+        extra_passes: how often all inputs are read before the pass that writes, at the usual most.
+        origin: the provenance to write, where it is not that of `inputs` themselves.
+        check: called with the input digests before anything becomes visible; may refuse.
+        stem: how the names of a folder's weight files begin.
+        worker: what reads the inputs and fills the sinks.
+        memory: bytes that the questions and the worker take beside the slabs.
+        memory_a_thread: more such bytes, for each thread.
+        report: lines to print of the work, once it is done.
+    """
+
+    target: Target
+    inputs: Sequence[Checkpoint]
+    names: Sequence[str]
+    recipe: Mapping[str, Any]
+    specs: Mapping[str, Spec]
+    kernel: Kernel
+    carried: Mapping[str, str] = field(default_factory=dict[str, str])
+    partly: Mapping[str, str] = field(default_factory=dict[str, str])
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
+    companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
+    check: Callable[[Sequence[str]], None] = lambda digests: None
+    origin: Provenance | None = None
+    extra_passes: int = 0
+    shard_bytes: int = SHARD_BYTES
+    stem: str = "model"
+    worker: Worker = slab_by_slab
+    memory: int = 0
+    memory_a_thread: int = 0
+    report: Callable[[], Sequence[str]] = lambda: ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that all passes read, at the usual most."""
+        return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of disk that the output takes beyond what an unfinished one has taken."""
+        return self.draft().size - _allocated(self.target.partial)
+
+    @property
+    def disk_free(self) -> int:
+        """Bytes of disk that are free where the output goes."""
+        return shutil.disk_usage(nearest_folder(self.target.path)).free
+
+    def draft(self) -> Draft:
+        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes, self.stem)
+
+    def problems(self) -> list[str]:
+        """Everything that would stop the work, as far as can be known without doing it."""
+        found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        if self.target.url:
+            found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
+        if not found:
+            needed, free = self.disk_needed, self.disk_free
+            if needed > free:
+                found.append(f"{self.target.path}: needs {needed:,} bytes of disk, but {free:,} are free")
+        return found
+
+    def run(self, settings: Settings | None = None) -> Outcome:
+        """Do the work and publish the output.
+
+        Raises:
+            MagMaxError: an input that cannot be used, a place that cannot be written, no space left, or workers that
+                are lost (`UnfinishedError`). After the last two, what was finished stays beside the output and the
+                same job takes it up again.
+        """
+        settings = settings or Settings()
+        if not self.target.url:
+            return self._made(settings)
+        if problems := self.problems():
+            raise listed(f"{shown(self.target.url)} cannot be written", problems)
+        self.target.path.parent.mkdir(parents=True, exist_ok=True)
+        return sent(self.target, self._identity(), lambda: self._made(settings), settings.note)
+
+    def _made(self, settings: Settings) -> Outcome:
+        """The work done and the output published on this machine."""
+        try:
+            if problems := self.problems():
+                raise listed(f"{self.target.path} cannot be written", problems)
+            self.target.path.parent.mkdir(parents=True, exist_ok=True)
+            journal = Journal(self.target.journal)
+            draft = self.draft()
+            try:
+                return self._run(draft, journal, settings)
+            except MagMaxError as error:
+                if not (isinstance(error, UnfinishedError) and journal.load()[1]):
+                    draft.discard()
+                    journal.remove()
+                raise
+            finally:
+                draft.close()
+                journal.close()
+        except OSError as error:
+            raise explained(error, self.target.path, "it resumes where it stopped") from error
+
+    def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
+        began = time.perf_counter()
+        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+            settings.note(said)
+        parts = self._resumable(draft, journal, settings)
+        if not parts:
+            journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
+        draft.open(fresh=not parts)
+        with self._staffed(settings) as settings:
+            work = self.worker(self, self.sinks(draft), journal, settings, parts)
+            reused = work.reused
+            if reused:
+                settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
+            ledger = work.run(settings.progress)
+        outputs = ledger.tensors[len(self.inputs) :]
+        digests = ledger.digests(self.inputs)
+        self._check_unchanged()
+        self.check(digests)
+        provenance = self._provenance(digests)
+        draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
+        journal.remove()
+        made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
+        seconds = time.perf_counter() - began
+        return Outcome(
+            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
+        )
+
+    @contextmanager
+    def _staffed(self, settings: Settings) -> Generator[Settings]:
+        """The settings with workers that see what they must, where these are in other processes."""
+        if settings.executor is None or isinstance(settings.executor, ThreadPoolExecutor):
+            yield settings
+            return
+        with Ground.of(self.inputs).staked(self.target) as ground:
+            settings = replace(settings, ground=ground)
+            settings.crew.muster()
+            yield settings
+
+    def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
+        """The finished chunks of an interrupted run of this very job on these very inputs."""
+        identity, parts = journal.load()
+        if identity is None or not parts or settings.restart:
+            return []
+        if not all(c.stored for c in self.inputs):
+            settings.note("starting afresh: inputs in memory cannot be recognised")
+            return []
+        ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
+        changed = [name for name, now in ours.items() if identity.get(name) != now]
+        if changed or len(identity) != len(ours):
+            settings.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
+            return []
+        return parts if draft.intact() else []
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be unchanged for finished chunks to be of use."""
+        identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
+        identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
+        found = [checkpoint.fingerprints() for checkpoint in self.inputs]
+        identity["the order of the inputs"] = [list(stamps) for stamps in found]
+        return identity | {name: stamp for stamps in found for name, stamp in stamps.items()}
+
+    def _check_unchanged(self) -> None:
+        """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
+        for checkpoint in self.inputs:
+            if checkpoint.url:
+                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(again=True)
+                for name in before:
+                    if before[name] != now[name]:
+                        raise changed(name)
+
+    def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
+        origins = [checkpoint.origin for checkpoint in self.inputs]
+        return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names), origins)
+
+    def _metadata(self, provenance: Provenance) -> dict[str, str]:
+        return {"format": "pt", **self.metadata, **provenance.metadata()}
+
+
+def explained(error: OSError, out: Path, again: str) -> MagMaxError:
+    """What the operating system refused while `out` was made; `again` says what the same command then does."""
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(nearest_folder(out)).free
+        return MagMaxError(
+            f"{out}: no space left ({free:,} bytes free); free some and run the same command again: {again}"
+        )
+    return MagMaxError(f"{error.filename or out}: {error.strerror or error}")
+
+
+def _allocated(partial: Path) -> int:
+    """Bytes of disk that an unfinished output has taken already."""
+    try:
+        files = partial.rglob("*") if partial.is_dir() else [partial]
+        return sum(512 * file.stat().st_blocks for file in files if file.is_file())
+    except FileNotFoundError:  # another process has just finished or given up this output
+        return 0
+
+
+def provenance_file(
+    provenance: Provenance, digests: Mapping[str, str], more: Mapping[str, Any] | None = None
+) -> dict[str, bytes | Path]:
+    """The provenance file of a folder output, with more to tell if there is."""
+    content = {**provenance.as_dict(), **(more or {}), "tensors": dict(sorted(digests.items()))}
+    return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}

@@ -1,0 +1,50 @@
+"""The small files that make a folder of weights a model: config, tokenizer, vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.folder import COMPANIONS
+from ..checkpoints.lora.peft import CONFIG
+
+LARGEST = 200_000_000
+PARTS = {"additional_chat_templates", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor", "scheduler"}
+"""The folders in which transformers and diffusers keep what belongs to a model."""
+NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def companions(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
+    """Name -> content or source of each file to copy from the base's folder; config.json gets `dtype`, if given."""
+    found: dict[str, bytes | Path] = {}
+    for path in sorted(path for place in [folder, *_parts(folder)] for path in place.iterdir()):
+        other = path.name in ("provenance.json", CONFIG) or path.name.endswith(".index.json")
+        skipped = other or path.name.startswith(".") or path.suffix not in COMPANIONS
+        if path.is_file() and not skipped and path.stat().st_size <= LARGEST:
+            found[str(path.relative_to(folder))] = path
+    if dtype and "config.json" in found:
+        found["config.json"] = _with_dtype(folder / "config.json", NAMES_OF_TYPES[dtype])
+    return found
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The folders inside that belong to the model: known ones, and the modules that sentence-transformers names."""
+    names = set(PARTS)
+    try:
+        named: Any = json.loads((folder / "modules.json").read_text("utf-8"))
+        names |= {str(module["path"]) for module in named}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    there = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return [path for path in there if path.name in names]
+
+
+def _with_dtype(path: Path, dtype: str) -> bytes | Path:
+    """The config with its dtype replaced, under whichever of its two names it has."""
+    try:
+        config = json.loads(path.read_text())
+        names = [name for name in ("dtype", "torch_dtype") if name in config]
+    except (ValueError, TypeError):
+        return path
+    return json.dumps(config | dict.fromkeys(names, dtype), indent=2).encode() + b"\n" if names else path

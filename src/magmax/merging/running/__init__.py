@@ -1,0 +1,1 @@
+"""The running merge: models absorbed one after another in constant memory."""

@@ -1,0 +1,142 @@
+"""The arithmetic of absorbing one model into a running merge, on one slab."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...checkpoints import Spec
+from ...checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
+from ...rules import Address, StreamingRule
+from ...rules.contract import bits
+from ..kernel import MergeKernel, placed
+from ..pipeline import Kernel, Slab
+from ..reader import Reader
+
+
+def slot_dtype(rule: StreamingRule, base: Spec, kinds: Sequence[str]) -> str:
+    """The type in which a slot holds a tensor of the base.
+
+    A rule that selects holds the winner's own value, in the models' type while they all have one. Any other rule
+    holds what it computes, in the type it computes in.
+    """
+    if rule.selects and len(set(kinds)) == 1:
+        return kinds[0]
+    return LONG_NAMES[compute_dtype(base.dtype).name]
+
+
+@dataclass(frozen=True)
+class AbsorbKernel(Kernel):
+    """New slots from the old ones and one more model.
+
+    The inputs are the base, the old slots, the model and, if winners are mapped, the old map of winners. The sinks are
+    the new slots and the new map. For a rule that selects, a slot holds values theta whose difference from theta_0 is
+    the rule's state; a value is recovered by looking which candidate has the bits that the rule has chosen.
+
+    Attributes:
+        extents: of tensors that are merged in part, how many leading elements are; slots hold zeros beyond.
+        held: the tensors that the old slots hold.
+    """
+
+    reader: Reader
+    rule: StreamingRule
+    task: int
+    slots: int
+    specs: Mapping[str, Spec]
+    carried: Container[str]
+    winners: bool = False
+    extents: Mapping[str, int] = field(default_factory=dict[str, int])
+    held: Container[str] = frozenset[str]()
+
+    @cached_property
+    def rules(self) -> Mapping[str, StreamingRule]:
+        """The rule as it is for each tensor."""
+        return placed(self.rule, self.reader.inputs[0].specs)
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+        if slab.key in self.carried:
+            return self._nothing(slab)
+        head = slab.until(self.extents.get(slab.key, slab.stop))
+        count, length = head.stop - head.start, slab.stop - slab.start
+        old = [slab.stored(number)[:count] for number in range(self.slots + 1)]
+        if not count:
+            storages = [self.specs[slab.key].storage] * self.rule.slots(self.task) + [np.dtype("u1")] * self.winners
+            return [np.zeros(length, storage) for storage in storages]
+        made = self._merged(head, old)
+        return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in made]
+
+    def _merged(self, slab: Slab, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """The new slots, and the map of winners if there is one, from the base and the old slots."""
+        rule = self.rules[slab.key]
+        dtype = self.specs[slab.key].dtype
+        base, *candidates = (self.reader.widened(slab, number, units) for number, units in enumerate(old))
+        candidates.append(self.reader.numbers(slab, self.slots + 1))
+        if not self.rule.selects:
+            *held, vector = candidates
+            vector -= base
+            state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+            return [narrow(s, dtype) for s in state]
+        vectors = [value - base for value in candidates]
+        *held, vector = (v.copy() for v in vectors)
+        state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+        made = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
+        if self.winners:
+            made.append(self._winners(slab, state[0], vectors[-1]))
+        return made
+
+    def _nothing(self, slab: Slab) -> list[NDArray[Any] | None]:
+        """Slots hold merged tensors only; what is carried is read for its digest alone."""
+        slab.stored(0)
+        if slab.key in self.held:
+            for number in range(1, self.slots + 1):
+                slab.stored(number)
+        slab.digest_alike(self.slots + 1)
+        return [None] * (self.rule.slots(self.task) + self.winners)
+
+    def _winners(self, slab: Slab, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
+        old = slab.stored(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
+        np.copyto(old, np.uint8(self.task), where=bits(chosen) == bits(newest))
+        return old
+
+
+@dataclass(frozen=True)
+class ResultKernel(Kernel):
+    """The merged tensor of one slab from the base (input 0) and the slots."""
+
+    merge: MergeKernel
+    slots: int
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+        if slab.key in self.merge.carried:
+            return [self.merge.kept(slab, slab.stored(0))]
+        rule = self.merge.rules[slab.key]
+        assert isinstance(rule, StreamingRule)
+        stored = [slab.stored(number) for number in range(1, self.slots + 1)]
+
+        def vector(head: Slab, base: NDArray[Any]) -> NDArray[Any]:
+            parts = [units[: head.stop - head.start] for units in stored]
+            state = [self.merge.reader.widened(head, number, part) for number, part in enumerate(parts, start=1)]
+            if rule.selects:
+                for values in state:
+                    values -= base
+            return rule.finish(tuple(state), self.merge.tasks)
+
+        return [self.merge.joined(slab, vector)]
+
+
+def _recovered(
+    chosen: NDArray[Any], candidates: Sequence[NDArray[Any]], vectors: Sequence[NDArray[Any]]
+) -> NDArray[Any]:
+    """The candidates' values where their task vectors have the chosen bits; the newest is preferred."""
+    *older, values = candidates
+    values = values.copy()
+    wanted = bits(chosen)
+    for value, vector in zip(older, vectors, strict=False):
+        differs = wanted != bits(vectors[-1])
+        np.copyto(values, value, where=differs & (wanted == bits(vector)))
+    return values

@@ -1,0 +1,148 @@
+"""What a running merge remembers of itself: the file `state.json`, and nothing of the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from ...checkpoints.writer import replace_file
+from ...errors import MagMaxError
+from ...rules import Rule, StreamingRule, rule_from
+from ..matching import Mismatch
+
+FORMAT = 1
+FORMAT_OF_PARTS = 2
+"""The format of states that may hold tensors in part, which older versions cannot read."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that was absorbed: what it is called, and the digest of its model."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots.
+
+    Attributes:
+        extents: of tensors that some model has not, or has only in part, how many leading elements are merged.
+    """
+
+    number: int
+    tasks: Sequence[Task]
+    slots: Sequence[str]
+    label: str | None = None
+    extents: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass
+class State:
+    """The content of `state.json`; the base's path is relative to the state's folder."""
+
+    rule: StreamingRule
+    winners: bool
+    mismatch: Mismatch = "strict"
+    base_path: str | None = None
+    base_digest: str | None = None
+    current: int | None = None
+    generations: dict[int, Generation] = field(default_factory=dict[int, Generation])
+
+    @property
+    def generation(self) -> Generation | None:
+        """The generation that counts."""
+        return None if self.current is None else self.generations[self.current]
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        return self.generation.tasks if self.generation else ()
+
+    @property
+    def extents(self) -> Mapping[str, int]:
+        """Those of the generation that counts."""
+        return self.generation.extents if self.generation else {}
+
+    def write(self, file: Path) -> None:
+        """Replace the file in one step."""
+        strict = self.mismatch == "strict"
+        content: dict[str, Any] = {
+            "format": FORMAT if strict else FORMAT_OF_PARTS,
+            "rule": self.rule.describe(),
+            "winners": self.winners,
+            **({} if strict else {"mismatch": self.mismatch}),
+            "base": {"path": self.base_path, "digest": self.base_digest},
+            "current": self.current,
+            "generations": [_described(generation, strict) for generation in self.generations.values()],
+        }
+        replace_file(file, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def read_state(file: Path) -> State:
+    """Read and check a `state.json`. Raises MagMaxError for anything that this class did not write."""
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] not in (FORMAT, FORMAT_OF_PARTS):
+            raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT} and {FORMAT_OF_PARTS}")
+        strict = content["format"] == FORMAT
+        ((name, options),) = content["rule"].items()
+        found = [
+            Generation(
+                g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"], {} if strict else g["extents"]
+            )
+            for g in content["generations"]
+        ]
+        state = State(
+            rule=streaming(rule_from({name: options})),
+            winners=content["winners"],
+            mismatch="strict" if strict else content["mismatch"],
+            base_path=content["base"]["path"],
+            base_digest=content["base"]["digest"],
+            current=content["current"],
+            generations={generation.number: generation for generation in found},
+        )
+        if not _sound(state):
+            raise ValueError("its entries do not fit together")
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise MagMaxError(f"{file}: is not the state of a running merge ({error})") from error
+    return state
+
+
+def _described(generation: Generation, strict: bool) -> dict[str, Any]:
+    told = asdict(generation)
+    if strict:
+        del told["extents"]
+    return told
+
+
+def streaming(rule: Rule) -> StreamingRule:
+    """The rule, if it can run over tasks; else an error that names rules that can."""
+    if rule.per_model:
+        raise MagMaxError(
+            f"a running merge does not know how many models will come, so {rule.name} cannot have a number for each; "
+            "give one number for all"
+        )
+    if isinstance(rule, StreamingRule):
+        return rule
+    raise MagMaxError(
+        f"{rule.name} looks at all models at once, so it cannot run in constant memory over tasks; "
+        "magmax, average, task_arithmetic, random_mix and kth_magnitude can"
+    )
+
+
+def _sound(state: State) -> bool:
+    """Whether what was read has the types and numbers that a state has."""
+    whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
+    whole = whole and state.mismatch in get_args(Mismatch)
+    return whole and state.current in (None, *state.generations) and all(
+        type(generation.number) is int
+        and isinstance(generation.extents, dict)
+        and all(type(count) is int and count >= 0 for count in generation.extents.values())
+        and all(type(digest) is str for digest in (*generation.slots, *(task.digest for task in generation.tasks)))
+        and len(generation.slots) == state.rule.slots(len(generation.tasks))
+        for generation in state.generations.values()
+    )  # fmt: skip

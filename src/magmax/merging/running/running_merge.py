@@ -1,0 +1,312 @@
+"""The running merge: learn task after task with constant memory, on disk and safe against a kill at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints import Checkpoint, Spec, open_checkpoint
+from ...checkpoints.base import PREFIX
+from ...checkpoints.lora.adapted_model import base_and_adapter, path_back, path_from
+from ...checkpoints.prefixed import PrefixedSink
+from ...checkpoints.remote.urls import is_url
+from ...checkpoints.torch.dcp import distributed
+from ...checkpoints.writer import Draft, Target
+from ...errors import MagMaxError
+from ...rules import Number, Rule, StreamingRule, as_rule
+from ..api import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
+from ..execution.execution_options import Settings
+from ..job import Job, provenance_file
+from ..kernel import MergeKernel
+from ..matching import Match, Mismatch, compare, extents_of, narrowed
+from ..pipeline import Pass, Sink
+from ..reader import Reader
+from ..result import Outcome
+from .absorb_kernels import AbsorbKernel, ResultKernel, slot_dtype
+from .manifest import Generation, State, Task, streaming
+from .versions import MOST_MAPPED_TASKS, WINNERS, Generations, slot_prefix
+
+
+@dataclass(frozen=True)
+class Status:
+    """A running merge at a glance; `shares` is the part of the elements each task supplies, where that is mapped."""
+
+    rule: Mapping[str, Any]
+    base: str | None
+    base_digest: str | None
+    current: Generation | None
+    generations: Sequence[Generation]
+    shares: Sequence[float] = ()
+
+
+class Running:
+    """A merge that grows by one model at a time and holds the base, the rule's slots, and nothing else.
+
+    Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes generation
+    g + 1 beside generation g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled
+    generation is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be
+    taken out of the middle: restore a generation from before it and absorb the others again.
+
+    Args:
+        path: the folder of the state; made by the first `absorb`.
+        rule: needed to begin; an existing state has its own, which must be equal if one is given.
+        base: a path, state dict or module; an existing state remembers a path.
+        winners: also map which task supplied each element (a byte an element; at most 255 tasks).
+        mismatch: "strict", "base" or "intersect", as in `Options`, for all models to come; what one model lacks is the
+            base's from then on. An existing state has its own, which must be equal if one is given.
+
+    Raises:
+        MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        rule: Rule | str | None = None,
+        base: Any = None,
+        *,
+        winners: bool = False,
+        mismatch: Mismatch | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.path = Path(fspath(path))
+        self._settings = settings or Settings()
+        self._base_given: Any = base
+        there = Generations.found(self.path)
+        if there is None:
+            begun = State(streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict")
+            if winners and not (begun.rule.selects and begun.rule.slots(2) == 1):
+                raise MagMaxError(
+                    f"the winners of {begun.rule.name} cannot be mapped: its elements are not one task's own"
+                )
+            self._disk = Generations(self.path, begun)
+            return
+        self._disk = there
+        if winners and not self.winners:
+            raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
+        if mismatch is not None and mismatch != self._state.mismatch:
+            raise MagMaxError(f"{self.path}: was begun with mismatch {self._state.mismatch}, not {mismatch}")
+        if rule is not None and as_rule(rule) != self.rule:
+            raise MagMaxError(
+                f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
+            )
+
+    @property
+    def rule(self) -> StreamingRule:
+        """The rule that the merge was begun with."""
+        return self._state.rule
+
+    @property
+    def winners(self) -> bool:
+        """Whether it maps which task supplied each element."""
+        return self._state.winners
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks absorbed so far, in order."""
+        return self._state.tasks
+
+    def opened(self, model: Any, name: str | None = None) -> Checkpoint:
+        """A model as `absorb` will read it; an adapter is applied to the base."""
+        return open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model", self._base())
+
+    def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> Outcome:
+        """Take in one more model: one read of base, state and model, one write of the state.
+
+        Raises:
+            MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
+        """
+        new = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
+        try:
+            with self._disk.alone():
+                return self._absorb(model, name, label)
+        finally:
+            if new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _absorb(self, model: Any, name: str | None, label: str | None) -> Outcome:
+        base = self._base()
+        opened = self.opened(model, name)
+        match = self._narrowed(base, compare(base, [opened], self._state.mismatch))
+        refuse_same_path([base, opened])
+        name = name or (default_names([opened.place])[0] if opened.stored else f"task {len(self.tasks) + 1}")
+        self._disk.refuse_label(label)
+        number = max(self._state.generations, default=0) + 1
+        job = self._absorb_job(number, base, opened, name, match)
+        outcome = job.run(self._settings)
+        slots = list(outcome.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
+        tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._disk.slots()) + 1])]
+        self._state.base_digest = outcome.input_digests[0]
+        self._remember_base()
+        self._disk.put(Generation(number, tasks, slots, label, extents_of(base, match)))
+        return outcome
+
+    def result(
+        self, scaling_factor: Number | None = None, out: str | PathLike[str] | None = None, **options: Any
+    ) -> Any:
+        """base + scaling_factor * the merged task vector, to `out`; without it, of the same kind as an in-memory base.
+
+        `options` are those of `magmax.merge`: dtype, allow_nonfinite.
+        """
+        base = self._base()
+        chosen = Options(scaling_factor, **options)
+        if out is not None:
+            self.result_job(out, chosen).run(self._settings)
+            return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
+        if base.stored:
+            raise MagMaxError("the result of merging files needs `out`, the path of the result")
+        kernel = self._result_kernel(base, chosen)
+        memory = MemorySink(kernel.merge.out)
+        inputs = kernel.merge.reader.inputs
+        ledger = Pass(inputs, [memory], kernel, self._settings.crew).run(self._settings.progress)
+        self._disk.verifier()(ledger.digests(inputs))
+        return like(self._base_given, base, memory.tensors, chosen)
+
+    def result_job(self, out: str | PathLike[str], options: Options) -> Job:
+        """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
+        base = self._base()
+        kernel = self._result_kernel(base, options)
+        match = self._narrowed(base, compare(base, []))
+        return Job(
+            target=Target.of(out),
+            inputs=kernel.merge.reader.inputs,
+            names=["base", *(f"slot {n}" for n in range(kernel.slots))],
+            recipe={
+                **recipe_of(self.rule, options),
+                **match.told(),
+                "absorbed": [asdict(task) for task in self.tasks],
+            },
+            specs=kernel.merge.out,
+            kernel=kernel,
+            carried=match.carried,
+            partly={key: part.why for key, part in match.partly.items()},
+            metadata=kept_metadata(base),
+            companions=beside(base, kernel.merge.out, options, match),
+            check=self._disk.verifier(),
+            shard_bytes=options.shard_bytes,
+        )
+
+    def status(self) -> Status:
+        """Where the running merge stands."""
+        current = self._state.generation
+        return Status(
+            self.rule.describe(),
+            self._state.base_path,
+            self._state.base_digest,
+            current,
+            list(self._state.generations.values()),
+            self._disk.shares() if self.winners and current else (),
+        )
+
+    def label(self, label: str) -> None:
+        """Name the current generation, so that it is kept."""
+        with self._disk.alone():
+            self._remember_base()
+            self._disk.label(label)
+
+    def restore(self, which: str | int) -> Sequence[Generation]:
+        """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
+        with self._disk.alone():
+            self._remember_base()
+            return self._disk.restore(which)
+
+    @property
+    def _state(self) -> State:
+        return self._disk.state
+
+    def _base(self) -> Checkpoint:
+        given = self._base_given
+        if given is None:
+            if self._state.base_path is None:
+                raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
+            given = path_back(self.path, self._state.base_path)
+            gone = not Path(given).exists() and not distributed(Path(given))
+            if gone and not base_and_adapter(given) and not given.startswith(PREFIX) and not is_url(given):
+                raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
+        return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
+
+    def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
+        slots, task = self._disk.slots(), len(self.tasks) + 1
+        self._refuse_others(base, slots)
+        if self.winners and task > MOST_MAPPED_TASKS:
+            raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
+        specs = {
+            key: Spec(slot_dtype(self.rule, spec, [s.dtype for s in _specs(key, *slots, model)]), spec.shape)
+            for key, spec in base.specs.items()
+            if spec.floating
+        }
+        count = self.rule.slots(task)
+        prefixes = [slot_prefix(n) for n in range(count)] + [WINNERS] * self.winners
+        written = {
+            prefix + key: Spec("U8", s.shape) if prefix == WINNERS else s
+            for prefix in prefixes
+            for key, s in specs.items()
+        }
+        inputs = [base, *slots, model]
+        names = ["base", *(f"slot {n}" for n in range(len(slots))), name]
+        if self.winners and slots:
+            inputs.append(self._disk.winners())
+            if not inputs[-1].specs.keys() >= specs.keys():
+                raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
+            names.append("winners")
+        held = {key for key in specs if self._state.extents.get(key, 1)}
+        kernel = AbsorbKernel(
+            Reader(inputs), self.rule, task, len(slots), specs, match.carried, self.winners, match.extents, held
+        )
+
+        def sinks(draft: Draft) -> Sequence[Sink]:
+            return [PrefixedSink(draft, prefix) for prefix in prefixes]
+
+        verify = self._disk.verifier()
+
+        def check(found: Sequence[str]) -> None:
+            verify(found)
+            twin = next((t for t in self.tasks if t.digest == found[len(slots) + 1]), None)
+            if twin:
+                raise MagMaxError(f"{model.label}: was absorbed already, as {twin.name!r}")
+
+        recipe = {"absorb": self.rule.describe(), "task": task}
+        return Job(
+            target=Target(self._disk.folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
+            kernel=kernel, carried=match.carried, partly={key: part.why for key, part in match.partly.items()},
+            sinks=sinks, companions=provenance_file, check=check,
+        )  # fmt: skip
+
+    def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
+        self.rule.check(len(self.tasks))
+        slots = self._disk.slots()
+        self._refuse_others(base, slots)
+        match = self._narrowed(base, compare(base, []))
+        reader = Reader([base, *slots], options.allow_nonfinite)
+        factor, out = options.factor(self.rule), options.out_specs(base)
+        merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.carried, match.extents)
+        merge.check_placed()
+        return ResultKernel(merge, len(slots))
+
+    def _narrowed(self, base: Checkpoint, match: Match) -> Match:
+        """The match of one more model, without what a model absorbed before has not."""
+        before = self._state.extents
+        return narrowed(base, match, before) if before else match
+
+    def _refuse_others(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
+        """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
+        merged = {key: spec.shape for key, spec in base.specs.items() if spec.floating}
+        if any({key: spec.shape for key, spec in slot.specs.items()} != merged for slot in slots):
+            raise MagMaxError(f"{self.path}: the base is not the one it was begun with: {base.label} has other tensors")
+
+    def _remember_base(self) -> None:
+        """Note where the base that was given is, as seen from the state, if it can be opened again from there."""
+        if self._base_given is not None:
+            self._state.base_path = path_from(self.path, self._base_given, self._base())
+
+
+def _specs(key: str, *checkpoints: Checkpoint) -> list[Spec]:
+    """The specs of a tensor in those checkpoints that have it."""
+    return [c.spec(key) for c in checkpoints if c.resolve(key) in c.specs]

@@ -1,0 +1,148 @@
+"""The folder of a running merge: its `state.json`, and the files of the generations that this names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ...checkpoints import Checkpoint, open_checkpoint
+from ...checkpoints.blocks import chunks
+from ...checkpoints.journal import held
+from ...checkpoints.prefixed import PrefixedView
+from ...checkpoints.writer import remove
+from ...errors import MagMaxError
+from .manifest import Generation, State, read_state
+
+STATE = "state.json"
+WINNERS = "magmax.winner/"
+MOST_MAPPED_TASKS = 255
+
+
+def slot_prefix(number: int) -> str:
+    """How the names of slot `number` begin in a generation's files; slot 0 alone has the models' own names."""
+    return f"magmax.slot{number}/" if number else ""
+
+
+class Generations:
+    """What a running merge has on disk.
+
+    Attributes:
+        path: the folder.
+        state: what its `state.json` says, as it was last read or written here.
+    """
+
+    def __init__(self, path: Path, state: State) -> None:
+        self.path, self.state = path, state
+
+    @classmethod
+    def found(cls, path: Path) -> Generations | None:
+        """What is there, if something is. Raises MagMaxError for a folder of anything else, and for a damaged one."""
+        if (path / STATE).exists():
+            return cls(path, _read(path))
+        strange = not path.is_dir() or any(p.name[:10] not in ("generation", STATE) for p in path.iterdir())
+        if path.exists() and strange:
+            raise MagMaxError(f"{path}: is not a running merge (it has no state.json); name its folder, or a new one")
+        return None
+
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """Hold the folder against other processes, having seen what they did since it was opened."""
+        with held(self.path):
+            if (self.path / STATE).exists():
+                self.state = _read(self.path)
+            yield
+
+    def folder(self, number: int) -> Path:
+        """Where a generation's files are, or will be."""
+        return _folder(self.path, number)
+
+    def slots(self) -> list[Checkpoint]:
+        """What the current generation holds of the rule, a checkpoint for each slot."""
+        if self.state.current is None:
+            return []
+        whole = open_checkpoint(self.folder(self.state.current))
+        own = PrefixedView(whole, "", whole.label)
+        own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
+        count = self.state.rule.slots(len(self.state.tasks))
+        return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
+
+    def winners(self) -> Checkpoint:
+        """The map of the current generation: which task, from 1, supplied each element, 0 where none did."""
+        whole = open_checkpoint(self.folder(self.state.current or 0))
+        return PrefixedView(whole, WINNERS, whole.label)
+
+    def shares(self) -> list[float]:
+        """The part of the elements that each task supplied."""
+        view, tasks = self.winners(), len(self.state.tasks)
+        counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
+        for key, spec in view.specs.items():
+            for chunk in chunks(key, spec):
+                counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
+        total = max(1, int(counts[1:].sum()))
+        return [int(counts[number]) / total for number in range(1, tasks + 1)]
+
+    def verifier(self) -> Callable[[Sequence[str]], None]:
+        """What refuses digests of the base and the slots that are not those recorded when they were last seen."""
+        current = self.state.generation
+        recorded = [self.state.base_digest, *(current.slots if current else ())]
+
+        def verify(found: Sequence[str]) -> None:
+            for number, (now, then) in enumerate(zip(found, recorded, strict=False)):
+                if then is not None and now != then:
+                    what = "its files were changed or damaged"
+                    if number == 0:
+                        what = "the base is not the one it was begun with"
+                    raise MagMaxError(f"{self.path}: {what} (digest {now}, expected {then})")
+
+        return verify
+
+    def refuse_label(self, label: str | None) -> None:
+        """Raise MagMaxError for a label that is taken, or looks like a number."""
+        taken = next((g for g in self.state.generations.values() if label is not None and g.label == label), None)
+        if taken:
+            raise MagMaxError(f"{self.path}: generation {taken.number} is labelled {label!r} already")
+        if label is not None and (not label or label.isdigit()):
+            raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
+
+    def label(self, label: str) -> None:
+        """Name the current generation, so that it is kept."""
+        current = self.state.generation
+        if current is None:
+            raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
+        self.refuse_label(label)
+        self.put(replace(current, label=label))
+
+    def restore(self, which: str | int) -> list[Generation]:
+        """Make the generation of this label or number the current one; returns those dropped."""
+        before = list(self.state.generations.values())
+        found = [g for g in before if which in (g.label, g.number, str(g.number))]
+        if not found:
+            known = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
+            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
+        self.put(found[0])
+        return [generation for generation in before if generation.number not in self.state.generations]
+
+    def put(self, generation: Generation) -> None:
+        """Make a generation the one that counts, then drop those that nothing names."""
+        known = {**self.state.generations, generation.number: generation}
+        self.state.current = generation.number
+        self.state.generations = {n: g for n, g in known.items() if g.label or n == generation.number}
+        self.state.write(self.path / STATE)
+        for folder in self.path.glob("generation-*"):
+            if folder.name not in {self.folder(n).name for n in self.state.generations}:
+                remove(folder)
+
+
+def _read(path: Path) -> State:
+    state = read_state(path / STATE)
+    if state.current is not None and not _folder(path, state.current).is_dir():
+        raise MagMaxError(f"{path}: its generation {state.current} is missing; the state is damaged")
+    return state
+
+
+def _folder(path: Path, number: int) -> Path:
+    return path / f"generation-{number:06}"

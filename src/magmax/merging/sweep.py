@@ -1,0 +1,165 @@
+"""Many scaling factors from one merge: the merged task vector is computed once and then only scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.dtypes import LONG_NAMES, compute_dtype
+from ..checkpoints.writer import Target, remove
+from ..errors import MagMaxError, listed
+from ..rules import Rule
+from .api import Options, merge_job
+from .execution.execution_options import Settings
+from .job import Job
+from .kernel import MergeKernel
+from .pipeline import Around, Kernel, Slab
+from .provenance import Provenance
+from .result import Outcome
+
+MOST_FACTORS = 10_000
+
+
+@dataclass(frozen=True)
+class VectorKernel(Around[MergeKernel]):
+    """The merged task vector itself, unscaled, in the type it is computed in."""
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+        if slab.key in self.merge.carried:
+            self.merge.carry(slab)
+            return [None]
+        head, stored, _ = self.merge.parted(slab)
+        if head.start == head.stop:
+            return [None]
+        return [self.merge.task_vector(head, self.merge.reader.widened(head, 0, stored))]
+
+
+@dataclass(frozen=True)
+class ScaleKernel(Kernel):
+    """base (input 0) + scaling_factor * merged task vector (input 1)."""
+
+    merge: MergeKernel
+
+    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+        if slab.key in self.merge.carried:
+            return [self.merge.carry(slab)]
+        return [self.merge.joined(slab, lambda head, _: self.merge.reader.numbers(head, 1))]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A merge to be written at several scaling factors; each file equals, byte for byte, a merge at that factor."""
+
+    rule: Rule
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    names: Sequence[str]
+    out: Path
+    options: Options
+    factors: Sequence[float]
+    settings: Settings
+
+    def path(self, factor: float) -> Path:
+        """Where the result at a factor goes: OUT with the factor put before its suffix."""
+        suffix = ".safetensors" if not Target(self.out).folder else ""
+        return self.out.with_name(f"{self.out.name.removesuffix(suffix)}-{factor:g}{suffix}")
+
+    @contextmanager
+    def merged(self) -> Generator[Scaler]:
+        """Merge once; the merged task vector lies beside the outputs until the block is left.
+
+        A rule whose result depends on the factor merges at each.
+        """
+        whole = self.job(self.out, self.options)
+        jobs = (self.job(self.path(factor), self.options) for factor in self.factors)
+        problems = [problem for job in jobs for problem in job.problems()]
+        if problems:
+            raise listed("the results cannot be written", problems)
+        if self.rule.needs_factor:  # there is no one merged task vector to be scaled
+            yield Scaler(self)
+            return
+        vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
+        specs = {
+            key: Spec(LONG_NAMES[compute_dtype(spec.dtype).name], spec.shape)
+            for key, spec in self.base.specs.items()
+            if key not in whole.carried
+        }
+        kernel = VectorKernel(_merge_kernel(whole))
+        job = replace(whole, target=Target(vector), specs=specs, kernel=kernel, companions=_none)
+        outcome = job.run(self.settings)
+        try:
+            yield Scaler(self, (outcome, open_checkpoint(vector)))
+        finally:
+            remove(vector)
+
+    def job(self, out: Path, options: Options) -> Job:
+        """The whole merge, as if it were the only one."""
+        return merge_job(self.rule, self.base, self.models, out, options, self.names)
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Writes the result at one factor after another."""
+
+    sweep: Sweep
+    once: tuple[Outcome, Checkpoint] | None = None
+    """What came of merging once, and the merged task vector."""
+
+    def write(self, factor: float) -> Path:
+        """Write base + factor * merged task vector to the sweep's path for it, and return that path."""
+        sweep = self.sweep
+        options = replace(sweep.options, scaling_factor=factor)
+        whole = sweep.job(sweep.path(factor), options)
+        if self.once is None:
+            return Path(whole.run(sweep.settings).path)
+        outcome, vector = self.once
+        inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
+        kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
+        origin = Provenance(whole.recipe, whole.names, outcome.input_digests, [c.origin for c in whole.inputs])
+        job = replace(
+            whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
+            check=_unchecked, extra_passes=0,
+        )  # fmt: skip
+        return Path(job.run(sweep.settings).path)
+
+
+def _merge_kernel(job: Job) -> MergeKernel:
+    assert isinstance(job.kernel, MergeKernel)
+    return job.kernel
+
+
+def _none(provenance: Provenance, digests: object) -> dict[str, bytes | Path]:
+    return {}
+
+
+def _unchecked(digests: Sequence[str]) -> None:
+    """The inputs were checked when they were merged."""
+
+
+def factors(text: str) -> list[float]:
+    """The numbers of "first:last:step" (both ends included) or of "a,b,c"."""
+    try:
+        if ":" not in text:
+            found = [float(Decimal(part)) for part in text.split(",")]
+        else:
+            first, last, step = (Decimal(part) for part in text.split(":"))
+            count = int((last - first) / step) + 1
+            if count > MOST_FACTORS:
+                raise ValueError(f"{count} factors")
+            found = [float(first + step * n) for n in range(count)]
+    except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:
+        raise MagMaxError(
+            f"cannot read {text!r} as numbers; write first:last:step, such as 0.1:1.0:0.1, or a,b,c"
+        ) from error
+    if not found:
+        raise MagMaxError(f"{text!r} holds no number; write first:last:step, such as 0.1:1.0:0.1")
+    if len({f"{factor:g}" for factor in found}) < len(found):
+        raise MagMaxError(f"{text!r} holds factors that are equal to six digits, which would have one name")
+    return found

@@ -1,0 +1,228 @@
+"""The archive of Tunable MagMax: of every task what a preference is likely to need, in far fewer bytes than its model.
+
+A folder: `model.safetensors` (or shards of it) and `archive.json`, which names the tasks, the base and its digest, the
+options, and presets. For task t (from 0) and a tensor K of n elements, of which only the entries of largest magnitude
+over the whole model are kept:
+
+    t/kept/K     U8, ceil(n / 8)       a bit for each element, the first the most significant: whether it is kept
+    t/starts/K   I64, ceil(n / BLOCK)  how many entries are kept before each block of BLOCK elements
+    t/values/K   I8, BF16, F32 or F64  the entries of tau_t that are kept, in order
+    t/scales/K   F32 or F64, ceil(n / BLOCK)  with 8 bits: an entry is value * scale of its block, in K's compute type,
+                                              which is the type of the scale
+
+With top = 1 everything is kept, and `kept` and `starts` are left out. Entries that are not kept count as zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints.dtypes import widen
+from ..checkpoints.journal import held
+from ..checkpoints.lora.adapted_model import path_back
+from ..checkpoints.writer import replace_file
+from ..errors import MagMaxError, listed, nearest
+from ..merging.api import Options, merge_job
+from ..merging.job import Job
+from ..rules import Rule
+from ..rules.tunable.quotas import weights_of
+
+FORMAT = 1
+BLOCK = 1024
+FILE = "archive.json"
+PARTS = ("kept", "starts", "values", "scales")
+
+
+Presets = dict[str, dict[str, float]]
+
+
+class About:
+    """What `archive.json` says. Raises MagMaxError, in words of the reason alone, for what says no such thing."""
+
+    def __init__(self, told: Any) -> None:
+        try:
+            if told["format"] != FORMAT:
+                raise ValueError(f"it has format {told['format']}; this magmax reads {FORMAT}")
+            self.tasks = [str(name) for name in told["tasks"]]
+            self.top, self.bits = float(told["top"]), int(told["bits"])
+            self.presets: Presets = {
+                str(name): {str(task): float(weight) for task, weight in weights.items()}
+                for name, weights in told["presets"].items()
+            }
+            self.base_path, self.base_digest = told["base"]["path"], str(told["base"]["digest"])
+            self.models = [str(digest) for digest in told.get("models", [])]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise MagMaxError(str(error)) from error
+        self.told = told
+
+    @classmethod
+    def of(cls, folder: Path) -> About:
+        try:
+            return cls(json.loads((folder / FILE).read_text("utf-8")))
+        except (OSError, RecursionError, ValueError) as error:
+            raise MagMaxError(str(error)) from error
+
+    def same_models(self, other: About) -> bool:
+        """Whether both are of the same models, as far as they say."""
+        return (self.tasks, self.models, self.base_digest) == (other.tasks, other.models, other.base_digest)
+
+
+class Archive:
+    """An archive on disk. Raises MagMaxError for a folder that holds none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._about = About.of(folder)
+        except MagMaxError as error:
+            raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive makes one") from error
+        self.tasks, self.top, self.bits = self._about.tasks, self._about.top, self._about.bits
+        self.presets = self._about.presets
+        self.tensors = open_checkpoint(folder)
+
+    def base(self, given: str | None = None) -> Checkpoint:
+        """The base: the one given, or where it was when the archive was made."""
+        if given is None and self._about.base_path is None:
+            raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
+        return open_checkpoint(given or path_back(self.folder, self._about.base_path))
+
+    def models(self, base: Checkpoint) -> list[ArchivedTask]:
+        """Each task's vector, as far as it was kept."""
+        return [ArchivedTask(self, task, name, base) for task, name in enumerate(self.tasks)]
+
+    def job(self, rule: Rule, out: Path, options: Options, base: str | None = None) -> Job:
+        """The work of merging what was kept, into a file or folder outside the archive's."""
+        self.refuse_inside(out)
+        opened = self.base(base)
+        job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
+
+        def same_base(digests: Sequence[str]) -> None:
+            if digests[0] != self._about.base_digest:
+                raise MagMaxError(f"{opened.label}: is not the base that {self.folder} was made with")
+
+        return replace(job, check=same_base)
+
+    def refuse_inside(self, out: Path) -> None:
+        """Raise MagMaxError for an output that would spoil the archive."""
+        if self.folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise MagMaxError(f"{out}: is the archive {self.folder} or inside it; choose another place for the output")
+
+    def preset(self, name: str) -> dict[str, float]:
+        if name not in self.presets:
+            raise MagMaxError(f"{self.folder}: has no preset {name!r}; {nearest(name, list(self.presets))}")
+        return self.presets[name]
+
+    def store(self, name: str, preference: Mapping[str, float]) -> None:
+        """Remember a preference under a name, beside those that others have stored meanwhile.
+
+        Raises MagMaxError for weights that are none, and where the archive was made anew from other models.
+        """
+        weights_of(preference)
+        for task in preference:
+            if task not in self.tasks:
+                raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest(task, self.tasks)}")
+        with held(self.folder):
+            now = Archive(self.folder)._about
+            if not now.same_models(self._about):
+                raise MagMaxError(f"{self.folder}: now holds other models; preset {name!r} is not stored: tune again")
+            now.presets[name] = dict(preference)
+            replace_file(self.folder / FILE, json.dumps(now.told | {"presets": now.presets}, indent=2).encode() + b"\n")
+        self.presets = now.presets
+
+
+class ArchivedTask(Checkpoint):
+    """A task vector as an archive keeps it; tensors that are not merged are read from the base."""
+
+    relative = True
+
+    def __init__(self, archive: Archive, task: int, name: str, base: Checkpoint) -> None:
+        specs = {
+            key: Spec("F64" if spec.dtype == "F64" else "F32", spec.shape) if spec.floating else spec
+            for key, spec in base.specs.items()
+        }
+        super().__init__(name, specs)
+        self.aliases = dict(base.aliases)
+        self._tensors, self._base, self._task, self._bits = archive.tensors, base, task, archive.bits
+        self._sparse = archive.top < 1
+        problems = [
+            f"{archive.folder}: holds nothing of {key}, {spec}, with top {archive.top:g} and {archive.bits} bits"
+            for key, spec in base.specs.items()
+            if spec.floating and spec.elements and not self._fits(key, spec)
+        ]
+        if problems:
+            raise listed(f"{archive.folder} does not fit {base.label}", problems)
+
+    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        if not self.specs[key].floating:
+            return self._base.read(key, start, stop)
+        if start == stop:
+            return np.zeros(0, self.specs[key].storage)
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        end = min(last * BLOCK, self.specs[key].elements)
+        places, total = np.arange(first * BLOCK, end), end - first * BLOCK
+        value = first * BLOCK
+        if self._sparse:
+            mask = np.unpackbits(self._part("kept", key, first * BLOCK // 8, -(-end // 8)), count=total)
+            places, value = np.flatnonzero(mask) + first * BLOCK, self._start(key, first)
+            if value < 0 or value + len(places) != self._start(key, last):
+                raise MagMaxError(
+                    f"{self._tensors.label}: of {key} for {self.label}, kept and starts disagree; it is corrupt: "
+                    "make the archive anew, or copy it again"
+                )
+        stored = self._values(key, value, value + len(places))
+        dense = np.zeros(total, self.specs[key].storage)
+        if self._bits == 8:
+            kind = self._tensors.specs[f"{self._task}/scales/{key}"].storage
+            scales = self._part("scales", key, kind.itemsize * first, kind.itemsize * last).view(kind)
+            dense[places - first * BLOCK] = stored * scales[places // BLOCK - first].astype(dense.dtype)
+        else:
+            dense[places - first * BLOCK] = stored
+        return dense[start - first * BLOCK : stop - first * BLOCK]
+
+    def files(self) -> list[Path]:
+        return self._tensors.files()
+
+    def header_digests(self) -> list[str]:
+        return self._tensors.header_digests()
+
+    def _fits(self, key: str, spec: Spec) -> bool:
+        found = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
+        kind, blocks = self.specs[key].dtype, -(-spec.elements // BLOCK)
+        values = found.pop("values")
+        wanted = {
+            "kept": Spec("U8", (-(-spec.elements // 8),)) if self._sparse else None,
+            "starts": Spec("I64", (blocks,)) if self._sparse else None,
+            "scales": Spec(kind, (blocks,)) if self._bits == 8 else None,
+        }
+        if values is None or found != wanted or values.dtype != {8: "I8", 16: "BF16"}.get(self._bits, kind):
+            return False
+        return (
+            len(values.shape) == 1
+            and values.elements <= spec.elements <= values.elements + spec.elements * self._sparse
+        )
+
+    def _values(self, key: str, start: int, stop: int) -> NDArray[Any]:
+        name = f"{self._task}/values/{key}"
+        stored = self._tensors.read(name, start, stop)
+        dtype = self._tensors.specs[name].dtype
+        return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage)
+
+    def _start(self, key: str, block: int) -> int:
+        """How many entries are kept before a block, or in all."""
+        if block * BLOCK >= self.specs[key].elements:
+            return self._tensors.specs[f"{self._task}/values/{key}"].elements
+        return int(self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")[0])
+
+    def _part(self, kind: str, key: str, start: int, stop: int) -> NDArray[Any]:
+        """Bytes of one of the task's tensors."""
+        name = f"{self._task}/{kind}/{key}"
+        unit = self._tensors.specs[name].storage.itemsize
+        return self._tensors.read(name, start // unit, stop // unit).view(np.uint8)

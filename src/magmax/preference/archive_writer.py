@@ -1,0 +1,253 @@
+"""Making an archive of what a preference is likely to need; `archive.py` says what is in one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.blocks import Chunk, checkpoint_digest, slab_digest, slabs, tensor_digest
+from ..checkpoints.dtypes import compute_dtype, narrow
+from ..checkpoints.journal import held
+from ..checkpoints.lora.adapted_model import path_from
+from ..checkpoints.writer import Draft, Target
+from ..errors import MagMaxError, listed
+from ..merging.api import refuse_same_path, refuse_twins
+from ..merging.execution.execution_options import Settings
+from ..merging.job import explained
+from ..merging.matching import compare
+from ..merging.pipeline import Slab, hold_freed_memory, in_threads
+from ..merging.reader import Reader
+from ..merging.statistics_pass import Questions
+from ..rules import Prune
+from .archive import BLOCK, FILE, FORMAT, About, Archive, Presets
+
+LEVELS = 127
+PIECE = 256 * BLOCK
+LARGEST_BF16 = (2 - 2**-7) * 2.0**127
+
+
+class Kept(NamedTuple):
+    """Which entries of one task vector are kept: those of at least this magnitude, or all."""
+
+    least: int | None
+    wide: bool
+
+    def where(self, vector: NDArray[Any]) -> NDArray[np.bool_]:
+        if self.least is None:
+            return np.ones(len(vector), np.bool_)
+        codes = np.abs(vector.astype(np.float64) if self.wide else vector)
+        return (codes.view(np.int64 if self.wide else np.int32) >= self.least) & (vector != 0)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """An archive being made."""
+
+    reader: Reader
+    keys: Sequence[str]
+    kept: Sequence[Kept]
+    bits: int
+    threads: int
+
+    def vectors(self, chunk: Chunk) -> list[NDArray[Any]]:
+        slab = Slab(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
+        base = self.reader.numbers(slab, 0)
+        return [self.reader.task_vector(slab, task, base) for task in range(1, len(self.reader.inputs))]
+
+    def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
+        """How many entries of each task are kept in each block."""
+        edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
+        masks = [kept.where(vector) for kept, vector in zip(self.kept, self.vectors(chunk), strict=True)]
+        return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
+
+    def starts(self, settings: Settings) -> dict[tuple[int, str], NDArray[np.int64]]:
+        """How many entries of a task's tensor are kept before each block, and in all."""
+        found: dict[tuple[int, str], NDArray[np.int64]] = {
+            (task, key): np.zeros(1 + -(-self.spec(key).elements // BLOCK), np.int64)
+            for task in range(len(self.kept))
+            for key in self.keys
+        }
+        with closing(in_threads(self.counts, self.pieces(), self.threads)) as done:
+            for chunk, counts in done:
+                first = 1 + chunk.start // BLOCK
+                for task, count in enumerate(counts):
+                    found[task, chunk.key][first : first + len(count)] = count
+                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+        return {place: np.cumsum(counts) for place, counts in found.items()}
+
+    def specs(self, starts: Mapping[tuple[int, str], NDArray[np.int64]]) -> dict[str, Spec]:
+        """The archive's tensors."""
+        found: dict[str, Spec] = {}
+        for (task, key), counts in starts.items():
+            blocks, total = len(counts) - 1, int(counts[-1])
+            wide = compute_dtype(self.spec(key).dtype) == np.float64
+            found[f"{task}/values/{key}"] = Spec(
+                {8: "I8", 16: "BF16"}.get(self.bits, "F64" if wide else "F32"), (total,)
+            )
+            if self.kept[task].least is not None:
+                found[f"{task}/kept/{key}"] = Spec("U8", (-(-self.spec(key).elements // 8),))
+                found[f"{task}/starts/{key}"] = Spec("I64", (blocks,))
+            if self.bits == 8:
+                found[f"{task}/scales/{key}"] = Spec("F64" if wide else "F32", (blocks,))
+        return found
+
+    def write(self, draft: Draft, starts: Mapping[tuple[int, str], NDArray[np.int64]], settings: Settings) -> None:
+        def work(chunk: Chunk) -> Chunk:
+            for task, vector in enumerate(self.vectors(chunk)):
+                self.put(draft, chunk, task, vector, starts[task, chunk.key])
+            return chunk
+
+        with closing(in_threads(work, self.pieces(), self.threads)) as done:
+            for chunk in done:
+                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+
+    def put(self, draft: Draft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]) -> None:
+        """Write one task's part of a chunk."""
+        mask, first = self.kept[task].where(vector), chunk.start // BLOCK
+        values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // BLOCK)])
+        if self.kept[task].least is not None:
+            draft.write(f"{task}/kept/{chunk.key}", chunk.start // 8, np.packbits(mask))
+            draft.write(f"{task}/starts/{chunk.key}", first, starts[first : first + len(counts)])
+        most = {8: float(np.finfo(vector.dtype).max), 16: LARGEST_BF16}.get(self.bits, np.inf)
+        if np.abs(values).max(initial=0) > most:
+            raise MagMaxError(
+                f"{self.reader.inputs[1 + task].label}: {chunk.key} differs from the base by more than {most:.3g}, "
+                f"the most that {self.bits} bits hold; archive it with --bits 32"
+            )
+        if self.bits == 8:
+            scales = np.zeros(len(counts), vector.dtype)
+            filled = counts > 0
+            if len(values):
+                edges = (starts[first : first + len(counts)] - starts[first])[filled]
+                scales[filled] = np.maximum.reduceat(np.abs(values), edges) / LEVELS
+            draft.write(f"{task}/scales/{chunk.key}", first, scales)
+            steps = np.repeat(np.where(scales > 0, scales, 1), counts)
+            values = np.rint(values / steps).clip(-LEVELS, LEVELS).astype(np.int8)
+        elif self.bits == 16:
+            values = narrow(values, "BF16")
+        draft.write(f"{task}/values/{chunk.key}", int(starts[first]), values)
+
+    def pieces(self) -> Iterator[Chunk]:
+        """Every tensor in parts of a whole number of blocks."""
+        for key in self.keys:
+            for start in range(0, self.spec(key).elements, PIECE):
+                yield Chunk(key, start, min(start + PIECE, self.spec(key).elements))
+
+    def spec(self, key: str) -> Spec:
+        return self.reader.inputs[0].specs[key]
+
+
+def write_archive(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    names: Sequence[str],
+    out: Path,
+    *,
+    top: float = 0.3,
+    bits: int = 8,
+    base_given: object = None,
+    settings: Settings | None = None,
+) -> Archive:
+    """Store what tuning needs of each model's task vector. An archive that was there keeps its presets.
+
+    Args:
+        top: the fraction of each task vector's entries to keep, those of largest magnitude over the whole model.
+        bits: of each entry: 8 (linear, a scale for each block of 1024 elements), 16 (bfloat16) or 32 (exact).
+        base_given: the path, id or BASE+ADAPTER that `base` was opened from, to be remembered in the archive.
+
+    Raises:
+        MagMaxError: no models, models that do not fit the base or are the same, NaN or infinity, differences too large
+            for the bits, options out of range, a place that cannot be written or that holds presets for other models,
+            no space left.
+    """
+    settings = settings or Settings()
+    if not 0 < top <= 1:
+        raise MagMaxError(f"an archive needs top above 0 and at most 1, not {top}")
+    if bits not in (8, 16, 32):
+        raise MagMaxError(f"an archive needs bits to be 8, 16 or 32, not {bits}")
+    if not models or len(set(names)) < len(names):
+        raise MagMaxError(
+            f"an archive needs models, each with a name of its own; the names are {', '.join(names) or 'none'}"
+        )
+    if out.suffix == ".safetensors":
+        raise MagMaxError(f"{out}: an archive is a folder; name one without .safetensors")
+    target, inputs = Target(out), [base, *models]
+    refuse_same_path(inputs)
+    if problems := target.problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
+        raise listed(f"{out} cannot be written", problems)
+    _presets(out, names)
+    carried = compare(base, models).carried
+    keys = [key for key, spec in base.specs.items() if key not in carried and spec.elements]
+    digests = [_digest(model) for model in models]
+    refuse_twins(models, digests)
+    hold_freed_memory()
+    kept, reader = _kept(Reader(inputs), keys, top, settings)
+    writing = Writing(reader, keys, kept, bits, settings.crew.count)
+    starts = writing.starts(settings)
+    about = {
+        "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,
+        "base": {"path": path_from(out, base_given, base), "digest": _digest(base)},
+    }  # fmt: skip
+    draft = Draft(target, writing.specs(starts), {})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.open(fresh=True)
+        writing.write(draft, starts, settings)
+        with held(out):
+            presets = _presets(out, names)  # again: others may have stored some meanwhile
+            draft.publish({}, {FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})
+    except OSError as error:
+        draft.discard()
+        raise explained(error, out, "it begins anew") from error
+    except BaseException:
+        draft.discard()
+        raise
+    if presets:
+        settings.note(f"{out}: replaced; presets kept: {len(presets)}")
+    return Archive(out)
+
+
+def _presets(out: Path, names: Sequence[str]) -> Presets:
+    """The presets of the archive that is to be replaced, if there is one. Raises MagMaxError for those of others."""
+    if not (out / FILE).exists():
+        return {}
+    try:
+        old = About.of(out)
+    except MagMaxError as error:
+        raise MagMaxError(
+            f"{out / FILE}: cannot be read ({error}), and may hold presets; name another folder, or remove {out}"
+        ) from error
+    if old.presets and old.tasks != list(names):
+        raise MagMaxError(
+            f"{out}: holds presets ({', '.join(old.presets)}) for other models ({', '.join(old.tasks)}); "
+            "name another folder, or remove it"
+        )
+    return old.presets
+
+
+def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
+    """Each task's threshold, found over the whole model."""
+    elements = {key: reader.inputs[0].specs[key].elements for key in keys}
+    questions = Questions(reader, elements, settings.crew, settings.progress)
+    scope = questions.scope
+    if top == 1:
+        return [Kept(None, scope.wide)] * scope.tasks, reader
+    cuts = questions.answer(Prune(keep=top).plan(scope))
+    return [Kept(cut.code, scope.wide) for cut in cuts], questions.reader
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """The digest that a merge notes of an input."""
+    tensors: dict[str, str] = {}
+    for key, spec in checkpoint.specs.items():
+        if cuts := slabs(key, spec):
+            tensors[key] = tensor_digest(b"".join(slab_digest(checkpoint.read(key, *cut)) for cut in cuts))
+    return checkpoint_digest(checkpoint.specs, tensors)

@@ -1,0 +1,168 @@
+"""Preferences for text encoders: target and training samples from files, features from each task's own encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..calibration.samples import Samples, places_of, read_samples
+from ..checkpoints import Checkpoint
+from ..checkpoints.memory import as_tensor
+from ..continual.evaluation.accuracy import likelihoods
+from ..continual.models.heads import zero_shot_head
+from ..continual.models.text_encoder import TextEncoder
+from ..errors import MagMaxError
+from ..merging.api import Options, merge_in_memory
+from ..merging.execution.execution_options import Settings
+from ..rules import MagMax, Rule, Tunable
+from .candidates import Choice, choose
+from .estimators import MOST_SAMPLES, Distance, Features, from_each, from_labels, from_samples
+from .natural_shares import own_shares
+
+Method = Literal["label", "ot", "cos", "mmd", "auto"]
+TEMPLATES = ("a message about {}",)
+TEMPERATURE = 20.0
+BATCH = 64
+
+
+def read_tasks(folder: Path, names: Sequence[str], labelled: bool = True) -> list[Samples]:
+    """Training samples of each task: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
+    return [read_samples(place, labelled) for place in places_of(folder, names)]
+
+
+@dataclass(frozen=True)
+class TextTarget:
+    """What a preference can be made of: the models, their training samples, and samples of the target."""
+
+    encoder: TextEncoder
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    tasks: Sequence[Samples]
+    target: Samples
+    settings: Settings
+    options: Options = field(default_factory=Options)
+
+    def weights(self, method: Distance) -> list[float]:
+        """A preference by features; see `from_samples`."""
+        return from_samples(self._pairs(), method)
+
+    def chosen(self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01) -> Choice:
+        """The best, on samples it was not made of, of all methods, uniform and MagMax's own counts; see `choose`.
+
+        Scores are the probability of the right label among all, with a zero-shot head of the base.
+        """
+        own = own_shares(self.base, self.models, self.settings, self.options.mismatch, self.options.allow_nonfinite)
+        names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
+        self._put(0.0, self.models)  # the base itself
+        head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
+        items = self.encoder.tokenize(self.target.texts)
+        labels = np.array([names.index(label) for label in self.target.labels])
+        pairs = list(self._pairs())
+
+        def score(weights: Sequence[float]) -> np.ndarray:
+            settings = Settings(self.settings.threads)
+            made = merge_in_memory(rule(weights), self.base, self.models, self.options, settings)
+            put_weights(self.encoder.model, self.base, made)
+            return likelihoods(self.encoder, head, items, labels)
+
+        def candidates(places: Sequence[int]) -> dict[str, list[float]]:
+            seen = [(own, target[list(places)]) for own, target in pairs]
+            return from_each(self.target.pick(places).labels, labels_of(self.tasks), seen, told.setdefault)
+
+        told: dict[str, str] = {}
+        choice = choose(candidates, own, score, len(items), seed=seed, pull=pull)
+        for method, why in told.items():
+            self.settings.note(f"not tried: {method} ({why})")
+        return choice
+
+    def _pairs(self) -> Iterator[tuple[Features, Features]]:
+        for number, samples in enumerate(self.tasks):
+            self._put(1.0, [self.models[number]])
+            yield self._features(samples.texts[:MOST_SAMPLES]), self._features(self.target.texts)
+
+    def _features(self, texts: Sequence[str]) -> Features:
+        self.encoder.model.eval()
+        ids = self.encoder.tokenize(texts)
+        with torch.inference_mode():
+            parts = [self.encoder(ids[at : at + BATCH]).cpu().numpy() for at in range(0, len(ids), BATCH)]
+        return np.concatenate(parts)
+
+    def _put(self, factor: float, models: Sequence[Checkpoint]) -> None:
+        """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
+        options = replace(self.options, scaling_factor=factor, dtype=None)
+        made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
+        put_weights(self.encoder.model, self.base, made)
+
+
+def labels_of(tasks: Sequence[Samples]) -> list[set[str]]:
+    """The different labels of each task."""
+    return [set(samples.labels) for samples in tasks]
+
+
+def text_preference(
+    method: Method,
+    data: Path,
+    samples: Path,
+    encoder: Path | None,
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    names: Sequence[str],
+    rule: Tunable,
+    options: Options,
+    settings: Settings,
+    max_tokens: int = 64,
+) -> list[float]:
+    """A preference for models of texts, from files; what "auto" tried is told to `settings.note`.
+
+    Args:
+        data: samples of the target, as `read_samples` reads them; "label" and "auto" need their labels.
+        samples: the folder of each task's training samples, as `read_tasks` reads them.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base's own. "label" needs none.
+        rule: the merge that "auto" tries preferences with; its own preference does not matter.
+    """
+    labelled = method in ("label", "auto")
+    tasks, target = read_tasks(samples, names, labelled), read_samples(data, labelled)
+    if method == "label":
+        return from_labels(target.labels, labels_of(tasks))
+    folder = encoder or base.folder()
+    if folder is None or not folder.is_dir():
+        raise MagMaxError(
+            f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
+        )
+    try:
+        loaded = TextEncoder.load(folder, max_tokens)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MagMaxError(f"{folder}: has no encoder with its tokenizer: {reason}; name one: --encoder") from error
+    sought = TextTarget(loaded, base, models, tasks, target, settings, options)
+    if method != "auto":
+        return sought.weights(method)
+    choice = sought.chosen(lambda tried: replace(rule, preference=list(tried)))
+    lines = ["score  less pull  weights  candidate"]
+    for trial in choice.trials:
+        shares = " ".join(f"{weight:.3f}" for weight in trial.weights)
+        origin = f"{trial.source}, temperature {trial.temperature:g}"
+        lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
+    settings.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
+    return list(choice.best.weights)
+
+
+def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
+    """Copy merged tensors into a module. Raises MagMaxError where the module is not of the base's kind."""
+    state = model.state_dict()
+    missing = [key for key in state if base.resolve(key) not in tensors]
+    extra = [key for key in tensors if key not in state]
+    if missing or extra:
+        raise MagMaxError(
+            f"{base.label} does not hold the weights of this {type(model).__name__}: "
+            f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(extra)} are not its own "
+            f"({', '.join(extra[:3])}); name the encoder that was fine-tuned"
+        )
+    made = {key: as_tensor(tensors[base.resolve(key)], base.spec(key), value) for key, value in state.items()}
+    model.load_state_dict(made)

@@ -1,0 +1,125 @@
+"""What a mergekit recipe supposes of its models, checked once they are open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...checkpoints import Checkpoint
+from ...checkpoints.lora.adapted_model import LoraModel
+from ...checkpoints.zero_base import Zeros
+from ...errors import MagMaxError
+
+Where = str
+"""A file and the line of the key that supposes it."""
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """Refuses models for which a recipe means something else in mergekit than here.
+
+    Attributes:
+        counted: whether weights, not differences from the base, are merged: then the base is all zeros.
+        untyped: the recipe names no type, so all models must have one: mergekit would go on in the widest.
+        ranges: the last layer, less one, that the recipe takes of all models.
+        tokenizer: the recipe asks for a common vocabulary, so all models must have that already.
+        template: the chat template it asks for, which must be the base's already.
+    """
+
+    counted: bool
+    untyped: Where | None
+    ranges: Sequence[tuple[Where, list[int]]]
+    tokenizer: Where | None
+    template: tuple[Where, str] | None
+
+    def __call__(self, base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
+        for where, given in self.ranges:
+            if given != [0, layers(base.specs)]:
+                raise MagMaxError(
+                    f"{where}: not supported here: a part of the layers; {base.label} has {layers(base.specs)}, and "
+                    f"layer_range is {given}"
+                )
+        if self.untyped:
+            _one_type(self.untyped, base, models)
+        if self.tokenizer:
+            _one_vocabulary(self.tokenizer, base, models)
+        if self.template:
+            _one_template(*self.template, base, models)
+        return Zeros(base) if self.counted else base
+
+
+def layers(names: Mapping[str, Any]) -> int:
+    """The number of layers, told from tensor names: the first part of a name that is a number is a layer's."""
+    stacks: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
+        if place is not None:
+            stacks.setdefault(".".join(parts[:place]), set()).add(parts[place])
+    return max(map(len, stacks.values()), default=0)
+
+
+def _one_type(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    for model in models:
+        for key, spec in base.specs.items():
+            theirs = model.specs.get(model.resolve(key))
+            if theirs and spec.floating and theirs.dtype != spec.dtype and not isinstance(model, LoraModel):
+                raise MagMaxError(
+                    f"{where}: the models have several types ({key} is {spec.dtype} in {base.label} and {theirs.dtype} "
+                    f"in {model.label}), and the recipe names none; give it a dtype or an out_dtype"
+                )
+
+
+def _one_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    wanted = _vocabulary(base)
+    for model in [base, *models]:
+        found = _vocabulary(model)
+        if found is None and isinstance(model, LoraModel):  # an adapter without one has its base's
+            continue
+        if found is None or found != wanted:
+            why = "has no tokenizer.json" if found is None else f"has another vocabulary than {base.label}"
+            raise MagMaxError(
+                f"{where}: not supported here: bringing vocabularies together; {model.label} {why}. If the models have "
+                "the same tokens, take the key out: the base's tokenizer is copied"
+            )
+
+
+def _one_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    own = _template(base)
+    others = {_template(model) for model in models} - {None} if wanted == "auto" else {wanted.strip()}
+    if others - {own}:
+        raise MagMaxError(
+            f"{where}: not supported here: a chat template other than the base's; take the key out and put the "
+            "template into the merged folder yourself"
+        )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Token -> number, of the tokenizer beside the weights; None where there is none."""
+    content = _json(checkpoint, "tokenizer.json")
+    tokens = content.get("model", {}).get("vocab")
+    if isinstance(tokens, list):
+        tokens = {token: number for number, (token, _) in enumerate(tokens)}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return None if tokens is None else {**tokens, **added}
+
+
+def _template(checkpoint: Checkpoint) -> str | None:
+    folder = checkpoint.folder()
+    file = folder / "chat_template.jinja" if folder else None
+    found = file.read_text("utf-8") if file and file.is_file() else None
+    found = found or _json(checkpoint, "tokenizer_config.json").get("chat_template")
+    return found.strip() if isinstance(found, str) else None
+
+
+def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    folder = checkpoint.folder()
+    if folder is None or not (folder / name).is_file():
+        return {}
+    try:
+        content = json.loads((folder / name).read_text("utf-8"))
+    except ValueError as error:
+        raise MagMaxError(f"{folder / name}: cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,159 @@
+"""mergekit's merge methods: what each takes, its defaults, and the rule that does the same here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ...rules import (
+    Average,
+    Before,
+    Breadcrumbs,
+    Dare,
+    Della,
+    Elect,
+    ElectSum,
+    Karcher,
+    ModelStock,
+    NearSwap,
+    Prune,
+    Rule,
+    Sce,
+    Slerp,
+    TaskArithmetic,
+    chain,
+)
+from .parameters import Given
+
+Default = bool | int | float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        rule: makes the rule from what a recipe sets.
+        shared: parameters that are the same for all models, and their defaults; None means that there is none.
+        own: parameters that each model has.
+        counted: whether there is no start: a base model that is named is a model like the others.
+        least, most: how many models, without the base if that is the start.
+    """
+
+    rule: Callable[[Given], Rule]
+    shared: Mapping[str, Default] = field(default_factory=dict[str, Default])
+    own: Mapping[str, Default] = field(default_factory=dict[str, Default])
+    counted: bool = False
+    least: int = 1
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """A way to thin out task vectors, with the parameters it has beyond `density`."""
+
+    parts: Callable[[Given, bool], list[Before]]
+    rescale: bool = False
+    own: Mapping[str, Default] = field(default_factory=dict[str, Default])
+
+
+def _linear(given: Given) -> Rule:
+    weights = given.per_model("weight", None)
+    return Average(weights) if given.constant("normalize", True) else TaskArithmetic(weights)
+
+
+def _none(given: Given, rescale: bool) -> list[Before]:
+    return []
+
+
+def _largest(given: Given, rescale: bool) -> list[Before]:
+    _unscaled(given, rescale)
+    return [Prune(keep=given.per_model("density", 1.0), span="tensor")]
+
+
+def _chance(given: Given, rescale: bool) -> list[Before]:
+    if not rescale:
+        return [Prune(keep=given.per_model("density", 1.0), which="random")]
+    return [Dare(drop=given.per_model("density", 1.0, lambda density: 1 - density))]
+
+
+def _middle(given: Given, rescale: bool) -> list[Before]:
+    _unscaled(given, rescale)
+    return [Breadcrumbs(density=given.per_model("density", 1.0), gamma=given.per_model("gamma", 0.01))]
+
+
+def _rank(given: Given, rescale: bool) -> list[Before]:
+    if not rescale:
+        raise given.unsupported("rescale", "della without rescaling; leave rescale out")
+    return [Della(density=given.per_model("density", 1.0), epsilon=given.per_model("epsilon", 0.15))]
+
+
+def _unscaled(given: Given, rescale: bool) -> None:
+    if rescale:
+        raise given.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
+
+
+ALL = Thinning(_none)
+LARGEST = Thinning(_largest)
+CHANCE = Thinning(_chance, rescale=True)
+MIDDLE = Thinning(_middle, own={"gamma": 0.01})
+RANK = Thinning(_rank, rescale=True, own={"epsilon": 0.15})
+
+
+def _arithmetic(thinning: Thinning, elect: bool, normalize: bool) -> Method:
+    """Thin out the task vectors, perhaps elect a sign, and add up what is left or take its mean."""
+
+    def rule(given: Given) -> Rule:
+        weights, mean = given.per_model("weight", None), given.constant("normalize", normalize)
+        sums = (Elect, ElectSum) if elect else (Average, TaskArithmetic)
+        parts = thinning.parts(given, given.constant("rescale", thinning.rescale))
+        return chain(*parts, sums[0](weights) if mean else sums[1](weights))
+
+    shared = {"normalize": normalize, "rescale": thinning.rescale, "lambda": 1.0, "int8_mask": False}
+    return Method(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
+
+
+def _model_stock(given: Given) -> Rule:
+    if given.constant("filter_wise", False):
+        raise given.unsupported("filter_wise", "model_stock row by row; leave filter_wise out")
+    return ModelStock()
+
+
+METHODS: dict[str, Method] = {
+    "linear": Method(_linear, {"normalize": True}, {"weight": None}, counted=True),
+    "task_arithmetic": _arithmetic(ALL, elect=False, normalize=False),
+    "ties": _arithmetic(LARGEST, elect=True, normalize=True),
+    "dare_linear": _arithmetic(CHANCE, elect=False, normalize=False),
+    "dare_ties": _arithmetic(CHANCE, elect=True, normalize=False),
+    "della_linear": _arithmetic(RANK, elect=False, normalize=False),
+    "della": _arithmetic(RANK, elect=True, normalize=True),
+    "breadcrumbs": _arithmetic(MIDDLE, elect=False, normalize=False),
+    "breadcrumbs_ties": _arithmetic(MIDDLE, elect=True, normalize=False),
+    "sce": Method(lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}),
+    "slerp": Method(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
+    "nearswap": Method(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),
+    "model_stock": Method(_model_stock, {"filter_wise": False}, least=2),
+    "karcher": Method(
+        lambda given: Karcher(max_iter=given.constant("max_iter", 10), tol=given.constant("tol", 1e-5)),
+        {"max_iter": 10, "tol": 1e-5},
+        counted=True,
+    ),
+    "passthrough": Method(
+        lambda given: TaskArithmetic(given.per_model("scale", 1.0)), {}, {"scale": 1.0}, counted=True, most=1
+    ),
+}
+
+ELSEWHERE: dict[str, str] = {
+    "nuslerp": "for two models without a base, slerp with t = w2 / (w1 + w2) is the same arc",
+    "multislerp": "karcher is the mean on the sphere that is supported",
+    "arcee_fusion": "nearswap and breadcrumbs also choose by the size of a change",
+    "ram": "ties also treats what several models changed apart",
+    "ramplus_tl": "ties also treats what several models changed apart",
+}
+"""Methods that are not supported, and what comes nearest."""
+
+PARAMETERS = sorted(
+    {name for method in METHODS.values() for name in (*method.shared, *method.own)}
+    | {"nuslerp_row_wise", "nuslerp_flatten", "normalize_weights", "eps", "r", "alpha"}
+)
+"""Every parameter that some method takes; one that the recipe's method does not take has no effect in mergekit."""

@@ -1,0 +1,130 @@
+"""A recipe's parameters: which setting holds for which model and tensor, and what is said where none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from ...errors import MagMaxError
+from ...rules import Filters, Layers, Number, Numbers, PerModel
+from ...yaml_documents import Document
+from .schema import Settings
+
+Turn = Callable[[float], float]
+Entry = tuple[str | None, float | Layers]
+Kind = TypeVar("Kind", bool, int, float)
+
+
+class Level(NamedTuple):
+    """Settings of one level, and the place of their keys in the document."""
+
+    place: tuple[str | int, ...]
+    settings: Settings
+
+
+class Given:
+    """What a recipe sets, from the most particular level to the most general: a model's own, the slice's, everyone's.
+
+    A value that names no filter holds for all tensors; of a list of filters the first that is a part of the tensor's
+    name holds; where none is, the next level is asked, and at last the method's default.
+    """
+
+    def __init__(self, document: Document, shared: Sequence[Level], own: Sequence[Sequence[Level]]) -> None:
+        self._document, self._shared, self._own = document, shared, own
+
+    def per_model(self, name: str, default: float | None, turn: Turn = float) -> Numbers:
+        """A number for each model, put through `turn`. Raises MagMaxError if a model has none, and no default."""
+        values = [self._number(name, default, [*own, *self._shared], turn) for own in self._own]
+        alike = len(set(values)) == 1 and not isinstance(values[0], Layers | Filters)
+        return values[0] if alike else PerModel(tuple(values))
+
+    def number(self, name: str, default: float | None = None) -> Number:
+        """A number that all models share."""
+        return self._number(name, default, self._shared, float)
+
+    def constant(self, name: str, default: Kind) -> Kind:
+        """A number or truth value that must be the same for all tensors."""
+        for level in self._shared:
+            if name in level.settings:
+                return _constant(level.settings[name], default, self._at(level, name), name)
+        return default
+
+    def unsupported(self, name: str, what: str) -> MagMaxError:
+        """The error for a value of a shared parameter that has no equal here."""
+        level = next(level for level in self._shared if name in level.settings)
+        return MagMaxError(f"{self._at(level, name)}: not supported here: {what}")
+
+    def _number(self, name: str, default: float | None, levels: Sequence[Level], turn: Turn) -> Number:
+        entries: list[Entry] = []
+        for level in levels:
+            if name in level.settings:
+                entries += _entries(level.settings[name], self._at(level, name), name, turn)
+                if any(part is None for part, _ in entries):
+                    break
+        else:
+            if default is None:
+                raise self._missing(name, entries, levels)
+            entries.append((None, turn(default)))
+        cut = next(n for n, (part, _) in enumerate(entries, start=1) if part is None)
+        return entries[0][1] if cut == 1 else Filters(tuple(entries[:cut]))
+
+    def _missing(self, name: str, entries: Sequence[Entry], levels: Sequence[Level]) -> MagMaxError:
+        where = self._document.at(*(levels[0].place if levels else ("merge_method",)))
+        if not entries:
+            return MagMaxError(f"{where}: {name} is missing; the merge method has no default for it")
+        return MagMaxError(
+            f"{where}: {name} is missing for tensors that no filter fits; add a last {{value: ...}} without a filter"
+        )
+
+    def _at(self, level: Level, name: str) -> str:
+        return self._document.at(*level.place, name)
+
+
+def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
+    """A setting as filters and numbers; None filters nothing."""
+    conditions = setting if isinstance(setting, list) else [setting]
+    if not any(isinstance(condition, dict) for condition in conditions):
+        return [(None, _value(setting, where, name, turn))]
+    found: list[Entry] = []
+    for condition in conditions:
+        if not isinstance(condition, dict) or not {"value"} <= set(condition) <= {"value", "filter"}:
+            raise MagMaxError(f"{where}: {name} is a number, a list of numbers or a list of {{filter, value}}")
+        part = condition.get("filter")
+        if not isinstance(part, str | None):
+            raise MagMaxError(f"{where}: a filter of {name} is a part of tensor names, not {part!r}")
+        found.append((None if part == "*" else part, _value(condition["value"], where, name, turn)))
+    return found
+
+
+def _value(given: Any, where: str, name: str, turn: Turn) -> float | Layers:
+    if not isinstance(given, list):
+        return turn(_number(given, where, name))
+    if not given:
+        raise MagMaxError(f"{where}: {name} is an empty list; give it a number")
+    numbers = tuple(turn(_number(item, where, name)) for item in given)
+    return numbers[0] if len(numbers) == 1 else Layers(numbers, outside="first")
+
+
+def _number(given: Any, where: str, name: str) -> float:
+    """A number; text such as 1e-5, which YAML takes for a word, is one too."""
+    try:
+        if isinstance(given, bool):
+            raise ValueError
+        return given if isinstance(given, int) else float(given)
+    except (TypeError, ValueError) as error:
+        raise MagMaxError(f"{where}: {name} needs a number, not {given!r}") from error
+
+
+def _constant(given: Any, default: Kind, where: str, name: str) -> Kind:
+    if isinstance(given, list | dict):
+        raise MagMaxError(f"{where}: not supported here: {name} by layer or tensor; give one value for all")
+    if isinstance(default, bool):
+        if given in (True, False):
+            return bool(given)  # pyright: ignore[reportReturnType]
+        raise MagMaxError(f"{where}: {name} is true or false, not {given!r}")
+    number = _number(given, where, name)
+    if isinstance(default, int):
+        if number != int(number):
+            raise MagMaxError(f"{where}: {name} needs a whole number, not {given!r}")
+        return int(number)  # pyright: ignore[reportReturnType]
+    return number  # pyright: ignore[reportReturnType]

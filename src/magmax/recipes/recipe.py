@@ -1,0 +1,236 @@
+"""Recipes: a merge as a YAML file, validated before any work."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from os import path as os_path
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from ..calibration.options import Calibrate
+from ..checkpoints.lora.adapted_model import base_and_adapter, within
+from ..checkpoints.remote.urls import is_url
+from ..errors import MagMaxError
+from ..merging.api import Options, default_names
+from ..rules import Number, Rule, make_rule, nearest, read, rule_from
+from ..rules.schedules import FORMS
+from ..yaml_documents import Document, parse_yaml, read_document, read_text, validated
+from . import mergekit
+from .request import Plan, Target
+
+FUSION_BENCH = "MagMaxAlgorithm"
+
+
+class Model(BaseModel):
+    """A model of a recipe: where it is, and what it is called."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    name: str | None = None
+
+
+class Recipe(BaseModel):
+    """A merge in words. Paths are relative to the recipe's folder.
+
+    Attributes:
+        base: the model that training started from.
+        models: the fine-tuned models, as paths or as {path, name}; a LoRA adapter is its folder, or BASE+ADAPTER.
+        rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
+        scaling_factor: a number, or one by layer or tensor as options of rules have; by default the rule's own.
+        dtype: the output's floating type; by default the base's.
+        mismatch: "strict", "base" or "intersect".
+        allow_nonfinite: let NaN and infinity through.
+        adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
+        target: for the rule tunable, where its preference comes from, if it is not written out.
+        calibrate: how the merged model gets its magnitudes back; see `Calibrate`.
+        out: a `.safetensors` file or a folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    base: str | None = None
+    models: list[str | Model]
+    rule: str | dict[str, Any] | list[Any] = "magmax"
+    scaling_factor: Any = None
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    mismatch: Literal["strict", "base", "intersect"] = "strict"
+    allow_nonfinite: bool = False
+    adapter_rank: int | None = None
+    target: Target | None = None
+    calibrate: Calibrate | None = None
+    out: str | None = None
+
+    @field_validator("models")
+    @classmethod
+    def _some(cls, models: list[str | Model]) -> list[str | Model]:
+        if not models:
+            raise ValueError("names no model")
+        return models
+
+    @field_validator("scaling_factor")
+    @classmethod
+    def _number(cls, factor: Any) -> Number | None:
+        try:
+            return None if factor is None else cast("Number", read(factor, per_model=False))
+        except MagMaxError as error:
+            raise ValueError(f"must be {FORMS}") from error
+
+
+def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
+    """Read, override and validate a recipe, ours or mergekit's.
+
+    Args:
+        file: the YAML file.
+        overrides: assignments such as "scaling_factor=0.7" or "rule.k=2"; FusionBench's "method." stands for "rule.".
+        flags: keys that stand above the file and the overrides.
+
+    Raises:
+        MagMaxError: YAML that cannot be read, unknown keys (with line and nearest key), values of the wrong kind.
+    """
+    document = read_document(file)
+    if mergekit.is_mergekit(document.content):
+        return mergekit.build(document, overrides, flags or {}, os_path.dirname(file))
+    content = {**merged_overrides(document.content, overrides), **(flags or {})}
+    return build(content, file, document.lines, os_path.dirname(file))
+
+
+def shipped() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted((Path(__file__).parent / "shipped").glob("*.yaml"))
+
+
+def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
+    """A plan from a recipe's content; `lines` says where each key stands, for messages."""
+    recipe = validated(Recipe, Document(file, content, lines), _known)
+    if recipe.adapter_rank is None and recipe.base is None:
+        raise MagMaxError(f"{file}: base is missing")
+    if recipe.adapter_rank is not None:
+        for key in ("base", "mismatch", "allow_nonfinite", "calibrate"):
+            if key in recipe.model_fields_set:
+                raise MagMaxError(
+                    f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
+                )
+    rule, factor = parse_rule(recipe.rule, folder)
+    paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
+    own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
+    given = [m.name if isinstance(m, Model) else None for m in recipe.models]
+    names = [name or default for name, default in zip(given, default_names(own), strict=True)]
+    if len(set(names)) < len(names):
+        raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
+    rule = rule.for_models(names)
+    scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
+    options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
+    base = within(folder, recipe.base) if recipe.base is not None else None
+    target = recipe.target
+    if target is not None:
+        moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
+        target = target.model_copy(update=moved)
+    calibrate = recipe.calibrate
+    if calibrate is not None:
+        moved = {
+            key: os_path.join(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))
+        }
+        calibrate = calibrate.model_copy(update=moved)
+    rank = recipe.adapter_rank
+    return Plan(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
+
+
+def _known(parts: Sequence[str]) -> list[str]:
+    kind = Recipe if len(parts) == 1 else {"target": Target, "calibrate": Calibrate}.get(parts[0], Model)
+    return list(kind.model_fields)
+
+
+def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
+    """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
+    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+        return parse_rule(_method_file(os_path.join(folder, given)), folder)
+    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
+        return parse_rule(parse_yaml(given, f"the rule {given!r}"), folder)
+    if isinstance(given, dict) and "_target_" in given:
+        return _fusion_bench(given)
+    return rule_from(_from_here(given, folder)), None
+
+
+def _from_here(rule: Any, folder: str) -> Any:
+    """A rule's content, the path of its sensitive tensors as seen from here instead of from the folder."""
+    if isinstance(rule, list):
+        return [_from_here(part, folder) for part in cast("list[Any]", rule)]
+    if not isinstance(rule, dict):
+        return rule
+    told = {name: _from_here(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
+    path = told.get("sensitive")
+    return {**told, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else told
+
+
+def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
+    """FusionBench's method YAML: its target, scaling_factor and inplace (which files have no use for)."""
+    target = str(method["_target_"])
+    if target.rpartition(".")[2] != FUSION_BENCH:
+        raise MagMaxError(f"of FusionBench's methods only {FUSION_BENCH} is understood, not {target}")
+    known = ["_target_", "scaling_factor", "inplace"]
+    for key in method:
+        if key not in known:
+            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest(key, known)}")
+    factor = method.get("scaling_factor", 0.5)
+    if type(factor) not in (int, float) or not abs(factor) < 1e300:
+        raise MagMaxError(f"scaling_factor must be a finite number, not {reprlib.repr(factor)}")
+    return make_rule("magmax"), float(factor)
+
+
+def _method_file(file: str) -> Any:
+    content = parse_yaml(read_text(file), file)
+    if not isinstance(content, dict):
+        raise MagMaxError(f"{file}: is not a rule; FusionBench's method YAML has a _target_")
+    return content
+
+
+def is_override(word: str) -> bool:
+    """Whether a command-line word is an assignment such as `rule.k=2`."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
+
+
+def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe's content with assignments put in; values are read as YAML."""
+    result = dict(content)
+    for word in overrides:
+        name, _, text = word.partition("=")
+        result = with_value(result, name, parse_yaml(text, word))
+    return result
+
+
+def with_value(content: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The recipe's content with a value put in: by a key, by rule.OPTION, or by rule.PART.OPTION of a chain."""
+    head, *rest = name.split(".")
+    if head == "method" and rest:
+        head = "scaling_factor" if rest == ["scaling_factor"] else "rule"
+        rest = [] if head == "scaling_factor" else rest
+    if not rest:
+        return {**content, head: value}
+    rule = content.get("rule", "magmax")
+    if head == "rule" and len(rest) == 1:
+        return {**content, "rule": _with_option(rule, rest[0], value)}
+    if head == "rule" and len(rest) == 2 and isinstance(rule, list):
+        parts = [part if isinstance(part, str) else next(iter(part), "") for part in rule]
+        if rest[0] not in parts:
+            raise MagMaxError(f"cannot set {name}: the chain has no part {rest[0]!r}; {nearest(rest[0], parts)}")
+        place = parts.index(rest[0])
+        return {**content, "rule": [*rule[:place], _with_option(rule[place], rest[1], value), *rule[place + 1 :]]}
+    raise MagMaxError(f"cannot set {name}; write KEY=VALUE or rule.OPTION=VALUE, or rule.PART.OPTION=VALUE of a chain")
+
+
+def _with_option(rule: Any, option: str, value: Any) -> Any:
+    if isinstance(rule, list) and len(rule) == 1:
+        return [_with_option(rule[0], option, value)]
+    if isinstance(rule, str):
+        return {rule: {option: value}}
+    if isinstance(rule, dict) and "_target_" in rule:
+        return {**rule, option: value}
+    if isinstance(rule, dict) and len(rule) == 1:
+        ((name, options),) = rule.items()
+        if options is None or isinstance(options, dict):
+            return {name: {**(options or {}), option: value}}
+    raise MagMaxError(f"cannot set the option {option} of {rule!r}")

@@ -1,0 +1,133 @@
+"""What a recipe comes to, in whatever words it was written: the arguments of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..calibration.options import Calibrate, calibrating
+from ..checkpoints import Checkpoint, open_adapter, open_checkpoint
+from ..checkpoints.base import PREFIX
+from ..errors import MagMaxError
+from ..merging.adapters.adapter_merge import AdapterOptions, adapter_job
+from ..merging.api import Options, merge_in_memory, merge_job
+from ..merging.execution.execution_options import Settings
+from ..merging.job import Job
+from ..rules import Rule, Tunable
+
+
+class Target(BaseModel):
+    """Where the preference of the rule tunable comes from. Paths are relative to the recipe's folder.
+
+    Attributes:
+        data: labelled texts of the target: a CSV with the columns text and label, or a folder of LABEL/NAME.txt.
+        samples: the folder of the tasks' training samples, NAME.csv or NAME/ for each model's name.
+        method: label, ot, cos, mmd, or auto to try all of them.
+        encoder: the folder of the encoder in the Hugging Face layout; by default the base.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    data: str
+    samples: str
+    method: Literal["label", "ot", "cos", "mmd", "auto"] = "auto"
+    encoder: str | None = None
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe made ready: what `magmax.merge` would be given.
+
+    Attributes:
+        checked: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
+            merge into.
+        notes: what the user should know of the recipe before it is carried out.
+        target: where the preference of the rule tunable comes from, if it is not the rule's own.
+        adapter_rank: merge adapters, without a base, into one adapter of at most this rank.
+        calibrate: how the merged model gets its magnitudes back, if it does.
+    """
+
+    rule: Rule
+    base: str | None
+    models: Sequence[str]
+    names: Sequence[str]
+    options: Options
+    out: str | None
+    checked: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
+    notes: Sequence[str] = ()
+    adapter_rank: int | None = None
+    target: Target | None = None
+    calibrate: Calibrate | None = None
+
+    def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
+        """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
+
+        Raises MagMaxError for a merge of adapters, which has no base.
+        """
+        if self.base is None:
+            raise MagMaxError("a merge of adapters into an adapter has no base; this needs one: leave out adapter_rank")
+        base = open_checkpoint(self.base)
+        models = [open_checkpoint(m, base=base) for m in self.models]
+        by_id = [
+            PREFIX + name in (path, path.rpartition("+")[2]) for name, path in zip(self.names, self.models, strict=True)
+        ]
+        resolved = [model.place.removeprefix(PREFIX) for model in models]
+        names = [r if i else n for n, r, i in zip(self.names, resolved, by_id, strict=True)]
+        return self.checked(base, models), models, names
+
+    def job(self, out: str | None = None, settings: Settings | None = None) -> Job:
+        """Open every input and check it. Raises MagMaxError for all that does not fit."""
+        where = out or self.out
+        if where is None:
+            raise MagMaxError("the recipe names no out; say where the result goes: out=PATH")
+        if self.adapter_rank is not None:
+            chosen = AdapterOptions(self.adapter_rank, self.options.scaling_factor, self.options.dtype)
+            adapters = [open_adapter(m) for m in self.models]
+            return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
+        base, models, names = self.opened()
+        rule = self.preferred(base, models, settings) if self.target else self.rule
+        job = merge_job(rule, base, models, where, self.options, names)
+        return self._calibrated(job, rule, base, models, names, settings or Settings()) if self.calibrate else job
+
+    def _calibrated(
+        self, job: Job, rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str], to: Settings
+    ) -> Job:
+        """The merge's job, calibrated: the merge is made in memory to measure it, and again as it is written."""
+        from ..calibration.calibration_job import calibrated
+        from ..calibration.rescale import InMemory
+
+        assert self.calibrate is not None
+        tensors = merge_in_memory(rule.for_models(names), base, models, self.options, Settings(to.threads))
+        merged = InMemory(job.specs, tensors, base.aliases)
+        found = calibrating(self.calibrate, base, merged, models, names).measured(Settings(to.threads))
+        return replace(calibrated(job, found.coefficients, self.calibrate.told()), report=found.report.lines)
+
+    def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
+        """The rule, with the preference that comes from the target, if there is one."""
+        if not isinstance(self.rule, Tunable):
+            raise MagMaxError(f"a target says what the rule tunable prefers; the rule is {self.rule.name}")
+        if self.target is None:
+            return self.rule.for_models(self.names)
+        if self.rule.preference:
+            raise MagMaxError("the rule tunable has a preference, and a target to take one from; keep one of the two")
+        from ..preference.text_target import text_preference
+
+        encoder = Path(self.target.encoder) if self.target.encoder else None
+        weights = text_preference(
+            self.target.method,
+            Path(self.target.data),
+            Path(self.target.samples),
+            encoder,
+            base,
+            models,
+            self.names,
+            self.rule,
+            self.options,
+            settings or Settings(),
+            self.target.max_tokens,
+        )
+        return replace(self.rule, preference=weights)

@@ -1,0 +1,208 @@
+"""What a merge rule is: a pure function of blocks of task vectors, written for numpy and torch arrays alike."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import MagMaxError
+from .component import Part
+from .positions import Place
+from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, answered, namespace
+
+State = tuple[Array, ...]
+"""What a fold over tasks remembers: arrays of one block's shape."""
+
+
+@dataclass(frozen=True)
+class Rule(Part):
+    """A way to merge task vectors tau_t = theta_t - theta_0 into one.
+
+    A rule is a pure function of blocks. It may first ask questions of all blocks (`plan`); the answer goes into the
+    merge of each.
+
+    Attributes:
+        scaling_factor: what multiplies the merged task vector where the user names nothing else.
+        linear: whether the merged task vector is sum_t c_t * tau_t, with the same c for all elements of a tensor.
+    """
+
+    scaling_factor: ClassVar[float]
+    linear: ClassVar[bool] = False
+
+    @property
+    def passes(self) -> int:
+        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        return 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its questions take beside the blocks, at the usual most, where these are many; of one tensor,
+        where they are asked of one tensor after another, for each thread then asks of its own."""
+        return 0
+
+    @property
+    def passes_told(self) -> str:
+        """`passes` in words, where they depend on options or on the number of tasks T."""
+        return str(self.passes)
+
+    @property
+    def default_factor(self) -> float:
+        """`scaling_factor`, or what it is for the rule at the end of a chain."""
+        return self.scaling_factor
+
+    @property
+    def whole(self) -> bool:
+        """Whether it must have all of a tensor at once: `Block.shape` is then the tensor's."""
+        return False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it combines whole weights theta_0 + tau_t, so that it needs `Block.base`."""
+        return False
+
+    @property
+    def needs_factor(self) -> bool:
+        """Whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked first."""
+        return False
+
+    @property
+    def questions_span(self) -> Span:
+        """Over what the plan's questions range."""
+        return Span.MODEL
+
+    def plan(self, scope: Scope) -> Plan:
+        """Ask what the merge must know; the number of yields is the number of extra passes. By default, none."""
+        yield from ()
+
+    @abstractmethod
+    def merge(self, block: Block, answer: Answer) -> Array:
+        """The merged task vector of a block; may overwrite the block's task vectors."""
+
+    def check(self, tasks: int) -> None:
+        """Raise MagMaxError if the rule cannot merge so many tasks."""
+        if tasks < 1:
+            raise MagMaxError(f"{self.name} needs at least one model to merge; none was given")
+        self.check_numbers(tasks)
+        if self.varies and self.passes and self.questions_span is Span.MODEL:
+            raise MagMaxError(
+                f"{self.name} asks of the whole model, so its numbers must be the same for all tensors; "
+                "use span: tensor"
+            )
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise MagMaxError if an option names a tensor that is none of the model's. By default, none does."""
+
+    def scaled_by(self, factor: float) -> Rule:
+        """The rule, where its result is going to be multiplied by `factor`. By default, itself."""
+        return self
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        return ""
+
+    def __call__(
+        self,
+        task_vectors: Sequence[Array],
+        key: str = "",
+        offset: int = 0,
+        depth: float = 0,
+        *,
+        base: Array | None = None,
+    ) -> Array:
+        """Merge bare arrays of one shape (numpy or torch; half precision is computed in float32, rounded once).
+
+        `key` and `offset` are where random draws start; `key` and `depth` are the place of numbers that depend on it.
+        Rules that combine whole weights need theta_0 as `base`, of the same shape and library; the others ignore it.
+        """
+        self.check(len(task_vectors))
+        if self.varies:
+            return self.at(Place(key, depth))(task_vectors, key, offset, base=base)
+        if self.needs_base and base is None:
+            raise MagMaxError(f"{self.name} combines whole weights, not task vectors alone; give base=theta_0")
+        shapes = sorted({tuple(v.shape) for v in [*task_vectors, *([] if base is None else [base])]})
+        if len(shapes) > 1:
+            raise MagMaxError(f"task vectors and base must have one shape; these have {', '.join(map(str, shapes))}")
+        xp = namespace(task_vectors[0])
+        dtype = xp.result_type(*task_vectors)
+        if not xp.isdtype(dtype, "real floating"):
+            raise MagMaxError(f"task vectors must be floating, not {dtype}; convert them")
+        compute = xp.float64 if dtype == xp.float64 else xp.float32
+        flat = [xp.reshape(xp.asarray(v, dtype=compute, copy=True), (-1,)) for v in task_vectors]
+        start = None if base is None else xp.reshape(xp.asarray(base, dtype=compute), (-1,))
+        shape = tuple(task_vectors[0].shape)
+        block = Block(Address(key, offset), flat, start, shape)
+        elements = math.prod(shape)
+        row = elements // max(1, shape[0]) if len(shape) > 1 else elements
+        scope = Scope(len(task_vectors), elements, dtype == xp.float64, row, {key: shape})
+        merged = self.merge(block, answered(self.plan(scope), block))
+        return xp.reshape(xp.astype(merged, dtype, copy=False), task_vectors[0].shape)
+
+
+@dataclass(frozen=True)
+class StreamingRule(Rule):
+    """A rule that asks nothing and takes one task vector after another, in memory that does not grow with tasks.
+
+    `step` takes a task vector in, `finish` turns what is remembered into the merged task vector. The merge of files,
+    the merge of modules and the running merge all call exactly these two.
+
+    Attributes:
+        selects: whether every remembered element is some task's own element, verbatim.
+    """
+
+    selects: ClassVar[bool]
+
+    @abstractmethod
+    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+        """Take in the task vector of task number `task` (from 1). `state` is () at first.
+
+        Both `state` and `task_vector` belong to the rule from here on: it may overwrite them.
+        """
+
+    @abstractmethod
+    def finish(self, state: State, tasks: int) -> Array:
+        """The merged task vector of `tasks` tasks; may overwrite `state`."""
+
+    def slots(self, tasks: int) -> int:
+        """How many arrays the state of so many tasks holds."""
+        return min(tasks, 1)
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        state: State = ()
+        for task, vector in enumerate(block.deltas, start=1):
+            state = self.step(state, vector, task, block.at)
+        return self.finish(state, len(block.deltas))
+
+
+_SIGNED: dict[Any, Any] = {}
+"""Floating type -> the signed integer type of its width, of numpy or torch, as they are met."""
+
+
+def bits(values: Array) -> Array:
+    """The same memory as signed integers of the same width."""
+    kind = _SIGNED.get(values.dtype)
+    if kind is None:
+        xp = namespace(values)
+        kind = _SIGNED[values.dtype] = xp.int64 if values.dtype == xp.float64 else xp.int32
+    return values.view(kind)
+
+
+def divide(values: Array, by: float) -> None:
+    """Divide in place, rounded once: by a bare number torch would multiply by its reciprocal on a GPU."""
+    values /= namespace(values).asarray(by, dtype=values.dtype, device=getattr(values, "device", None))
+
+
+def keeps(incumbent: Array, challenger: Array) -> Array:
+    """All ones where |incumbent| > |challenger|, all zeros where the challenger wins or ties; all three are `bits`.
+
+    Magnitudes are compared as the integers their bits spell, an order equal to that of the numbers and in which NaN
+    stands above infinity; selecting by a mask of bits is several times faster than `where`.
+    """
+    sign = 8 * incumbent.dtype.itemsize - 1
+    magnitude = (1 << sign) - 1
+    mask = challenger & magnitude
+    mask -= incumbent & magnitude
+    mask >>= sign
+    return mask

@@ -1,0 +1,129 @@
+"""How long task vectors and what is merged of them are, and at what angles they stand; by parts of a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .after import Merge
+from .statistics import Address, Array, Block, Fold, Plan, Sums, namespace
+
+PIECE = 1 << 14
+"""Elements multiplied at once: few enough to stay in the processor's cache."""
+
+
+class Lengths(NamedTuple):
+    """What was measured of the tensors.
+
+    Attributes:
+        parts: of each tensor, how many elements its parts have: all of it, or a row.
+        vectors: by tensor, the `measures` of the task vectors alone, shape (T, T + 1).
+        cut: by their beginnings, those of the parts that lie in several blocks, and of the merged vector with them,
+            shape (T + 1, T + 2).
+    """
+
+    parts: Mapping[str, int]
+    vectors: Mapping[str, Sums]
+    cut: Mapping[Address, Sums]
+
+    def of(self, block: Block, merge: Merge, angles: bool) -> tuple[Array, Sums]:
+        """The merge of a block, and the measures of each of its parts, shape (parts, T + 1, T + 2)."""
+        size = self.parts[block.at.key]
+        if _cut(block, size):
+            return merge(block), self.cut[_beginning(block.at, size)][None]
+        merged = merge(_copied(block))
+        return merged, measures([*block.deltas, merged], size, angles)
+
+
+def measures(vectors: Sequence[Array], size: int, angles: bool) -> Sums:
+    """The dot products of n vectors and, last, their L1 norms, in float64, over each `size` elements: (m, n, n + 1).
+
+    Without `angles`, only those of a vector with itself; the others are zero. Products of float32 numbers are exact in
+    float64, and numpy's own pairwise sums are the same on every processor and for any number of its cores.
+    """
+    count, parts = len(vectors), vectors[0].shape[0] // size
+    found = np.zeros((parts, count, count + 1))
+    many = max(1, PIECE // size)
+    xp = namespace(vectors[0])
+    for top in range(0, parts, many):
+        rows = [xp.reshape(vector[top * size : (top + many) * size], (-1, size)) for vector in vectors]
+        for left in range(0, size, PIECE):
+            cut = [xp.astype(row[:, left : left + PIECE], xp.float64) for row in rows]
+            for n, one in enumerate(cut):
+                found[top : top + many, n, -1] += np.asarray(xp.sum(abs(one), axis=1))
+                for k in range(0 if angles else n, n + 1):
+                    found[top : top + many, n, k] += np.asarray(xp.sum(one * cut[k], axis=1))
+    dots = np.tril(found[:, :, :-1])
+    found[:, :, :-1] = dots + np.tril(dots, -1).transpose(0, 2, 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Measures(Fold):
+    """The `measures` of task vectors and, of a block with no whole number of parts, of its merge; zeros elsewhere."""
+
+    parts: Mapping[str, int]
+    merge: Merge
+    tasks: int
+    angles: bool
+    apart: bool = True
+
+    def zeros(self) -> Sums:
+        return np.zeros((self.tasks + 1, self.tasks + 2))
+
+    def count(self, block: Block, into: Sums) -> None:
+        size = self.parts.get(block.at.key)
+        if size is None:
+            return
+        vectors = list(block.deltas)
+        if _cut(block, size):
+            vectors.append(self.merge(_copied(block)))
+        (found,) = measures(vectors, vectors[0].shape[0], self.angles)
+        into[: len(vectors), : len(vectors)] += found[:, :-1]
+        into[: len(vectors), -1] += found[:, -1]
+
+
+def measured(parts: Mapping[str, int], merge: Merge, tasks: int, angles: bool) -> Plan:
+    """Measure the tensors that `parts` names, adding up in the order of addresses; asks nothing if there are none."""
+    vectors: dict[str, Sums] = {}
+    cut: dict[Address, Sums] = {}
+    found: Mapping[Address, Sums] = (yield Measures(parts, merge, tasks, angles)) if parts else {}
+    for at in sorted(at for at in found if at.key in parts):
+        beginning = _beginning(at, parts[at.key])
+        cut[beginning] = cut.get(beginning, 0) + found[at]
+        own = np.delete(found[at], tasks, axis=1)[:tasks]
+        vectors[at.key] = vectors.get(at.key, 0) + own
+    return Lengths(parts, vectors, cut)
+
+
+def cosines(dots: Sums) -> NDArray[np.float64]:
+    """The cosine matrix of n vectors from their dot products, (n, n); 0 with a vector of length zero."""
+    norms = np.sqrt(dots.diagonal())
+    products = np.outer(norms, norms)
+    return np.clip(np.divide(dots, products, where=products > 0, out=np.zeros_like(dots)), -1, 1)
+
+
+def mean_angle(dots: Sums) -> float:
+    """The mean cosine of two different vectors of n, from the dot products (n, n); 0 for a single one."""
+    count = len(dots)
+    found = cosines(dots)
+    return math.fsum(found[np.tril_indices(count, -1)]) / max(1, count * (count - 1) // 2)
+
+
+def _cut(block: Block, size: int) -> bool:
+    """Whether the block holds no whole number of parts."""
+    return block.at.offset % size != 0 or block.deltas[0].shape[0] % size != 0
+
+
+def _beginning(at: Address, size: int) -> Address:
+    """Where the part that an address lies in begins."""
+    return Address(at.key, at.offset // size * size)
+
+
+def _copied(block: Block) -> Block:
+    return replace(block, deltas=[delta + 0 for delta in block.deltas])

@@ -1,0 +1,138 @@
+"""Singular values and vectors of whole matrices, in float64, to a stated accuracy."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import MagMaxError
+from ..contract import Rule, divide
+from ..statistics import Answer, Array, Block, namespace
+
+LARGEST = 1e38
+"""A number that float32 can hold, that no weight comes near, and whose square is still a float64."""
+ACCURATE = 1e-6
+"""The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
+
+
+@dataclass(frozen=True)
+class SpectralRule(Rule):
+    """A rule that takes each matrix as a whole; a tensor that is none (of 0, 1, 3 or more dimensions) is averaged.
+
+    Files are merged one tensor at a time, whatever the threads; numpy's BLAS has its own for the decomposition, and
+    its last bits differ between one of these and several. So does the processor's kind matter: what is computed agrees
+    to about 1e-10 of the largest value and is then rounded to the type that is merged in. OPENBLAS_NUM_THREADS=1 gives
+    the same bytes on any number of cores, and is far faster where other work keeps them busy.
+    """
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @abstractmethod
+    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+        """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type.
+
+        Singular values up to `noises`, one for each matrix, are what rounding may have made of zero.
+        """
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        shape, (first, *_) = block.shape, block.deltas
+        xp = namespace(first)
+        if shape is None or len(shape) != 2 or 0 in shape:
+            return mean(block.deltas)
+        if not all(bool(xp.all(abs(delta) < LARGEST)) for delta in block.deltas):
+            raise MagMaxError(
+                f"{block.at.key}: {self.name} takes singular values, not of NaN, infinity or above {LARGEST:g}"
+            )
+        size = 0.0 if block.base is None else norm(block.base)
+        noises = [_noise(size + norm(delta), shape, float(xp.finfo(delta.dtype).eps)) for delta in block.deltas]
+        merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas], noises)
+        return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
+
+
+def mean(arrays: Sequence[Array]) -> Array:
+    """The mean, a left fold in the arrays' own type."""
+    merged = arrays[0] + 0
+    for array in arrays[1:]:
+        merged += array
+    divide(merged, len(arrays))
+    return merged
+
+
+def total(matrices: Sequence[Array]) -> Array:
+    """The sum, a left fold in float64."""
+    merged = wide(matrices[0])
+    for matrix in matrices[1:]:
+        merged += matrix
+    return merged
+
+
+def wide(matrix: Array) -> Array:
+    """A copy in float64."""
+    xp = namespace(matrix)
+    return xp.astype(matrix, xp.float64)
+
+
+def _noise(size: float, shape: tuple[int, ...], eps: float) -> float:
+    """The largest singular value of the rounding errors in a matrix of numbers of that Frobenius norm, with a margin.
+
+    Errors that are independent, eps / 4 of each element in the root mean square, have the norm
+    size * eps / 4 * (1 / sqrt(rows) + 1 / sqrt(columns)); the margin is sixteenfold. The decomposition adds its own.
+    """
+    rows, columns = shape
+    own = max(shape) * float(np.finfo(np.float64).eps)
+    return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), own)
+
+
+def largest(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
+    """The `count` largest singular values s of a float64 matrix, largest first, with their vectors: u * s @ vh.
+
+    Fewer, where others are zero: those that rounding alone makes, up to `noise` or to max(rows, columns) * 2^-52 times
+    the largest, have no direction of their own.
+    """
+    xp = namespace(matrix)
+    rows, columns = matrix.shape
+    if rows > columns:
+        v, s, uh = largest(xp.matrix_transpose(matrix), count, noise)
+        return xp.matrix_transpose(uh), s, xp.matrix_transpose(v)
+    if count == 0 or rows == 0:
+        return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
+    u, s, vh = _from_squares(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
+    least = max(noise, columns * float(np.finfo(np.float64).eps) * float(s[0]))
+    kept = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
+    u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :kept], s[:kept], vh[:kept, :]))  # not views of all
+    return u, s, vh
+
+
+def _from_squares(matrix: Array, count: int) -> tuple[Array, Array, Array] | None:
+    """The same from the eigenvalues of A A^T, which is several times faster; None where it would be inaccurate."""
+    xp = namespace(matrix)
+    squares, u = xp.linalg.eigh(matrix @ xp.matrix_transpose(matrix))
+    squares, u = xp.flip(squares)[:count], xp.flip(u[:, -count:], axis=1)
+    if not float(squares[-1]) > ACCURATE * float(squares[0]):
+        return None
+    s = xp.sqrt(squares)
+    vh = xp.matrix_transpose(u) @ matrix
+    vh /= s[:, None]
+    return u, s, vh
+
+
+def nearest_isometry(matrix: Array, like: Array) -> Array:
+    """The matrix with its singular values, but for zeros, replaced by 1: the orthogonal factor of its polar form.
+
+    Its columns or rows are singular vectors of matrices of the type of `like`, known to its precision.
+    """
+    precision = 64 * float(namespace(like).finfo(like.dtype).eps)
+    u, _, vh = largest(matrix, min(matrix.shape), precision)
+    return u @ vh
+
+
+def norm(matrix: Array) -> float:
+    """The Frobenius norm."""
+    xp = namespace(matrix)
+    return math.sqrt(float(xp.sum(wide(matrix) ** 2)))

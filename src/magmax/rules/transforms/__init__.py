@@ -1,0 +1,1 @@
+"""Transforms of task vectors before a rule, and of the merged task vector after it."""

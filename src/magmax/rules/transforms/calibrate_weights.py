@@ -1,0 +1,158 @@
+"""MAGIC in weight space: give each merged matrix back the magnitude of the task vectors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import MagMaxError, nearest
+from ..after import After, Merge
+from ..norms import Lengths, cosines, mean_angle, measured
+from ..statistics import Answer, Array, Block, Plan, Scope, Sums, namespace
+from .sensitive_tensors import read_sensitivity
+
+EPSILON = 1e-8
+LARGEST = 1e38
+CORRELATED = 0.1
+"""The mean cosine of task vectors above which the ellipsoid's supposition does not hold: it is then a third off."""
+APART = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared\.|position|relative_attention_bias|token|norm|\bln_")
+"""What names embeddings and norms have."""
+
+
+@dataclass(frozen=True)
+class CalibrateWeights(After):
+    """Multiply each merged matrix by a xi that gives it the magnitude of the task vectors as they came in.
+
+        norm:       xi = mean_k |tau_k| / |m|
+        ellipsoid:  xi = 1 / sqrt( sum_k a_k^2 + |m - sum_k a_k tau_k|^2 / ((mean_k |tau_k|)^2 + e) + e ),
+                    a_k = <tau_k, m> / (|tau_k|^2 + e),  e = 1e-8
+
+    m is scaling_factor times what the rule merged, so that the magnitude of scaling_factor no longer matters; xi = 1
+    where m = 0 or xi is no number. `per` each tensor (the norm's default) or each of its rows (the ellipsoid's).
+    Matrices and convolutions, as (outputs, rest), are calibrated; embeddings, norms and vectors stay as merged. So does
+    a tensor where the mean of the task vectors' cosine matrix, its diagonal included, exceeds `guard`; 1 guards none.
+    `sensitive` names tensors that may only shrink, xi <= 1, or the JSON file of a `Sensitivity`; the others may then
+    only grow, xi >= 1.
+
+    The norm is the plain reading of the paper's text, the ellipsoid what its released code computes. That supposes
+    task vectors to be orthogonal: where they are alike, as those of sequential fine-tuning, it shrinks them.
+
+    >>> import numpy as np
+    >>> from magmax.rules import Average, chain
+    >>> chain(Average(), CalibrateWeights())([np.float32([[3, 0]]), np.float32([[0, 4]])])
+    array([[2.1, 2.8]], dtype=float32)
+    """
+
+    name: ClassVar[str] = "calibrate_weights"
+    paper: ClassVar[str] = "Li et al., MAGIC, 2025, arXiv 2512.19320"
+    numpy_alone: ClassVar[bool] = True
+
+    form: Literal["norm", "ellipsoid"] = "norm"
+    per: Literal["tensor", "row"] | None = None
+    norm: Literal["l2", "l1"] = "l2"
+    guard: float = 1.0
+    sensitive: Sequence[str] | str = ()
+
+    def __post_init__(self) -> None:
+        known = {"form": ("norm", "ellipsoid"), "per": ("tensor", "row", None), "norm": ("l2", "l1")}
+        for option, words in known.items():
+            if getattr(self, option) not in words:
+                told = " or ".join(word for word in words if word)
+                raise MagMaxError(f"{self.name} needs {option} to be {told}, not {getattr(self, option)!r}")
+        if self.form == "ellipsoid" and self.norm == "l1":
+            raise MagMaxError(f"{self.name}: the ellipsoid is one of L2 norms; leave norm out, or choose form: norm")
+        if not -1 <= self.guard <= 1:
+            raise MagMaxError(f"{self.name} needs guard from -1 to 1, a mean of cosines, not {self.guard}")
+        names: Any = self.sensitive
+        names = read_sensitivity(Path(names)).sensitive if isinstance(names, str) else names
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in cast("Sequence[Any]", names)):
+            raise MagMaxError(f"{self.name} needs sensitive to be names of tensors or a file's path, not {names!r}")
+        object.__setattr__(self, "sensitive", tuple(cast("Sequence[str]", names)))
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @property
+    def angles(self) -> bool:
+        """Whether the angles between vectors matter, not their lengths alone."""
+        return self.form == "ellipsoid" or self.guard < 1
+
+    def check_names(self, names: Collection[str]) -> None:
+        for name in self.sensitive:
+            if name not in names:
+                hint = nearest(name, sorted(names))
+                raise MagMaxError(f"{self.name}: sensitive names {name!r}, which is no tensor of the model; {hint}")
+
+    def plan(self, scope: Scope, merge: Merge) -> Plan:
+        rows = self.per == "row" or (self.per is None and self.form == "ellipsoid")
+        parts = {
+            key: math.prod(shape[1:] if rows else shape)
+            for key, shape in scope.shapes.items()
+            if is_calibrated(key, shape)
+        }
+        return (yield from measured(parts, merge, scope.tasks, self.angles))
+
+    def apply(self, block: Block, merge: Merge, answer: Answer, factor: float) -> Array:
+        lengths: Lengths = answer
+        key = block.at.key
+        if key not in lengths.parts or self.guarded(lengths.vectors[key]):
+            return merge(block)
+        merged, found = lengths.of(block, merge, self.angles)
+        xi = self.coefficients(found, factor)
+        if self.sensitive:
+            xi = np.minimum(xi, 1) if key in self.sensitive else np.maximum(xi, 1)
+        xp = namespace(merged)
+        rows = xp.reshape(merged, (len(xi), -1))
+        rows *= xp.asarray(xi[:, None], dtype=rows.dtype, device=getattr(rows, "device", None))
+        return xp.reshape(rows, (-1,))
+
+    def guarded(self, vectors: Sums) -> bool:
+        """Whether task vectors of these measures are too much alike."""
+        return self.guard < 1 and float(cosines(vectors[:, :-1]).mean()) > self.guard
+
+    def coefficients(self, found: Sums, factor: float = 1.0) -> NDArray[np.float64]:
+        """xi of each part, shape (parts,), from the `measures` of tau_1, ..., tau_T and m: (parts, T + 1, T + 2)."""
+        dots = found[:, :, :-1]
+        squares = dots.diagonal(axis1=1, axis2=2)
+        sizes = found[:, :, -1] if self.norm == "l1" else np.sqrt(squares)
+        mean, size = sizes[:, :-1].mean(axis=1), sizes[:, -1] * abs(factor)
+        with np.errstate(all="ignore"):
+            if self.form == "norm":
+                xi = mean / size
+            else:
+                along = factor * dots[:, -1, :-1]
+                a = along / (squares[:, :-1] + EPSILON)
+                inner = (a[:, :, None] * dots[:, :-1, :-1] * a[:, None, :]).sum(axis=(1, 2))
+                across = np.maximum(size**2 - 2 * (a * along).sum(axis=1) + inner, 0)
+                xi = 1 / np.sqrt((a**2).sum(axis=1) + across / (mean**2 + EPSILON) + EPSILON)
+        return np.where((size > 0) & (xi < LARGEST), xi, 1.0)
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        vectors = {key: own for answer in answers for key, own in answer.vectors.items()}
+        told: list[str] = []
+        if guarded := [key for key in vectors if self.guarded(vectors[key])]:
+            told.append(f"{self.name}: the guard leaves {len(guarded)} of {len(vectors)} tensors as they were")
+        means = {key: mean_angle(own[:, :-1]) for key, own in vectors.items()} if self.form == "ellipsoid" else {}
+        mean = math.fsum(means.values()) / max(1, len(means))
+        if mean > CORRELATED:
+            most = max(means, key=lambda key: means[key])
+            told.append(
+                f"{self.name}: the ellipsoid supposes orthogonal task vectors, and their mean cosine is {mean:.2f} "
+                f"({means[most]:.2f} in {most}), so that it shrinks what it should restore; use form: norm"
+            )
+        return "; ".join(told)
+
+
+def is_calibrated(key: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a matrix that is no embedding and no norm, or a convolution; told from name and shape."""
+    if 0 in shape:
+        return False
+    return len(shape) > 3 or (len(shape) > 1 and APART.search(key.lower()) is None)

@@ -1,0 +1,39 @@
+"""DARE: drop entries at random and rescale the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...errors import MagMaxError
+from ..before import Before
+from ..contract import divide
+from ..random import masked_at_random
+from ..schedules import Numbers, need, numbers, one
+from ..statistics import Address, Answer, Array
+
+
+@dataclass(frozen=True)
+class Dare(Before):
+    """Each entry is zeroed with probability `drop`; the others are divided by 1 - drop, so that the mean stays.
+
+    The draws depend on (seed, tensor name, flat offset, task) alone. FusionBench's and mergekit's draws depend on the
+    order of work; the MagMax authors' code has p and 1 - p exchanged.
+    """
+
+    name: ClassVar[str] = "dare"
+    paper: ClassVar[str] = "Yu et al., Language Models are Super Mario, ICML 2024, arXiv 2311.03099"
+
+    drop: Numbers = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        need(self.name, "drop", self.drop, 0, 1)
+        if 1 in numbers(self.drop):
+            raise MagMaxError("dare needs drop below 1; at 1 nothing would be left to rescale")
+
+    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
+        keep = 1 - one(self.drop, task)
+        kept = masked_at_random(delta, keep, "dare", self.seed, task, at)
+        divide(kept, keep)
+        return kept

@@ -1,0 +1,1 @@
+"""The rule tunable: exact shares of each model under a preference."""

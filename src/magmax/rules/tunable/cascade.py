@@ -1,0 +1,123 @@
+"""The published selection of Tunable MagMax: winners released task by task until every quota is met.
+
+Each step cuts the members of a task in two, by magnitude or at random. Where to cut is guessed from a sample, with a
+margin; what lies within the margins is then known in ever larger parts, until all of it is and every cut is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..random import draws
+from ..statistics import Address, Block
+from .assignment import Codes, Winners, codes_of, moved, pieces, strongest
+from .thresholds import Cutting, Keys, Mask, Places, Steps, Window
+
+
+class Elements(NamedTuple):
+    """Some elements: magnitudes by row of `among`, whether each is to be followed, and random words by stream."""
+
+    codes: Codes
+    alive: Mask
+    words: Callable[[int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All steps, and where each cuts.
+
+    Step n < A releases winners of the n-th last of the A tasks in `among`; then, for each but the first, which of the
+    elements that the first released it takes because it is the strongest there; and then, which of the rest it takes.
+
+    Attributes:
+        tasks: how many task vectors there are.
+        among: the tasks with a quota, in order, counted from 0.
+        at_random: release random elements of a task, not its smallest.
+        wide: whether magnitudes are compared as float64.
+        windows: of each step; none at all means that nobody releases anything.
+    """
+
+    tasks: int
+    among: Sequence[int]
+    at_random: bool
+    seed: int
+    wide: bool
+    windows: Sequence[Window] = ()
+
+    def winners(self, block: Block) -> Winners:
+        """The task that supplies each element, once all cuts are exact."""
+        found = np.empty(math.prod(block.deltas[0].shape), np.int16)
+        among = np.asarray(self.among, np.int16)
+        for at, deltas in pieces(block):
+            start = at.offset - block.at.offset
+            rows = self.followed(self.elements(at, deltas), Cutting(self.windows, at))
+            found[start : start + len(rows)] = among[rows]
+        return found
+
+    @property
+    def streams(self) -> Sequence[int]:
+        """Of the random words."""
+        return [*(task + 1 for task in self.among if self.at_random), 0, self.tasks + 1]
+
+    def elements(self, at: Address, deltas: Sequence[NDArray[Any]]) -> Elements:
+        """Those that begin at an address."""
+        codes = codes_of(deltas, self.wide)
+
+        def words(stream: int) -> NDArray[Any]:
+            return draws("tunable", self.seed, stream, at, len(deltas[0]))
+
+        return Elements([codes[task] for task in self.among], moved(codes), words)
+
+    def followed(self, elements: Elements, steps: Steps) -> Winners:
+        """Take all steps; returns the row of `among` of each element. What is undecided is no longer `alive`."""
+        codes, alive, words = elements
+        tasks = len(codes)
+        winners = strongest(codes, range(tasks))
+        if not self.windows:
+            return winners
+        for step, row in enumerate(reversed(range(tasks))):
+            members = (winners == row) & alive
+            if steps.all_stay(step, members):
+                continue
+            spots = np.flatnonzero(members)
+            keys = self._keys(words(self.among[row] + 1) if self.at_random else codes[row], spots)
+            sure, most = steps.cut(step, keys, spots)
+            alive[spots[most & ~sure]] = False
+            gone = spots[~most]
+            if row:
+                winners[gone] = strongest([code[gone] for code in codes[:row]], range(row))
+            else:
+                self._given_out(elements, steps, winners, gone)
+        return winners
+
+    def _given_out(self, elements: Elements, steps: Steps, winners: Winners, gone: Places) -> None:
+        """Give what the first task released to those in want of some, where they are the strongest, and then at all."""
+        codes, alive, words = elements
+        labels = 1 + strongest([code[gone] for code in codes[1:]], range(len(codes) - 1))
+        keys = self._keys(words(0), gone)
+        left = np.ones(len(gone), np.bool_)
+        for row in range(1, len(codes)):
+            own = np.flatnonzero(labels == row)
+            sure, most = steps.cut(len(codes) + row - 1, keys[own], gone[own])
+            winners[gone[own[sure]]] = row
+            alive[gone[own[most & ~sure]]] = False
+            left[own[most]] = False
+        rest = gone[left]
+        keys = self._keys(words(self.tasks + 1), rest)
+        for row in range(1, len(codes)):
+            sure, most = steps.cut(2 * len(codes) + row - 2, keys, rest)
+            winners[rest[sure]] = row
+            alive[rest[most & ~sure]] = False
+            keys, rest = keys[~most], rest[~most]
+
+    def _keys(self, values: NDArray[Any], spots: Places) -> Keys:
+        """Magnitudes, or 31 random bits, of some elements; the very largest count as equal."""
+        keys = values[spots]
+        keys = (keys >> 1 if values.dtype == np.uint32 else keys).astype(np.int64)
+        return np.minimum(keys, (1 << 63) - 1 - (1 << 47) if self.wide else (1 << 31) - 1 - (1 << 15))

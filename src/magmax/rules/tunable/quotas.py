@@ -1,0 +1,69 @@
+"""Preferences: how many elements each task is to supply."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, cast
+
+from ...errors import MagMaxError
+
+MOST = 1e300
+Weights = tuple[float, ...]
+Named = tuple[tuple[str, float], ...]
+
+
+def weights_of(given: Any) -> Weights | Named:
+    """A preference as it was written, checked: weights in the models' order, or (name, weight) pairs.
+
+    Raises MagMaxError for what is neither a list nor a map, and for a weight that is no finite number of 0 or more.
+    """
+    if isinstance(given, Mapping):
+        named = cast("Mapping[Any, Any]", given)
+        pairs = tuple((str(name), _weight(weight, f"{name}: ")) for name, weight in named.items())
+        _some([weight for _, weight in pairs])
+        return pairs
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise MagMaxError(f"a preference is a list of weights or a map of names to weights, not {given!r}")
+    items = list(cast("Sequence[Any]", given))
+    if items and all(isinstance(item, tuple | list) for item in items):
+        return weights_of({str(name): weight for name, weight in items})
+    weights = tuple(_weight(weight, f"number {n}: ") for n, weight in enumerate(items, start=1))
+    if weights:
+        _some(weights)
+    return weights
+
+
+def _weight(weight: Any, where: str) -> float:
+    if type(weight) not in (int, float) or not 0 <= weight <= MOST:
+        raise MagMaxError(
+            f"a preference needs weights that are finite numbers, 0 or more; {where}{reprlib.repr(weight)} is not"
+        )
+    return float(weight)
+
+
+def _some(weights: Sequence[float]) -> None:
+    if not any(weights):
+        raise MagMaxError("a preference needs a weight above 0; all of these are 0")
+
+
+def quotas(weights: Sequence[float], elements: int) -> list[int]:
+    """Whole numbers with the sum `elements`, in proportion to the weights, by the largest-remainder method.
+
+        n_t = floor(q_t),  q_t = d * w_t / sum(w)
+
+    What is left goes to the largest q_t - n_t, one each, to earlier tasks first. A weight of 0 gives 0. The
+    arithmetic is exact.
+
+    >>> quotas([1, 1, 1, 0], 11)
+    [4, 4, 3, 0]
+    """
+    exact = [Fraction(weight) for weight in weights]
+    shares = [elements * weight / sum(exact) for weight in exact]
+    whole = [math.floor(share) for share in shares]
+    left = elements - sum(whole)
+    for task in sorted(range(len(shares)), key=lambda t: (whole[t] - shares[t], t))[:left]:
+        whole[task] += 1
+    return whole

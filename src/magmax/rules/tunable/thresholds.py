@@ -1,0 +1,84 @@
+"""Where the steps of the published selection of `tunable` cut: exactly, or within a window as far as is known."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..statistics import Address
+
+Keys = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Places = NDArray[np.intp]
+
+
+class Cut(NamedTuple):
+    """Which members of a step stay: those of larger keys, and of the key itself those up to an address, if any."""
+
+    key: int
+    last: Address | None = None
+
+    def keeps(self, keys: Keys, spots: Places, at: Address) -> Mask:
+        """Which of some members stay, `spots` behind an address."""
+        kept = keys > self.key
+        if self.last is not None and at.key <= self.last.key:
+            equal = keys == self.key
+            kept |= equal if at.key < self.last.key else equal & (spots <= self.last.offset - at.offset)
+        return kept
+
+    @property
+    def order(self) -> tuple[int, Address]:
+        """Grows with what is kept."""
+        return -self.key, self.last or Address("", -1)
+
+
+EVERY, NONE = Cut(-1), Cut((1 << 63) - 1)
+
+
+class Window(NamedTuple):
+    """Where a cut may lie: what surely stays, and what may."""
+
+    sure: Cut = NONE
+    most: Cut = EVERY
+
+
+class Steps(ABC):
+    """What decides at each step who stays."""
+
+    @abstractmethod
+    def all_stay(self, step: int, members: Mask) -> bool:
+        """Whether no member goes, so that their keys need not be known."""
+
+    @abstractmethod
+    def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
+        """Which members stay surely, and which may."""
+
+
+class Cutting(Steps):
+    """What the windows of all steps decide of the elements that begin at an address; counts it, if asked to.
+
+    Attributes:
+        counts: for each step, how many members stay surely, and how many surely go.
+    """
+
+    def __init__(self, windows: Sequence[Window], at: Address, counts: NDArray[np.int64] | None = None) -> None:
+        self._windows, self._at, self.counts = windows, at, counts
+
+    def all_stay(self, step: int, members: Mask) -> bool:
+        if self._windows[step].sure != EVERY:
+            return False
+        if self.counts is not None:
+            self.counts[step, 0] += np.count_nonzero(members)
+        return True
+
+    def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
+        window = self._windows[step]
+        sure = window.sure.keeps(keys, spots, self._at)
+        most = sure if window.most == window.sure else window.most.keeps(keys, spots, self._at)
+        if self.counts is not None:
+            self.counts[step] += np.count_nonzero(sure), np.count_nonzero(~most)
+        return sure, most

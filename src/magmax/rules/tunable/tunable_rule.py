@@ -1,0 +1,143 @@
+"""Tunable MagMax: a preference says how many elements each task supplies."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+from ...errors import MagMaxError, nearest
+from ..contract import Rule
+from ..statistics import Answer, Array, Block, Plan, Scope, Span
+from . import windows
+from .assignment import Supply, picked
+from .cascade import Replay
+from .dual import Priced
+from .dual_prices import COPIES, LEAST_ROOM, ROOM, priced
+from .quotas import Named, Weights, quotas, weights_of
+
+
+@dataclass(frozen=True)
+class Tunable(Rule):
+    """Of the d elements that moved, exactly n_t from task t, verbatim; the rest of the merge is MagMax.
+
+        m[p] = tau_win(p)[p],   #{p : win(p) = t} = n_t,   sum_t n_t = d
+
+    n is `preference` in whole numbers (largest remainders; a weight of 0 gives 0), over each tensor or the whole model.
+    An element moved if some task vector is not zero there. With MagMax's own counts the result is MagMax.
+
+    * `optimal`, this project's own, keeps the largest sum_p |m[p]| that the quotas allow. Its dual has a price a task,
+      win(p) = argmax_t (|tau_t[p]| - price_t); equal magnitudes are decided by random numbers with an address.
+    * `random`, the paper's, starts from MagMax among the tasks with a quota. From the last task to the second, those in
+      surplus release random elements, each to the strongest of the tasks before. What the first task has too many of
+      goes to the tasks that lack some, where they are the strongest first, and then at random.
+    * `smallest` releases those of smallest magnitude instead; of equal ones the last by tensor name and flat offset.
+
+    The authors' code counts elements that no task moved, rounds down and gives what remains to the first tasks.
+
+    >>> import numpy as np
+    >>> Tunable(preference=[1, 3])([np.float32([1, -3, 2, 5]), np.float32([-2, 1, -2, 4])])
+    array([-2., -3., -2.,  4.], dtype=float32)
+
+    Raises:
+        MagMaxError: weights that are negative, not finite or all zero, or not one for each model.
+    """
+
+    name: ClassVar[str] = "tunable"
+    scaling_factor: ClassVar[float] = 0.5
+    paper: ClassVar[str] = "Hiroshima et al., Tunable MagMax, arXiv 2605.20803"
+    numpy_alone: ClassVar[bool] = True
+
+    preference: Sequence[float] | Mapping[str, float] = ()
+    span: Literal["model", "tensor"] = "model"
+    selection: Literal["optimal", "random", "smallest"] = "optimal"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, known in (("span", ("model", "tensor")), ("selection", ("optimal", "random", "smallest"))):
+            if getattr(self, option) not in known:
+                raise MagMaxError(
+                    f"tunable needs {option} to be one of {', '.join(known)}, not {getattr(self, option)!r}"
+                )
+        object.__setattr__(self, "preference", weights_of(self.preference))
+
+    @property
+    def passes(self) -> int:
+        return 4
+
+    @property
+    def memory(self) -> int:
+        if self.selection == "optimal":
+            return 8 * COPIES * max(ROOM, LEAST_ROOM * len(self._weights))
+        return windows.memory(len(self._weights), self.selection == "random")
+
+    @property
+    def questions_span(self) -> Span:
+        return Span(self.span)
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """The weights, to the sum 1."""
+        return [weight / sum(self._weights) for weight in self._weights]
+
+    @property
+    def _weights(self) -> Weights:
+        if self.preference and isinstance(next(iter(self.preference)), tuple):
+            return tuple(weight for _, weight in cast("Named", self.preference))
+        return cast("Weights", self.preference)
+
+    @property
+    def per_model(self) -> bool:
+        return True
+
+    def for_models(self, names: Sequence[str]) -> Self:
+        if self._weights is self.preference:
+            return self
+        given = dict(cast("Named", self.preference))
+        for name in given:
+            if name not in names:
+                hint = nearest(name, list(names))
+                raise MagMaxError(f"the preference names {name!r}, which is none of the models; {hint}")
+        return replace(self, preference=[given.get(name, 0.0) for name in names])
+
+    def describe(self) -> dict[str, Any]:
+        told = list(self._weights) if self._weights is self.preference else dict(cast("Named", self.preference))
+        return {self.name: {**super().describe()[self.name], "preference": told}}
+
+    def check(self, tasks: int) -> None:
+        super().check(tasks)
+        if tasks == 1:
+            raise MagMaxError("tunable needs two models or more: with one there is nothing to prefer; take magmax")
+        if self._weights is not self.preference:
+            raise MagMaxError("a preference by name needs models with names; give a list in the models' order")
+        if len(self._weights) != tasks:
+            raise MagMaxError(
+                f"tunable needs a preference with one weight for each of the {tasks} models, not {len(self._weights)}: "
+                f"{list(self._weights)}"
+            )
+
+    def plan(self, scope: Scope) -> Plan:
+        supply: list[int] = (yield Supply(scope.tasks, scope.wide)).tolist()
+        wanted = quotas(self._weights, sum(supply))
+        everyone = Replay(scope.tasks, range(scope.tasks), self.selection == "random", self.seed, scope.wide)
+        if wanted == supply:
+            return everyone
+        among = [task for task, count in enumerate(wanted) if count]
+        quota = [wanted[task] for task in among]
+        if len(among) == 1:
+            return replace(everyone, among=among)
+        if self.selection == "optimal":
+            return (yield from priced(among, quota, self.seed))
+        return (yield from windows.replayed(replace(everyone, among=among), quota))
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        chosen: Replay | Priced = answer
+        return picked(block, chosen.winners(block))
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        found = [answer for answer in answers if isinstance(answer, Priced)]
+        if not found:
+            return ""
+        retained, bound = sum(one.retained for one in found), sum(one.bound for one in found)
+        gap = max(0.0, bound - retained) / bound if bound else 0.0
+        return f"tunable: retains {retained:.9g} of magnitude; no choice could exceed {bound:.9g} (gap {gap:.1e})"

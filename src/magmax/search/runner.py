@@ -1,0 +1,202 @@
+"""The trials of a search, chosen by Optuna, done by an executor's workers, and kept in a file that it goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.journal import held
+from ..checkpoints.writer import remove
+from ..errors import MagMaxError
+from ..merging.execution.pool import result_of, submitted
+from .config import SearchRecipe
+from .trials import Came, Trials, told
+
+STORE = "study.log"
+RECIPE, SCORES, REFUSED = "recipe", "scores", "refused"
+"""What a study and its trials are noted with."""
+NAME = "magmax"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that is done: its number, what was chosen, and the scores by task, or why it was refused."""
+
+    number: int
+    chosen: Mapping[str, Any]
+    scores: Mapping[str, float]
+    refused: str = ""
+
+
+@dataclass
+class Search:
+    """A search in a folder.
+
+    Trial n is chosen knowing the scores of the trials up to n - jobs, and with random numbers drawn from (seed, n), so
+    that a search with as many jobs tries the same, whether or not it is interrupted, and whichever worker is faster.
+
+    Attributes:
+        jobs: how many trials are under way at once.
+        threads: of each merge.
+        tell: told of each trial that is done.
+    """
+
+    recipe: SearchRecipe
+    trials: Trials
+    out: Path
+    executor: Executor
+    jobs: int = 1
+    threads: int = 1
+    tell: Callable[[Tried], None] = lambda _: None
+
+    def run(self) -> list[Tried]:
+        """Try what is not tried yet; all trials.
+
+        Raises:
+            MagMaxError: a folder that holds another search; what a trial raises. What was tried is kept.
+            UnfinishedError: the workers are lost.
+        """
+        if self.out.exists() and not (self.out / STORE).exists() and any(self.out.iterdir()):
+            raise MagMaxError(f"{self.out}: is not empty, and holds no search; name another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with held(self.out):
+            for left in self.out.glob("trial-*"):
+                remove(left)
+            store = Store(self.out / STORE, self.recipe, self.trials)
+            self._run(store)
+            return store.tried[: self.recipe.trials]
+
+    def _run(self, store: Store) -> None:
+        begun: list[Mapping[str, Any]] = [tried.chosen for tried in store.tried]
+        waiting: list[Future[Came]] = []
+        try:
+            while len(store.tried) < self.recipe.trials:
+                while len(begun) < min(self.recipe.trials, len(store.tried) + self.jobs):
+                    number = len(begun)
+                    begun.append(store.choose(number, number - self.jobs, begun))
+                    path = self.out.absolute() / f"trial-{number}.safetensors"
+                    work = self.trials.try_out
+                    waiting.append(submitted(self.executor, work, begun[number], path, self.threads))
+                number = len(store.tried)
+                self.tell(store.add(number, begun[number], result_of(waiting.pop(0))))
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Store:
+    """The finished trials of a search, as a study of Optuna in a file; and the choice of the next."""
+
+    def __init__(self, file: Path, recipe: SearchRecipe, trials: Trials) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise MagMaxError("a search needs Optuna: pip install 'magmax[sweep]'") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._optuna: Any = optuna
+        self._recipe = recipe
+        self._space = distributions(optuna, trials.space)
+        cut_torn_end(file)
+        self._study = self._opened(file)
+        ours = {**recipe.model_dump(exclude={"trials"}), "merge": dict(trials.merge), "score": trials.score}
+        before = self._study.user_attrs.get(RECIPE)
+        if before is None:
+            self._study.set_user_attr(RECIPE, ours)
+        elif changed := [key for key in ours if before.get(key) != _as_json(ours[key])]:
+            raise MagMaxError(
+                f"{file.parent}: holds a search with another recipe ({', '.join(changed)}); name another --out"
+            )
+        self._finished: list[Any] = list(self._study.trials)
+        self.tried = [self._tried(trial) for trial in self._finished]
+
+    def choose(self, number: int, known: int, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What trial `number` tries, knowing the scores up to trial `known` and what the others before it try."""
+        optuna = self._optuna
+        seed = int.from_bytes(f"{self._recipe.seed} {number}".encode(), "little") % (2**32 - 5)
+        kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        study = self._study_of(sampler=kinds[self._recipe.sampler](seed=seed))
+        study.add_trials(self._finished[: known + 1])
+        running = optuna.trial.TrialState.RUNNING
+        for chosen in begun[max(0, known + 1) :]:
+            study.add_trial(optuna.trial.create_trial(state=running, params=chosen, distributions=self._space))
+        params = study.ask(self._space).params
+        return {name: params[name] for name in self._space}
+
+    def add(self, number: int, chosen: Mapping[str, Any], came: Came) -> Tried:
+        """Keep a finished trial. Raises MagMaxError where an objective has no score."""
+        optuna, states = self._optuna, self._optuna.trial.TrialState
+        notes = {REFUSED: came.refused} if came.refused else {SCORES: came.scores}
+        values = None if came.refused else self._values(came.scores)
+        state = states.FAIL if came.refused else states.COMPLETE
+        trial = optuna.trial.create_trial(
+            state=state, params=dict(chosen), distributions=self._space, values=values, user_attrs=notes
+        )
+        self._study.add_trial(trial)
+        self._finished.append(trial)
+        self.tried.append(Tried(number, chosen, came.scores, came.refused))
+        return self.tried[-1]
+
+    def _tried(self, trial: Any) -> Tried:
+        chosen, notes = {name: trial.params[name] for name in self._space}, trial.user_attrs
+        return Tried(trial.number, chosen, notes.get(SCORES, {}), notes.get(REFUSED, ""))
+
+    def _values(self, scores: Mapping[str, float]) -> list[float]:
+        wanted = self._recipe.objectives
+        if missing := [task for task in wanted if task not in scores]:
+            raise MagMaxError(f"objectives: there is no score of {', '.join(missing)}; there are {', '.join(scores)}")
+        return [scores[task] for task in wanted] or [sum(scores.values()) / len(scores)]
+
+    def _study_of(self, **options: Any) -> Any:
+        directions = [self._recipe.direction] * max(1, len(self._recipe.objectives))
+        return self._optuna.create_study(directions=directions, **options)
+
+    def _opened(self, file: Path) -> Any:
+        backend = self._optuna.storages.journal.JournalFileBackend(str(file), _Unlocked())
+        storage = self._optuna.storages.JournalStorage(backend)
+        return self._study_of(storage=storage, study_name=NAME, load_if_exists=True)
+
+
+class _Unlocked:
+    """No lock of Optuna's: the folder is locked already, in a way that a kill undoes."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def distributions(optuna: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The space as Optuna has it: by NAME, or by NAME[MODEL] where each model has its own."""
+    found: dict[str, Any] = {}
+    for name, parts in space.items():
+        for part, span in parts.items():
+            found[f"{name}[{part}]" if part else name] = _distribution(optuna.distributions, span)
+    return found
+
+
+def _distribution(kinds: Any, span: Any) -> Any:
+    if isinstance(span, list):
+        return kinds.CategoricalDistribution([told(choice) for choice in span])
+    low, high, step, log = span["low"], span["high"], span["step"], span["log"]
+    if span["whole"]:
+        return kinds.IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+    return kinds.FloatDistribution(low, high, log=log, step=step)
+
+
+def cut_torn_end(file: Path) -> None:
+    """Drop the part of a line that a kill can leave at the end of a file."""
+    if file.exists():
+        content = file.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with file.open("rb+") as opened:
+                opened.truncate(whole)
+
+
+def _as_json(content: Any) -> Any:
+    return json.loads(json.dumps(content))

@@ -1,0 +1,111 @@
+"""Which trials of a search were best, as a table and as a recipe to merge with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoints.lora.adapted_model import seen_from, within
+from ..checkpoints.writer import replace_file
+from ..errors import MagMaxError
+from .config import SearchRecipe
+from .runner import Tried
+from .trials import Trials
+
+BEST, TABLE = "best.yaml", "trials.csv"
+
+
+def tasks_of(recipe: SearchRecipe, tried: Sequence[Tried]) -> list[str]:
+    """What the trials are compared on: the objectives, or every task that is scored."""
+    return recipe.objectives or list(dict.fromkeys(task for trial in tried for task in trial.scores))
+
+
+def front(tried: Sequence[Tried], tasks: Sequence[str], direction: str = "maximize") -> list[Tried]:
+    """The trials that no other trial equals on every task and beats on one: the Pareto front; of equal ones the first.
+
+    >>> rows = [{"a": 1, "b": 0}, {"a": 0, "b": 1}, {"a": 0, "b": 0.5}, {"a": 1, "b": 0}]
+    >>> [t.number for t in front([Tried(n, {}, row) for n, row in enumerate(rows)], ["a", "b"])]
+    [0, 1]
+    """
+    sign = 1 if direction == "maximize" else -1
+    points = [(t, [sign * t.scores[task] for task in tasks]) for t in tried if not t.refused]
+
+    def beaten(number: int, point: Sequence[float]) -> bool:
+        return any(
+            all(theirs >= ours for theirs, ours in zip(other, point, strict=True))
+            and (list(other) != list(point) or rival.number < number)
+            for rival, other in points
+            if rival.number != number
+        )
+
+    return [trial for trial, point in points if not beaten(trial.number, point)]
+
+
+def best_of(recipe: SearchRecipe, tried: Sequence[Tried]) -> Tried:
+    """The trial whose mean over the objectives, or over all tasks, is best; of equal ones the first.
+
+    Raises MagMaxError where every trial was refused.
+    """
+    tasks = tasks_of(recipe, tried)
+    scored = [trial for trial in tried if not trial.refused]
+    if not scored:
+        raise MagMaxError(f"no trial could be merged; the first: {tried[0].refused}")
+    sign = 1 if recipe.direction == "maximize" else -1
+    return max(scored, key=lambda trial: sign * sum(trial.scores[task] for task in tasks))
+
+
+def write_search(recipe: SearchRecipe, trials: Trials, tried: Sequence[Tried], out: Path) -> tuple[Path, Path]:
+    """Write the best trial as a recipe for magmax merge, and the table of all trials; their paths."""
+    best = best_of(recipe, tried)
+    content = moved(trials.recipe(best.chosen), trials.folder, str(out.absolute()))
+    words = ", ".join(f"{task} {best.scores[task]:.6g}" for task in tasks_of(recipe, tried))
+    text = f"# Trial {best.number} of {len(tried)} of a search: {words}.\n" + yaml.safe_dump(content, sort_keys=False)
+    replace_file(out / BEST, text.encode())
+    replace_file(out / TABLE, table(recipe, tried).encode())
+    return out / BEST, out / TABLE
+
+
+def table(recipe: SearchRecipe, tried: Sequence[Tried]) -> str:
+    """All trials as CSV: number, what was chosen, scores, and whether it is on the Pareto front."""
+    tasks = tasks_of(recipe, tried)
+    on_front = {trial.number for trial in front(tried, tasks, recipe.direction)}
+    options = list(dict.fromkeys(name for trial in tried for name in trial.chosen))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["trial", *options, *tasks, "front", "refused"])
+    for trial in tried:
+        scores = [trial.scores.get(task, "") for task in tasks]
+        chosen = [trial.chosen[name] for name in options]
+        writer.writerow([trial.number, *chosen, *scores, int(trial.number in on_front), trial.refused])
+    return file.getvalue()
+
+
+def moved(content: Mapping[str, Any], folder: str, to: str) -> dict[str, Any]:
+    """A merge recipe whose paths are seen from another folder; it has an `out`."""
+
+    def path(text: str) -> str:
+        return os.path.relpath(os.path.join(folder, text), to)
+
+    def source(text: str) -> str:
+        return seen_from(to, within(folder, text))
+
+    result = dict(content)
+    result["base"] = source(content["base"])
+    result["models"] = [
+        {**model, "path": source(model["path"])} if isinstance(model, Mapping) else source(model)
+        for model in content["models"]
+    ]
+    rule = content.get("rule")
+    if isinstance(rule, str) and rule.endswith((".yaml", ".yml")):
+        result["rule"] = path(rule)
+    if target := content.get("target"):
+        places = ("data", "samples", "encoder")
+        result["target"] = {key: path(v) if key in places else v for key, v in target.items()}
+    result["out"] = path(content["out"]) if content.get("out") else "best.safetensors"
+    return result

@@ -1,0 +1,99 @@
+"""One trial of a search: merge with some settings, and score the result. Done by a worker, perhaps elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from ..checkpoints.writer import remove
+from ..continual import registry
+from ..errors import MagMaxError
+from ..merging.execution.execution_options import Settings
+from ..recipes.recipe import build, with_value
+from ..recipes.request import Plan
+
+SCORE = "score"
+"""What the one number of a score function is called."""
+
+
+class Came(NamedTuple):
+    """What came of a trial: the scores by task; or why the settings do not go together."""
+
+    scores: dict[str, float]
+    refused: str = ""
+
+
+def told(choice: Any) -> str | int | float | bool | None:
+    """A choice as Optuna can keep it: itself, or as text where it is a map or a list."""
+    return choice if choice is None or isinstance(choice, str | int | float) else json.dumps(choice)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What every trial of a search needs.
+
+    Attributes:
+        merge: the content of the merge recipe; its paths are seen from `folder`.
+        space: what may vary, by name; within it "" stands for all models, or each model for itself.
+        score: a function's name, or an experiment as JSON, its seed, and what to measure on.
+    """
+
+    merge: Mapping[str, Any]
+    folder: str
+    space: Mapping[str, Mapping[str, Any]]
+    score: str | tuple[str, int, str]
+
+    def recipe(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The merge recipe with what was chosen put in: by NAME, or NAME[MODEL]."""
+        content = dict(self.merge)
+        for name, parts in self.space.items():
+            if "" not in parts:
+                value = {part: chosen[f"{name}[{part}]"] for part in parts}
+            elif isinstance(parts[""], list):
+                value = next(choice for choice in parts[""] if told(choice) == chosen[name])
+            else:
+                value = chosen[name]
+            content = with_value(content, name, value)
+        return content
+
+    def plan(self, chosen: Mapping[str, Any]) -> Plan:
+        """The merge with these settings. Raises MagMaxError where they do not go together."""
+        plan = build(self.recipe(chosen), "the recipe of the trial", {}, self.folder)
+        plan.rule.check(len(plan.models))
+        return plan
+
+    def try_out(self, chosen: Mapping[str, Any], out: Path, threads: int = 1) -> Came:
+        """Merge with these settings into `out`, score that and delete it.
+
+        Raises:
+            MagMaxError: inputs that cannot be used; a score that is no number.
+        """
+        try:
+            plan = self.plan(chosen)
+        except MagMaxError as error:
+            return Came({}, str(error))
+        try:
+            plan.job(str(out)).run(Settings(threads))
+            return Came(self.scores(out))
+        finally:
+            remove(out)
+
+    def scores(self, path: Path) -> dict[str, float]:
+        """What a result is worth."""
+        if not isinstance(self.score, str):
+            from ..continual.scoring import accuracies
+
+            return accuracies(*self.score, path)
+        found: Any = registry.find("score", {}, self.score)(path)
+        told = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {SCORE: found}
+        try:
+            numbers = {str(task): float(score) for task, score in told.items()}
+        except (TypeError, ValueError) as error:
+            raise MagMaxError(f"{self.score}({path}): returned {found!r}, not a number or a map of numbers") from error
+        if not numbers or not all(map(math.isfinite, numbers.values())):
+            raise MagMaxError(f"{self.score}({path}): returned {found!r}; every score must be a finite number")
+        return numbers

@@ -1,0 +1,65 @@
+"""The page's server: this machine alone, until it is interrupted."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import tempfile
+import threading
+import warnings
+import webbrowser
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from nicegui import ui
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ..errors import MagMaxError
+from .page import BRAND, Page
+from .view_model import Tuner
+
+HOST = "127.0.0.1"
+
+
+def bound(port: int) -> socket.socket:
+    """A socket that listens on loopback; port 0 means any that is free. Raises MagMaxError for one that is not."""
+    if not 0 <= port < 1 << 16:
+        raise MagMaxError(f"--port is a whole number from 0 (any that is free) to 65535, not {port}")
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((HOST, port))
+        made.listen()
+    except OSError as error:
+        made.close()
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise MagMaxError(f"port {port} {why}; say --port with another number, or --port 0 for any free one") from error
+    return made
+
+
+def serve(tuner: Tuner, at: socket.socket, browser: bool, say: Callable[[str], None]) -> None:
+    """Serve the page until an interruption."""
+    address = f"http://{HOST}:{at.getsockname()[1]}"
+    with tempfile.TemporaryDirectory(prefix="magmax-ui-") as folder:
+        site = FastAPI(openapi_url=None)
+        site.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+        ui.run_with(
+            site,
+            root=lambda: Page(tuner, Path(folder)) and None,
+            title="magmax ui",
+            favicon=BRAND.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1),
+            dark=None,
+            language="en-US",
+            tailwind=False,
+            show_welcome_message=False,
+        )
+        server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1))
+        say(f"{address}  (Ctrl-C ends it)")
+        if browser:
+            threading.Timer(0.5, webbrowser.open, [address]).start()
+        with suppress(KeyboardInterrupt), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # as NiceGUI looks at every object, torch's too
+            server.run(sockets=[at])

@@ -1,0 +1,135 @@
+"""What a page is opened on: the folder of a training, or a chain or an archive and the recipe of its experiment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import Checkpoint, open_checkpoint
+from ..continual.experiment import Experiment
+from ..continual.training.trainer import RECIPE
+from ..errors import MagMaxError
+from ..merging.api import Options, default_names, merge_job
+from ..merging.job import Job
+from ..preference.archive import FILE, Archive
+from ..rules import Tunable
+
+PER_RUN = ("data", "model", "head", "scenario", "validation", "fit", "precision", "among")
+"""What the recipe of a training has of its experiment."""
+
+OUT = "tuned.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base and the tasks' models as `magmax tune` would be given them, and the experiment that they are from.
+
+    Attributes:
+        folder: as it was given.
+        models: the paths of the models; empty for an archive.
+        names: what preferences call the tasks.
+    """
+
+    folder: Path
+    experiment: Experiment
+    seed: int
+    base: Checkpoint
+    models: list[str]
+    names: list[str]
+    archive: Archive | None = None
+
+    def opened(self) -> list[Checkpoint]:
+        """The tasks' models."""
+        if self.archive:
+            return [*self.archive.models(self.base)]
+        return [open_checkpoint(model, base=self.base) for model in self.models]
+
+    def job(self, weights: dict[str, float], scaling_factor: float, out: Path) -> Job:
+        """The work that `magmax tune` would do."""
+        rule, options = Tunable(preference=weights).for_models(self.names), Options(scaling_factor)
+        if self.archive:
+            return self.archive.job(rule, out, options)
+        return merge_job(rule, self.base, self.opened(), out, options, self.names)
+
+    def recipe(self, weights: dict[str, float], scaling_factor: float) -> dict[str, Any] | None:
+        """The recipe that makes the same bytes with `magmax merge`; None for an archive, which recipes cannot name."""
+        if self.archive:
+            return None
+        return {
+            "base": str(self.base.path),
+            "models": [{"path": path, "name": name} for path, name in zip(self.models, self.names, strict=True)],
+            "rule": {"tunable": {"preference": {name: short(weight) for name, weight in weights.items()}}},
+            "scaling_factor": scaling_factor,
+            "out": OUT,
+        }
+
+    def command(self, weights: dict[str, float], scaling_factor: float) -> list[str]:
+        """The words of the command that makes the same bytes."""
+        given = ["--archive", str(self.folder)] if self.archive else [*self.models, "--base", str(self.base.path)]
+        prefer = [
+            word for name, weight in weights.items() if weight for word in ("--prefer", f"{name}={short(weight)!r}")
+        ]
+        rest = ["--scaling-factor", repr(short(scaling_factor)), "--out", OUT]
+        return ["magmax", "tune", *given, *prefer, *rest]
+
+
+def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> Source:
+    """A training's folder; or a chain of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
+
+    Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
+    """
+    archived, known = (folder / FILE).exists(), (folder / RECIPE).exists()
+    if not (archived or known or (folder / "theta_0.safetensors").exists()):
+        raise MagMaxError(
+            f"{folder}: is neither the folder of a training ({RECIPE} and theta_0.safetensors, made by magmax train) "
+            f"nor an archive ({FILE}, made by magmax archive)"
+        )
+    if known and not archived:
+        if recipe is not None or seed is not None:
+            raise MagMaxError(
+                f"{folder}: is a training, which knows its recipe and seed; leave out --recipe and --seed"
+            )
+        recipe = folder / RECIPE
+    if recipe is None:
+        raise MagMaxError(
+            f"{folder}: knows nothing of data and classes; name the experiment with --recipe RECIPE.yaml, or with "
+            f"--recipe RUN/{RECIPE} of a training"
+        )
+    experiment, chosen = read_run(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
+    chosen = chosen if seed is None else seed
+    if archived:
+        archive = Archive(folder)
+        return Source(folder, experiment, chosen, archive.base(), [], archive.tasks, archive)
+    base, *models = map(str, _thetas(folder.resolve()))
+    return Source(folder, experiment, chosen, open_checkpoint(base), models, default_names(models))
+
+
+def read_run(file: Path) -> tuple[Experiment, int]:
+    """The experiment and the seed of a training, from its recipe.json."""
+    try:
+        told = json.loads(file.read_text("utf-8"))
+        kept = {key: told[key] for key in PER_RUN if key in told}
+        experiment = Experiment(**kept, seeds=[told["seed"]], chains=[told["chain"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MagMaxError(f"{file}: is not the {RECIPE} of a training: {error!r}") from error
+    return experiment.checked(), experiment.seeds[0]
+
+
+def short(value: float) -> float | int:
+    """The number, without a fraction that is 0."""
+    return int(value) if value == int(value) else value
+
+
+def _thetas(folder: Path) -> list[Path]:
+    """theta_0 .. theta_T, as many as there are without a gap."""
+    paths: list[Path] = []
+    while (path := folder / f"theta_{len(paths)}.safetensors").exists():
+        paths.append(path)
+    if len(paths) < 3:
+        raise MagMaxError(
+            f"{folder}: has {max(0, len(paths) - 1)} trained checkpoints (theta_1.safetensors, ...); a preference is "
+            "between two tasks or more"
+        )
+    return paths

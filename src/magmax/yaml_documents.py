@@ -1,0 +1,100 @@
+"""YAML documents that are recipes: read as text, with the line of every key, and complained of in words."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import MagMaxError, listed, nearest
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+class Document(NamedTuple):
+    """A YAML map: its file, what it says, and the line of each key by its dotted name ("models.0.path")."""
+
+    file: str
+    content: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    def at(self, *parts: str | int) -> str:
+        """The file, with the line of this key, or of the nearest one above it."""
+        names = (".".join(map(str, parts[:n])) for n in range(len(parts), 0, -1))
+        line = next((self.lines[name] for name in names if name in self.lines), None)
+        return f"{self.file}, line {line}" if line else self.file
+
+
+def read_document(file: str) -> Document:
+    """Read a file as a document.
+
+    Raises:
+        MagMaxError: no such file, no YAML, an alias, a key given twice, something else than a map.
+    """
+    text = read_text(file)
+    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(content, dict):
+        raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
+    return Document(file, content, _lines(tree))
+
+
+def read_text(file: str) -> str:
+    """A file's text, or an error that says why there is none."""
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise MagMaxError(f"{what}: has an alias (*name); write its value out")
+        return yaml.safe_load(text)
+    except MagMaxError:
+        raise
+    except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim
+        raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
+
+
+def validated(shape: type[Shape], document: Document, known: Callable[[Sequence[str]], Sequence[str]]) -> Shape:
+    """The document as a `shape`; `known` gives the valid keys beside a place, for the hint at an unknown one."""
+    try:
+        return shape.model_validate(document.content)
+    except ValidationError as error:
+        problems = [_explained(document, e, known) for e in error.errors()]
+        raise listed(f"{document.file} is not a recipe", problems) from error
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+    """The line of every key of a YAML tree, by its dotted name."""
+    found: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in found:
+                raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
+            found[name] = key.start_mark.line + 1
+            found |= _lines(value, f"{name}.")
+    if isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            found[f"{prefix}{place}"] = item.start_mark.line + 1
+            found |= _lines(item, f"{prefix}{place}.")
+    return found
+
+
+def _explained(document: Document, error: Mapping[str, Any], known: Callable[[Sequence[str]], Sequence[str]]) -> str:
+    """One of pydantic's complaints, with the line it is about and the nearest valid key."""
+    parts = [str(p) for p in error["loc"] if str(p) not in ("str", "Model")]
+    name, where = ".".join(parts), document.at(*parts)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {name!r}; {nearest(parts[-1], list(known(parts)))}"
+    if error["type"] == "missing":
+        return f"{where}: {name} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {reprlib.repr(error['input'])}"

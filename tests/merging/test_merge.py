@@ -1,0 +1,275 @@
+"""Merging files, state dicts and modules gives the definition's bytes, whatever the storage and the schedule."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file, save_model
+from tests import models as reference
+from tests.models import loaded, merged_by, same_bytes, saved, small_model
+
+import magmax
+from magmax import MagMaxError, open_checkpoint
+from magmax.checkpoints import blocks
+from magmax.merging.api import Options, default_names, merge_job
+from magmax.merging.execution.execution_options import Settings
+from magmax.rules import make_rule
+
+RULES = {
+    "magmax": (reference.magmax, 0.5),
+    "average": (reference.average, 1.0),
+    "task_arithmetic": (reference.task_arithmetic, 0.3),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_merge_is_its_definition_bit_for_bit(rule, dtype, tmp_path):
+    definition, factor = RULES[rule]
+    base, tasks = small_model(0, dtype), [small_model(n, dtype) for n in (1, 2, 3)]
+    paths = [saved(t, tmp_path / f"{n}.safetensors") for n, t in enumerate([base, *tasks])]
+    expected = merged_by(definition, base, tasks, factor)
+    out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "out.safetensors")
+    assert same_bytes(loaded(out), expected)
+    assert same_bytes(magmax.merge(rule, base, tasks), expected)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0, 1 / 3, -2.5])
+def test_the_scaling_factor_is_rounded_before_it_multiplies(factor):
+    base, tasks = small_model(0), [small_model(1), small_model(2)]
+    merged = magmax.merge("magmax", base, tasks, scaling_factor=factor)
+    assert same_bytes(merged, merged_by(reference.magmax, base, tasks, factor))
+
+
+def test_small_bfloat16_updates_survive():
+    base = {"w": torch.full((1000,), 1.0).bfloat16()}
+    tasks = [{"w": torch.full((1000,), 1.0 + 2.0**-7).bfloat16()}, base]
+    assert same_bytes(magmax.merge("magmax", base, tasks, 1.0), tasks[0])
+
+
+@pytest.mark.parametrize("slab", [1 << 10, 1 << 14, 1 << 20])
+@pytest.mark.parametrize("rule", ["magmax", "average", "random_mix", "kth_magnitude"])
+def test_slabs_and_threads_change_no_byte(slab, rule, files, tmp_path, monkeypatch):
+    base, tasks = files
+    magmax.merge(rule, base, tasks, out=tmp_path / "usual.safetensors")
+    monkeypatch.setattr(blocks, "SLAB", slab)
+    threads = Settings(threads=3)
+    out = magmax.merge(rule, base, tasks, out=tmp_path / "unusual.safetensors", settings=threads)
+    assert same_bytes(loaded(out), loaded(tmp_path / "usual.safetensors"))
+
+
+def test_threads_change_no_byte_of_the_file(files, tmp_path):
+    base, tasks = files
+    outs = [
+        magmax.merge("magmax", base, tasks, out=tmp_path / f"{n}.safetensors", settings=Settings(n)) for n in (1, 4)
+    ]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_shards_and_kinds_of_input_change_no_byte(files, tmp_path):
+    base, tasks = files
+    whole = magmax.merge("magmax", base, tasks, out=tmp_path / "whole.safetensors")
+    pieces = shard(loaded(tasks[1]), tmp_path / "sharded")
+    torch.save(loaded(tasks[2]), tmp_path / "task3.pt")
+    mixed = [tasks[0], pieces, tmp_path / "task3.pt", loaded(tasks[3])]
+    out = magmax.merge("magmax", base, mixed, out=tmp_path / "mixed.safetensors")
+    assert same_bytes(loaded(out), loaded(whole))
+    ours, theirs = (read_digests(p) for p in (out, whole))
+    assert ours == theirs
+
+
+def test_a_folder_output_has_shards_an_index_and_the_bases_files(tmp_path):
+    base = shard(small_model(0), tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"model_type": "toy", "torch_dtype": "float32"}))
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "vocab.txt").write_text("a b c")
+    (base / "notes.bin.txt~").write_text("not to be copied")
+    task = saved(small_model(1), tmp_path / "task.safetensors")
+    options = Options(dtype="bfloat16", shard_bytes=5000)
+    merge_job(make_rule("magmax"), open_checkpoint(base), [open_checkpoint(task)], tmp_path / "out", options).run()
+    out = tmp_path / "out"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    held = {key: out / name for key, name in index["weight_map"].items()}
+    expected = merged_by(reference.magmax, small_model(0), [small_model(1)], 0.5)
+    for key, tensor in expected.items():
+        wanted = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+        with safe_open(held[key], "pt") as file:
+            assert reference.raw(file.get_tensor(key)) == reference.raw(wanted)
+    assert len(set(held.values())) > 2
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "toy", "torch_dtype": "bfloat16"}
+    assert (out / "tokenizer" / "vocab.txt").read_text() == "a b c"
+    assert {p.name for p in out.iterdir()} >= {"README.md", "provenance.json"}
+    assert not (out / "notes.bin.txt~").exists()
+
+
+def test_provenance_tells_the_recipe_and_the_inputs_and_nothing_of_the_machine(files, tmp_path):
+    base, tasks = files
+    text = read_metadata(magmax.merge("magmax", base, tasks, 0.7, tmp_path / "out.safetensors"))["magmax"]
+    told = json.loads(text)
+    assert told["recipe"]["rule"] == {"magmax": {}}
+    assert told["recipe"]["scaling_factor"] == 0.7
+    assert [i["name"] for i in told["inputs"]] == ["base", "task1", "task2", "task3", "task4"]
+    assert len({i["xxh3_128"] for i in told["inputs"]}) == 5
+    assert str(tmp_path) not in text
+
+
+def test_an_output_is_recognised_as_the_input_it_becomes(files, tmp_path):
+    base, tasks = files
+    merged = magmax.merge("magmax", base, tasks, out=tmp_path / "merged.safetensors")
+    again = magmax.merge("average", base, [merged], out=tmp_path / "folder")
+    provenance = json.loads((again / "provenance.json").read_text())
+    copy_of_merged = saved(loaded(merged), tmp_path / "copy.safetensors")
+    other = magmax.merge("average", base, [copy_of_merged], out=tmp_path / "other.safetensors")
+    assert provenance["inputs"][1]["xxh3_128"] == read_digests(other)[1]
+
+
+def test_tied_tensors_stay_tied(tmp_path):
+    base, task = Tied(1), Tied(2)
+    merged = magmax.merge("magmax", base, [task])
+    assert merged.head.weight is merged.embed.weight
+    as_dict = magmax.merge("magmax", base.state_dict(), [task.state_dict()])
+    assert as_dict["head.weight"].data_ptr() == as_dict["embed.weight"].data_ptr()
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    save_model(task, tmp_path / "task.safetensors")
+    out = magmax.merge(
+        "magmax", tmp_path / "base.pt", [tmp_path / "task.safetensors"], out=tmp_path / "out.safetensors"
+    )
+    assert len(loaded(out)) == 1
+    assert open_checkpoint(out).aliases in ({"head.weight": "embed.weight"}, {"embed.weight": "head.weight"})
+    assert torch.equal(next(iter(loaded(out).values())), merged.embed.weight)
+
+
+def test_a_module_comes_back_as_a_module_and_the_given_one_is_untouched():
+    torch.manual_seed(0)
+    base, task = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    task(torch.randn(8, 3))
+    before = copy.deepcopy(base.state_dict())
+    merged = magmax.merge("magmax", base, [task], 1.0)
+    assert isinstance(merged, torch.nn.BatchNorm1d)
+    assert same_bytes(base.state_dict(), before)
+    assert torch.equal(merged.running_mean, task.running_mean)
+    assert merged.num_batches_tracked == 0
+
+
+def test_numpy_dicts_come_back_as_numpy():
+    base, task = {"w": np.float32([1, 2])}, {"w": np.float32([3, 0])}
+    merged = magmax.merge("magmax", base, [task], 1.0)
+    assert isinstance(merged["w"], np.ndarray)
+    assert (merged["w"] == [3, 0]).all()
+
+
+def test_half_precision_models_on_a_float32_base():
+    base, tasks = small_model(0), [small_model(1, torch.bfloat16), small_model(2, torch.float16)]
+    assert same_bytes(magmax.merge("magmax", base, tasks), merged_by(reference.magmax, base, tasks, 0.5))
+
+
+def test_an_overflow_of_the_output_type_is_an_error():
+    base, task = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, 1e6, 2.0])}
+    with pytest.raises(MagMaxError, match="w: the merged values overflow F16"):
+        magmax.merge("magmax", base, [task], dtype="float16")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_values_pass_where_they_are_allowed(bad):
+    base, task = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, bad, 2.0])}
+    merged = magmax.merge("magmax", base, [task], 1.0, allow_nonfinite=True)
+    assert reference.raw(merged["w"]) == reference.raw(task["w"])
+
+
+def test_a_tensor_kept_from_the_base_is_checked_like_any_other():
+    base, task = {"w": torch.zeros(1), "x": torch.tensor([1e6])}, {"w": torch.ones(1)}
+    with pytest.raises(MagMaxError, match="x: the merged values overflow F16"):
+        magmax.merge("magmax", base, [task], dtype="float16", mismatch="base")
+
+
+def test_base_and_model_exchanged_are_another_work_than_the_interrupted_one(files, tmp_path):
+    one, other = open_checkpoint(files[0]), open_checkpoint(files[1][0])
+    jobs = [
+        merge_job(make_rule("magmax"), base, [model], tmp_path / "out", Options(), ["x"])
+        for base, model in ((one, other), (other, one))
+    ]
+    identities = [job._identity() for job in jobs]
+    assert identities[0] != identities[1]
+
+
+def test_every_tensor_that_is_not_merged_is_reported(tmp_path):
+    base = saved({"w": torch.zeros(1)}, tmp_path / "base.safetensors")
+    task = saved({"w": torch.ones(1), "extra": torch.ones(2)}, tmp_path / "task.safetensors")
+    job = merge_job(
+        make_rule("magmax"), open_checkpoint(base), [open_checkpoint(task)], tmp_path / "out", Options(mismatch="base")
+    )
+    assert "extra" in job.run().carried
+    assert "`extra`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_module_takes_the_dtype_it_is_merged_to():
+    merged = magmax.merge("magmax", torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], dtype="bfloat16")
+    assert merged.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_that_was_added_to_is_not_replaced(files, tmp_path):
+    base, tasks = files
+    out = magmax.merge("magmax", base, tasks, out=tmp_path / "out")
+    magmax.merge("average", base, tasks, out=out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(MagMaxError, match=r"did not write \(notes\.txt\)"):
+        magmax.merge("magmax", base, tasks, out=out)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_mismatched_tensors_can_be_the_bases():
+    base, task = small_model(0), small_model(1)
+    task["layer.bias"], task["extra"] = torch.zeros(5), torch.zeros(2)
+    del task["scale"]
+    merged = magmax.merge("magmax", base, [task], mismatch="base")
+    expected = merged_by(
+        reference.magmax, base, [{**task, "layer.bias": base["layer.bias"], "scale": base["scale"]}], 0.5
+    )
+    assert same_bytes(merged, expected)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/cars/model.safetensors", "runs/mnist/model.safetensors"], ["cars", "mnist"]),
+        (["a.safetensors", "b.safetensors"], ["a", "b"]),
+        (["/x/one.pt"], ["one"]),
+        (["x/1/m", "x/1/n", "y/1/m"], ["x/1/m", "x/1/n", "y/1/m"]),
+    ],
+)
+def test_a_models_name_is_the_first_part_that_tells_it_apart(paths, names):
+    assert default_names(paths) == names
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(11, 5)
+        self.head = torch.nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def shard(tensors, folder):
+    """A folder of two shards and an index."""
+    folder.mkdir()
+    keys = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": keys[::2], "model-00002-of-00002.safetensors": keys[1::2]}
+    for name, held in parts.items():
+        save_file({key: tensors[key] for key in held}, folder / name)
+    where = {key: name for name, held in parts.items() for key in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def read_metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def read_digests(path):
+    return [i["xxh3_128"] for i in json.loads(read_metadata(path)["magmax"])["inputs"]]

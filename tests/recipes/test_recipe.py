@@ -1,0 +1,128 @@
+"""Recipes: what they accept, what they refuse, and how they say it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.models import saved, small_model
+
+from magmax import MagMaxError
+from magmax.recipes.recipe import load, parse_rule
+from magmax.rules import Average, KthMagnitude, MagMax
+
+WHOLE = """\
+base: models/base
+models:
+  - models/cars/model.safetensors
+  - path: models/mnist/model.safetensors
+    name: digits
+rule: {kth_magnitude: {k: 2}}
+scaling_factor: 0.4
+dtype: bfloat16
+out: merged
+"""
+
+
+def written(tmp_path: Path, text: str) -> str:
+    (tmp_path / "recipe.yaml").write_text(text)
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_says_everything_a_merge_needs(tmp_path):
+    (tmp_path / "models").mkdir()
+    plan = load(written(tmp_path, WHOLE))
+    assert plan.rule == KthMagnitude(k=2)
+    assert plan.base == str(tmp_path / "models/base")
+    assert plan.models[0] == str(tmp_path / "models/cars/model.safetensors")
+    assert plan.names == ["cars", "digits"]
+    assert (plan.options.scaling_factor, plan.options.dtype) == (0.4, "bfloat16")
+    assert plan.out == str(tmp_path / "merged")
+
+
+def test_assignments_stand_above_the_file(tmp_path):
+    plan = load(written(tmp_path, WHOLE), ["scaling_factor=0.7", "rule.k=1", "out=elsewhere"])
+    assert plan.rule == KthMagnitude(k=1)
+    assert plan.options.scaling_factor == 0.7
+    assert plan.out == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("rule", "meant"),
+    [
+        ("average", (Average(), None)),
+        ({"kth_magnitude": {"k": 3}}, (KthMagnitude(k=3), None)),
+        ({"magmax": None}, (MagMax(), None)),
+        (["magmax"], (MagMax(), None)),
+        ("{kth_magnitude: {k: 3}}", (KthMagnitude(k=3), None)),
+        ({"_target_": "fusion_bench.method.MagMaxAlgorithm", "scaling_factor": 0.3, "inplace": True}, (MagMax(), 0.3)),
+        ({"_target_": "fusion_bench.method.MagMaxAlgorithm"}, (MagMax(), 0.5)),
+    ],
+)
+def test_a_rule_can_be_written_in_several_ways(rule, meant):
+    assert parse_rule(rule) == meant
+
+
+def test_fusion_benchs_method_file_is_a_rule(tmp_path):
+    (tmp_path / "magmax.yaml").write_text(
+        "_target_: fusion_bench.method.MagMaxAlgorithm\nscaling_factor: 0.6\ninplace: true\n"
+    )
+    plan = load(written(tmp_path, "base: b\nmodels: [m]\nrule: magmax.yaml\nout: o\n"))
+    assert (plan.rule, plan.options.scaling_factor) == (MagMax(), 0.6)
+    assert load(str(tmp_path / "recipe.yaml"), ["method.scaling_factor=0.2"]).options.scaling_factor == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "base: b\nmodels: [m]\nscaling_facter: 1\n",
+            r"line 3: unknown key 'scaling_facter'; did you mean 'scaling_factor'",
+        ),
+        ("base: b\nmodels:\n  - {path: m, nam: x}\n", r"line 3: unknown key 'models\.0\.nam'; did you mean 'name'"),
+        ("models: [m]\n", "base is missing"),
+        ("base: b\nmodels: []\n", "line 2: models: names no model"),
+        ("base: b\nmodels: [m]\nscaling_factor: big\n", "line 3: scaling_factor"),
+        ("base: b\nmodels: [m]\ndtype: int8\n", "line 3: dtype"),
+        ("base: b\nmodels: [m]\nrule: magmaks\n", "no rule 'magmaks'; did you mean 'magmax'"),
+        ("base: b\nmodels: [m]\nrule: {kth_magnitude: {kk: 2}}\n", "no option 'kk'; did you mean 'k'"),
+        ("base: b\nmodels: [m]\nrule: {kth_magnitude: {k: two}}\n", "k to be int, not 'two'"),
+        ("base: b\nmodels: [m]\nrule: {kth_magnitude: {k: 0}}\n", "k of at least 1, not 0"),
+        ("base: b\nmodels: [m]\nrule: [magmax, average]\n", "then one merge rule, .* this one is magmax, average"),
+        (
+            "base: b\nmodels: [m]\nrule: {_target_: x.SlerpAlgorithm}\n",
+            "only MagMaxAlgorithm is understood, not x.SlerpAlgorithm",
+        ),
+        ("base: b\nmodels: [m, m]\n", "two models have one name"),
+        ("base: b\nmodels: [m]\nout: x\nout: y\n", "line 4: out is given twice"),
+        ("- a\n- b\n", "a recipe is a map"),
+        ("base: [b\n", "cannot be read as YAML"),
+        ("base: b\nmodels: [{path: m, name: x}, {path: n, name: x}]\n", "two models have one name; the names are x, x"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line_and_the_nearest_word(text, words, tmp_path):
+    with pytest.raises(MagMaxError, match=words):
+        load(written(tmp_path, text))
+
+
+def test_every_unknown_key_is_named_at_once(tmp_path):
+    with pytest.raises(MagMaxError) as caught:
+        load(written(tmp_path, "base: b\nmodels: [m]\noutt: 1\nscale: 2\n"))
+    assert "'outt'" in str(caught.value)
+    assert "'scale'" in str(caught.value)
+
+
+def test_an_assignment_to_nothing_is_an_error(tmp_path):
+    with pytest.raises(MagMaxError, match=r"cannot set base\.path"):
+        load(written(tmp_path, WHOLE), ["base.path=x"])
+
+
+@pytest.mark.parametrize("line", [f"scaling_factor: 1{400 * '0'}", f"rule: {{average: {{weights: 1{400 * '0'}}}}}"])
+def test_a_number_beyond_all_floats_is_refused(tmp_path, line):
+    (tmp_path / "recipe.yaml").write_text(
+        f"base: base.safetensors\nmodels: [a.safetensors]\nout: o.safetensors\n{line}\n"
+    )
+    for number, name in enumerate(("base", "a")):
+        saved(small_model(number), tmp_path / f"{name}.safetensors")
+    with pytest.raises(MagMaxError, match="finite"):
+        load(str(tmp_path / "recipe.yaml")).job()
