@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-from magmax.rules.part import Part
+from magmax.rules.contract import Part
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page

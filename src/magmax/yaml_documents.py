@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,3 +100,28 @@ def _explained(document: Document, error: Mapping[str, Any], known: Callable[[Se
         return f"{where}: {name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {reprlib.repr(error['input'])}"
+
+
+def is_override(word: str) -> bool:
+    """Whether a command-line word is an assignment such as `rule.k=2`."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
+
+
+def assigned(content: Any, word: str) -> dict[str, Any]:
+    """The content with one assignment put in; the value is read as YAML."""
+    if not is_override(word):
+        raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")
+    name, _, text = word.partition("=")
+    *path, last = name.split(".")
+    content = json.loads(json.dumps(content))
+    place = content
+    for part in path:
+        if isinstance(place.get(part), str):
+            place[part] = {place[part]: {}}
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise MagMaxError(f"{word}: {part} has no keys to set")
+    place[last] = parse_yaml(text, word)
+    return content

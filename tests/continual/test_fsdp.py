@@ -139,7 +139,7 @@ def test_one_process_is_refused_before_anything_is_written(
 
 
 def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
-    from magmax.cli.continual import read_experiment
+    from magmax.continual.experiment_file import read_experiment
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(ranks.RECIPE))

@@ -23,14 +23,14 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual.tiny_clip import save_tiny_clip  # noqa: E402
 
-from magmax.cli.continual import read_experiment  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.context import context  # noqa: E402
 from magmax.continual.data.scenarios import published  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
+from magmax.continual.experiment_file import read_experiment  # noqa: E402
 
 RECIPES = Path(__file__).parents[2] / "benchmarks" / "continual" / "fusion_bench"
-HUB = json.loads(files("magmax.continual").joinpath("hub.json").read_text())
+HUB = json.loads(files("magmax.continual.data").joinpath("hub.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def test_pictures_are_read_when_they_are_asked_for_and_say_what_they_are(tmp_pat
     assert first.train.items.identity == second.train.items.identity
     code = f"""if True:
         import sys
-        from magmax.continual.hub import images
+        from magmax.continual.data.hub_datasets import images
         from magmax.continual import registry
         assert not {{'datasets', 'torch'}} & set(sys.modules)  # needed only to read
         print(images({path!r}).train.items.identity)"""

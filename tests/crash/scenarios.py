@@ -17,8 +17,9 @@ from tests.robustness.files import model, write
 
 from magmax.checkpoints import open_checkpoint
 from magmax.merging.adapters.adapter_merge import merge_adapters
-from magmax.merging.api import Options, merge_job
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.merging.result import Outcome
 from magmax.merging.running.running_merge import Running
 from magmax.merging.sweep import Sweep

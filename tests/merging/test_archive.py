@@ -17,8 +17,8 @@ from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.journal import held
 from magmax.checkpoints.writer import Draft
-from magmax.merging.api import Options
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.output_options import Options
 from magmax.preference.archive import Archive
 from magmax.preference.archive_writer import write_archive
 from magmax.rules import MagMax, Tunable

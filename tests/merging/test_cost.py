@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from magmax.checkpoints import open_checkpoint
-from magmax.merging.api import Options, merge_job
 from magmax.merging.cost import ELEMENT_NS, Cost, cost_of
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.rules import MagMax, make_rule
 
 

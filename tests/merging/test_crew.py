@@ -27,11 +27,12 @@ from magmax.checkpoints.writer import Target
 from magmax.cli import app
 from magmax.errors import UnfinishedError
 from magmax.merging import pipeline
-from magmax.merging.api import Options, merge_job
 from magmax.merging.execution import pool as pool_module
 from magmax.merging.execution.execution_options import Settings
 from magmax.merging.execution.executors import cluster, process_pool
 from magmax.merging.execution.shared_files import Ground
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.merging.sweep import Sweep
 from magmax.rules import as_rule, rule_from
 

@@ -16,8 +16,10 @@ from tests.models import loaded, merged_by, same_bytes, saved, small_model
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
-from magmax.merging.api import Options, default_names, merge_job
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.merge_job import merge_job
+from magmax.merging.model_names import default_names
+from magmax.merging.output_options import Options
 from magmax.rules import make_rule
 
 RULES = {

@@ -11,8 +11,9 @@ from tests.models import small_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
-from magmax.merging.api import MergesInMemory, Options
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.in_memory import MergesInMemory
+from magmax.merging.output_options import Options
 from magmax.merging.sweep import Sweep, factors
 from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
 

@@ -11,7 +11,8 @@ from tests.models import merged_by
 
 import magmax
 from magmax import open_checkpoint
-from magmax.merging.api import Options, merge_job
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.rules import as_rule
 
 transformers = pytest.importorskip("transformers")

@@ -16,10 +16,11 @@ from magmax.checkpoints.remote.upload import MARKER, Upload
 from magmax.checkpoints.writer import Target
 from magmax.cli import main
 from magmax.errors import MagMaxError, UnfinishedError
-from magmax.merging.api import Options, merge_job
 from magmax.merging.execution.execution_options import Settings
 from magmax.merging.execution.executors import process_pool
 from magmax.merging.job import Job
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.rules import MagMax
 
 

@@ -15,9 +15,10 @@ from tests.rules.test_planned import model as planned_model
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
-from magmax.merging.api import Options, merge_job
 from magmax.merging.cost import preview
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.merging.sweep import Sweep
 from magmax.rules import Address, Average, Dare, IsoC, IsoCTS, Prune, TsvM, as_rule, chain
 from magmax.rules.spectral.svd import largest

@@ -19,9 +19,10 @@ from tests.rules.test_planned import flat, model
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import blocks, open_checkpoint
-from magmax.merging.api import Options, merge_job
 from magmax.merging.cost import preview
 from magmax.merging.execution.execution_options import Settings
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import Options
 from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain
 from magmax.rules.random import draws
 from magmax.rules.statistics import Address

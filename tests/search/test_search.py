@@ -21,7 +21,6 @@ from tests.search.scores import number
 
 import magmax
 from magmax import MagMaxError
-from magmax.cli.continual import read_experiment
 from magmax.continual.context import context
 from magmax.continual.experiment import Experiment
 from magmax.continual.training.weight_files import load_weights
@@ -58,7 +57,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def searched(file: Path, out: Path, jobs: int = 1, executor: Executor | None = None) -> list[Tried]:
-    recipe, trials = load_search(str(file), [], read_experiment)
+    recipe, trials = load_search(str(file), [])
     with ThreadPoolExecutor(jobs) as threads:
         tried = Search(recipe, trials, out, executor or threads, jobs).run()
     write_search(recipe, trials, tried, out)
@@ -72,7 +71,7 @@ def table(out: Path) -> list[dict[str, str]]:
 def test_the_best_is_found_written_and_merged(toy):
     file = written(toy, trials=30)
     tried = searched(file, toy / "out" / "deep")
-    best = best_of(load_search(str(file), [], read_experiment)[0], tried)
+    best = best_of(load_search(str(file), [])[0], tried)
     assert abs(best.chosen["scaling_factor"] - 0.7) < 0.05
     assert best.scores["score"] == max(t.scores["score"] for t in tried)
     plan = load(str(toy / "out" / "deep" / BEST))

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
 from ..errors import MagMaxError
-from ..merging.api import refuse_same_path
 from ..merging.execution.pool import Crew
-from ..merging.matching import compare
+from ..merging.matching import compare, refuse_same_path
 from ..merging.pipeline import Kernel, Pass, Progress, Slab
 from ..merging.reader import Reader
 from ..merging.statistics_pass import Questions

@@ -11,9 +11,11 @@ import xxhash
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.writer import Target
-from ..merging.api import Options, beside, default_names, kept_metadata, refuse_same_path, refuse_twins
 from ..merging.job import Job
-from ..merging.matching import compare
+from ..merging.matching import compare, refuse_same_path, refuse_twins
+from ..merging.merge_job import beside, kept_metadata
+from ..merging.model_names import default_names
+from ..merging.output_options import Options
 from ..merging.provenance import read_provenance
 from .rescale import Coefficients, FoldKernel, ThenFold
 

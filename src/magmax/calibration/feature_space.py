@@ -12,8 +12,8 @@ from torch import nn
 
 from ..checkpoints import open_checkpoint
 from ..errors import MagMaxError
-from ..merging.api import default_names
 from ..merging.execution.execution_options import Settings
+from ..merging.model_names import default_names
 from .calibration_report import Report
 from .forward import Run, run_items
 from .gram import Gram

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoints import Checkpoint
 from ..errors import MagMaxError, nearest
-from ..merging.api import refuse_same_path
 from ..merging.execution.execution_options import Settings
+from ..merging.matching import refuse_same_path
 from ..rules import CalibrateWeights
 from ..rules.transforms.sensitive_tensors import read_sensitivity
 from .calibration_report import Report

@@ -166,7 +166,7 @@ def _tallies(models: Sequence[str], base: str | None, top: float | None, threads
     from ..analysis.weight_statistics import tally
     from ..analysis.weight_studies import Origin
     from ..checkpoints import open_checkpoint
-    from ..merging.api import default_names
+    from ..merging.model_names import default_names
 
     if base is None or not models:
         raise MagMaxError("give --base BASE and the fine-tuned models, or the folder of a benchmark or a training")

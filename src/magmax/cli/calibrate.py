@@ -91,7 +91,7 @@ def calibrate(
     from ..calibration.plot import check_plot, draw
     from ..checkpoints import open_checkpoint
     from ..checkpoints.writer import replace_file
-    from ..merging.api import default_names
+    from ..merging.model_names import default_names
 
     if plot:
         check_plot(Path(plot))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
 from .common_options import Models
-
-if TYPE_CHECKING:
-    from ..continual.experiment import Experiment
 
 Restart = Annotated[bool, Parameter(negative="", help="Clear the folder and begin again.")]
 
@@ -101,7 +98,7 @@ def evaluate(
     as_json
         Print JSON instead of a table.
     """
-    from ..recipes.recipe import is_override
+    from ..yaml_documents import is_override
 
     paths = [word for word in models if not is_override(word) or os.path.exists(word)]
     if not paths:
@@ -177,52 +174,6 @@ def bench(
         files = write_results(experiment, records, Path(out)) if records else []
     show(experiment, records)
     print(", ".join(map(str, files)))
-
-
-def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
-    """An experiment from its file, with assignments such as fit.steps=20 put in.
-
-    Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
-    """
-    from ..yaml_documents import read_document, validated
-
-    try:
-        import torch  # noqa: F401
-
-        from ..continual.experiment import Experiment, Fit
-    except ImportError as error:
-        raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
-    document = read_document(file)
-    for word in assignments:
-        document = document._replace(content=assigned(document.content, word))
-
-    def known(parts: Sequence[str]) -> list[str]:
-        return list((Experiment if len(parts) == 1 else Fit).model_fields)
-
-    return validated(Experiment, document, known).checked()
-
-
-def assigned(content: Any, word: str) -> dict[str, Any]:
-    """The content with one assignment put in; the value is read as YAML."""
-    from ..recipes.recipe import is_override
-    from ..yaml_documents import parse_yaml
-
-    if not is_override(word):
-        raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")
-    name, _, text = word.partition("=")
-    *path, last = name.split(".")
-    content = json.loads(json.dumps(content))
-    place = content
-    for part in path:
-        if isinstance(place.get(part), str):
-            place[part] = {place[part]: {}}
-        if place.get(part) is None:
-            place[part] = {}
-        place = place[part]
-        if not isinstance(place, dict):
-            raise MagMaxError(f"{word}: {part} has no keys to set")
-    place[last] = parse_yaml(text, word)
-    return content
 
 
 def _team() -> Any:

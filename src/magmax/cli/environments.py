@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
-from .continual import assigned, read_experiment
+from ..yaml_documents import assigned
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment

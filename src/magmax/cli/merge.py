@@ -156,7 +156,8 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
 
     from ..checkpoints.lora.adapted_model import seen_from
     from ..checkpoints.remote.urls import is_url
-    from ..recipes.recipe import build, is_override, load, merged_overrides
+    from ..recipes.recipe import build, load, merged_overrides
+    from ..yaml_documents import is_override
 
     given = {key: value for key, value in flags.items() if value is not None}
     assigned = [w for w in words if is_override(w) and not os.path.exists(w)]

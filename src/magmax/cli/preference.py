@@ -82,7 +82,7 @@ def tune(
     from pathlib import Path
 
     from ..checkpoints import open_checkpoint
-    from ..merging.api import merge_job
+    from ..merging.merge_job import merge_job
     from ..preference.archive import Archive
     from ..recipes.recipe import build
 
@@ -154,7 +154,7 @@ def archive(
     from pathlib import Path
 
     from ..checkpoints import open_checkpoint
-    from ..merging.api import default_names
+    from ..merging.model_names import default_names
     from ..preference.archive_writer import write_archive
 
     opened = open_checkpoint(base)

@@ -85,7 +85,7 @@ def result(
         The output's floating type. The base's by default.
     """
 
-    from ..merging.api import Options
+    from ..merging.output_options import Options
 
     running = _running(state, base, None)
     job = running.result_job(out, Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))

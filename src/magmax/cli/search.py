@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from ..errors import MagMaxError
 from .common_options import Scheduler
 from .console import print_table, say
-from .continual import read_experiment
 
 if TYPE_CHECKING:
     from ..search.runner import Tried
@@ -47,7 +46,7 @@ def search(
 
     if (jobs is not None and jobs < 1) or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
-    given, trials = load_search(recipe, assignments, read_experiment)
+    given, trials = load_search(recipe, assignments)
     if not isinstance(trials.score, str) and trials.score[2] == "test":
         say("note: scores are those on the test examples; what is chosen by them must not be reported on them")
     with hired(jobs or 1, scheduler) as executor:

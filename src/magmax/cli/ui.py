@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
-from .continual import read_experiment
 
 
 def ui(

@@ -22,8 +22,9 @@ from .._version import __version__
 from ..calibration import FeatureOptions, calibrate_features, unfolded
 from ..checkpoints import open_checkpoint
 from ..errors import MagMaxError
-from ..merging.api import MergesInMemory, Options, like
 from ..merging.execution.execution_options import Settings
+from ..merging.in_memory import MergesInMemory, like
+from ..merging.output_options import Options
 from ..rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
 from .context import Context, alone, context, device
 from .data.scenarios import Task

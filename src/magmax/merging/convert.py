@@ -15,9 +15,10 @@ from ..checkpoints.remote.hub import locate
 from ..checkpoints.torch.pickled_models import PickledModel
 from ..checkpoints.writer import Target
 from ..errors import MagMaxError
-from .api import default_names, kept_metadata
 from .job import Job, provenance_file
+from .merge_job import kept_metadata
 from .model_files import companions
+from .model_names import default_names
 from .pipeline import Kernel, Slab
 from .provenance import Provenance
 

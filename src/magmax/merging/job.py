@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from ..checkpoints.blocks import checkpoint_digest
 from ..checkpoints.journal import Journal
 from ..checkpoints.remote.upload import Upload
 from ..checkpoints.remote.urls import changed, shown
-from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder
+from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder, remove, replace_file
 from ..errors import MagMaxError, UnfinishedError, listed
 from .digests import Ledger
 from .execution.execution_options import Settings
@@ -26,7 +26,6 @@ from .execution.shared_files import Ground
 from .pipeline import Kernel, Pass, Progress, Sink
 from .provenance import Provenance
 from .result import Outcome
-from .sending import sent
 
 
 class Work(Protocol):
@@ -275,3 +274,43 @@ def provenance_file(
     """The provenance file of a folder output, with more to tell if there is."""
     content = {**provenance.as_dict(), **(more or {}), "tensors": dict(sorted(digests.items()))}
     return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}
+
+
+def sent(
+    target: Target,
+    identity: Mapping[str, Any],
+    make: Callable[[], Outcome],
+    note: Callable[[str], None],
+) -> Outcome:
+    """The outcome of `make`, uploaded; what an interrupted upload left here is uploaded without making it again.
+
+    That is, while `identity` is unchanged.
+    """
+    upload = Upload(target.url)
+    upload.begin(target.folder)
+    ready = target.path.with_name(target.path.name + ".ready")
+    outcome = _left(ready, target.path, json.loads(json.dumps(identity)))
+    if outcome is None:
+        try:
+            outcome = make()
+        except MagMaxError as error:
+            if not isinstance(error, UnfinishedError):
+                upload.give_up(target.folder)
+            raise
+        told = {**asdict(outcome), "path": ""}
+        replace_file(ready, json.dumps({"identity": identity, "outcome": told}).encode())
+    else:
+        note("resuming: the output is made already and is uploaded now")
+    upload.send(target.path)
+    ready.unlink()
+    remove(target.path)
+    target.path.parent.rmdir()
+    return replace(outcome, path=upload.name)
+
+
+def _left(ready: Path, made: Path, identity: Any) -> Outcome | None:
+    try:
+        told = json.loads(ready.read_text())
+    except (OSError, ValueError):
+        return None
+    return Outcome(**told["outcome"]) if told["identity"] == identity and made.exists() else None

@@ -14,7 +14,7 @@ from ..checkpoints import Spec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
 from ..rules import Address, Block, Number, Rule, StreamingRule, places
-from ..rules.held import Held
+from ..rules.compose import Held
 from ..rules.schedules import at
 from ..rules.statistics import Answer
 from .execution.pool import Crew

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.zero_base import Zeros
 from ..errors import MagMaxError, listed
 
 Mismatch = Literal["strict", "base", "intersect"]
@@ -148,3 +150,24 @@ def _differences(base: Checkpoint, model: Checkpoint) -> dict[str, str]:
         elif key not in base.specs:
             found[key] = f"{model.label}: has a tensor {key}, {theirs}, that {base.label} has not"
     return found
+
+
+def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
+    seen: dict[Path | str, str] = {}
+    for checkpoint in checkpoints:
+        if not checkpoint.stored or isinstance(checkpoint, Zeros):
+            continue
+        real = checkpoint.path.resolve() if checkpoint.path is not None else checkpoint.url
+        if real in seen:
+            raise MagMaxError(f"{checkpoint.label}: is the same file as {seen[real]}; name each model once")
+        seen[real] = checkpoint.label
+
+
+def refuse_twins(models: Sequence[Checkpoint], digests: Sequence[str]) -> None:
+    """Raise MagMaxError if two models hold the same tensors, wherever they are."""
+    seen: dict[str, str] = {}
+    for model, digest in zip(models, digests, strict=True):
+        if digest in seen:
+            raise MagMaxError(f"{model.label}: holds the same tensors as {seen[digest]}; name each model once")
+        seen[digest] = model.label

@@ -16,10 +16,11 @@ from ..checkpoints.dtypes import LONG_NAMES, compute_dtype
 from ..checkpoints.writer import Target, remove
 from ..errors import MagMaxError, listed
 from ..rules import Rule
-from .api import Options, merge_job
 from .execution.execution_options import Settings
 from .job import Job
 from .kernel import MergeKernel
+from .merge_job import merge_job
+from .output_options import Options
 from .pipeline import Around, Kernel, Slab
 from .provenance import Provenance
 from .result import Outcome

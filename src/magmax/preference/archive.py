@@ -30,8 +30,9 @@ from ..checkpoints.journal import held
 from ..checkpoints.lora.adapted_model import path_back
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError, listed, nearest
-from ..merging.api import Options, merge_job
 from ..merging.job import Job
+from ..merging.merge_job import merge_job
+from ..merging.output_options import Options
 from ..rules import Rule
 from ..rules.tunable.quotas import weights_of
 

@@ -19,10 +19,9 @@ from ..checkpoints.journal import held
 from ..checkpoints.lora.adapted_model import path_from
 from ..checkpoints.writer import Draft, Target
 from ..errors import MagMaxError, listed
-from ..merging.api import refuse_same_path, refuse_twins
 from ..merging.execution.execution_options import Settings
 from ..merging.job import explained
-from ..merging.matching import compare
+from ..merging.matching import compare, refuse_same_path, refuse_twins
 from ..merging.pipeline import Slab, hold_freed_memory, in_threads
 from ..merging.reader import Reader
 from ..merging.statistics_pass import Questions

@@ -18,8 +18,9 @@ from ..continual.evaluation.accuracy import likelihoods
 from ..continual.models.heads import zero_shot_head
 from ..continual.models.text_encoder import TextEncoder
 from ..errors import MagMaxError
-from ..merging.api import Options, merge_in_memory
 from ..merging.execution.execution_options import Settings
+from ..merging.in_memory import merge_in_memory
+from ..merging.output_options import Options
 from ..rules import MagMax, Rule, Tunable
 from .candidates import Choice, choose
 from .estimators import MOST_SAMPLES, Distance, Features, from_each, from_labels, from_samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from os import path as os_path
@@ -15,7 +14,8 @@ from ..calibration.options import Calibrate
 from ..checkpoints.lora.adapted_model import base_and_adapter, within
 from ..checkpoints.remote.urls import is_url
 from ..errors import MagMaxError
-from ..merging.api import Options, default_names
+from ..merging.model_names import default_names
+from ..merging.output_options import Options
 from ..rules import Number, Rule, make_rule, nearest, read, rule_from
 from ..rules.schedules import FORMS
 from ..yaml_documents import Document, parse_yaml, read_document, read_text, validated
@@ -186,11 +186,6 @@ def _method_file(file: str) -> Any:
     if not isinstance(content, dict):
         raise MagMaxError(f"{file}: is not a rule; FusionBench's method YAML has a _target_")
     return content
-
-
-def is_override(word: str) -> bool:
-    """Whether a command-line word is an assignment such as `rule.k=2`."""
-    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
 def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

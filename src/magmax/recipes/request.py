@@ -14,9 +14,11 @@ from ..checkpoints import Checkpoint, open_adapter, open_checkpoint
 from ..checkpoints.base import PREFIX
 from ..errors import MagMaxError
 from ..merging.adapters.adapter_merge import AdapterOptions, adapter_job
-from ..merging.api import Options, merge_in_memory, merge_job
 from ..merging.execution.execution_options import Settings
+from ..merging.in_memory import merge_in_memory
 from ..merging.job import Job
+from ..merging.merge_job import merge_job
+from ..merging.output_options import Options
 from ..rules import Rule, Tunable
 
 

@@ -7,12 +7,10 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError, nearest
-from .after import After
 from .average import Average
-from .before import Before
-from .chain import chain
+from .compose import chain
 from .consensus import Consensus
-from .contract import Rule, State, StreamingRule
+from .contract import After, Before, Rule, State, StreamingRule
 from .elect import Elect, ElectSum
 from .karcher import Karcher
 from .kth_magnitude import KthMagnitude

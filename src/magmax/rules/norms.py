@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .after import Merge
+from .contract import Merge
 from .statistics import Address, Array, Block, Fold, Plan, Sums, namespace
 
 PIECE = 1 << 14

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..continual.experiment import Experiment
+from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
 from ..recipes.recipe import build, merged_overrides, with_value
 from ..yaml_documents import read_document, validated
@@ -83,9 +83,7 @@ class SearchRecipe(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-def load_search(
-    file: str, assignments: Sequence[str], read_experiment: Callable[[str], Experiment]
-) -> tuple[SearchRecipe, Trials]:
+def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchRecipe, Trials]:
     """A search from its file, with assignments such as trials=50 put in, and all that a trial needs.
 
     Raises:
@@ -108,7 +106,7 @@ def load_search(
     space = {name: _expanded(span, plan.names) for name, span in recipe.space.items()}
     for name, span in recipe.space.items():
         with_value(content, name, _example(span, plan.names))
-    return recipe, Trials(content, folder, space, _score(recipe.score, here, read_experiment))
+    return recipe, Trials(content, folder, space, _score(recipe.score, here))
 
 
 def _expanded(span: Range | list[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -126,9 +124,7 @@ def _example(span: Range | list[Any], names: Sequence[str]) -> Any:
     return dict.fromkeys(names, span.high) if span.each else span.high
 
 
-def _score(
-    score: str | Measured, here: str, read_experiment: Callable[[str], Experiment]
-) -> str | tuple[str, int, str]:
+def _score(score: str | Measured, here: str) -> str | tuple[str, int, str]:
     if isinstance(score, str):
         if ":" not in score:
             raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple, cast
 
 from ..checkpoints.writer import remove
 from ..continual import registry
+from ..continual.context import alone, context
+from ..continual.experiment import Experiment
+from ..continual.training.weight_files import load_weights
 from ..errors import MagMaxError
 from ..merging.execution.execution_options import Settings
 from ..recipes.recipe import build, with_value
@@ -85,8 +88,6 @@ class Trials:
     def scores(self, path: Path) -> dict[str, float]:
         """What a result is worth."""
         if not isinstance(self.score, str):
-            from ..continual.scoring import accuracies
-
             return accuracies(*self.score, path)
         found: Any = registry.find("score", {}, self.score)(path)
         told = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {SCORE: found}
@@ -97,3 +98,22 @@ class Trials:
         if not numbers or not all(map(math.isfinite, numbers.values())):
             raise MagMaxError(f"{self.score}({path}): returned {found!r}; every score must be a finite number")
         return numbers
+
+
+def accuracies(recipe: str, seed: int, on: str, model: Path) -> dict[str, float]:
+    """The accuracy of a model on each task after all of them, on the validation or the test examples.
+
+    Args:
+        recipe: the experiment as JSON.
+
+    Raises:
+        MagMaxError: a task without examples.
+    """
+    with alone:
+        here = context(Experiment.model_validate_json(recipe), seed)
+        load_weights(here.encoder.model, model)
+        row = here.row(len(here.tasks), here.test if on == "test" else here.validation)
+    found = {task.name: share for task, share in zip(here.tasks, row.tasks, strict=True)}
+    if lacking := [name for name, share in found.items() if math.isnan(share)]:
+        raise MagMaxError(f"no {on} example of {', '.join(lacking)}; hold out more of each class")
+    return found

@@ -11,8 +11,10 @@ from ..checkpoints import Checkpoint, open_checkpoint
 from ..continual.experiment import Experiment
 from ..continual.training.trainer import RECIPE
 from ..errors import MagMaxError
-from ..merging.api import Options, default_names, merge_job
 from ..merging.job import Job
+from ..merging.merge_job import merge_job
+from ..merging.model_names import default_names
+from ..merging.output_options import Options
 from ..preference.archive import FILE, Archive
 from ..rules import Tunable
 

@@ -197,9 +197,9 @@ def test_a_report_of_a_benchmark(run, tmp_path: Path) -> None:
 def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
     """Toys trained here: the checkpoints are still there, so that the weights are shown, chain by chain."""
     pytest.importorskip("torch")
-    from magmax.cli.continual import read_experiment
     from magmax.continual.benchmark import Benchmark
     from magmax.continual.evaluation.result_files import write_results
+    from magmax.continual.experiment_file import read_experiment
 
     recipe = toys.written(tmp_path / "toy.yaml", seeds=[0, 1])
     experiment = read_experiment(str(recipe))

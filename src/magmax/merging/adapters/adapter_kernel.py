@@ -17,9 +17,10 @@ from ...checkpoints.lora.product import Deltas, read_factor
 from ...checkpoints.lora.target_modules import Layer, frozen_weights
 from ...errors import MagMaxError
 from ...rules import Number, Rule, nearest
-from ..api import MemorySink, Options
 from ..execution.pool import Crew
+from ..in_memory import MemorySink
 from ..kernel import MergeKernel
+from ..output_options import Options
 from ..pipeline import Pass
 from ..reader import Reader, finite
 from .truncation import Pair, dense_error, dense_norm, nearest_to_dense, nearest_to_sum, product_norm, sum_error

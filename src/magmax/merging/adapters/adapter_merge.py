@@ -20,12 +20,13 @@ from ...checkpoints.writer import Target
 from ...errors import MagMaxError
 from ...rules import Number, Place, Rule, as_rule
 from ...rules.schedules import at, written
-from ..api import default_names, refuse_same_path
 from ..digests import Ledger
 from ..execution.execution_options import Settings
 from ..execution.pool import Crew
 from ..job import Job, provenance_file
 from ..kernel import MergeKernel
+from ..matching import refuse_same_path
+from ..model_names import default_names
 from ..pipeline import Progress, Sink
 from ..provenance import Provenance, adapter_card
 from ..reader import finite

@@ -17,11 +17,14 @@ from ...checkpoints.torch.dcp import distributed
 from ...checkpoints.writer import Draft, Target
 from ...errors import MagMaxError
 from ...rules import Number, Rule, StreamingRule, as_rule
-from ..api import MemorySink, Options, beside, default_names, kept_metadata, like, recipe_of, refuse_same_path
 from ..execution.execution_options import Settings
+from ..in_memory import MemorySink, like
 from ..job import Job, provenance_file
 from ..kernel import MergeKernel
-from ..matching import Match, Mismatch, compare, extents_of, narrowed
+from ..matching import Match, Mismatch, compare, extents_of, narrowed, refuse_same_path
+from ..merge_job import beside, kept_metadata, recipe_of
+from ..model_names import default_names
+from ..output_options import Options
 from ..pipeline import Pass, Sink
 from ..reader import Reader
 from ..result import Outcome

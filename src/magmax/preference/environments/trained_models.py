@@ -17,8 +17,9 @@ from ...checkpoints.memory import as_tensor
 from ...continual.context import Context
 from ...continual.data.datasets import Labelled
 from ...continual.evaluation.accuracy import likelihoods, predict
-from ...merging.api import MergesInMemory, Options
 from ...merging.execution.execution_options import Settings
+from ...merging.in_memory import MergesInMemory
+from ...merging.output_options import Options
 from ...rules import Average, MagMax, Rule, Tunable
 from ..estimators import MOST_SAMPLES, Features
 from ..natural_shares import own_shares

@@ -10,7 +10,8 @@ from ...checkpoints.lora.adapted_model import base_and_adapter, within
 from ...checkpoints.remote.hub import hub_id
 from ...checkpoints.remote.urls import is_url
 from ...errors import MagMaxError, listed
-from ...merging.api import Options, default_names
+from ...merging.model_names import default_names
+from ...merging.output_options import Options
 from ...rules import nearest
 from ...yaml_documents import Document, parse_yaml, validated
 from ..request import Plan

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...errors import MagMaxError
-from ..before import Before
-from ..contract import bits
+from ..contract import Before, bits
 from ..schedules import Numbers, each, need
 from ..selection import apply_mask, largest
 from ..statistics import Address, Answer, Array, Block, Plan, Scope, Span, seen

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError, nearest
-from ..after import After, Merge
+from ..contract import After, Merge
 from ..norms import Lengths, cosines, mean_angle, measured
 from ..statistics import Answer, Array, Block, Plan, Scope, Sums, namespace
 from .sensitive_tensors import read_sensitivity

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import MagMaxError
-from ..before import Before
-from ..contract import divide
+from ..contract import Before, divide
 from ..random import masked_at_random
 from ..schedules import Numbers, need, numbers, one
 from ..statistics import Address, Answer, Array

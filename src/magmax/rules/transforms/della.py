@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError
-from ..before import Before
+from ..contract import Before
 from ..random import masked_at_random
 from ..schedules import Numbers, PerModel, each, need, one
 from ..selection import BINS, Window, magnitude_codes

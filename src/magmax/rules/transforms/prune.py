@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...errors import MagMaxError
-from ..before import Before
-from ..contract import bits
+from ..contract import Before, bits
 from ..random import masked_at_random
 from ..schedules import Numbers, each, need, one
 from ..selection import apply_mask, largest

@@ -1,18 +1,112 @@
-"""Chains: transforms of the task vectors, then a rule; a chain is itself a rule."""
+"""Composition: chains of transforms and a rule, and a cache of merged blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import MagMaxError
-from .after import After, Followed
-from .before import Before
-from .contract import Rule, State, StreamingRule
-from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, seen
-from .wrapping import Wrapping
+from .contract import After, Before, Rule, State, StreamingRule
+from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, namespace, seen
+
+
+@dataclass(frozen=True)
+class Wrapping(Rule):
+    """A rule that does more than another one, and asks, costs and merges as that one where it does not say."""
+
+    name: ClassVar[str] = "chain"
+    scaling_factor: ClassVar[float] = 1.0
+    paper: ClassVar[str] = ""
+
+    rule: Rule
+
+    @property
+    def passes(self) -> int:
+        return self.rule.passes
+
+    @property
+    def memory(self) -> int:
+        return self.rule.memory
+
+    @property
+    def default_factor(self) -> float:
+        return self.rule.default_factor
+
+    @property
+    def questions_span(self) -> Span:
+        return self.rule.questions_span
+
+    @property
+    def whole(self) -> bool:
+        return self.rule.whole
+
+    @property
+    def needs_base(self) -> bool:
+        return self.rule.needs_base
+
+    def check(self, tasks: int) -> None:
+        self.rule.check(tasks)
+        super().check(tasks)
+
+    def check_names(self, names: Collection[str]) -> None:
+        self.rule.check_names(names)
+
+    def describe(self) -> dict[str, Any]:
+        return self.rule.describe()
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        return self.rule.explain(answers)
+
+    def plan(self, scope: Scope) -> Plan:
+        return self.rule.plan(scope)
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        return self.rule.merge(block, answer)
+
+
+@dataclass(frozen=True)
+class Followed(Wrapping):
+    """A rule, and a transform of what it merges."""
+
+    after: After
+    factor: float = 1.0
+
+    @property
+    def passes(self) -> int:
+        return self.rule.passes + self.after.passes
+
+    @property
+    def questions_span(self) -> Span:
+        return self.rule.questions_span if self.rule.passes else Span.TENSOR
+
+    @property
+    def needs_factor(self) -> bool:
+        return True
+
+    def scaled_by(self, factor: float) -> Followed:
+        return replace(self, factor=factor)
+
+    def check_names(self, names: Collection[str]) -> None:
+        super().check_names(names)
+        self.after.check_names(names)
+
+    def describe(self) -> dict[str, Any]:
+        told = self.rule.describe()
+        return {"chain": [*told.get("chain", [told]), self.after.describe()]}
+
+    def explain(self, answers: Collection[Answer]) -> str:
+        told = [self.rule.explain([rules for rules, _ in answers]), self.after.explain([own for _, own in answers])]
+        return "; ".join(filter(None, told))
+
+    def plan(self, scope: Scope) -> Plan:
+        rules = yield from self.rule.plan(scope)
+        return rules, (yield from self.after.plan(scope, partial(self.rule.merge, answer=rules)))
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        rules, own = answer
+        return self.after.apply(block, partial(self.rule.merge, answer=rules), own, self.factor)
 
 
 def chain(*parts: Before | Rule | After) -> Rule:
@@ -141,3 +235,31 @@ def transformed(block: Block, before: Sequence[Before], answers: Sequence[Answer
     for transform, answer in zip(before, answers, strict=False):
         deltas = [transform.apply(delta, task, block.at, answer) for task, delta in enumerate(deltas, start=1)]
     return replace(block, deltas=deltas)
+
+
+@dataclass(frozen=True)
+class Held(Wrapping):
+    """A rule that merges each block once and from then on gives copies, of the same models and with the same answer."""
+
+    known: dict[tuple[Address, int], Array] = field(
+        default_factory=dict[tuple[Address, int], Array], repr=False, compare=False
+    )
+
+    def merge(self, block: Block, answer: Answer) -> Array:
+        length = len(block.deltas[0])
+        if (merged := self.recalled(block.at, length)) is None:
+            self.known[block.at, length] = merged = self.rule.merge(block, answer)
+            return namespace(merged).asarray(merged, copy=True)
+        return merged
+
+    def recalled(self, at: Address, length: int) -> Array | None:
+        """A copy of what was merged of so many elements there, if it was."""
+        merged = self.known.get((at, length))
+        return None if merged is None else namespace(merged).asarray(merged, copy=True)
+
+
+def holding(rule: Rule) -> Rule:
+    """The rule, with that part of it held which is the same for every scaling factor."""
+    if isinstance(rule, Followed):
+        return replace(rule, rule=holding(rule.rule))
+    return rule if rule.needs_factor else Held(rule)

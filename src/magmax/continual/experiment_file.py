@@ -1,0 +1,33 @@
+"""Experiments read from YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import MagMaxError
+from ..yaml_documents import assigned, read_document, validated
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+
+def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
+    """An experiment from its file, with assignments such as fit.steps=20 put in.
+
+    Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
+    """
+    try:
+        import torch  # noqa: F401
+
+        from .experiment import Experiment, Fit
+    except ImportError as error:
+        raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
+    document = read_document(file)
+    for word in assignments:
+        document = document._replace(content=assigned(document.content, word))
+
+    def known(parts: Sequence[str]) -> list[str]:
+        return list((Experiment if len(parts) == 1 else Fit).model_fields)
+
+    return validated(Experiment, document, known).checked()

@@ -1,0 +1,89 @@
+"""Merges in memory: of state dicts and modules, at several scaling factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.memory import as_tensor
+from ..rules import Number, Rule
+from ..rules.compose import holding
+from .execution.execution_options import Settings
+from .job import prepared
+from .kernel import MergeKernel
+from .merge_job import match_models, merge_kernel
+from .output_options import Options
+from .pipeline import Pass
+
+
+def merge_in_memory(
+    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
+) -> dict[str, NDArray[Any]]:
+    """The merged tensors as stored units, flat, by the base's own keys."""
+    return MergesInMemory(rule, base, models, options, settings).at(options.factor(rule))
+
+
+class MergesInMemory:
+    """Merges of the same models at one scaling factor after another.
+
+    The rule asks the models once. With `hold`, what it merged before scaling stays in memory and serves all factors.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        options: Options,
+        settings: Settings,
+        *,
+        hold: bool = False,
+    ) -> None:
+        rule = holding(rule) if hold and settings.executor is None else rule
+        kernel = merge_kernel(rule, base, models, options, match_models(rule, base, models, options))
+        self.kernel = cast("MergeKernel", prepared(kernel, settings))
+        self.inputs, self.settings = [base, *models], settings
+
+    def at(self, factor: Number) -> dict[str, NDArray[Any]]:
+        """The merged tensors as stored units, flat, by the base's own keys."""
+        memory = MemorySink(self.kernel.out)
+        scaled = replace(self.kernel, scaling_factor=factor)
+        Pass(self.inputs, [memory], scaled, self.settings.crew, digest=False).run(self.settings.progress)
+        return memory.tensors
+
+
+class MemorySink:
+    """Flat arrays to be filled by a pass."""
+
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        self.specs = specs
+        self.tensors = {key: np.empty(spec.units, spec.storage) for key, spec in specs.items()}
+
+    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
+        self.tensors[key][start : start + len(stored)] = stored
+
+    def sync(self) -> None:
+        """Nothing to wait for."""
+
+
+def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: Options) -> Any:
+    """The merged tensors in the shape of the thing that was given as the base."""
+    original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
+    specs = options.out_specs(opened)
+    made = {key: as_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
+    merged = {key: made[opened.resolve(key)] for key in original}
+    if isinstance(base, Mapping):
+        return merged
+    result = copy.deepcopy(base)
+    if options.dtype is not None:
+        import torch
+
+        result = result.to(getattr(torch, options.dtype))
+    result.load_state_dict(merged)
+    return result

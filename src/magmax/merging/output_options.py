@@ -1,0 +1,58 @@
+"""Options of a merge beyond its rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..checkpoints import Checkpoint, Spec
+from ..checkpoints.dtypes import LONG_NAMES
+from ..checkpoints.writer import SHARD_BYTES
+from ..errors import MagMaxError
+from ..rules import Filters, Layers, Number, Rule, nearest
+from ..rules.schedules import Value, need
+from .matching import Mismatch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a merge computes, beyond its rule.
+
+    Attributes:
+        scaling_factor: multiplies the merged task vector, and may depend on the tensor; None means the rule's default.
+        dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
+        mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there;
+            "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
+            keeps the base's rows and tensors elsewhere.
+        allow_nonfinite: let NaN and infinity through instead of refusing them.
+        shard_bytes: the most a shard of a folder output may hold.
+    """
+
+    scaling_factor: Number | None = None
+    dtype: str | None = None
+    mismatch: Mismatch = "strict"
+    allow_nonfinite: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    def out_specs(self, base: Checkpoint) -> dict[str, Spec]:
+        """The output's tensors. Raises MagMaxError for a dtype that is none."""
+        if self.dtype is None:
+            return dict(base.specs)
+        if self.dtype not in LONG_NAMES:
+            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest(self.dtype, list(LONG_NAMES))}")
+        wanted = LONG_NAMES[self.dtype]
+        return {key: Spec(wanted, s.shape) if s.floating else s for key, s in base.specs.items()}
+
+    def factor(self, rule: Rule) -> Number:
+        if isinstance(self.scaling_factor, Layers | Filters):
+            need("a merge", "scaling_factor", self.scaling_factor)
+            return self.scaling_factor
+        if isinstance(self.scaling_factor, Value):
+            raise MagMaxError("scaling_factor is one for all models; give the rule weights")
+        try:
+            factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
+        except OverflowError:
+            factor = math.inf
+        if not math.isfinite(factor):
+            raise MagMaxError(f"scaling_factor must be a finite number, not {factor}")
+        return factor
