@@ -18,6 +18,7 @@ lint: $(READY)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
+	$(BIN)/python tools/measure_layout.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py

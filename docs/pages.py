@@ -7,12 +7,12 @@ import inspect
 import re
 from pathlib import Path
 
-from magmax.rules.contract import Part
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from magmax.rules import After, Before, Rule, StreamingRule, all_parts
+from magmax.rules.contract import Part
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "src" / "magmax" / "recipes" / "shipped"
