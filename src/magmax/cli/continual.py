@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
 from .common_options import Models
 
@@ -51,6 +50,8 @@ def train(
     threads
         Of torch; 0 leaves the choice to it.
     """
+    from ..continual.experiment_file import read_experiment
+
     experiment = read_experiment(recipe, assignments)
     from ..continual.progress import bars
     from ..continual.training.trainer import Training
@@ -105,6 +106,8 @@ def evaluate(
         raise MagMaxError("eval needs a recipe and at least one model")
     if missing := [path for path in paths if not Path(path).is_file()]:
         raise MagMaxError(f"{missing[0]}: there is no such file")
+    from ..continual.experiment_file import read_experiment
+
     experiment = read_experiment(recipe, [word for word in models if word not in paths])
     from dataclasses import asdict
 
@@ -154,6 +157,8 @@ def bench(
     scheduler
         The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
     """
+    from ..continual.experiment_file import read_experiment
+
     experiment = read_experiment(recipe, assignments)
     from ..continual.benchmark import Benchmark, finished
     from ..continual.evaluation.result_files import show, write_results

@@ -7,9 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
-from ..yaml_documents import assigned
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
@@ -72,7 +70,8 @@ def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Study, Exp
 
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
     """
-    from ..yaml_documents import read_document, validated
+    from ..continual.experiment_file import read_experiment
+    from ..yaml_documents import assigned, read_document, validated
 
     document = read_document(recipe)
     for word in assignments:

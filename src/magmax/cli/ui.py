@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
 
 
@@ -53,6 +52,8 @@ def ui(
     if examples < 1:
         raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
     with bound(port) as at:
+        from ..continual.experiment_file import read_experiment
+
         told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
         source = open_source(Path(run), told, seed)
         with bars() as new_bar:
