@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from magmax.continual.evaluation.tables import MAIN, Mean, paired
+from magmax.continual.evaluation.tables import MAIN, SeedMean, compare_paired
 
-VARIANTS = {"default": "own", "chosen": "chosen"}
+FACTOR_VARIANTS = {"default": "own", "chosen": "chosen"}
 COSTS = {"training seconds": 1, "merging seconds": 1, "peak memory bytes": 1e6, "stored bytes": 1e6}
 
 
-class Result:
+class FolderResults:
     """One folder's tidy rows."""
 
     def __init__(self, folder: Path) -> None:
@@ -48,12 +48,12 @@ class Result:
         return list(dict.fromkeys(row["method"] for row in self.rows))
 
     @property
-    def tasks(self) -> int:
+    def num_tasks(self) -> int:
         told = {row["measure"] for row in self.rows if row["measure"].startswith("accuracy on task")}
         return len(told)
 
 
-def overview(results: Sequence[Result], chain: str, variant: str) -> list[list[str]]:
+def overview_rows(results: Sequence[FolderResults], chain: str, variant: str) -> list[list[str]]:
     """The names of all methods on a chain, a line for each result, and what MagMax leads by in the mean over these."""
     told = [m for result in results for m in result.methods if m.endswith(f"/{chain}")]
     rules = sorted(dict.fromkeys(m for m in told if m != f"last/{chain}"), key=lambda m: m.startswith("magmax"))
@@ -66,7 +66,7 @@ def overview(results: Sequence[Result], chain: str, variant: str) -> list[list[s
     ]
     lines = [["results", *(m.partition("/")[0] if m != "last/joint" else "joint" for m in methods)]]
     lines += [
-        [r.name, *(percent(r.values(m, variant)) if m in of else "-" for m in methods)]
+        [r.name, *(format_percent(r.values(m, variant)) if m in of else "-" for m in methods)]
         for r, of in zip(results, means, strict=True)
     ]
     ours, last = f"magmax/{chain}", ["**MagMax leads by**"]
@@ -75,58 +75,60 @@ def overview(results: Sequence[Result], chain: str, variant: str) -> list[list[s
         if method in (ours, "last/joint") or len(both) < 2:
             last.append("")
             continue
-        pair = paired(ours, method, variant, [of[ours] for of in both], [of[method] for of in both])
+        pair = compare_paired(ours, method, variant, [of[ours] for of in both], [of[method] for of in both])
         last.append(f"{100 * pair.difference.mean:+.1f} (p = {pair.p_t:.2g})")
     return [*lines, last]
 
 
-def leads(results: Sequence[Result]) -> list[list[str]]:
+def lead_rows(results: Sequence[FolderResults]) -> list[list[str]]:
     """MagMax against every other method on the same chain."""
     lines: list[list[str]] = []
     for result in results:
         warm = result.recipe["fit"]["warmup"]
-        about = [result.name, str(result.tasks), f"{warm:.0%}" if warm < 1 else f"{warm:g} steps"]
+        about = [result.name, str(result.num_tasks), f"{warm:.0%}" if warm < 1 else f"{warm:g} steps"]
         for ours in (method for method in result.methods if method.startswith("magmax/")):
             chain = ours.partition("/")[2]
             others = [m for m in result.methods if m.endswith(f"/{chain}") and m != ours] + ["zero_shot"]
-            for variant, factor in VARIANTS.items():
+            for variant, factor in FACTOR_VARIANTS.items():
                 mine = result.values(ours, variant)
                 for other in others:
                     theirs = result.values(other, variant)
                     seeds = sorted(mine.keys() & theirs.keys())
                     if not seeds:
                         continue
-                    pair = paired(ours, other, variant, [mine[s] for s in seeds], [theirs[s] for s in seeds])
+                    pair = compare_paired(ours, other, variant, [mine[s] for s in seeds], [theirs[s] for s in seeds])
                     d = pair.difference
                     told = [f"{100 * d.mean:+.1f}", "-", "-"]
                     if d.n > 1:
                         told[1] = f"{100 * (d.mean - d.half):+.1f} .. {100 * (d.mean + d.half):+.1f}"
                         told[2] = f"{pair.p_t:.2g}"
-                    lines.append([*about, chain, factor, percent(mine), other.partition("/")[0], *told, f"{d.n}"])
+                    lines.append(
+                        [*about, chain, factor, format_percent(mine), other.partition("/")[0], *told, f"{d.n}"]
+                    )
     return lines
 
 
-def costs(results: Sequence[Result]) -> list[list[str]]:
+def cost_rows(results: Sequence[FolderResults]) -> list[list[str]]:
     """What each method took, against the number of tasks."""
     lines: list[list[str]] = []
-    for result in sorted(results, key=lambda each: each.tasks):
+    for result in sorted(results, key=lambda each: each.num_tasks):
         for method in result.methods:
             found = [list(result.values(method, "default", measure).values()) for measure in COSTS]
             means = [
-                f"{Mean.of(own).mean / unit:,.1f}" if own else "-"
+                f"{SeedMean.of(own).mean / unit:,.1f}" if own else "-"
                 for own, unit in zip(found, COSTS.values(), strict=True)
             ]
-            lines.append([result.name, str(result.tasks), method, *means])
+            lines.append([result.name, str(result.num_tasks), method, *means])
     return lines
 
 
-def percent(values: dict[int, float]) -> str:
-    mean = Mean.of(list(values.values()))
+def format_percent(values: dict[int, float]) -> str:
+    mean = SeedMean.of(list(values.values()))
     return f"{100 * mean.mean:.1f}" + ("" if mean.n == 1 else f" ± {100 * mean.std:.1f}")
 
 
-def drawn(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    rows = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    results = [Result(folder) for folder in given.folders]
+    results = [FolderResults(folder) for folder in given.folders]
     head = [
         "results",
         "tasks",
@@ -151,12 +153,16 @@ def main() -> None:
     ]
     text = "Accuracies in %, average over tasks after the last, mean ± standard deviation over seeds.\n\n"
     for chain in ("sequential", "independent"):
-        for variant, factor in VARIANTS.items():
-            title, *lines = overview(results, chain, variant)
-            text += f"## {chain} checkpoints, {factor} scaling factors\n\n{drawn(title, lines)}\n\n"
+        for variant, factor in FACTOR_VARIANTS.items():
+            title, *lines = overview_rows(results, chain, variant)
+            text += f"## {chain} checkpoints, {factor} scaling factors\n\n{markdown_table(title, lines)}\n\n"
     text += "## Pair by pair\n\nWhat MagMax leads the other by, over the same seeds.\n\n"
-    text += drawn(head, leads(results)) + "\n\n## Costs\n\nMeans over seeds; the training is the chain's.\n\n"
-    text += drawn(["results", "tasks", "method", "training s", "merging s", "peak MB", "stored MB"], costs(results))
+    text += (
+        markdown_table(head, lead_rows(results)) + "\n\n## Costs\n\nMeans over seeds; the training is the chain's.\n\n"
+    )
+    text += markdown_table(
+        ["results", "tasks", "method", "training s", "merging s", "peak MB", "stored MB"], cost_rows(results)
+    )
     print(text)
     if given.out:
         given.out.write_text(text + "\n")

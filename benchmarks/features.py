@@ -21,19 +21,19 @@ from harness.places import RESULTS
 import magmax
 from magmax.calibration import FeatureOptions, calibrate_features, draw
 from magmax.continual.cells import chain_folder, samples_of
-from magmax.continual.context import context
+from magmax.continual.context import build_context
 from magmax.continual.experiment import Experiment
 
-HEAD = ("benchmark", "seed", "chain", "ratio", "layer", "kind", "xi", "merged_over_own")
+CSV_HEADER = ("benchmark", "seed", "chain", "ratio", "layer", "kind", "xi", "merged_over_own")
 CHAINS, RATIOS = ("sequential", "independent"), ("place", "sample")
-DRAWN = "newsgroups-5"
+PLOTTED_BENCHMARK = "newsgroups-5"
 
 
-def measured(recipe: Path) -> Iterator[tuple[object, ...]]:
+def measure_layers(recipe: Path) -> Iterator[tuple[object, ...]]:
     """A row for each layer that is calibrated."""
     experiment = Experiment.model_validate(yaml.safe_load(recipe.read_text()))
     for seed in experiment.seeds:
-        here = context(experiment, seed)
+        here = build_context(experiment, seed)
         encoder, samples = here.encoder, samples_of(here, here.tasks, 8)
         for chain in CHAINS:
             folder = chain_folder(RESULTS / "continual" / recipe.stem, experiment, seed, chain)
@@ -44,7 +44,7 @@ def measured(recipe: Path) -> Iterator[tuple[object, ...]]:
                 report = calibrate_features(
                     encoder.model, here.base, paths, samples, lambda model, items, run=encoder: run(items), options
                 ).report
-                if (recipe.stem, seed, ratio) == (DRAWN, experiment.seeds[0], "place"):
+                if (recipe.stem, seed, ratio) == (PLOTTED_BENCHMARK, experiment.seeds[0], "place"):
                     draw(report, Path("docs/magic") / f"{chain}.png")
                 for layer in report.layers:
                     if layer.features and not layer.why:
@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", type=Path)
     with (RESULTS / "continual" / "magic-features.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(HEAD)
+        table.writerow(CSV_HEADER)
         for recipe in parser.parse_args().recipes:
-            table.writerows(measured(recipe))
+            table.writerows(measure_layers(recipe))
 
 
 if __name__ == "__main__":

@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 from cyclopts import App
-from harness.machine import load_of_the_last_minute
-from harness.measure import measure
-from harness.methods import LIMIT_S, MAGMAX
+from harness.machine import load_average
+from harness.measure import measure_process
+from harness.methods import MAGMAX, TIME_LIMIT_S
 from harness.places import CHILDREN, OUTPUT
-from harness.results import entry, publish
-from harness.rounds import console, fresh_output
-from harness.tables import GROWTH
+from harness.results import make_entry, publish_entry
+from harness.rounds import clear_output, console
+from harness.tables import GROWTH_COLUMNS
 from safetensors.numpy import save_file
 
 app = App(help=__doc__)
-AGAIN = ("ties", "magmax", "tunable")
+REMERGING_RULES = ("ties", "magmax", "tunable")
 """Merged anew from every checkpoint after each task; `tunable` with even preferences."""
 
 
-def weights(path: Path, parameters: int, seed: int) -> Path:
+def write_model(path: Path, parameters: int, seed: int) -> Path:
     """A model of four tensors; the base has the seed 0, another one is the base plus noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -32,11 +32,11 @@ def weights(path: Path, parameters: int, seed: int) -> Path:
     return path
 
 
-def record(method: str, task: int, command: list[str], kept: list[Path]) -> dict[str, Any]:
+def measure_command(method: str, task: int, command: list[str], kept_paths: list[Path]) -> dict[str, Any]:
     """One command, and the bytes that must be kept for the next task beside the base."""
-    run = measure(command, LIMIT_S, CHILDREN)
+    run = measure_process(command, TIME_LIMIT_S, CHILDREN)
     console.print(f"{method}, task {task}: {run.status} {run.error}")
-    files = [file for path in kept for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    files = [file for path in kept_paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     return {
         "method": method,
         "tasks": task,
@@ -51,27 +51,29 @@ def record(method: str, task: int, command: list[str], kept: list[Path]) -> dict
 @app.default
 def main(*, parameters: int = 20_000_000, tasks: list[int] | None = None) -> None:
     """Learns one task after another (20 by default) and writes results/growth.json and .md."""
-    wanted, load = sorted(tasks or [2, 5, 10, 20]), load_of_the_last_minute()
-    fresh_output()
-    base = weights(OUTPUT / "base.safetensors", parameters, 0)
+    wanted, load = sorted(tasks or [2, 5, 10, 20]), load_average()
+    clear_output()
+    base = write_model(OUTPUT / "base.safetensors", parameters, 0)
     models: list[Path] = []
     records: list[dict[str, Any]] = []
     for task in range(1, wanted[-1] + 1):
-        models.append(weights(OUTPUT / f"task-{task}.safetensors", parameters, task))
+        models.append(write_model(OUTPUT / f"task-{task}.safetensors", parameters, task))
         state, names = OUTPUT / "state", [str(model) for model in models]
-        step = record("running magmax", task, [MAGMAX, "absorb", str(state), names[-1], "--base", str(base)], [state])
+        step = measure_command(
+            "running magmax", task, [MAGMAX, "absorb", str(state), names[-1], "--base", str(base)], [state]
+        )
         if task not in wanted:
             continue
         records.append(step)
-        for rule in AGAIN:
+        for rule in REMERGING_RULES:
             prefer = [word for name in models for word in ("--prefer", f"{name.stem}=1")]
             verb = ["tune", *names, *prefer] if rule == "tunable" else ["merge", *names, "--rule", rule]
             out = OUTPUT / "merged.safetensors"
-            records.append(record(rule, task, [MAGMAX, *verb, "--base", str(base), "--out", str(out)], models))
+            records.append(measure_command(rule, task, [MAGMAX, *verb, "--base", str(base), "--out", str(out)], models))
             out.unlink(missing_ok=True)
     records.sort(key=lambda one: one["method"])
     title = f"One more task, {parameters / 1e6:.0f} M float32 parameters, T tasks in all"
-    publish("growth", "growth", entry(title, records, load), {"growth": GROWTH}, save=True)
+    publish_entry("growth", "growth", make_entry(title, records, load), {"growth": GROWTH_COLUMNS}, save=True)
     shutil.rmtree(OUTPUT, ignore_errors=True)
 
 

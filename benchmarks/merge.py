@@ -3,40 +3,40 @@
 from typing import Any, Literal
 
 from cyclopts import App
-from harness.machine import load_of_the_last_minute
-from harness.methods import LIMIT_S, ours, ours_inner, rivals
+from harness.machine import load_average
+from harness.methods import TIME_LIMIT_S, magmax_command, magmax_methods, rival_methods
 from harness.places import OUTPUT
-from harness.results import entry, publish
-from harness.rivals import FUSION_BENCH, MERGEKIT, versions
-from harness.rounds import Row, console, run_rounds, timed_once
-from harness.tables import MEMORY, METHODS
-from harness.workloads import MEMORY_SERIES, A, B, Workload, make
+from harness.results import make_entry, publish_entry
+from harness.rivals import FUSION_BENCH, MERGEKIT, package_versions
+from harness.rounds import MethodRuns, console, measure_warm, run_rounds
+from harness.tables import MEMORY_COLUMNS, METHOD_COLUMNS
+from harness.workloads import LLAMA_1100M, MEMORY_SERIES, VIT_88M, Workload, create_workload
 
-FILE = "merge"
-COLUMNS = {"a": METHODS, "b": METHODS, "memory": MEMORY}
+RESULTS_NAME = "merge"
+COLUMNS = {"a": METHOD_COLUMNS, "b": METHOD_COLUMNS, "memory": MEMORY_COLUMNS}
 app = App(help=__doc__)
 
 
-def title(w: Workload) -> str:
+def workload_title(w: Workload) -> str:
     dtype = {"F32": "float32", "BF16": "bfloat16"}[w.dtype]
     files = f"{w.shards} shards" if w.shards > 1 else "1 file"
     return f"({w.name}) {w.parameters() / 1e6:,.0f} M {dtype} parameters in {files}, base + {w.tasks} models"
 
 
-def floor_note(floor: dict[str, Any], row: Row) -> str:
-    times = [run.inner_s for run in row.inner if run.inner_s]
+def describe_floor(floor: dict[str, Any], row: MethodRuns) -> str:
+    times = [run.inner_s for run in row.inner_runs if run.inner_s]
     if not times:
         return f"The floor could not be measured: {row.failure}."
     low, high = min(times), max(times)
     return f"Floor: {len(times)} runs, {low:.2f} to {high:.2f} s, median {floor['inner_s']:.2f} s."
 
 
-def compare(w: Workload, runs: int, with_ours: bool, with_rivals: bool, limit_s: float) -> dict[str, Any]:
+def measure_workload(w: Workload, runs: int, with_ours: bool, with_rivals: bool, limit_s: float) -> dict[str, Any]:
     """One workload: every method's summary. Rivals run once on (b)."""
-    make(w)
-    load = load_of_the_last_minute()
+    create_workload(w)
+    load = load_average()
     out = OUTPUT / w.output_name()
-    methods = [*(ours(w, out) if with_ours else []), *(rivals(w, out) if with_rivals else [])]
+    methods = [*(magmax_methods(w, out) if with_ours else []), *(rival_methods(w, out) if with_rivals else [])]
     floor, *rows = run_rounds(w, methods, runs, runs if w.name == "a" else 1, limit_s)
     lowest = floor.summary(1.0, None)
     floor_s = lowest["inner_s"]
@@ -45,16 +45,16 @@ def compare(w: Workload, runs: int, with_ours: bool, with_rivals: bool, limit_s:
     records = [row.summary(floor_s, reference) for row in [floor, *rows]]
     for record in records:
         record["ns_per_element"] = 1e9 * record["inner_s"] / w.parameters() if record["inner_s"] else None
-    environments = {rival.package: versions(rival) for rival in (MERGEKIT, FUSION_BENCH)} if with_rivals else {}
-    found = entry(title(w), records, load, notes=[floor_note(lowest, floor)])
+    environments = {rival.package: package_versions(rival) for rival in (MERGEKIT, FUSION_BENCH)} if with_rivals else {}
+    found = make_entry(workload_title(w), records, load, notes=[describe_floor(lowest, floor)])
     found["versions"] |= environments
     return found
 
 
-def memory_record(w: Workload, models: int) -> dict[str, Any]:
+def measure_memory_point(w: Workload, models: int) -> dict[str, Any]:
     """One merge by magnitude, its anonymous memory above what the imports had taken."""
-    make(w)
-    run = timed_once(w, ours_inner(w, OUTPUT / w.output_name(), "magmax", models))
+    create_workload(w)
+    run = measure_warm(w, magmax_command(w, OUTPUT / w.output_name(), "magmax", models))
     console.print(f"memory: {w.name}, {models} models: {run.status} {run.error}")
     return {
         "parameters": w.parameters(),
@@ -68,10 +68,10 @@ def memory_record(w: Workload, models: int) -> dict[str, Any]:
     }
 
 
-def memory() -> dict[str, Any]:
-    load = load_of_the_last_minute()
-    records = [memory_record(w, models) for w, counts in MEMORY_SERIES for models in counts]
-    return entry("Memory of magmax.merge over the size of the model and the number of models", records, load)
+def measure_memory() -> dict[str, Any]:
+    load = load_average()
+    records = [measure_memory_point(w, models) for w, counts in MEMORY_SERIES for models in counts]
+    return make_entry("Memory of magmax.merge over the size of the model and the number of models", records, load)
 
 
 @app.default
@@ -81,7 +81,7 @@ def main(
     runs: int = 3,
     rivals: bool = True,
     rivals_only: bool = False,
-    limit: float = LIMIT_S,
+    limit: float = TIME_LIMIT_S,
 ) -> None:
     """Makes what is missing, measures, prints the tables, and writes results/merge.json and results/merge.md.
 
@@ -99,17 +99,17 @@ def main(
         Seconds that one process may take.
     """
     complete = rivals and not rivals_only
-    for w in (A, B):
+    for w in (VIT_88M, LLAMA_1100M):
         if workload in (w.name, "all"):
-            publish(
-                FILE,
+            publish_entry(
+                RESULTS_NAME,
                 w.name,
-                compare(w, runs, not rivals_only, rivals or rivals_only, limit),
+                measure_workload(w, runs, not rivals_only, rivals or rivals_only, limit),
                 COLUMNS,
                 complete,
             )
     if workload in ("memory", "all") and not rivals_only:
-        publish(FILE, "memory", memory(), COLUMNS, True)
+        publish_entry(RESULTS_NAME, "memory", measure_memory(), COLUMNS, True)
 
 
 if __name__ == "__main__":

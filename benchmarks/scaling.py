@@ -9,15 +9,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cyclopts import App
-from harness.machine import load_of_the_last_minute
-from harness.measure import Measured, measure
-from harness.methods import LIMIT_S, ours_inner
+from harness.machine import load_average
+from harness.measure import Measurement, measure_process
+from harness.methods import TIME_LIMIT_S, magmax_command
 from harness.places import CHILDREN, DATA, REPOSITORY
-from harness.results import entry, publish
+from harness.results import make_entry, publish_entry
 from harness.rounds import console
 from harness.safetensors_stream import Shapes, StreamWriter
-from harness.tables import SCALING
-from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, shards_of, write_indices
+from harness.tables import SCALING_COLUMNS
+from harness.workloads import LLAMA, LLAMA_LARGE, VIT_BASE, VIT_LARGE, VIT_SMALL, Workload, split_shards, write_indices
 from matplotlib.figure import Figure
 
 from magmax.merging.cost import ELEMENT_NS
@@ -26,26 +26,26 @@ SIZES = {"10m": VIT_SMALL, "88m": VIT_BASE, "300m": VIT_LARGE, "1100m": LLAMA, "
 MODELS = (2, 4, 8, 16, 32)
 WORKERS = (1, 2)
 SHARDS = 6
-LEAST_POOL = 2
+MIN_POOL = 2
 """LEAST_POOL ** SHARDS models can differ."""
-CHUNK = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 SPARE_BYTES = 2_000_000_000
-FINITE = np.uint16(0xBFFF)
+FINITE_MASK = np.uint16(0xBFFF)
 """Clears the bit without which no bfloat16 is infinite or NaN."""
 app = App(help=__doc__)
 
 
-def make(w: Workload, folder: Path, pool: int) -> Workload:
+def create_models(w: Workload, folder: Path, pool: int) -> Workload:
     """A base and models of random finite bfloat16 in `folder`, no two alike, of `pool` files for each shard."""
-    placed = Placed(w, folder)
+    placed = PlacedWorkload(w, folder)
     for place in (folder / "pool", *placed.model_folders()):
         place.mkdir(parents=True)
-    for shard, (name, shapes) in enumerate(shards_of(w).items()):
+    for shard, (name, shapes) in enumerate(split_shards(w).items()):
         files = [folder / "pool" / f"{shard}-{number}.safetensors" for number in range(pool)]
         for number, file in enumerate(files):
             _write_random(file, shapes, w.dtype, np.random.default_rng((number, shard)))
         for model, place in enumerate(placed.model_folders()):
-            (place / name).hardlink_to(files[_number(model, shard, pool)])
+            (place / name).hardlink_to(files[_pool_index(model, shard, pool)])
     write_indices(placed)
     return placed
 
@@ -55,18 +55,18 @@ def _write_random(path: Path, shapes: Shapes, dtype: str, draw: np.random.Genera
         for shape in shapes.values():
             left = int(np.prod(shape))
             while left:
-                count = min(CHUNK, left)
-                writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE)
+                count = min(CHUNK_ELEMENTS, left)
+                writer.write(np.frombuffer(draw.bytes(2 * count), np.uint16) & FINITE_MASK)
                 left -= count
 
 
-def _number(model: int, shard: int, pool: int) -> int:
+def _pool_index(model: int, shard: int, pool: int) -> int:
     """Which file of the pool a model has for a shard: the model's own, where there are enough; no two models alike."""
     digit = model // pool**shard % pool
     return (digit + model) % pool if shard else digit
 
 
-class Placed(Workload):
+class PlacedWorkload(Workload):
     """A workload that lies in a folder of its own."""
 
     def __init__(self, w: Workload, folder: Path) -> None:
@@ -78,12 +78,12 @@ class Placed(Workload):
         return self._folder
 
 
-def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
+def measure_point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
     """One merge, its inputs in the page cache."""
-    command = ours_inner(w, out, "magmax", models)
+    command = magmax_command(w, out, "magmax", models)
     command[-1] = json.dumps(json.loads(command[-1]) | {"threads": workers})
     shutil.rmtree(out, ignore_errors=True)
-    run: Measured = measure(command, LIMIT_S, CHILDREN)
+    run: Measurement = measure_process(command, TIME_LIMIT_S, CHILDREN)
     shutil.rmtree(out, ignore_errors=True)
     predicted = w.parameters() * (models + 2) * ELEMENT_NS * 1e-9
     console.print(f"{w.name}, {models} models, {workers} workers: {run.inner_s} s {run.error}")
@@ -102,7 +102,7 @@ def point(w: Workload, models: int, workers: int, out: Path) -> dict[str, Any]:
     }
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
+def plot_results(records: list[dict[str, Any]], path: Path) -> None:
     """Wall seconds and memory over the elements moved; a line for what the model says of each number of workers."""
     matplotlib.rcParams["svg.hashsalt"] = "magmax"
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -139,33 +139,33 @@ def main(*, folder: Path = DATA / "scaling", gigabytes: float = 8.0, save: bool 
     save
         --no-save prints only.
     """
-    load = load_of_the_last_minute()
+    load = load_average()
     records: list[dict[str, Any]] = []
     told: list[str] = []
     for name, architecture in SIZES.items():
         w = Workload(name, architecture, "BF16", tasks=MODELS[-1], shards=SHARDS)
-        room = min(gigabytes * 1e9, _free(folder) - SPARE_BYTES)
+        room = min(gigabytes * 1e9, _free_bytes(folder) - SPARE_BYTES)
         pool = min(MODELS[-1] + 1, int(room // w.model_bytes()) - 1)
-        if pool < LEAST_POOL:
+        if pool < MIN_POOL:
             told.append(f"none of {name}")
             continue
         if pool <= MODELS[-1]:
             told.append(f"{pool} of {name}")
         try:
-            made = make(w, folder, pool)
+            made = create_models(w, folder, pool)
             out = folder / made.output_name()
-            records += [point(made, models, workers, out) for models in MODELS for workers in WORKERS]
+            records += [measure_point(made, models, workers, out) for models in MODELS for workers in WORKERS]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     shared = f"Room for {gigabytes:g} GB, so that models share files: {', '.join(told)} differ in all. " if told else ""
-    words = f"{shared}Models in {_kind(folder)}."
-    found = entry("Scaling: rule magmax, bfloat16, base and models in 6 files each", records, load, notes=[words])
-    publish("scaling", "scaling", found, {"scaling": SCALING}, save)
+    words = f"{shared}Models in {_storage_name(folder)}."
+    found = make_entry("Scaling: rule magmax, bfloat16, base and models in 6 files each", records, load, notes=[words])
+    publish_entry("scaling", "scaling", found, {"scaling": SCALING_COLUMNS}, save)
     if save:
-        draw(records, REPOSITORY / "docs" / "scaling.svg")
+        plot_results(records, REPOSITORY / "docs" / "scaling.svg")
 
 
-def _free(folder: Path) -> int:
+def _free_bytes(folder: Path) -> int:
     """Bytes to be had on the disk of a folder, or of memory where it lies there."""
     there = next(path for path in [folder, *folder.parents] if path.exists())
     free = shutil.disk_usage(there).free
@@ -179,7 +179,7 @@ def _in_memory(folder: Path) -> bool:
     return os.fspath(folder).startswith("/dev/shm")
 
 
-def _kind(folder: Path) -> str:
+def _storage_name(folder: Path) -> str:
     return "memory (tmpfs)" if _in_memory(folder) else "a folder on disk, page cache warm"
 
 

@@ -11,8 +11,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from magmax.rules import After, Before, Rule, StreamingRule, all_parts
-from magmax.rules.contract import Part
+from magmax.rules import MergedTransform, Rule, StreamingRule, TaskVectorTransform, all_components
+from magmax.rules.contract import Component
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "src" / "magmax" / "recipes" / "shipped"
@@ -33,8 +33,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def rules_page() -> str:
     """Every rule and transform: what it computes, its options, its cost, its paper, a recipe."""
-    kinds = all_parts()
-    merging, before, after = ([kind for kind in kinds.values() if issubclass(kind, of)] for of in (Rule, Before, After))
+    kinds = all_components()
+    merging, before, after = (
+        [kind for kind in kinds.values() if issubclass(kind, of)] for of in (Rule, TaskVectorTransform, MergedTransform)
+    )
     parts = [
         "# Rules",
         "A rule makes one merged task vector `m` of the task vectors `tau_1 ... tau_T`; the merged model is "
@@ -50,14 +52,14 @@ def rules_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def section(kind: type[Part]) -> str:
+def section(kind: type[Component]) -> str:
     """One rule."""
     part = kind()
     options = ", ".join(f"`{f.name}: {getattr(part, f.name)}`" for f in dataclasses.fields(kind)) or "none"
     facts = [f"Options and defaults: {options}."]
     if isinstance(part, Rule):
         facts.append(f"Scaling factor: {part.scaling_factor:g}.")
-        facts.append(f"Extra passes: {part.passes_told}.")
+        facts.append(f"Extra passes: {part.passes_in_words}.")
         facts.append("Absorbs task after task in constant memory." if isinstance(part, StreamingRule) else "")
     text = (
         f"## {kind.name}\n\n{rendered(inspect.getdoc(kind) or '')}\n\n{' '.join(filter(None, facts))}\n\n*{kind.paper}*"

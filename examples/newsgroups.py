@@ -21,15 +21,15 @@ import numpy as np
 from drawing import picture, table
 
 import magmax
-from magmax.continual.data.datasets import MINILM, NEWSGROUP_NAMES, NEWSGROUPS, Labelled, read_newsgroups
+from magmax.continual.data.datasets import MINILM, NEWSGROUP_NAMES, NEWSGROUPS, LabelledExamples, read_newsgroups
 from magmax.continual.data.downloads import fetch
 from magmax.continual.data.scenarios import class_incremental, shuffled_classes
 from magmax.continual.evaluation.accuracy import accuracy_by_task, predict
 from magmax.continual.models.heads import zero_shot_head
 from magmax.continual.models.text_encoder import TextEncoder
-from magmax.continual.progress import NewBar, bars
+from magmax.continual.progress import BarFactory, bars
 from magmax.continual.training.fit import FitSettings
-from magmax.continual.training.sequence import Protocol, fine_tune
+from magmax.continual.training.sequence import TrainingMethod, fine_tune
 from magmax.continual.training.weight_files import load_weights
 
 TEMPLATES = ["a message about {}", "a discussion of {}", "a question about {}"]
@@ -56,8 +56,8 @@ def main(*, seed: int = 0, steps: int = 32, test_per_class: int = 60, out: Path 
     began = time.monotonic()
     with bars() as new_bar:
         # 1. A real encoder and real texts, fetched once. Each text comes as a list of token ids.
-        encoder = TextEncoder.load(fetch(MINILM, tell=new_bar("Fetching all-MiniLM-L6")), MAX_TOKENS)
-        train, test = read_newsgroups(fetch(NEWSGROUPS, tell=new_bar("Fetching 20 Newsgroups")))
+        encoder = TextEncoder.load(fetch(MINILM, progress=new_bar("Fetching all-MiniLM-L6")), MAX_TOKENS)
+        train, test = read_newsgroups(fetch(NEWSGROUPS, progress=new_bar("Fetching 20 Newsgroups")))
         test = test.sample_per_class(test_per_class, seed)
         train = tokenize(encoder, train, new_bar, "Reading the training texts")
         test = tokenize(encoder, test, new_bar, "Reading the test texts")
@@ -69,7 +69,7 @@ def main(*, seed: int = 0, steps: int = 32, test_per_class: int = 60, out: Path 
         # 3. Five tasks of four classes, learned one after another. The weights after each are kept.
         tasks = class_incremental(shuffled_classes(len(NEWSGROUP_NAMES), seed), TASKS)
         settings = FitSettings(steps=steps, learning_rate=LEARNING_RATE)
-        base, *tuned = fine_tune(encoder, head, train, tasks, Protocol(settings), out, seed=seed, new_bar=new_bar)
+        base, *tuned = fine_tune(encoder, head, train, tasks, TrainingMethod(settings), out, seed=seed, new_bar=new_bar)
 
         # 4. Merge the weights. This is all that MagMax is.
         average, merged = out / "average.safetensors", out / "magmax.safetensors"
@@ -82,7 +82,7 @@ def main(*, seed: int = 0, steps: int = 32, test_per_class: int = 60, out: Path 
         accuracy: dict[str, list[float]] = {}
         for name, weights in methods.items():
             load_weights(encoder.model, weights)
-            found = predict(encoder, head, test.items, tell=new_bar(f"Evaluating: {name}"))
+            found = predict(encoder, head, test.items, progress=new_bar(f"Evaluating: {name}"))
             by_task = accuracy_by_task(found, test.labels, tasks)
             accuracy[name] = [*by_task, float(np.mean(by_task))]
 
@@ -106,9 +106,9 @@ def main(*, seed: int = 0, steps: int = 32, test_per_class: int = 60, out: Path 
     print(f"{out / 'accuracy.png'} and {out / 'results.json'} written in {time.monotonic() - began:.0f} s")
 
 
-def tokenize(encoder: TextEncoder, texts: Labelled, new_bar: NewBar, title: str) -> Labelled:
+def tokenize(encoder: TextEncoder, texts: LabelledExamples, new_bar: BarFactory, title: str) -> LabelledExamples:
     """The same examples, as token ids."""
-    return Labelled(encoder.tokenize(texts.items, tell=new_bar(title)), texts.labels)
+    return LabelledExamples(encoder.tokenize(texts.items, progress=new_bar(title)), texts.labels)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 import magmax
-from magmax.continual.data.datasets import Labelled
+from magmax.continual.data.datasets import LabelledExamples
 from magmax.continual.data.scenarios import class_incremental
 from magmax.continual.training.fit import FitSettings, fit
 
 random = np.random.default_rng(0)
 labels = random.integers(0, 10, 2000)
 points = np.eye(10)[labels] + 0.3 * random.normal(size=(2000, 10))
-data = Labelled(list(points.astype(np.float32)), labels)
+data = LabelledExamples(list(points.astype(np.float32)), labels)
 model = torch.nn.Sequential(torch.nn.Linear(10, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
 
 

@@ -11,25 +11,25 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def blocks(document: Path, language: str) -> list[str]:
+def code_blocks(document: Path, language: str) -> list[str]:
     """The fenced blocks in a language."""
     found = re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
     return list(found)
 
 
-def named(document: Path) -> dict[str, str]:
+def titled_blocks(document: Path) -> dict[str, str]:
     """The blocks that are files: title="NAME"."""
     found = re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', document.read_text(), re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
-def commands(document: Path, but: tuple[str, ...]) -> list[str]:
+def commands(document: Path, except_prefixes: tuple[str, ...]) -> list[str]:
     """Every command, without its prompt; but those that begin with these words."""
-    lines = [line for block in blocks(document, "console") for line in block.splitlines()]
-    return [line[2:] for line in lines if line.startswith("$ ") and not line[2:].startswith(but)]
+    lines = [line for block in code_blocks(document, "console") for line in block.splitlines()]
+    return [line[2:] for line in lines if line.startswith("$ ") and not line[2:].startswith(except_prefixes)]
 
 
-def run(command: str, **environment: str) -> None:
+def run_command(command: str, **environment: str) -> None:
     """Run a command as a user of this Python would; it must succeed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     given = {**os.environ, **environment, "PATH": path}

@@ -26,24 +26,26 @@ def small_model(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
     }
 
 
-def saved(tensors: Tensors, path: Path) -> Path:
+def save_tensors(tensors: Tensors, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     return path
 
 
-def loaded(path: Path) -> Tensors:
+def load_tensors(path: Path) -> Tensors:
     return load_file(path)
 
 
 def same_bytes(ours: Tensors, theirs: Tensors) -> bool:
     return ours.keys() == theirs.keys() and all(
-        ours[k].dtype == theirs[k].dtype and ours[k].shape == theirs[k].shape and raw(ours[k]) == raw(theirs[k])
+        ours[k].dtype == theirs[k].dtype
+        and ours[k].shape == theirs[k].shape
+        and tensor_bytes(ours[k]) == tensor_bytes(theirs[k])
         for k in ours
     )
 
 
-def raw(tensor: torch.Tensor) -> bytes:
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
@@ -77,16 +79,16 @@ def kth_magnitude(vectors: list[torch.Tensor], k: int) -> torch.Tensor:
     return torch.tensor(chosen, dtype=vectors[0].dtype).reshape(vectors[0].shape)
 
 
-def scaled(base: torch.Tensor, merged: torch.Tensor, factor: float) -> torch.Tensor:
+def add_scaled(base: torch.Tensor, merged: torch.Tensor, factor: float) -> torch.Tensor:
     product = torch.tensor(factor, dtype=merged.dtype) * merged
     return (base.to(merged.dtype) + product).to(base.dtype)
 
 
-def merged_by(rule, base: Tensors, models: list[Tensors], factor: float) -> Tensors:
+def reference_merge(rule, base: Tensors, models: list[Tensors], factor: float) -> Tensors:
     """The whole definition: floating tensors merged, every other one the base's."""
     mergeable = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return {
-        key: scaled(tensor, rule(task_vectors(tensor, [m[key] for m in models])), factor)
+        key: add_scaled(tensor, rule(task_vectors(tensor, [m[key] for m in models])), factor)
         if tensor.dtype in mergeable
         else tensor
         for key, tensor in base.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import loaded, same_bytes, saved, small_model
+from tests.models import load_tensors, same_bytes, save_tensors, small_model
 
 import magmax
 from magmax import cli
@@ -61,7 +61,8 @@ def test_tune_takes_the_remedies_that_its_errors_name(run, tmp_path):
         "odd": {**base, "a": torch.ones(6) * torch.nan},
     }
     files = {
-        name: saved(tensors, tmp_path / f"{name}.safetensors") for name, tensors in {"base": base, **tasks}.items()
+        name: save_tensors(tensors, tmp_path / f"{name}.safetensors")
+        for name, tensors in {"base": base, **tasks}.items()
     }
     words = ["tune", "--base", files["base"], "--out", tmp_path / "out.safetensors", "--prefer", "one=1"]
     for other, remedy in (("two", ["--mismatch", "base"]), ("odd", ["--allow-nonfinite"])):
@@ -108,8 +109,8 @@ def test_a_device_is_worked_on_or_refused_before_anything_is_done(run, files, tm
     assert "cuda:99: torch" in err
     assert run(*words, "cpu")[0] == 0
     assert same_bytes(
-        loaded(tmp_path / "out.safetensors"),
-        loaded(magmax.merge("magmax", base, tasks, out=tmp_path / "b.safetensors")),
+        load_tensors(tmp_path / "out.safetensors"),
+        load_tensors(magmax.merge("magmax", base, tasks, out=tmp_path / "b.safetensors")),
     )
 
 
@@ -151,7 +152,7 @@ def test_absorb_status_result_label_restore(run, files, tmp_path):
         assert word in out
     assert run("result", state, "--out", tmp_path / "ours.safetensors")[0] == 0
     theirs = magmax.merge("magmax", base, tasks[:3], out=tmp_path / "theirs.safetensors")
-    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+    assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(theirs))
     assert run("restore", state, "two")[0] == 0
     assert run("label", state, "again")[0] == 0
     assert "again" in run("status", state)[1]
@@ -182,7 +183,7 @@ def test_diff_measures_the_task_vector(run, tmp_path):
     start, end = small_model(0), small_model(1)
     end["layer.bias"] = start["layer.bias"].clone()
     end["extra"] = end["scale"].clone()
-    base, model = saved(start, tmp_path / "base.safetensors"), saved(end, tmp_path / "model.safetensors")
+    base, model = save_tensors(start, tmp_path / "base.safetensors"), save_tensors(end, tmp_path / "model.safetensors")
     told = json.loads(run("diff", base, model, "--json")[1])
     norms = {m["key"]: m["norm"] for m in told["tensors"]}
     for key in ("embed.weight", "wide.weight"):
@@ -203,8 +204,8 @@ def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
     assert code == 0
     assert "merged-0.5.safetensors" in out
     assert same_bytes(
-        loaded(tmp_path / "merged-1.safetensors"),
-        loaded(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "m.safetensors")),
+        load_tensors(tmp_path / "merged-1.safetensors"),
+        load_tensors(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "m.safetensors")),
     )
     score = tmp_path / "score.py"
     score.write_text("import os, sys\nprint('some words')\nprint(os.path.getsize(sys.argv[1]))\n")
@@ -237,7 +238,7 @@ def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path
     assert run(*words, "--out", tmp_path / "c.safetensors")[0] == 0
     assert run("tune", "--archive", archive, "--preset", "mine", "--out", tmp_path / "d.safetensors")[0] == 0
     for name in "cd":
-        assert same_bytes(loaded(tmp_path / f"{name}.safetensors"), loaded(tmp_path / "a.safetensors"))
+        assert same_bytes(load_tensors(tmp_path / f"{name}.safetensors"), load_tensors(tmp_path / "a.safetensors"))
     assert run("presets", archive)[1].splitlines()[1].split() == ["mine", "3", "0", "1", "0"]
     code, _, err = run("tune", "--archive", archive, "--preset", "mine", "--out", archive / "x.safetensors")
     assert code == 2
@@ -251,7 +252,10 @@ def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path
 def test_a_preset_gives_the_bytes_of_the_run_that_saved_it(run, tmp_path):
     """Weights 1 and 5 of nine elements tie in the largest remainders; rounded shares do not."""
     draw = torch.Generator().manual_seed(0)
-    paths = [saved({"w": torch.randn(9, generator=draw)}, tmp_path / f"{name}.safetensors") for name in ("b", "x", "y")]
+    paths = [
+        save_tensors({"w": torch.randn(9, generator=draw)}, tmp_path / f"{name}.safetensors")
+        for name in ("b", "x", "y")
+    ]
     archive = tmp_path / "archive"
     assert run("archive", "--base", *paths, "--out", archive, "--top", "1", "--bits", "32")[0] == 0
     words, given = ["tune", "--archive", archive], ["--prefer", "x=1", "--prefer", "y=5", "--save", "mine"]
@@ -285,7 +289,7 @@ def test_what_cannot_be_tuned_writes_nothing(words, message, run, files, tmp_pat
 
 def test_a_sweep_never_touches_what_is_there(run, files, tmp_path):
     base, tasks = files
-    kept = saved(small_model(7), tmp_path / "m-1.safetensors")
+    kept = save_tensors(small_model(7), tmp_path / "m-1.safetensors")
     before = kept.read_bytes()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"base: {base}\nmodels: [{kept}, {tasks[0]}]\nout: m.safetensors\n")
@@ -331,8 +335,8 @@ def test_merging_safetensors_needs_no_torch(files, tmp_path):
     words = ["merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors"]
     subprocess.run([sys.executable, "-c", hidden, *map(str, words)], check=True, capture_output=True)
     assert same_bytes(
-        loaded(tmp_path / "out.safetensors"),
-        loaded(magmax.merge("magmax", base, tasks, out=tmp_path / "o.safetensors")),
+        load_tensors(tmp_path / "out.safetensors"),
+        load_tensors(magmax.merge("magmax", base, tasks, out=tmp_path / "o.safetensors")),
     )
 
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.documents import ROOT, blocks, commands, run
-from tests.models import saved, small_model
+from tests.documents import ROOT, code_blocks, commands, run_command
+from tests.models import save_tensors, small_model
 
 README = ROOT / "README.md"
 SLOW = ("make ", "git clone", "pip install", "cd ")
@@ -27,10 +27,10 @@ dtype: bfloat16
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with the models that the README speaks of."""
-    saved(small_model(0), tmp_path / "base.safetensors")
+    save_tensors(small_model(0), tmp_path / "base.safetensors")
     for number, name in enumerate(TASKS, start=1):
-        saved(small_model(number), tmp_path / f"{name}.safetensors")
-    for name, text in zip(("recipe.yaml",), blocks(README, "yaml"), strict=True):
+        save_tensors(small_model(number), tmp_path / f"{name}.safetensors")
+    for name, text in zip(("recipe.yaml",), code_blocks(README, "yaml"), strict=True):
         (tmp_path / name).write_text(text)
     (tmp_path / "theirs.yaml").write_text(THEIRS)
     torch.save(torch.nn.Linear(2, 3), tmp_path / "old-research.pt")
@@ -46,11 +46,11 @@ def test_every_command_runs(workplace):
     found = commands(README, SLOW)
     assert len(found) >= 10
     for command in found:
-        run(command)
+        run_command(command)
 
 
 def test_the_python_runs(workplace):
-    for block in blocks(README, "python"):
+    for block in code_blocks(README, "python"):
         exec(compile(block, str(README), "exec"), {})
 
 

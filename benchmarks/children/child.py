@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def job() -> dict[str, Any]:
+def read_job() -> dict[str, Any]:
     return json.loads(sys.argv[1])
 
 
@@ -19,7 +19,7 @@ def anonymous_mb() -> float:
     raise OSError("no RssAnon in /proc/self/status")
 
 
-def timed(work: Callable[[], object]) -> None:
+def run_timed(work: Callable[[], object]) -> None:
     """Runs `work`, then prints its seconds, those of processors, and the anonymous MB before it as the last line."""
     before = anonymous_mb()
     start, used = time.perf_counter(), time.process_time()

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from child import job, timed
+from child import read_job, run_timed
 
 BUFFER = 256 * 1024
 
 
-def read_through(path: str, copy_to: Path | None) -> None:
+def read_file(path: str, copy_to: Path | None) -> None:
     buffer = bytearray(BUFFER)
     view = memoryview(buffer)
     source = os.open(path, os.O_RDONLY)
@@ -27,11 +27,11 @@ def floor(base_files: list[str], model_files: list[str], out: Path) -> None:
     """The output is as long as the base, so the base's bytes serve for it."""
     out.mkdir(parents=True)
     for path in base_files:
-        read_through(path, out / Path(path).name)
+        read_file(path, out / Path(path).name)
     for path in model_files:
-        read_through(path, None)
+        read_file(path, None)
 
 
 if __name__ == "__main__":
-    task = job()
-    timed(lambda: floor(task["base_files"], task["model_files"], Path(task["out"])))
+    task = read_job()
+    run_timed(lambda: floor(task["base_files"], task["model_files"], Path(task["out"])))

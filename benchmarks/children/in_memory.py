@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from child import job, timed
+from child import read_job, run_timed
 from safetensors.torch import load_file, save_file
 
 SCALING_FACTOR = 0.5
@@ -43,5 +43,5 @@ def run(base: str, models: list[str], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    task = job()
-    timed(lambda: run(task["base"], task["models"], Path(task["out"])))
+    task = read_job()
+    run_timed(lambda: run(task["base"], task["models"], Path(task["out"])))

@@ -7,7 +7,7 @@ folder's architecture would have to be one that mergekit knows, and a ViT is not
 from pathlib import Path
 from typing import Any
 
-from child import job, timed
+from child import read_job, run_timed
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.merge import run_merge
@@ -37,5 +37,5 @@ def run(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    task = job()
-    timed(lambda: run(task))
+    task = read_job()
+    run_timed(lambda: run(task))

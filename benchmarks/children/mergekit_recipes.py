@@ -6,7 +6,7 @@ What `mergekit-yaml RECIPE OUT --no-copy-tokenizer --random-seed 0` does; a type
 from pathlib import Path
 
 import yaml
-from child import job
+from child import read_job
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 OPTIONS = MergeOptions(copy_tokenizer=False, quiet=True, random_seed=0)
 
 if __name__ == "__main__":
-    for recipe, out, dtype in job()["merges"]:
+    for recipe, out, dtype in read_job()["merges"]:
         content = yaml.safe_load(Path(recipe).read_text())
         if dtype:
             content["dtype"] = dtype

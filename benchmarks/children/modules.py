@@ -5,7 +5,7 @@ from in_memory import load
 from torch import nn
 
 
-def module_from(path: str) -> nn.Module:
+def build_module(path: str) -> nn.Module:
     """Nested modules whose state dict is the file's, name for name."""
     root = nn.Module()
     for name, tensor in load(path).items():
@@ -19,5 +19,5 @@ def module_from(path: str) -> nn.Module:
     return root
 
 
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}

@@ -1,13 +1,15 @@
 """magmax from Python, everything imported beforehand."""
 
-from child import job, timed
+from child import read_job, run_timed
 
 import magmax
 import magmax.merging
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 
 if __name__ == "__main__":
-    task = job()
+    task = read_job()
     merge = magmax.merge
-    settings = Settings(task.get("threads", 0))
-    timed(lambda: merge(task["rule"], base=task["base"], models=task["models"], out=task["out"], settings=settings))
+    settings = ExecutionOptions(task.get("threads", 0))
+    run_timed(
+        lambda: merge(task["rule"], base=task["base"], models=task["models"], out=task["out"], execution=settings)
+    )

@@ -7,11 +7,11 @@ import numpy as np
 
 from harness.workloads import weight_files
 
-SLAB = 1 << 22
-WORDS = {"F32": np.uint32, "BF16": np.uint16}
+READ_BYTES = 1 << 22
+INTEGER_DTYPES = {"F32": np.uint32, "BF16": np.uint16}
 
 
-def tensors(path: Path) -> dict[str, tuple[Path, int, int, str]]:
+def tensor_locations(path: Path) -> dict[str, tuple[Path, int, int, str]]:
     """name -> (file, first byte, bytes, dtype)"""
     found = {}
     for file in weight_files(path):
@@ -25,16 +25,16 @@ def tensors(path: Path) -> dict[str, tuple[Path, int, int, str]]:
     return found
 
 
-def incompleteness(base: Path, merged: Path) -> str:
+def describe_missing(base: Path, merged: Path) -> str:
     """Empty if `merged` holds every tensor of the base at its size: exit status 0 is no proof of that."""
-    wanted, found = ({name: entry[2] for name, entry in tensors(path).items()} for path in (base, merged))
+    wanted, found = ({name: entry[2] for name, entry in tensor_locations(path).items()} for path in (base, merged))
     whole = sum(found.get(name) == size for name, size in wanted.items())
     return "" if whole == len(wanted) else f"wrote {whole} of {len(wanted)} tensors"
 
 
 def differing_share(one: Path, other: Path) -> float | str:
     """The share of elements whose bits differ, or what is not comparable: 0.0 is the same model."""
-    ours, theirs = tensors(one), tensors(other)
+    ours, theirs = tensor_locations(one), tensor_locations(other)
     if ours.keys() != theirs.keys():
         return f"{len(ours.keys() ^ theirs.keys())} tensor names differ"
     different = elements = 0
@@ -45,8 +45,10 @@ def differing_share(one: Path, other: Path) -> float | str:
         with file.open("rb") as a, their_file.open("rb") as b:
             a.seek(start)
             b.seek(their_start)
-            for left in range(size, 0, -SLAB):
-                pair = [np.frombuffer(opened.read(min(SLAB, left)), dtype=WORDS[dtype]) for opened in (a, b)]
+            for left in range(size, 0, -READ_BYTES):
+                pair = [
+                    np.frombuffer(opened.read(min(READ_BYTES, left)), dtype=INTEGER_DTYPES[dtype]) for opened in (a, b)
+                ]
                 different += int(np.count_nonzero(pair[0] != pair[1]))
                 elements += pair[0].size
     return different / elements

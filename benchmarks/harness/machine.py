@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.places import REPOSITORY
 
 
-def commit() -> str:
+def git_commit() -> str:
     """The commit's short hash, "+" behind it where src or benchmarks hold changes that are in no commit."""
     found = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
@@ -19,16 +19,16 @@ def commit() -> str:
 
 def hardware() -> dict[str, object]:
     return {
-        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cpu": _read_field("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(int(_field("/proc/meminfo", "MemTotal").split()[0]) * 1.024e-6, 1),
+        "memory_gb": round(int(_read_field("/proc/meminfo", "MemTotal").split()[0]) * 1.024e-6, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "numpy": version("numpy"),
     }
 
 
-def load_of_the_last_minute() -> float:
+def load_average() -> float:
     """Asked before the first run: well under 1 on a machine that does nothing else."""
     return round(os.getloadavg()[0], 2)
 
@@ -38,7 +38,7 @@ def our_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
-def _field(file: str, name: str) -> str:
+def _read_field(file: str, name: str) -> str:
     for line in Path(file).read_text().splitlines():
         if line.startswith(name):
             return line.split(":", 1)[1].strip()

@@ -17,7 +17,7 @@ SAMPLE_MS = 5
 
 
 @dataclass
-class Measured:
+class Measurement:
     """`status`: "ok", "failed" or "not done after N s". MB are 10^6 bytes; the kernel counts moved bytes."""
 
     status: str
@@ -42,7 +42,7 @@ class Measured:
 
 
 @dataclass
-class _Peaks:
+class _MemoryPeaks:
     rss_kb: int = 0
     anonymous_kb: int = 0
 
@@ -55,7 +55,7 @@ class _Peaks:
                 self.anonymous_kb = max(self.anonymous_kb, int(line.split()[1]))
 
 
-def measure(command: list[str], limit_s: float, folder: Path) -> Measured:
+def measure_process(command: list[str], limit_s: float, folder: Path) -> Measurement:
     """Runs `command` in `folder` (put on its import path too), at most `limit_s` seconds."""
     paths = os.pathsep.join([str(folder), str(REPOSITORY / "src")])
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
@@ -64,16 +64,16 @@ def measure(command: list[str], limit_s: float, folder: Path) -> Measured:
         process = subprocess.Popen(
             command, stdout=out, stderr=errors, cwd=folder, env=environment, start_new_session=True
         )
-        peaks, in_time = _watch(process.pid, start + limit_s)
+        peaks, in_time = _watch_process(process.pid, start + limit_s)
         seconds = time.perf_counter() - start
         if not in_time:
             os.killpg(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         counted = _bytes_moved(process.pid)
         code = process.wait()
-        said = _last_json(_text(out))
+        said = _last_json(_read_text(out))
         status = "ok" if code == 0 else "failed"
-        return Measured(
+        return Measurement(
             status=status if in_time else f"not done after {limit_s:.0f} s",
             whole_s=seconds,
             inner_s=said.get("inner_s"),
@@ -82,14 +82,14 @@ def measure(command: list[str], limit_s: float, folder: Path) -> Measured:
             imports_anonymous_mb=said.get("imports_anonymous_mb"),
             bytes_read=counted.get("rchar", 0),
             bytes_written=counted.get("wchar", 0),
-            error=_last_line(_text(errors)) if in_time and code else "",
+            error=_last_line(_read_text(errors)) if in_time and code else "",
             processor_s=said.get("processor_s"),
         )
 
 
-def _watch(pid: int, deadline: float) -> tuple[_Peaks, bool]:
+def _watch_process(pid: int, deadline: float) -> tuple[_MemoryPeaks, bool]:
     """Samples until the process ends (True) or the deadline passes (False)."""
-    peaks = _Peaks()
+    peaks = _MemoryPeaks()
     handle = os.pidfd_open(pid)
     try:
         poll = select.poll()
@@ -112,7 +112,7 @@ def _bytes_moved(pid: int) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split(": ") for line in lines)}
 
 
-def _text(file: IO[bytes]) -> str:
+def _read_text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace")
 

@@ -13,7 +13,7 @@ from magmax.rules import make_rule
 
 MAGMAX = str(Path(sys.executable).parent / "magmax")
 RULES = ("magmax", "average", "task_arithmetic", "ties")
-LIMIT_S = 300.0
+TIME_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -34,34 +34,34 @@ class Method:
     passes: int | None = None
 
 
-def script(python: str, child: str, job: dict[str, object]) -> list[str]:
+def child_command(python: str, child: str, job: dict[str, object]) -> list[str]:
     return [python, str(CHILDREN / child), json.dumps(job)]
 
 
-def merge_job(w: Workload, out: Path, **more: object) -> dict[str, object]:
+def child_job(w: Workload, out: Path, **more: object) -> dict[str, object]:
     base, *tuned = [str(path) for path in w.inputs()]
     return {"base": base, "models": tuned, "out": str(out), **more}
 
 
-def floor(w: Workload, out: Path) -> Method:
+def floor_method(w: Workload, out: Path) -> Method:
     base, *tuned = w.inputs()
     job = {
         "base_files": [str(file) for file in weight_files(base)],
         "model_files": [str(file) for model in tuned for file in weight_files(model)],
         "out": str(out),
     }
-    command = script(sys.executable, "floor.py", job)
+    command = child_command(sys.executable, "floor.py", job)
     return Method("floor", "floor", command, command, out, passes=1)
 
 
-def ours_inner(w: Workload, out: Path, rule: str, models: int | None = None) -> list[str]:
+def magmax_command(w: Workload, out: Path, rule: str, models: int | None = None) -> list[str]:
     """With the first so many `models`, or all."""
-    job = merge_job(w, out, rule=rule)
+    job = child_job(w, out, rule=rule)
     job["models"] = [str(path) for path in w.inputs()[1:][:models]]
-    return script(sys.executable, "ours.py", job)
+    return child_command(sys.executable, "ours.py", job)
 
 
-def ours(w: Workload, out: Path) -> list[Method]:
+def magmax_methods(w: Workload, out: Path) -> list[Method]:
     base, *tuned = [str(path) for path in w.inputs()]
     start = [MAGMAX, "merge", "--base", base, *tuned, "--out", str(out), "--rule"]
     return [
@@ -69,7 +69,7 @@ def ours(w: Workload, out: Path) -> list[Method]:
             f"ours: {rule}",
             "ours",
             [*start, rule],
-            ours_inner(w, out, rule),
+            magmax_command(w, out, rule),
             out,
             comparable=rule == "magmax",
             passes=1 + make_rule(rule).passes,
@@ -78,24 +78,24 @@ def ours(w: Workload, out: Path) -> list[Method]:
     ]
 
 
-def rivals(w: Workload, out: Path) -> list[Method]:
+def rival_methods(w: Workload, out: Path) -> list[Method]:
     """On (b) without magmax_merge: it holds every model and every task vector, 20 GB."""
-    job = merge_job(w, out)
+    job = child_job(w, out)
     found = [
-        _rival("in memory: torch.where", None, "in_memory.py", job),
-        _rival("FusionBench MagMaxAlgorithm", FUSION_BENCH, "fusion_bench_magmax.py", job),
+        _rival_method("in memory: torch.where", None, "in_memory.py", job),
+        _rival_method("FusionBench MagMaxAlgorithm", FUSION_BENCH, "fusion_bench_magmax.py", job),
     ]
     if w.name == "a":
-        found.append(_rival("FusionBench magmax_merge", FUSION_BENCH, "fusion_bench_function.py", job))
+        found.append(_rival_method("FusionBench magmax_merge", FUSION_BENCH, "fusion_bench_function.py", job))
     dtype = "float32" if w.dtype == "F32" else "bfloat16"
     parameters: dict[str, dict[str, object]] = {"linear": {}, "task_arithmetic": {}, "ties": {"density": 0.2}}
     for name, more in parameters.items():
-        job = merge_job(w, out.with_suffix(""), **more, rule=name, dtype=dtype)
-        found.append(_rival(f"mergekit {name}", MERGEKIT, "mergekit_recipe.py", job))
+        job = child_job(w, out.with_suffix(""), **more, rule=name, dtype=dtype)
+        found.append(_rival_method(f"mergekit {name}", MERGEKIT, "mergekit_recipe.py", job))
     return found
 
 
-def _rival(name: str, rival: Rival | None, child: str, job: dict[str, object]) -> Method:
-    command = script(rival.python if rival else sys.executable, child, job)
+def _rival_method(name: str, rival: Rival | None, child: str, job: dict[str, object]) -> Method:
+    command = child_command(rival.python if rival else sys.executable, child, job)
     out = Path(str(job["out"]))
     return Method(name, "rival", command, command, out, rival=rival, comparable=rival is not MERGEKIT)

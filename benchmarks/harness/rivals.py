@@ -53,14 +53,14 @@ def install(rival: Rival) -> str:
         [*pip, "--constraint", str(constraints), wanted],
     ]
     for step in steps:
-        error = _run(step)
+        error = _run_step(step)
         if error:
             return error
     marker.write_text(wanted)
     return ""
 
 
-def _run(command: list[str]) -> str:
+def _run_step(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -69,7 +69,7 @@ def _run(command: list[str]) -> str:
     return "" if done.returncode == 0 else (lines or ["exited without a word"])[-1]
 
 
-def versions(rival: Rival) -> dict[str, str]:
+def package_versions(rival: Rival) -> dict[str, str]:
     """The rival's version and those of the libraries that carry its speed."""
     names = [rival.package, "torch", "safetensors", "transformers", "numpy"]
     command = [rival.python, "-c", LIST_VERSIONS, *names]

@@ -14,7 +14,7 @@ from harness.safetensors_stream import Shapes, StreamWriter, tensor_bytes
 from harness.shapes import Llama, ViT
 
 SEED = 20240707
-CHUNK = 1 << 21
+CHUNK_ELEMENTS = 1 << 21
 BASE_SPREAD = 0.02
 TASK_SPREAD = 0.0005
 SPARE_BYTES = 8 << 30
@@ -67,18 +67,18 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def values_of(w: Workload, tensor: int, size: int) -> Iterator[list[np.ndarray]]:
+def generate_chunks(w: Workload, tensor: int, size: int) -> Iterator[list[np.ndarray]]:
     """Chunks of one tensor, base first, then every task: base + small noise, so that ties occur."""
     sources = [np.random.default_rng((SEED, model, tensor)) for model in range(w.tasks + 1)]
     encode = to_bfloat16 if w.dtype == "BF16" else np.asarray
-    for start in range(0, size, CHUNK):
-        count = min(CHUNK, size - start)
+    for start in range(0, size, CHUNK_ELEMENTS):
+        count = min(CHUNK_ELEMENTS, size - start)
         base = sources[0].standard_normal(count, dtype=np.float32) * np.float32(BASE_SPREAD)
         noises = (source.standard_normal(count, dtype=np.float32) for source in sources[1:])
         yield [encode(base), *(encode(base + noise * np.float32(TASK_SPREAD)) for noise in noises)]
 
 
-def shards_of(w: Workload) -> dict[str, Shapes]:
+def split_shards(w: Workload) -> dict[str, Shapes]:
     """The tensors in order, cut into files of about the same number of bytes."""
     shards: list[Shapes] = [{} for _ in range(w.shards)]
     done, total = 0, w.model_bytes()
@@ -92,13 +92,13 @@ def shards_of(w: Workload) -> dict[str, Shapes]:
 
 def write_indices(w: Workload) -> None:
     """Says in each model's folder which file has which tensor."""
-    where = {tensor: file for file, shapes in shards_of(w).items() for tensor in shapes}
+    where = {tensor: file for file, shapes in split_shards(w).items() for tensor in shapes}
     index = json.dumps({"metadata": {"total_size": w.model_bytes()}, "weight_map": where}, indent=2)
     for folder in w.model_folders():
         (folder / "model.safetensors.index.json").write_text(index)
 
 
-def make(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
+def create_workload(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
     """Writes the workload unless it is there already; refuses where the disk is too small."""
     marker = w.folder / "made.json"
     made = json.dumps(asdict(w))
@@ -120,12 +120,12 @@ def make(w: Workload, spare_bytes: int = SPARE_BYTES) -> None:
 
 def _write_weights(w: Workload) -> None:
     tensor = 0
-    for file, shapes in shards_of(w).items():
+    for file, shapes in split_shards(w).items():
         with ExitStack() as stack:
             opened = [StreamWriter(folder / file, shapes, w.dtype) for folder in w.model_folders()]
             writers = [stack.enter_context(writer) for writer in opened]
             for shape in shapes.values():
-                for chunks in values_of(w, tensor, int(np.prod(shape))):
+                for chunks in generate_chunks(w, tensor, int(np.prod(shape))):
                     for writer, chunk in zip(writers, chunks, strict=True):
                         writer.write(chunk)
                 tensor += 1
@@ -139,8 +139,8 @@ VIT_LARGE = ViT(hidden=1024, layers=24, heads=16, patch=16)
 LLAMA = Llama(hidden=2048, layers=22, heads=32, key_heads=4, inner=5632, vocabulary=32000)
 LLAMA_LARGE = Llama(hidden=2560, layers=28, heads=32, key_heads=4, inner=6912, vocabulary=32000)
 
-SMALL = Workload("10m", VIT_SMALL, "F32", tasks=8)
-A = Workload("a", VIT_BASE, "F32", tasks=8)
-MIDDLE = Workload("300m", VIT_LARGE, "BF16", tasks=8)
-B = Workload("b", LLAMA, "BF16", tasks=4, shards=2)
-MEMORY_SERIES = ((SMALL, (2, 8)), (A, (2, 8)), (MIDDLE, (2, 8)), (B, (2, 4)))
+VIT_10M = Workload("10m", VIT_SMALL, "F32", tasks=8)
+VIT_88M = Workload("a", VIT_BASE, "F32", tasks=8)
+VIT_300M = Workload("300m", VIT_LARGE, "BF16", tasks=8)
+LLAMA_1100M = Workload("b", LLAMA, "BF16", tasks=4, shards=2)
+MEMORY_SERIES = ((VIT_10M, (2, 8)), (VIT_88M, (2, 8)), (VIT_300M, (2, 8)), (LLAMA_1100M, (2, 4)))

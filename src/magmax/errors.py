@@ -14,14 +14,14 @@ class UnfinishedError(MagMaxError):
     same command goes on from there."""
 
 
-def listed(heading: str, problems: list[str]) -> MagMaxError:
+def list_problems(heading: str, problems: list[str]) -> MagMaxError:
     """One error for many problems, so that all of them are seen at once."""
     if len(problems) == 1:
         return MagMaxError(problems[0])
     return MagMaxError("\n".join([f"{heading} ({len(problems)} problems)", *(f"  - {p}" for p in problems)]))
 
 
-def nearest(word: str, words: list[str]) -> str:
+def nearest_hint(word: str, words: list[str]) -> str:
     """A hint for a word that is none of those known."""
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(words)}"

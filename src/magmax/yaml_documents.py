@@ -12,26 +12,26 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .errors import MagMaxError, listed, nearest
+from .errors import MagMaxError, list_problems, nearest_hint
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
-class Document(NamedTuple):
+class YamlDocument(NamedTuple):
     """A YAML map: its file, what it says, and the line of each key by its dotted name ("models.0.path")."""
 
     file: str
     content: Mapping[str, Any]
     lines: Mapping[str, int]
 
-    def at(self, *parts: str | int) -> str:
+    def locate(self, *parts: str | int) -> str:
         """The file, with the line of this key, or of the nearest one above it."""
         names = (".".join(map(str, parts[:n])) for n in range(len(parts), 0, -1))
         line = next((self.lines[name] for name in names if name in self.lines), None)
         return f"{self.file}, line {line}" if line else self.file
 
 
-def read_document(file: str) -> Document:
+def read_document(file: str) -> YamlDocument:
     """Read a file as a document.
 
     Raises:
@@ -41,7 +41,7 @@ def read_document(file: str) -> Document:
     content, tree = parse_yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(content, dict):
         raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
-    return Document(file, content, _lines(tree))
+    return YamlDocument(file, content, _lines(tree))
 
 
 def read_text(file: str) -> str:
@@ -64,13 +64,13 @@ def parse_yaml(text: str, what: str) -> Any:
         raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
 
 
-def validated(shape: type[Shape], document: Document, known: Callable[[Sequence[str]], Sequence[str]]) -> Shape:
+def validate(shape: type[Shape], document: YamlDocument, known: Callable[[Sequence[str]], Sequence[str]]) -> Shape:
     """The document as a `shape`; `known` gives the valid keys beside a place, for the hint at an unknown one."""
     try:
         return shape.model_validate(document.content)
     except ValidationError as error:
-        problems = [_explained(document, e, known) for e in error.errors()]
-        raise listed(f"{document.file} is not a recipe", problems) from error
+        problems = [_explain(document, e, known) for e in error.errors()]
+        raise list_problems(f"{document.file} is not a recipe", problems) from error
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
@@ -90,26 +90,26 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     return found
 
 
-def _explained(document: Document, error: Mapping[str, Any], known: Callable[[Sequence[str]], Sequence[str]]) -> str:
+def _explain(document: YamlDocument, error: Mapping[str, Any], known: Callable[[Sequence[str]], Sequence[str]]) -> str:
     """One of pydantic's complaints, with the line it is about and the nearest valid key."""
-    parts = [str(p) for p in error["loc"] if str(p) not in ("str", "Model")]
-    name, where = ".".join(parts), document.at(*parts)
+    parts = [str(p) for p in error["loc"] if str(p) not in ("str", "RecipeModel")]
+    name, where = ".".join(parts), document.locate(*parts)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {name!r}; {nearest(parts[-1], list(known(parts)))}"
+        return f"{where}: unknown key {name!r}; {nearest_hint(parts[-1], list(known(parts)))}"
     if error["type"] == "missing":
         return f"{where}: {name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {name}: {message[:1].lower()}{message[1:]}, not {reprlib.repr(error['input'])}"
 
 
-def is_override(word: str) -> bool:
+def is_assignment(word: str) -> bool:
     """Whether a command-line word is an assignment such as `rule.k=2`."""
     return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
-def assigned(content: Any, word: str) -> dict[str, Any]:
+def assign(content: Any, word: str) -> dict[str, Any]:
     """The content with one assignment put in; the value is read as YAML."""
-    if not is_override(word):
+    if not is_assignment(word):
         raise MagMaxError(f"cannot read {word!r} as an assignment; write key=value, such as fit.steps=20")
     name, _, text = word.partition("=")
     *path, last = name.split(".")

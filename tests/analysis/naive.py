@@ -19,7 +19,7 @@ def task_vectors(base: Tensors, models: list[Tensors]) -> Vectors:
     }
 
 
-def trimmed(vectors: Vectors, keep: float) -> Vectors:
+def trim(vectors: Vectors, keep: float) -> Vectors:
     """The largest entries of each task vector over the whole model; equal ones by sorted name, then offset."""
     names = sorted(vectors)
     made: Vectors = {key: [] for key in vectors}
@@ -32,13 +32,13 @@ def trimmed(vectors: Vectors, keep: float) -> Vectors:
     return made
 
 
-def conflicts(columns: list[tuple[float, ...]]) -> tuple[int, int]:
+def count_conflicts(columns: list[tuple[float, ...]]) -> tuple[int, int]:
     """(elements that at least two change, those of them changed both ways)."""
     shared = [column for column in columns if sum(v != 0 for v in column) >= 2]
     return len(shared), sum(min(column) < 0 < max(column) for column in shared)
 
 
-def supplied(columns: list[tuple[float, ...]]) -> list[int]:
+def count_winners(columns: list[tuple[float, ...]]) -> list[int]:
     """Per task, the elements that MagMax takes from it."""
     counts = [0] * len(columns[0])
     for column in columns:
@@ -47,7 +47,7 @@ def supplied(columns: list[tuple[float, ...]]) -> list[int]:
     return counts
 
 
-def agreement(columns: list[tuple[float, ...]]) -> dict[int, list[tuple[float, ...]]]:
+def group_by_agreement(columns: list[tuple[float, ...]]) -> dict[int, list[tuple[float, ...]]]:
     """The elements by how many tasks move them in the more common direction."""
     groups: dict[int, list[tuple[float, ...]]] = {}
     for column in columns:
@@ -56,5 +56,5 @@ def agreement(columns: list[tuple[float, ...]]) -> dict[int, list[tuple[float, .
     return groups
 
 
-def columns_of(vectors: Vectors, keys: list[str]) -> list[tuple[float, ...]]:
+def element_columns(vectors: Vectors, keys: list[str]) -> list[tuple[float, ...]]:
     return [column for key in keys for column in zip(*(v.tolist() for v in vectors[key]), strict=True)]

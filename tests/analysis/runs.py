@@ -11,7 +11,7 @@ import numpy as np
 TASKS = 3
 
 
-def rows(offset: float, learned: list[int]) -> dict[str, Any]:
+def make_rows(offset: float, learned: list[int]) -> dict[str, Any]:
     made = {}
     for i in learned:
         tasks = [round(0.5 + offset + 0.1 * (j < i) - 0.02 * (i - j) * (j < i), 6) for j in range(TASKS)]
@@ -19,17 +19,17 @@ def rows(offset: float, learned: list[int]) -> dict[str, Any]:
     return made
 
 
-def record(rule: Any, name: str, chain: str, seed: int, offset: float, factors: tuple[float, ...] = ()) -> dict:
+def make_record(rule: Any, name: str, chain: str, seed: int, offset: float, factors: tuple[float, ...] = ()) -> dict:
     alone = rule == "zero_shot"
     variants = [
         {
             "variant": "default",
             "scaling_factor": None if rule in ("last", "zero_shot") else 0.5,
-            "rows": rows(offset + 0.01 * seed, list(range(0 if alone else 1, TASKS + 1))),
+            "rows": make_rows(offset + 0.01 * seed, list(range(0 if alone else 1, TASKS + 1))),
         }
     ]
     variants += [
-        {"variant": f"factor {f:g}", "scaling_factor": f, "rows": rows(offset - abs(f - 0.6) / 10, [TASKS])}
+        {"variant": f"factor {f:g}", "scaling_factor": f, "rows": make_rows(offset - abs(f - 0.6) / 10, [TASKS])}
         for f in factors
     ]
     return {
@@ -49,29 +49,29 @@ def record(rule: Any, name: str, chain: str, seed: int, offset: float, factors: 
     }
 
 
-def results(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), few: bool = False) -> Path:
+def write_results(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), few: bool = False) -> Path:
     """A folder with results.json: every kind of sweep that a study can be made of, or only a few methods."""
     records = []
     for seed in seeds:
-        records.append(record("zero_shot", "zero_shot", "zero_shot", seed, 0.0))
+        records.append(make_record("zero_shot", "zero_shot", "zero_shot", seed, 0.0))
         for c, chain in enumerate(("sequential", "independent")):
-            records.append(record("magmax", "magmax", chain, seed, 0.12 - 0.05 * c, (0.2, 0.6, 1.0)))
-            records.append(record("average", "average", chain, seed, 0.1 - 0.05 * c))
+            records.append(make_record("magmax", "magmax", chain, seed, 0.12 - 0.05 * c, (0.2, 0.6, 1.0)))
+            records.append(make_record("average", "average", chain, seed, 0.1 - 0.05 * c))
             if few:
                 continue
             for k in (2, 3):
                 rule = {"kth_magnitude": {"k": k}}
-                records.append(record(rule, f"kth_magnitude(k={k})", chain, seed, 0.1 - 0.02 * k))
+                records.append(make_record(rule, f"kth_magnitude(k={k})", chain, seed, 0.1 - 0.02 * k))
             for which in ("top", "bottom", "random"):
                 for keep in (0.1, 0.5):
                     rule = [{"prune": {"keep": keep, "which": which}}, "magmax"]
                     name = f"prune(keep={keep},which={which})+magmax"
-                    records.append(record(rule, name, chain, seed, 0.05 + keep / 10))
+                    records.append(make_record(rule, name, chain, seed, 0.05 + keep / 10))
             for n in (1, 2):
                 keeps = [0] * n + [1] * (TASKS - n)
                 rule = [{"prune": {"keep": keeps}}, "magmax"]
-                records.append(record(rule, f"prune(keep={keeps})+magmax", chain, seed, 0.12 - 0.03 * n))
-        records.append(record("last", "last", "sequential", seed, 0.03))
+                records.append(make_record(rule, f"prune(keep={keeps})+magmax", chain, seed, 0.12 - 0.03 * n))
+        records.append(make_record("last", "last", "sequential", seed, 0.03))
     recipe = {
         "data": "toys",
         "model": "tiny",

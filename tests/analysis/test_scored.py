@@ -12,18 +12,18 @@ from tests.analysis import runs
 
 pytest.importorskip("scipy")
 
-from magmax.analysis.accuracy_studies import SWEEPS, study_scored
-from magmax.analysis.method_comparison import best_two, methods
-from magmax.analysis.recommendations import about_methods
-from magmax.analysis.records import bands
-from magmax.analysis.run_folders import load_run
+from magmax.analysis.accuracy_studies import ACCURACY_SWEEPS, run_accuracy_study
+from magmax.analysis.method_comparison import compare_best_two, summarise_methods
+from magmax.analysis.recommendations import recommend_from_accuracies
+from magmax.analysis.records import aggregate
+from magmax.analysis.run_folders import load_results
 from magmax.continual.evaluation.measures import average_accuracy
 from magmax.errors import MagMaxError
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[dict[str, Any]]:
-    return list(load_run(runs.results(tmp_path / "results")).records)
+    return list(load_results(runs.write_results(tmp_path / "results")).records)
 
 
 def accuracy(record: dict[str, Any], variant: int = 0) -> float:
@@ -41,16 +41,16 @@ def accuracy(record: dict[str, Any], variant: int = 0) -> float:
     ],
 )
 def test_each_kind_finds_its_own_records(records, kind: str, x: str, values: set, series: str) -> None:
-    found = study_scored(kind, records).records
+    found = run_accuracy_study(kind, records).records
     own = [record for record in found if record["series"] == series]
     assert {record[x] for record in own} == values
     assert len(own) == len(values) * 3, "one for each seed"
 
 
 def test_what_is_calibrated_counts_for_no_study(records) -> None:
-    plain = study_scored("kth", records).records
+    plain = run_accuracy_study("kth", records).records
     calibrated = [{**record, "calibration": "fsc", "variants": []} for record in records]
-    assert study_scored("kth", [*records, *calibrated]).records == plain
+    assert run_accuracy_study("kth", [*records, *calibrated]).records == plain
 
 
 def test_one_model_counts_on_its_own_task_alone(records) -> None:
@@ -64,7 +64,7 @@ def test_one_model_counts_on_its_own_task_alone(records) -> None:
             like = json.loads(json.dumps(like))
             for row in like["variants"][0]["rows"].values():
                 row["tasks"] = [share + 0.01 for share in row["tasks"]]  # so that each cell differs
-    found = study_scored("retention", own).records
+    found = run_accuracy_study("retention", own).records
     assert {record["series"] for record in found} == {"top, each model on its own task/independent"}
     for keep, cells in ((0.1, own[: len(tasks)]), (0.5, own[len(tasks) :])):
         rows = [cell["variants"][0]["rows"] for cell in cells]
@@ -73,7 +73,7 @@ def test_one_model_counts_on_its_own_task_alone(records) -> None:
 
 
 def test_values_are_those_of_the_cells(records) -> None:
-    found = {(r["series"], r["k"], r["seed"]): r["accuracy"] for r in study_scored("kth", records).records}
+    found = {(r["series"], r["k"], r["seed"]): r["accuracy"] for r in run_accuracy_study("kth", records).records}
     for record in records:
         if record["rule"].startswith("kth_magnitude"):
             k = record["recipe"]["rule"]["kth_magnitude"]["k"]
@@ -83,20 +83,20 @@ def test_values_are_those_of_the_cells(records) -> None:
 
 
 def test_bands_are_mean_and_standard_deviation_over_seeds(records) -> None:
-    study = study_scored("retention", records)
-    for (series, keep), band in bands(study.records, ["series", "keep"], "accuracy").items():
+    study = run_accuracy_study("retention", records)
+    for (series, keep), band in aggregate(study.records, ["series", "keep"], "accuracy").items():
         own = [r["accuracy"] for r in study.records if (r["series"], r["keep"]) == (series, keep)]
         assert (band.mean, band.std) == (pytest.approx(np.mean(own)), pytest.approx(np.std(own, ddof=1)))
 
 
 def test_merging_on_top_of_other_training(records) -> None:
-    found = study_scored("penalties", records).records
+    found = run_accuracy_study("penalties", records).records
     assert {r["training"] for r in found if r["series"] == "average"} == {"sequential", "independent"}
     assert "last" not in {r["series"] for r in found}, "it was trained in one way only"
 
 
 def test_curves_are_the_matrix(records) -> None:
-    found = study_scored("curves", records).records
+    found = run_accuracy_study("curves", records).records
     own = {
         (r["learned"], r["task"]): r["accuracy"] for r in found if (r["method"], r["seed"]) == ("last/sequential", 1)
     }
@@ -107,53 +107,55 @@ def test_curves_are_the_matrix(records) -> None:
 
 
 def test_methods_agree_with_the_measures(records) -> None:
-    for method in methods(records):
-        averages = [average_accuracy(r) for r in method.matrices.values()]
-        assert method.main.mean == pytest.approx(np.mean(averages), abs=1e-12)
-    assert [m.main.mean for m in methods(records)] == sorted((m.main.mean for m in methods(records)), reverse=True)
+    for method in summarise_methods(records):
+        averages = [average_accuracy(r) for r in method.accuracy_matrices.values()]
+        assert method.average_accuracy.mean == pytest.approx(np.mean(averages), abs=1e-12)
+    assert [m.average_accuracy.mean for m in summarise_methods(records)] == sorted(
+        (m.average_accuracy.mean for m in summarise_methods(records)), reverse=True
+    )
 
 
 def test_the_best_two_are_compared_on_the_same_seeds(records) -> None:
-    found = methods(records)
-    pair = best_two(found)
+    found = summarise_methods(records)
+    pair = compare_best_two(found)
     assert pair is not None
-    assert pair.difference.mean == pytest.approx(found[0].main.mean - next(
-        m.main.mean for m in found if m.name == pair.other and m.variant == "default"
+    assert pair.difference.mean == pytest.approx(found[0].average_accuracy.mean - next(
+        m.average_accuracy.mean for m in found if m.name == pair.other and m.variant == "default"
     ))  # fmt: skip
 
 
 def test_advice_says_when_the_best_lies_within_the_noise(tmp_path: Path) -> None:
-    folder = runs.results(tmp_path / "results")
+    folder = runs.write_results(tmp_path / "results")
     content = json.loads((folder / "results.json").read_text())
     wobble = {("magmax", 0): 0.05, ("magmax", 1): -0.06, ("magmax", 2): 0.04}
     for record in content["records"]:
         for variant in record["variants"]:
             for row in variant["rows"].values():
                 row["tasks"] = [t + wobble.get((record["rule"], record["seed"]), 0.0) for t in row["tasks"]]
-    advice = about_methods(methods(content["records"]), content["records"])
+    advice = recommend_from_accuracies(summarise_methods(content["records"]), content["records"])
     assert any("cannot be told apart" in each.headline for each in advice)
-    plain = list(load_run(folder).records)
-    assert any("is ahead of" in each.headline for each in about_methods(methods(plain), plain))
+    plain = list(load_results(folder).records)
+    assert any("is ahead of" in each.headline for each in recommend_from_accuracies(summarise_methods(plain), plain))
     one = [record for record in plain if record["seed"] == 0]
-    assert any("at least 3 seeds" in each.headline for each in about_methods(methods(one), one))
+    assert any("at least 3 seeds" in each.headline for each in recommend_from_accuracies(summarise_methods(one), one))
 
 
 def test_a_benchmark_without_such_cells_is_told_what_to_run(records) -> None:
     few = [record for record in records if record["rule"] in ("zero_shot", "last")]
-    for kind, sweep in SWEEPS.items():
+    for kind, sweep in ACCURACY_SWEEPS.items():
         with pytest.raises(MagMaxError, match=rf"study/{sweep.recipe}"):
-            study_scored(kind, few)
+            run_accuracy_study(kind, few)
         assert (Path(__file__).parents[2] / "benchmarks" / "continual" / "study" / sweep.recipe).is_file()
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(MagMaxError, match="no such folder"):
-        load_run(tmp_path / "nothing")
+        load_results(tmp_path / "nothing")
     with pytest.raises(MagMaxError, match=r"no results\.json"):
-        load_run(tmp_path)
+        load_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(MagMaxError, match="cannot be read"):
-        load_run(tmp_path)
+        load_results(tmp_path)
     (tmp_path / "results.json").write_text('{"records": [{"seed": 1}]}')
     with pytest.raises(MagMaxError, match="is not what magmax bench writes"):
-        load_run(tmp_path)
+        load_results(tmp_path)

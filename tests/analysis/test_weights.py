@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 from tests.analysis import naive
-from tests.models import Tensors, saved
+from tests.models import Tensors, save_tensors
 
 from magmax.analysis import weight_statistics as tallying
-from magmax.analysis.recommendations import about_weights
-from magmax.analysis.weight_statistics import WHOLE, layer_of, tally
-from magmax.analysis.weight_studies import Origin, conflicts, consistency, contribution, cosine, norms, study_weights
+from magmax.analysis.recommendations import recommend_from_weights
+from magmax.analysis.weight_statistics import WHOLE_MODEL, collect_weight_statistics, layer_name
+from magmax.analysis.weight_studies import (
+    ModelsOrigin,
+    conflicts_study,
+    consistency_study,
+    contribution_study,
+    cosine_study,
+    norms_study,
+    run_weight_study,
+)
 from magmax.checkpoints import open_checkpoint
 from magmax.errors import MagMaxError
 
@@ -37,23 +45,23 @@ def given(request: pytest.FixtureRequest):
     """(tally, task vectors, tensors)"""
     base, models = model(0, request.param), [model(n, request.param) for n in (1, 2, 3)]
     opened = [open_checkpoint(each) for each in (base, *models)]
-    return tally(opened[0], opened[1:], NAMES), naive.task_vectors(base, models)
+    return collect_weight_statistics(opened[0], opened[1:], NAMES), naive.task_vectors(base, models)
 
 
 def keys_of(layer: str, vectors: naive.Vectors) -> list[str]:
-    return [key for key in vectors if layer in (WHOLE, layer_of(key))]
+    return [key for key in vectors if layer in (WHOLE_MODEL, layer_name(key))]
 
 
 def test_layers_come_in_their_order(given) -> None:
-    assert list(given[0].layers()) == [WHOLE, "block.9", "block.10", "embed.tokens"]
+    assert list(given[0].layers()) == [WHOLE_MODEL, "block.9", "block.10", "embed.tokens"]
 
 
 def test_conflicts(given) -> None:
     found, vectors = given
-    records = conflicts({Origin(): found}).records
+    records = conflicts_study({ModelsOrigin(): found}).records
     assert len(records) == 4
     for record in records:
-        shared, both = naive.conflicts(naive.columns_of(vectors, keys_of(record["layer"], vectors)))
+        shared, both = naive.count_conflicts(naive.element_columns(vectors, keys_of(record["layer"], vectors)))
         assert (record["shared"], record["conflicts"]) == (shared, both)
         assert record["share"] == both / shared
         assert record["expected"] == 0.75
@@ -61,10 +69,10 @@ def test_conflicts(given) -> None:
 
 def test_contribution(given) -> None:
     found, vectors = given
-    records = contribution({Origin(): found}).records
+    records = contribution_study({ModelsOrigin(): found}).records
     for layer in found.layers():
-        columns = naive.columns_of(vectors, keys_of(layer, vectors))
-        expected = naive.supplied(columns)
+        columns = naive.element_columns(vectors, keys_of(layer, vectors))
+        expected = naive.count_winners(columns)
         own = [record for record in records if record["layer"] == layer]
         assert [record["task"] for record in own] == NAMES
         assert [record["elements"] for record in own] == expected
@@ -74,9 +82,9 @@ def test_contribution(given) -> None:
 
 def test_agreement_and_magnitude(given) -> None:
     found, vectors = given
-    columns = naive.columns_of(vectors, list(vectors))
-    groups = naive.agreement(columns)
-    records = consistency({Origin(): found}).records
+    columns = naive.element_columns(vectors, list(vectors))
+    groups = naive.group_by_agreement(columns)
+    records = consistency_study({ModelsOrigin(): found}).records
     assert [record["agreeing"] for record in records] == [0, 1, 2, 3]
     for record in records:
         own = groups.get(record["agreeing"], [])
@@ -87,8 +95,8 @@ def test_agreement_and_magnitude(given) -> None:
 
 def test_cosines_and_norms(given) -> None:
     found, vectors = given
-    angles = {(r["layer"], r["task"], r["other"]): r["cosine"] for r in cosine({Origin(): found}).records}
-    lengths = {(r["layer"], r["task"]): r["norm"] for r in norms({Origin(): found}).records}
+    angles = {(r["layer"], r["task"], r["other"]): r["cosine"] for r in cosine_study({ModelsOrigin(): found}).records}
+    lengths = {(r["layer"], r["task"]): r["norm"] for r in norms_study({ModelsOrigin(): found}).records}
     for layer in found.layers():
         rows = [np.concatenate([vectors[key][t] for key in keys_of(layer, vectors)]) for t in range(3)]
         for t, one in enumerate(NAMES):
@@ -101,27 +109,29 @@ def test_cosines_and_norms(given) -> None:
 def test_only_the_largest_count_where_that_is_asked() -> None:
     base, models = model(0), [model(n) for n in (1, 2, 3)]
     opened = [open_checkpoint(each) for each in (base, *models)]
-    found = tally(opened[0], opened[1:], NAMES, top=0.3)
-    vectors = naive.trimmed(naive.task_vectors(base, models), 0.3)
-    record = conflicts({Origin(): found}, 0.3).records[0]
-    assert (record["shared"], record["conflicts"]) == naive.conflicts(naive.columns_of(vectors, list(vectors)))
+    found = collect_weight_statistics(opened[0], opened[1:], NAMES, top=0.3)
+    vectors = naive.trim(naive.task_vectors(base, models), 0.3)
+    record = conflicts_study({ModelsOrigin(): found}, 0.3).records[0]
+    assert (record["shared"], record["conflicts"]) == naive.count_conflicts(
+        naive.element_columns(vectors, list(vectors))
+    )
 
 
 def test_slabs_and_threads_change_nothing(tmp_path: Path) -> None:
     """A tensor of several slabs in a file, on several threads, is the same as its pieces by hand."""
     draw = torch.Generator().manual_seed(5)
     base, *models = [{"w": torch.randn(3, 300_000, generator=draw)} for _ in range(4)]
-    paths = [saved(each, tmp_path / f"{n}.safetensors") for n, each in enumerate([base, *models])]
+    paths = [save_tensors(each, tmp_path / f"{n}.safetensors") for n, each in enumerate([base, *models])]
     opened = [open_checkpoint(path) for path in paths]
-    one, four = (tally(opened[0], opened[1:], NAMES, threads=count) for count in (1, 4))
+    one, four = (collect_weight_statistics(opened[0], opened[1:], NAMES, threads=count) for count in (1, 4))
     vectors = [(m["w"] - base["w"]).numpy().reshape(-1) for m in models]
-    whole = tallying.counted(vectors, base["w"].numpy().reshape(-1))
+    whole = tallying.block_statistics(vectors, base["w"].numpy().reshape(-1))
     for found in (one, four):
-        counts = found.tensors["w"]
+        counts = found.by_tensor["w"]
         assert (counts.shared, counts.conflicts) == (whole.shared, whole.conflicts)
-        assert counts.supplied.tolist() == whole.supplied.tolist()
-        np.testing.assert_allclose(counts.dots, whole.dots, rtol=1e-12)
-    assert np.array_equal(one.tensors["w"].dots, four.tensors["w"].dots)
+        assert counts.winner_counts.tolist() == whole.winner_counts.tolist()
+        np.testing.assert_allclose(counts.inner_products, whole.inner_products, rtol=1e-12)
+    assert np.array_equal(one.by_tensor["w"].inner_products, four.by_tensor["w"].inner_products)
 
 
 def test_digests_are_those_of_a_merge(files, tmp_path: Path) -> None:
@@ -133,28 +143,30 @@ def test_digests_are_those_of_a_merge(files, tmp_path: Path) -> None:
     opened = [open_checkpoint(path) for path in (base, *tasks)]
     names = [path.stem for path in tasks]
     told = provenance_of(open_checkpoint(out)) or {}
-    assert tally(opened[0], opened[1:], names).inputs == {i["name"]: i["xxh3_128"] for i in told["inputs"]}
+    assert collect_weight_statistics(opened[0], opened[1:], names).input_digests == {
+        i["name"]: i["xxh3_128"] for i in told["inputs"]
+    }
 
 
 def test_tensors_that_do_not_fit_are_left_out_and_named() -> None:
     base, one, two = model(0), model(1), model(2)
     two["block.9.bias"] = torch.zeros(3)
-    found = tally(open_checkpoint(base), [open_checkpoint(one), open_checkpoint(two)], NAMES[:2])
-    assert "block.9.bias" not in found.tensors
-    assert "shape [3]" in found.apart["block.9.bias"]
-    assert any("left out" in advice.headline for advice in about_weights({Origin(): found}))
+    found = collect_weight_statistics(open_checkpoint(base), [open_checkpoint(one), open_checkpoint(two)], NAMES[:2])
+    assert "block.9.bias" not in found.by_tensor
+    assert "shape [3]" in found.left_out["block.9.bias"]
+    assert any("left out" in advice.headline for advice in recommend_from_weights({ModelsOrigin(): found}))
 
 
 def test_nothing_to_study() -> None:
     base = open_checkpoint(model(0))
     with pytest.raises(MagMaxError, match="at least one fine-tuned model"):
-        tally(base, [], [])
+        collect_weight_statistics(base, [], [])
     with pytest.raises(MagMaxError, match="is it their base"):
-        tally(base, [open_checkpoint({"other": torch.zeros(3)})], ["other"])
-    alone = {Origin(): tally(base, [open_checkpoint(model(1))], ["one"])}
+        collect_weight_statistics(base, [open_checkpoint({"other": torch.zeros(3)})], ["other"])
+    alone = {ModelsOrigin(): collect_weight_statistics(base, [open_checkpoint(model(1))], ["one"])}
     with pytest.raises(MagMaxError, match="at least two fine-tuned models"):
-        study_weights("conflicts", alone)
-    assert study_weights("norms", alone).records
+        run_weight_study("conflicts", alone)
+    assert run_weight_study("norms", alone).records
 
 
 def test_advice_follows_the_numbers() -> None:
@@ -167,5 +179,7 @@ def test_advice_follows_the_numbers() -> None:
         ([draw, 5 * draw], "no fair measure", "caution"),
     ):
         opened = [open_checkpoint({"w": vector}) for vector in models]
-        advice = about_weights({Origin(): tally(open_checkpoint(base), opened, ["a", "b"])})
+        advice = recommend_from_weights(
+            {ModelsOrigin(): collect_weight_statistics(open_checkpoint(base), opened, ["a", "b"])}
+        )
         assert any(wanted in each.headline and each.kind == kind for each in advice), advice

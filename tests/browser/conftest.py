@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
-from magmax.continual.data.downloads import File, Source, fetch, is_fetched
+from magmax.continual.data.downloads import PackageFile, PackageSource, fetch, is_fetched
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-AXE = Source(
+BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
+AXE_SOURCE = PackageSource(
     "axe-core",
     "4.14.1",
     708_405,
-    {"axe.min.js": File("package/axe.min.js", "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c")},
+    {
+        "axe.min.js": PackageFile(
+            "package/axe.min.js", "29348999450cdf2849a8e70b7912fc2da85a849da39c0d0d5394f51d4a9ed95c"
+        )
+    },
     kind="npm",
 )
 
@@ -27,7 +31,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install playwright"
     )
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = next(filter(None, map(shutil.which, BROWSER_NAMES)), None)
     if found is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as running:
@@ -40,6 +44,6 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def axe() -> str:
     """The script of axe-core; CI downloads it."""
-    if not is_fetched(AXE) and not os.environ.get("CI"):
+    if not is_fetched(AXE_SOURCE) and not os.environ.get("CI"):
         pytest.skip("axe-core is not in the cache: run the tests with CI=1, which fetches it from npm")
-    return (Path(fetch(AXE)) / "axe.min.js").read_text("utf-8")
+    return (Path(fetch(AXE_SOURCE)) / "axe.min.js").read_text("utf-8")

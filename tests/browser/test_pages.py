@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 from tests.analysis import runs
-from tests.browser.window import DESK, PHONE, Window
+from tests.browser.window import DESK, PHONE, BrowserWindow
 from tests.models import small_model
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
-from magmax.analysis.method_comparison import methods
-from magmax.analysis.report.builder import run_page, weights_page
-from magmax.analysis.run_folders import load_run
-from magmax.analysis.weight_statistics import tally
-from magmax.analysis.weight_studies import Origin
+from magmax.analysis.method_comparison import summarise_methods
+from magmax.analysis.report.builder import build_run_page, build_weights_page
+from magmax.analysis.run_folders import load_results
+from magmax.analysis.weight_statistics import collect_weight_statistics
+from magmax.analysis.weight_studies import ModelsOrigin
 from magmax.checkpoints import open_checkpoint
 
 TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -30,11 +30,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of made-up results and one of made-up models."""
     folder = tmp_path_factory.mktemp("pages")
     base, *models = [open_checkpoint(small_model(n), f"model {n}") for n in range(4)]
-    found = {Origin(): tally(base, models, ["cars", "mnist", "svhn"])}
+    found = {ModelsOrigin(): collect_weight_statistics(base, models, ["cars", "mnist", "svhn"])}
     coefficients = {"layer.weight": 1.2, "wide.weight": 0.9, "scale": 1.0}
     return {
-        "bench": run_page(load_run(runs.results(folder / "results", few=True)), {}).write(folder / "bench.html"),
-        "models": weights_page(found, "base", coefficients).write(folder / "models.html"),
+        "bench": build_run_page(load_results(runs.write_results(folder / "results", few=True)), {}).write(
+            folder / "bench.html"
+        ),
+        "models": build_weights_page(found, "base", coefficients).write(folder / "models.html"),
     }
 
 
@@ -43,9 +45,9 @@ def shown(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
     """Opens a page in a window of some size, light or dark."""
     contexts: list[Any] = []
 
-    def show(name: str, size: dict[str, int] = DESK, scheme: str = "light") -> Window:
+    def show(name: str, size: dict[str, int] = DESK, scheme: str = "light") -> BrowserWindow:
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme, reduced_motion="reduce"))
-        return Window(contexts[-1], pages[name].as_uri())
+        return BrowserWindow(contexts[-1], pages[name].as_uri())
 
     yield show
     for context in contexts:
@@ -125,7 +127,9 @@ def test_one_matrix_is_shown_at_a_time(shown: Any, pages: dict[str, Path]) -> No
         select.select_option(name)
         assert page.locator("#figure-matrix [data-choice]:visible").count() == 1
         assert page.locator("#figure-matrix caption:visible").text_content() == f"Accuracy in % of {name}"
-    found = {method.label: method for method in methods(load_run(pages["bench"].parent / "results").records)}
+    found = {
+        method.label: method for method in summarise_methods(load_results(pages["bench"].parent / "results").records)
+    }
     shares = page.locator("#figure-matrix [data-choice]:visible tbody tr").last.locator("td").all_text_contents()
     method = found[names[2]]
     expected = [method.accuracy(runs.TASKS, j).mean for j in range(1, runs.TASKS + 1)]

@@ -16,17 +16,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("nicegui", reason="nicegui is not installed: pip install 'magmax[ui]'")
 
-from tests.browser.window import DESK, PHONE, Window  # noqa: E402
+from tests.browser.window import DESK, PHONE, BrowserWindow  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 from magmax.checkpoints import open_checkpoint  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.training.trainer import Training  # noqa: E402
-from magmax.merging.execution.execution_options import Settings  # noqa: E402
+from magmax.continual.training.trainer import ContinualTraining  # noqa: E402
+from magmax.merging.execution.execution_options import ExecutionOptions  # noqa: E402
 from magmax.preference.archive import Archive  # noqa: E402
 from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.ui.sources import open_source  # noqa: E402
-from magmax.ui.view_model import Tuner  # noqa: E402
+from magmax.ui.view_model import TunerModel  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,11 +35,11 @@ ROOT = Path(__file__).parents[2]
 def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive, with the training that it was made of beside it."""
     folder = tmp_path_factory.mktemp("served")
-    Training(Experiment(**toys.RECIPE), folder / "run").run()
+    ContinualTraining(Experiment(**toys.RECIPE), folder / "run").run()
     base = open_checkpoint(str(folder / "run" / "theta_0.safetensors"))
     models = [open_checkpoint(str(folder / "run" / f"theta_{t}.safetensors"), base=base) for t in (1, 2, 3)]
     names = ["theta_1", "theta_2", "theta_3"]
-    write_archive(base, models, names, folder / "archive", base_given=str(base.path), settings=Settings())
+    write_archive(base, models, names, folder / "archive", base_given=str(base.path), execution=ExecutionOptions())
     return folder / "archive"
 
 
@@ -63,7 +63,7 @@ def address(browser: Any, archived: Path) -> Iterator[str]:
     assert sorted(path.name for path in archived.parent.iterdir()) == ["archive", "run"], "nothing is left behind"
 
 
-class Open(Window):
+class Open(BrowserWindow):
     """A window on the page."""
 
     def __init__(self, context: Any, address: str) -> None:
@@ -105,9 +105,9 @@ def shown(browser: Any, address: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def tuner(archived: Path) -> Tuner:
+def tuner(archived: Path) -> TunerModel:
     """The same, without a page."""
-    return Tuner.open(open_source(archived, archived.parent / "run" / "recipe.json"), 60)
+    return TunerModel.open(open_source(archived, archived.parent / "run" / "recipe.json"), 60)
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (PHONE, "dark")], ids=["desk-light", "phone-dark"])
@@ -131,20 +131,20 @@ def test_strangers_are_refused(browser: Any, address: str) -> None:
     context.close()
 
 
-def test_moving_sliders_moves_accuracies(shown: Any, tuner: Tuner) -> None:
+def test_moving_sliders_moves_accuracies(shown: Any, tuner: TunerModel) -> None:
     window = shown()
     page = window.page
-    own = tuner.own
+    own = tuner.natural_counts
     assert window.shares() == [f"{100 * count / sum(own):.1f} %" for count in own]
     before = window.accuracies()
     window.press("Weight of Task 1", "End")
     window.press("Weight of Task 2", "Home")
     window.press("Weight of Task 3", "Home")
     assert window.shares() == ["100.0 %", "0.0 %", "0.0 %"]
-    assert window.accuracies() == [f"{100 * share:.1f} %" for share in tuner.preview([1, 0, 0], 0.5).tasks]
+    assert window.accuracies() == [f"{100 * share:.1f} %" for share in tuner.preview([1, 0, 0], 0.5).task_accuracies]
     window.press("Scaling factor", "End")
     expected = tuner.preview([1, 0, 0], 1.5)
-    assert window.accuracies() == [f"{100 * share:.1f} %" for share in expected.tasks]
+    assert window.accuracies() == [f"{100 * share:.1f} %" for share in expected.task_accuracies]
     assert window.accuracies() != before
     assert page.locator(".tile .value").first.text_content() == f"{100 * expected.mean:.1f} %"
     assert "Task 1: " + window.accuracies()[0] in page.locator(".bar").first.get_attribute("aria-label")
@@ -154,16 +154,18 @@ def test_moving_sliders_moves_accuracies(shown: Any, tuner: Tuner) -> None:
     page.get_by_role("button", name="MagMax").click()
     window.press("Scaling factor", "Home")
     assert window.shares() == [f"{100 * count / sum(own):.1f} %" for count in own]
-    assert window.accuracies() == [f"{100 * share:.1f} %" for share in tuner.marks["Zero-shot"].tasks]
+    assert window.accuracies() == [
+        f"{100 * share:.1f} %" for share in tuner.reference_previews["Zero-shot"].task_accuracies
+    ]
     assert window.said == []
 
 
-def test_downloads_are_exact(shown: Any, tuner: Tuner, tmp_path: Path) -> None:
+def test_downloads_are_exact(shown: Any, tuner: TunerModel, tmp_path: Path) -> None:
     window = shown(PHONE)
     page = window.page
     page.get_by_role("button", name="Equal").click()
     window.press("Scaling factor", "ArrowRight", 2)
-    tuner.write(tuner.presets["Equal"], 0.6, tmp_path / "tuned.safetensors", lambda share: None)
+    tuner.write_merge(tuner.presets["Equal"], 0.6, tmp_path / "tuned.safetensors", lambda share: None)
     with page.expect_download() as waiting:
         page.get_by_role("button", name="Make the checkpoint").click()
     assert waiting.value.suggested_filename == "tuned.safetensors"

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 
 
-def places(kind: str, features: Tensor) -> Tensor:
+def l1_norms(kind: str, features: Tensor) -> Tensor:
     """L1 norms: of a sample's whole (norm), of each channel of a batched map (conv), of each token (else)."""
     if kind == "norm":
         return features.abs().sum().reshape(1)
     return features.abs().sum((2, 3)).reshape(-1) if kind == "conv" else features.abs().sum(-1).reshape(-1)
 
 
-def kind_of(module: nn.Module) -> str:
+def layer_kind(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         return "conv"
     return "norm" if "Norm" in type(module).__name__ else "linear"
 
 
-def with_state(model: nn.Module, state: State) -> nn.Module:
+def copy_with_state(model: nn.Module, state: State) -> nn.Module:
     made = copy.deepcopy(model).eval()
     made.load_state_dict(state)
     return made
 
 
-def inputs_of(model: nn.Module, layer: str, item: object, run: Callable) -> list[tuple]:
+def capture_inputs(model: nn.Module, layer: str, item: object, run: Callable) -> list[tuple]:
     """What the layer is called with when the item goes through the model."""
     found: list[tuple] = []
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: found.append(args))
@@ -40,7 +40,7 @@ def inputs_of(model: nn.Module, layer: str, item: object, run: Callable) -> list
     return found
 
 
-def calibrated(
+def reference_calibration(
     model: nn.Module,
     base: State,
     merged: State,
@@ -53,20 +53,20 @@ def calibrated(
 ) -> tuple[dict[str, float], State]:
     """xi of each of the layers, in the order of their calls, and the calibrated weights."""
     state = {key: value.clone() for key, value in merged.items()}
-    whole = [with_state(model, s) for s in (base, merged, *tasks)]
+    whole = [copy_with_state(model, s) for s in (base, merged, *tasks)]
     xis: dict[str, float] = {}
     for layer in layers:
-        here = with_state(model, state if sequential else merged)
+        here = copy_with_state(model, state if sequential else merged)
         start, now, *theirs = (other.get_submodule(layer) for other in whole)
         means = []
         for task, own in zip(theirs, samples, strict=True):
             ratios = []
             for item in own:
-                for args in inputs_of(here, layer, item, run):
+                for args in capture_inputs(here, layer, item, run):
                     with torch.no_grad():
-                        kind = kind_of(now) if ratio == "place" else "norm"
-                        f_k = places(kind, task(*args).double() - start(*args).double())
-                        f_m = places(kind, now(*args).double() - start(*args).double())
+                        kind = layer_kind(now) if ratio == "place" else "norm"
+                        f_k = l1_norms(kind, task(*args).double() - start(*args).double())
+                        f_m = l1_norms(kind, now(*args).double() - start(*args).double())
                     ratios.append((f_k / f_m)[f_m > 0])
             means.append(torch.cat(ratios).mean())
         xis[layer] = float(torch.stack(means).mean())

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         return self.last(x + self.attention(x, other, other, need_weights=False)[0])
 
 
-class Twice(nn.Module):
+class SharedLayer(nn.Module):
     """A layer that is called twice, with others before, between and after its calls."""
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class ScaleNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
 
 
-class Curved(ScaleNorm):
+class NonAffineNorm(ScaleNorm):
     """Of the same shape, and not affine in its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.square()
 
 
-class Words(nn.Module):
+class TiedEmbedding(nn.Module):
     """Token ids, with the word embeddings shared by the output."""
 
     def __init__(self) -> None:
@@ -89,16 +89,16 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.mix(self.norm(x))))
 
 
-def made(kind: type[nn.Module], *given: object) -> nn.Module:
+def build_model(model_class: type[nn.Module], *args: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind(*given).double().eval()
+        model = model_class(*args).double().eval()
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter)
     return model
 
 
-def tuned(model: nn.Module, tasks: int = 2, size: float = 0.1) -> tuple[State, list[State]]:
+def make_task_states(model: nn.Module, tasks: int = 2, size: float = 0.1) -> tuple[State, list[State]]:
     """The base's weights, and task after task's: floating parameters moved at random, buffers as they are."""
     base = {key: value.clone() for key, value in model.state_dict().items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -110,11 +110,11 @@ def tuned(model: nn.Module, tasks: int = 2, size: float = 0.1) -> tuple[State, l
     return base, models
 
 
-def averaged(base: State, models: list[State]) -> State:
+def average_states(base: State, models: list[State]) -> State:
     return {k: v + sum(m[k] - v for m in models) / len(models) if v.is_floating_point() else v for k, v in base.items()}
 
 
-def holding(model: nn.Module, state: State) -> nn.Module:
+def copy_with_state(model: nn.Module, state: State) -> nn.Module:
     result = copy.deepcopy(model)
     result.load_state_dict(state)
     return result

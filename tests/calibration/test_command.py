@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tests.calibration.nets import averaged, holding  # noqa: E402
+from tests.calibration.nets import average_states, copy_with_state  # noqa: E402
 from tests.preference.test_text import NAMES, WORDS, texts, write_csv  # noqa: E402
 from tests.test_cli import run  # noqa: E402, F401
 
@@ -160,7 +160,7 @@ def test_a_language_model_with_shared_embeddings(run, tmp_path):  # noqa: F811
     assert "lm_head: shares model.embed_tokens.weight with model.embed_tokens" in out
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert made.keys() == base.keys()
-    model = holding(transformers.LlamaForCausalLM(config), {**averaged(base, moved), **tied(base, moved)})
+    model = copy_with_state(transformers.LlamaForCausalLM(config), {**average_states(base, moved), **tied(base, moved)})
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")("word1 word2 word3")["input_ids"]
     calibrate_features(model, tmp_path / "base", moved, [[ids]] * 3)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -169,7 +169,7 @@ def test_a_language_model_with_shared_embeddings(run, tmp_path):  # noqa: F811
 
 
 def tied(base, moved):
-    return {"lm_head.weight": averaged(base, moved)["model.embed_tokens.weight"]}
+    return {"lm_head.weight": average_states(base, moved)["model.embed_tokens.weight"]}
 
 
 def test_pictures(run, tmp_path):  # noqa: F811
@@ -231,11 +231,11 @@ def test_a_dry_run_checks_and_writes_nothing(run, place, tmp_path):  # noqa: F81
 
 
 def test_sensitive_tensors_from_a_file(run, place, tmp_path):  # noqa: F811
-    from magmax.rules.transforms.sensitive_tensors import Drop, Sensitivity
+    from magmax.rules.transforms.sensitive_tensors import ScoreDrop, Sensitivity
 
     name = "encoder.layer.0.output.dense.weight"
     file = tmp_path / "sensitive.json"
-    file.write_text(Sensitivity("m", "accuracy", 1.1, 9, {name: Drop(0.1, 0.01)}, [name]).text())
+    file.write_text(Sensitivity("m", "accuracy", 1.1, 9, {name: ScoreDrop(0.1, 0.01)}, [name]).to_json())
     words = given(place, "--samples", place / "samples", "--n", 1, "--sensitive", file)
     told = tmp_path / "r.json"
     assert run(*words, "--space", "feature", "--out", tmp_path / "a", "--report", told)[0] == 0

@@ -13,14 +13,14 @@ from tests.calibration import naive  # noqa: E402
 from tests.calibration.nets import (  # noqa: E402
     Attention,
     Convolutions,
-    Curved,
+    NonAffineNorm,
     ScaleNorm,
-    Twice,
-    Words,
-    averaged,
-    holding,
-    made,
-    tuned,
+    SharedLayer,
+    TiedEmbedding,
+    average_states,
+    build_model,
+    copy_with_state,
+    make_task_states,
 )
 from torch import nn  # noqa: E402
 
@@ -48,8 +48,8 @@ def mlp() -> nn.Module:
 NETS = {
     "linear": (mlp, (), ["0", "2", "3"], floats(4, 5)),
     "convolutions": (Convolutions, (), ["first", "norm", "groups", "group_norm", "last"], floats(3, 6, 6)),
-    "twice": (Twice, (), ["before", "shared", "between", "after"], floats(3, 5)),
-    "words": (Words, (), ["embed", "places", "norm", "mix"], tokens([[4, 7], [2, 5]])),
+    "twice": (SharedLayer, (), ["before", "shared", "between", "after"], floats(3, 5)),
+    "words": (TiedEmbedding, (), ["embed", "places", "norm", "mix"], tokens([[4, 7], [2, 5]])),
 }
 
 
@@ -59,10 +59,10 @@ NETS = {
 def test_as_defined(name, ratio, sequential):
     """float64; norms are ratios of sums of about a hundred terms, so 1e-9 is ample."""
     kind, given, layers, samples = NETS[name]
-    model = made(kind, *given)
-    base, models = tuned(model)
-    merged = averaged(base, models)
-    xis, state = naive.calibrated(model, base, merged, models, samples, run_items, layers, sequential, ratio)
+    model = build_model(kind, *given)
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
+    xis, state = naive.reference_calibration(model, base, merged, models, samples, run_items, layers, sequential, ratio)
     model.load_state_dict(merged)
     options = FeatureOptions(ratio=ratio, inputs="calibrated" if sequential else "merged")
     found = calibrate_features(model, base, models, samples, options=options)
@@ -88,9 +88,9 @@ def plain_attention(model: Attention, state: dict, x: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("separate", [False, True], ids=["fused", "separate"])
 def test_attention_by_its_projections(separate):
     """norm, then q, k and v on its output, then the output projection on the calibrated heads, then the last layer."""
-    model = made(Attention, separate)
-    base, models = tuned(model)
-    merged, samples = averaged(base, models), floats(4, 8)
+    model = build_model(Attention, separate)
+    base, models = make_task_states(model)
+    merged, samples = average_states(base, models), floats(4, 8)
     state = dict(merged)
 
     def cut(s: dict, letter: str) -> tuple:
@@ -109,8 +109,8 @@ def test_attention_by_its_projections(separate):
         return float(torch.stack(means).mean())
 
     model.load_state_dict(merged)
-    norm_xi, after_norm = naive.calibrated(
-        made(Attention, separate), base, merged, models, samples, run_items, ["norm"]
+    norm_xi, after_norm = naive.reference_calibration(
+        build_model(Attention, separate), base, merged, models, samples, run_items, ["norm"]
     )
 
     def normed(x):
@@ -140,17 +140,17 @@ def test_attention_by_its_projections(separate):
 
 
 def all_layers():
-    yield "convolutions", made(Convolutions), floats(3, 6, 6, tasks=1)
-    yield "attention", made(Attention), floats(4, 8, tasks=1)
-    yield "separate attention", made(Attention, True), floats(4, 8, tasks=1)
-    yield "words", made(Words), tokens([[4, 7, 9]])
+    yield "convolutions", build_model(Convolutions), floats(3, 6, 6, tasks=1)
+    yield "attention", build_model(Attention), floats(4, 8, tasks=1)
+    yield "separate attention", build_model(Attention, True), floats(4, 8, tasks=1)
+    yield "words", build_model(TiedEmbedding), tokens([[4, 7, 9]])
 
 
 @pytest.mark.parametrize("s", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize(("name", "model", "samples"), list(all_layers()))
 def test_a_task_alone_gets_its_magnitude_back(name, model, samples, s):
     """Of one task scaled by s, xi is 1/s in every layer, and the calibrated model is the task's own."""
-    base, (task,) = tuned(model, 1)
+    base, (task,) = make_task_states(model, 1)
     merged = {k: v + s * (task[k] - v) if v.is_floating_point() else v for k, v in base.items()}
     model.load_state_dict(merged)
     found = calibrate_features(model, base, [task], samples)
@@ -166,16 +166,16 @@ def test_a_task_alone_gets_its_magnitude_back(name, model, samples, s):
 @pytest.mark.parametrize(("name", "model", "samples"), list(all_layers()))
 def test_folded_is_base_plus_xi_times_the_rest(name, model, samples):
     """For every layer and any input: folded(x) = pre(x) + xi (merged(x) - pre(x))."""
-    base, models = tuned(model, 2)
-    merged = averaged(base, models)
-    start, before = holding(model, base), holding(model, merged)
+    base, models = make_task_states(model, 2)
+    merged = average_states(base, models)
+    start, before = copy_with_state(model, base), copy_with_state(model, merged)
     model.load_state_dict(merged)
     found = calibrate_features(model, base, models, samples * 2)
     compared = 0
     for layer in found.report.layers:
         if layer.why or layer.name.startswith("attention."):
             continue
-        (args,) = naive.inputs_of(model, layer.name, samples[0][-1], run_items)[:1]
+        (args,) = naive.capture_inputs(model, layer.name, samples[0][-1], run_items)[:1]
         with torch.no_grad():
             pre, full, made_of = (m.get_submodule(layer.name)(*args) for m in (start, before, model))
         torch.testing.assert_close(made_of, pre + layer.xi * (full - pre), rtol=1e-9, atol=1e-9)
@@ -184,9 +184,9 @@ def test_folded_is_base_plus_xi_times_the_rest(name, model, samples):
 
 
 def test_weights_that_two_layers_share_are_calibrated_once_and_what_cannot_be_folded_is_named():
-    model = made(Words)
-    base, models = tuned(model)
-    merged = averaged(base, models)
+    model = build_model(TiedEmbedding)
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     found = calibrate_features(model, base, models, tokens([[4], [5]])).report
     told = {layer.name: layer for layer in found.layers}
@@ -201,11 +201,11 @@ def test_weights_that_two_layers_share_are_calibrated_once_and_what_cannot_be_fo
 
 
 def test_layers_that_no_sample_reaches_or_that_do_not_move_are_left_as_they_are():
-    model = made(lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
-    base, models = tuned(model)
+    model = build_model(lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
+    base, models = make_task_states(model)
     for each in models:
         each["1.weight"], each["1.bias"] = base["1.weight"], base["1.bias"]
-    merged = averaged(base, models)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     run = lambda m, items: [m[1](m[0](item)) for item in items]  # noqa: E731
     found = calibrate_features(model, base, models, floats(2, 3), run)
@@ -216,10 +216,10 @@ def test_layers_that_no_sample_reaches_or_that_do_not_move_are_left_as_they_are(
 
 
 def test_a_norm_is_known_by_its_weight_and_only_if_its_features_are_affine_in_it():
-    model = made(lambda: nn.Sequential(nn.Linear(6, 6), ScaleNorm(6), Curved(6), nn.Linear(6, 2)))
-    base, models = tuned(model)
-    merged = averaged(base, models)
-    xis, _ = naive.calibrated(model, base, merged, models, floats(2, 6), run_items, ["0"])
+    model = build_model(lambda: nn.Sequential(nn.Linear(6, 6), ScaleNorm(6), NonAffineNorm(6), nn.Linear(6, 2)))
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
+    xis, _ = naive.reference_calibration(model, base, merged, models, floats(2, 6), run_items, ["0"])
     model.load_state_dict(merged)
     told = {layer.name: layer for layer in calibrate_features(model, base, models, floats(2, 6)).report.layers}
     assert told["0"].xi == pytest.approx(xis["0"], rel=1e-9)
@@ -229,8 +229,8 @@ def test_a_norm_is_known_by_its_weight_and_only_if_its_features_are_affine_in_it
 
 
 def test_sensitive_layers_only_shrink_and_others_only_grow():
-    model = made(mlp)
-    base, (task,) = tuned(model, 1)
+    model = build_model(mlp)
+    base, (task,) = make_task_states(model, 1)
     for key, sensitive, factor, expected in [
         ("0.weight", ["0.weight"], 0.5, [1, 2, 2]),
         ("3.bias", ["3.bias"], 2.0, [1, 1, 0.5]),
@@ -246,9 +246,9 @@ def test_sensitive_layers_only_shrink_and_others_only_grow():
 
 def test_how_xi_varies_with_the_number_of_samples():
     """The report's xi of n samples is that of a first layer calibrated with the first n alone; so is the last one."""
-    model = made(mlp)
-    base, models = tuned(model)
-    merged, samples = averaged(base, models), floats(4, 5, count=5)
+    model = build_model(mlp)
+    base, models = make_task_states(model)
+    merged, samples = average_states(base, models), floats(4, 5, count=5)
     model.load_state_dict(merged)
     first = calibrate_features(model, base, models, samples).report.layers[0]
     assert list(first.by_samples) == [1, 2, 4, 5]
@@ -279,9 +279,9 @@ class Counted(StateDict):
 def test_a_layer_at_a_time_is_read_however_many_models():
     """Beside the module, which holds one model: the base's layer and one task's. Never a second model's weights."""
     wide = 600
-    model = made(lambda: nn.Sequential(*(nn.Linear(wide, wide) for _ in range(8))))
-    base, models = tuned(model, 5, 0.01)
-    merged = averaged(base, models)
+    model = build_model(lambda: nn.Sequential(*(nn.Linear(wide, wide) for _ in range(8))))
+    base, models = make_task_states(model, 5, 0.01)
+    merged = average_states(base, models)
     layer = wide * (wide + 1) * 8
     model.load_state_dict(merged)
     gram = measure_gram(open_checkpoint(base), open_checkpoint(merged), [open_checkpoint(m) for m in models], "abcde")
@@ -293,9 +293,9 @@ def test_a_layer_at_a_time_is_read_however_many_models():
 
 
 def test_a_model_that_is_training_goes_on_training_and_keeps_no_hook():
-    model = made(Convolutions)
-    base, models = tuned(model)
-    model.load_state_dict(averaged(base, models))
+    model = build_model(Convolutions)
+    base, models = make_task_states(model)
+    model.load_state_dict(average_states(base, models))
     model.train()
     calibrate_features(model, base, models, floats(3, 6, 6))
     assert all(module.training for module in model.modules())
@@ -304,8 +304,8 @@ def test_a_model_that_is_training_goes_on_training_and_keeps_no_hook():
 
 
 def refused(base, models, samples, merged=None, model=None, **options) -> str:
-    model = model or made(mlp)
-    model.load_state_dict(merged or averaged(base, models))
+    model = model or build_model(mlp)
+    model.load_state_dict(merged or average_states(base, models))
     with pytest.raises(MagMaxError) as caught:
         calibrate_features(model, base, models, samples, options=FeatureOptions(**options))
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -313,7 +313,7 @@ def refused(base, models, samples, merged=None, model=None, **options) -> str:
 
 
 def test_what_cannot_be_calibrated_is_refused():
-    base, models = tuned(made(mlp))
+    base, models = make_task_states(build_model(mlp))
     samples = floats(4, 5)
     assert "each model needs samples of its task: 2 models, samples of 1" in refused(base, models, samples[:1])
     assert "there are no samples of model 2" in refused(base, models, [samples[0], []])
@@ -328,8 +328,8 @@ def test_what_cannot_be_calibrated_is_refused():
 
 
 def test_what_is_not_a_merge_of_these_is_refused_unless_told_otherwise():
-    model = made(lambda: nn.Sequential(nn.Linear(5, 2000), nn.Linear(2000, 3)))
-    base, (first, second, other) = tuned(model, 3)
+    model = build_model(lambda: nn.Sequential(nn.Linear(5, 2000), nn.Linear(2000, 3)))
+    base, (first, second, other) = make_task_states(model, 3)
     samples = floats(4, 5)
     said = refused(base, [first, second], samples, merged=other, model=model)
     assert "is not a merge of model 1, model 2" in said
@@ -343,9 +343,9 @@ def test_an_error_in_the_middle_of_a_model_stops_all_samples():
     """Raised once some samples wait for a layer: no thread is left behind."""
     import threading
 
-    model = made(mlp)
-    base, models = tuned(model)
-    model.load_state_dict(averaged(base, models))
+    model = build_model(mlp)
+    base, models = make_task_states(model)
+    model.load_state_dict(average_states(base, models))
     runs: list[int] = []
 
     def run(model, items):

@@ -7,7 +7,7 @@ import pytest
 
 import magmax
 from magmax import MagMaxError
-from magmax.calibration.gram import Gram
+from magmax.calibration.gram import TaskVectorGram
 from magmax.calibration.weight_space import measure_gram
 from magmax.checkpoints import open_checkpoint
 from magmax.rules import rule_from
@@ -33,7 +33,7 @@ def states(tasks: int, alike: float = 0.0):
     return base, models
 
 
-def measured(base, merged, models) -> Gram:
+def measured(base, merged, models) -> TaskVectorGram:
     return measure_gram(
         open_checkpoint(base), open_checkpoint(merged), [open_checkpoint(m) for m in models], "abcdefgh"[: len(models)]
     )
@@ -47,7 +47,7 @@ def test_every_rule_makes_a_merge(rule, tasks):
     found = measured(base, merged, models)
     vectors = np.stack([np.concatenate([(m[k] - base[k]).ravel() for k in base]) for m in (*models, merged)])
     vectors = vectors.astype(np.float64)
-    np.testing.assert_allclose(found.whole, vectors @ vectors.T, rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(found.total, vectors @ vectors.T, rtol=1e-9, atol=1e-6)
     fit, *_ = np.linalg.lstsq(vectors[:-1].T, vectors[-1], rcond=None)
     share = np.linalg.norm(fit @ vectors[:-1]) / np.linalg.norm(vectors[-1])
     assert found.correlation == pytest.approx(share, abs=1e-6)
@@ -57,9 +57,9 @@ def test_every_rule_makes_a_merge(rule, tasks):
 def test_a_merge_of_others_that_are_a_little_alike_is_doubted() -> None:
     base, models = states(4, 0.05)
     merged = magmax.merge("average", base, models[:2])
-    assert measured(base, merged, models[:2]).doubt("merged") == ""
+    assert measured(base, merged, models[:2]).doubtful_reason("merged") == ""
     doubtful = measured(base, merged, models[2:])
-    assert "a, b" in doubtful.doubt("merged")
+    assert "a, b" in doubtful.doubtful_reason("merged")
     assert 0.05 < doubtful.correlation < 0.3
 
 

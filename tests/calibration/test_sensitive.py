@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.calibration.nets import averaged, made, tuned  # noqa: E402
+from tests.calibration.nets import average_states, build_model, make_task_states  # noqa: E402
 from tests.calibration.test_features import mlp  # noqa: E402
 
 from magmax import MagMaxError  # noqa: E402
@@ -33,9 +33,9 @@ def scores_of(base, merged, cost, spread, count=400):
 
 @pytest.fixture
 def parts():
-    model = made(mlp)
-    base, models = tuned(model)
-    merged = averaged(base, models)
+    model = build_model(mlp)
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     return model, base, merged
 
@@ -53,7 +53,7 @@ def test_drops_are_measured_and_the_worst_named(parts, tmp_path):
         assert drop.drop == pytest.approx(cost.get(key, 0) * scale, abs=1e-9)
         assert drop.noise == pytest.approx(abs(cost.get(key, 0)) * 2 * 1.96 / 20, rel=0.15, abs=1e-9)
     assert list(found.sensitive) == ["2.weight", "0.weight"]
-    (tmp_path / "s.json").write_text(found.text())
+    (tmp_path / "s.json").write_text(found.to_json())
     assert read_sensitivity(tmp_path / "s.json") == found
     fewer = find_sensitive(model, base, scores_of(base, merged, cost, 2), name="toy", count=1)
     assert list(fewer.sensitive) == ["2.weight"]

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tests.calibration import naive  # noqa: E402
-from tests.calibration.nets import averaged, made, tuned  # noqa: E402
+from tests.calibration.nets import average_states, build_model, make_task_states  # noqa: E402
 from tests.calibration.test_features import tokens  # noqa: E402
 
 from magmax.calibration import calibrate_features, run_items  # noqa: E402
@@ -53,16 +53,16 @@ def pictures():
 )  # fmt: skip
 def test_as_defined(kind, samples, count):
     """Norms of some of these compute in float32 inside, hence the tolerance."""
-    model = made(kind)
-    base, models = tuned(model)
-    merged = averaged(base, models)
+    model = build_model(kind)
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     found = calibrate_features(model, base, models, samples)
     layers = [layer.name for layer in found.report.layers if not layer.why]
     state = model.state_dict()
     assert len(layers) == count
-    order = in_order(made(kind), samples[0][0], layers)
-    xis, expected = naive.calibrated(made(kind), base, merged, models, samples, run_items, order)
+    order = in_order(build_model(kind), samples[0][0], layers)
+    xis, expected = naive.reference_calibration(build_model(kind), base, merged, models, samples, run_items, order)
     told = {layer.name: layer.xi for layer in found.report.layers}
     for name in order:
         assert told[name] == pytest.approx(xis[name], rel=1e-4), name

@@ -6,19 +6,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.calibration.nets import Convolutions, Twice, averaged, made, tuned  # noqa: E402
+from tests.calibration.nets import Convolutions, SharedLayer, average_states, build_model, make_task_states  # noqa: E402
 from tests.calibration.test_features import floats, mlp  # noqa: E402
 
-from magmax.calibration import calibrate_features, unfolded  # noqa: E402
+from magmax.calibration import calibrate_features, calibration_hooks  # noqa: E402
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape"), [(mlp, (4, 5)), (Convolutions, (3, 6, 6)), (Twice, (3, 5))], ids=["mlp", "convolutions", "twice"]
+    ("kind", "shape"),
+    [(mlp, (4, 5)), (Convolutions, (3, 6, 6)), (SharedLayer, (3, 5))],
+    ids=["mlp", "convolutions", "twice"],
 )
 def test_per_layer_is_the_folded_model(kind, shape):
-    model = made(kind)
-    base, models = tuned(model)
-    merged = averaged(base, models)
+    model = build_model(kind)
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     found = calibrate_features(model, base, models, floats(*shape))
     folded = dict(model.state_dict())
@@ -27,18 +29,18 @@ def test_per_layer_is_the_folded_model(kind, shape):
         expected = model(x)
         model.load_state_dict(merged)
         plain = model(x)
-        with unfolded(model, base, found, per="layer"):
+        with calibration_hooks(model, base, found, per="layer"):
             torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
         assert torch.equal(model(x), plain)
     assert folded.keys() == merged.keys()
 
 
 def test_per_place_each_token_and_each_channel_has_its_own():
-    linear = made(lambda: torch.nn.Sequential(torch.nn.Linear(5, 7)))
-    convolution = made(lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)))
+    linear = build_model(lambda: torch.nn.Sequential(torch.nn.Linear(5, 7)))
+    convolution = build_model(lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)))
     for model, shape, dims in ((linear, (4, 5), (-1,)), (convolution, (3, 6, 6), (-2, -1))):
-        base, models = tuned(model)
-        merged = averaged(base, models)
+        base, models = make_task_states(model)
+        merged = average_states(base, models)
         model.load_state_dict(merged)
         samples = floats(*shape)
         found = calibrate_features(model, base, models, samples)
@@ -57,14 +59,14 @@ def test_per_place_each_token_and_each_channel_has_its_own():
         x = samples[0][0]
         pre, full = features(base, x), features(merged, x)
         expected = pre + xi.reshape(-1, *(1 for _ in dims)) * (full - pre)
-        with unfolded(model, base, found), torch.no_grad():
+        with calibration_hooks(model, base, found), torch.no_grad():
             torch.testing.assert_close(model(x[None])[0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_tokens_beyond_those_measured_take_the_layers_own():
-    model = made(lambda: torch.nn.Sequential(torch.nn.Linear(5, 7)))
-    base, models = tuned(model)
-    merged = averaged(base, models)
+    model = build_model(lambda: torch.nn.Sequential(torch.nn.Linear(5, 7)))
+    base, models = make_task_states(model)
+    merged = average_states(base, models)
     model.load_state_dict(merged)
     found = calibrate_features(model, base, models, floats(2, 5))
     xi = found.report.layers[0]
@@ -75,5 +77,5 @@ def test_tokens_beyond_those_measured_take_the_layers_own():
         model.load_state_dict(merged)
         full = model(x)
         each = torch.tensor([*xi.by_place, *[xi.xi] * 4], dtype=torch.float64)[:, None]
-        with unfolded(model, base, found):
+        with calibration_hooks(model, base, found):
             torch.testing.assert_close(model(x[None])[0], pre + each * (full - pre), rtol=1e-9, atol=1e-9)

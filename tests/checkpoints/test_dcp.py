@@ -17,14 +17,23 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.checkpoints.dcp_ranks import RANKS
-from tests.models import Tensors, loaded, magmax, merged_by, raw, same_bytes, saved, small_model
+from tests.models import (
+    Tensors,
+    load_tensors,
+    magmax,
+    reference_merge,
+    same_bytes,
+    save_tensors,
+    small_model,
+    tensor_bytes,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import magmax as package
 from magmax import MagMaxError
 from magmax.checkpoints import Checkpoint, open_checkpoint
-from magmax.checkpoints.torch.dcp import boxes
+from magmax.checkpoints.torch.dcp import split_into_boxes
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +71,11 @@ def check(opened: Checkpoint, expected: Tensors) -> None:
     for key, tensor in expected.items():
         spec = opened.spec(key)
         assert spec.shape == tuple(tensor.shape), key
-        content, size = raw(tensor), spec.storage.itemsize
-        assert opened.read(key, 0, spec.units).tobytes() == content, key
-        step = max(1, spec.units // 12)
-        for start in range(0, spec.units, step):
-            for stop in range(start + 1, spec.units + 1, step):
+        content, size = tensor_bytes(tensor), spec.storage_dtype.itemsize
+        assert opened.read(key, 0, spec.num_units).tobytes() == content, key
+        step = max(1, spec.num_units // 12)
+        for start in range(0, spec.num_units, step):
+            for stop in range(start + 1, spec.num_units + 1, step):
                 assert opened.read(key, start, stop).tobytes() == content[start * size : stop * size], (key, start)
 
 
@@ -93,13 +102,13 @@ def test_another_part_is_chosen_by_its_path(ranks: Path, tmp_path: Path) -> None
 
 def test_one_process_saves_what_merges(tmp_path: Path) -> None:
     base, models = small_model(0), [small_model(1), small_model(2)]
-    saved(base, tmp_path / "base.safetensors")
+    save_tensors(base, tmp_path / "base.safetensors")
     folders = [save({"app": {"model": m, "step": 3}}, tmp_path / f"m{n}") for n, m in enumerate(models)]
     package.merge("magmax", tmp_path / "base.safetensors", folders, 0.5, tmp_path / "out.safetensors")
-    assert same_bytes(loaded(tmp_path / "out.safetensors"), merged_by(magmax, base, models, 0.5))
+    assert same_bytes(load_tensors(tmp_path / "out.safetensors"), reference_merge(magmax, base, models, 0.5))
     from_base = save(base, tmp_path / "base")
     package.merge("magmax", from_base, folders, 0.5, tmp_path / "out2")
-    assert same_bytes(loaded(tmp_path / "out2" / "model.safetensors"), loaded(tmp_path / "out.safetensors"))
+    assert same_bytes(load_tensors(tmp_path / "out2" / "model.safetensors"), load_tensors(tmp_path / "out.safetensors"))
 
 
 def test_a_running_merge_remembers_a_part_as_its_base(tmp_path: Path) -> None:
@@ -108,9 +117,9 @@ def test_a_running_merge_remembers_a_part_as_its_base(tmp_path: Path) -> None:
     running = package.Running(tmp_path / "state", "magmax", folder / "ema")
     running.absorb(folder)
     running = package.Running(tmp_path / "state")
-    running.absorb(saved(models[1], tmp_path / "last.safetensors"))
+    running.absorb(save_tensors(models[1], tmp_path / "last.safetensors"))
     running.result(0.5, tmp_path / "out.safetensors")
-    assert same_bytes(loaded(tmp_path / "out.safetensors"), merged_by(magmax, base, models, 0.5))
+    assert same_bytes(load_tensors(tmp_path / "out.safetensors"), reference_merge(magmax, base, models, 0.5))
 
 
 @pytest.mark.parametrize("how", [{"thread_count": 3}, {"single_file_per_rank": False}, {"sync_files": False}])
@@ -118,7 +127,7 @@ def test_any_number_of_files(how: dict[str, Any], tmp_path: Path) -> None:
     tensors = small_model(3)
     check_whole = open_checkpoint(save(tensors, tmp_path / "c", **how))
     for key, tensor in tensors.items():
-        assert check_whole.read(key, 0, check_whole.spec(key).units).tobytes() == raw(tensor)
+        assert check_whole.read(key, 0, check_whole.spec(key).num_units).tobytes() == tensor_bytes(tensor)
 
 
 def test_which_tensors_are_the_model(tmp_path: Path) -> None:
@@ -188,7 +197,7 @@ def test_a_spoiled_metadata_is_read_right_or_refused(whole: Path) -> None:
         (whole / ".metadata").write_bytes(spoiled)
         try:
             opened = open_checkpoint(whole)
-            [opened.read(key, 0, spec.units) for key, spec in opened.specs.items()]
+            [opened.read(key, 0, spec.num_units) for key, spec in opened.specs.items()]
         except MagMaxError:
             pass
 
@@ -251,7 +260,9 @@ def test_boxes_make_up_their_range(shape: list[int], data: st.DataObject) -> Non
     start = data.draw(st.integers(0, count))
     stop = data.draw(st.integers(start, count))
     whole = np.arange(count).reshape(shape)
-    found = list(boxes(shape, start, stop))
-    parts = [whole[box.fixed][box.start : box.stop].reshape(-1) if shape else whole.reshape(1) for box in found]
+    found = list(split_into_boxes(shape, start, stop))
+    parts = [
+        whole[box.leading_indices][box.start : box.stop].reshape(-1) if shape else whole.reshape(1) for box in found
+    ]
     assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == list(range(start, stop))
     assert len(found) <= max(1, 2 * len(shape) - 1)

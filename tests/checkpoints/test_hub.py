@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from tests.checkpoints.hub_server import Hub, Repository, serve
-from tests.models import loaded, magmax, merged_by, same_bytes, saved, small_model
+from tests.checkpoints.hub_server import HubState, Repository, start_server
+from tests.models import load_tensors, magmax, reference_merge, same_bytes, save_tensors, small_model
 
 import magmax as package
 from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.remote import hub as hub_module
-from magmax.checkpoints.remote.hub import HubId, hub_id, needed
+from magmax.checkpoints.remote.hub import HubId, needed_files, parse_hub_id
 from magmax.cli import app
 from magmax.merging.provenance import read_provenance
 
@@ -76,15 +76,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    hub_module._find.cache_clear()
+    hub_module._fetch_or_explain.cache_clear()
     return folder
 
 
 @pytest.fixture
-def online(cache: Path, models: dict[str, Repository], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def online(cache: Path, models: dict[str, Repository], monkeypatch: pytest.MonkeyPatch) -> Iterator[HubState]:
     """A hub in reach."""
-    hub = Hub(models)
-    server = serve(hub)
+    hub = HubState(models)
+    server = start_server(hub)
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
@@ -155,9 +155,9 @@ def names_of(path: Path) -> list[dict[str, Any]]:
 )
 def test_which_texts_are_ids(text: str, named: HubId | None, cache: Path) -> None:
     Path("here/there").mkdir(parents=True)
-    assert hub_id(text) == named
+    assert parse_hub_id(text) == named
     if named:
-        assert hub_id(named.address) == named
+        assert parse_hub_id(named.address) == named
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_hf_must_be_followed_by(text: str) -> None:
 
 
 def test_a_path_that_is_there_always_wins(offline: Path) -> None:
-    saved({"mine": torch.ones(2)}, Path("org/base/model.safetensors"))
+    save_tensors({"mine": torch.ones(2)}, Path("org/base/model.safetensors"))
     assert open_checkpoint("org/base").specs.keys() == {"mine"}
     assert "mine" not in open_checkpoint("hf://org/base").specs
     with pytest.raises(MagMaxError, match=r"^org/cars: there is no such .*; for the model of the hub: hf://org/cars$"):
@@ -192,8 +192,8 @@ def test_the_cache_serves_without_a_network(offline: Path) -> None:
 def test_a_merge_by_ids_names_them_with_their_commits(offline: Path) -> None:
     models = ["org/cars", "hf://org/mnist/tuned"]
     app(["merge", "--base", "org/base", *models, "--out", "out"], exit_on_error=False, result_action="return_value")
-    expected = merged_by(magmax, small_model(0), [small_model(1), small_model(2)], 0.5)
-    assert same_bytes(loaded(Path("out/model.safetensors")), expected)
+    expected = reference_merge(magmax, small_model(0), [small_model(1), small_model(2)], 0.5)
+    assert same_bytes(load_tensors(Path("out/model.safetensors")), expected)
     assert json.loads(Path("out/config.json").read_text()) == {"model_type": "small"}
     assert Path("out/1_Pooling/config.json").is_file()
     cars, mnist = f"org/cars@{TWO}", f"org/mnist@{THREE}/tuned"
@@ -214,13 +214,13 @@ def test_recipes_sweeps_and_running_merges_take_ids(offline: Path) -> None:
         app([*words], exit_on_error=False, result_action="return_value")
 
     Path("sub").mkdir()
-    saved(small_model(2), Path("sub/local.safetensors"))
+    save_tensors(small_model(2), Path("sub/local.safetensors"))
     Path("sub/recipe.yaml").write_text(
         "base: org/base\nmodels: [org/cars, {path: org/cars@v1, name: old}, local.safetensors]\nout: out.safetensors\n"
     )
     run("merge", "sub/recipe.yaml")
     others = [small_model(n) for n in (1, 5, 2)]
-    assert same_bytes(loaded(Path("sub/out.safetensors")), merged_by(magmax, small_model(0), others, 0.5))
+    assert same_bytes(load_tensors(Path("sub/out.safetensors")), reference_merge(magmax, small_model(0), others, 0.5))
     assert names_of(Path("sub/out.safetensors"))[1:] == [
         {"name": f"org/cars@{TWO}", "origin": f"hf://org/cars@{TWO}"},
         {"name": "old", "origin": f"hf://org/cars@{ONE}"},
@@ -233,14 +233,14 @@ def test_recipes_sweeps_and_running_merges_take_ids(offline: Path) -> None:
     for model in ("org/cars", "org/cars@v1", "sub/local.safetensors"):
         run("absorb", "state", model, *(("--base", "org/base") if model == "org/cars" else ()))
     run("result", "state", "--out", "absorbed.safetensors")
-    assert same_bytes(loaded(Path("absorbed.safetensors")), loaded(Path("sub/out.safetensors")))
+    assert same_bytes(load_tensors(Path("absorbed.safetensors")), load_tensors(Path("sub/out.safetensors")))
     told = json.loads(Path("state/state.json").read_text())
     assert f"hf://org/base@{ONE}" in json.dumps(told)
     assert str(offline) not in json.dumps(told)
     run("inspect", "org/cars")
     run("diff", "org/base", "org/cars")
     run("convert", "org/cars", "cars.safetensors")
-    assert same_bytes(loaded(Path("cars.safetensors")), small_model(1))
+    assert same_bytes(load_tensors(Path("cars.safetensors")), small_model(1))
 
 
 def test_adapters_by_id(cache: Path) -> None:
@@ -253,7 +253,7 @@ def test_adapters_by_id(cache: Path) -> None:
     fill(cache, "org/net", Repository({ONE: {"model.safetensors": save(base)}}, {"main": ONE}))
     fill(cache, "org/lora", Repository({TWO: adapter}, {"main": TWO}))
     Path("made").rename("local")
-    saved(base, Path("base.safetensors"))
+    save_tensors(base, Path("base.safetensors"))
     expected = open_checkpoint("base.safetensors+local")
     for text, origin in {
         "org/net+org/lora": f"hf://org/net@{ONE}+hf://org/lora@{TWO}",
@@ -264,45 +264,46 @@ def test_adapters_by_id(cache: Path) -> None:
         opened = open_checkpoint(text)
         assert opened.origin == origin
         assert all(
-            (opened.read(k, 0, s.units) == expected.read(k, 0, s.units)).all() for k, s in expected.specs.items()
+            (opened.read(k, 0, s.num_units) == expected.read(k, 0, s.num_units)).all()
+            for k, s in expected.specs.items()
         )
     app(["convert", "org/net+org/lora", "net.safetensors"], exit_on_error=False, result_action="return_value")
     assert open_checkpoint("net.safetensors").specs == expected.specs
     package.merge("magmax", "org/net", ["org/lora"], 1.0, "out.safetensors")
     package.merge("magmax", "base.safetensors", ["local"], 1.0, "out2.safetensors")
-    assert same_bytes(loaded(Path("out.safetensors")), loaded(Path("out2.safetensors")))
+    assert same_bytes(load_tensors(Path("out.safetensors")), load_tensors(Path("out2.safetensors")))
     with pytest.raises(MagMaxError, match=rf"org/lora@{TWO[:12]}: is an adapter.*: write BASE\+org/lora"):
         open_checkpoint("org/lora")
 
 
-def test_only_what_is_needed_is_downloaded_and_only_once(online: Hub, cache: Path) -> None:
+def test_only_what_is_needed_is_downloaded_and_only_once(online: HubState, cache: Path) -> None:
     opened = open_checkpoint("org/cars")
     assert opened.origin == f"hf://org/cars@{TWO}"
-    assert all(opened.read(k, 0, s.units).size == s.units for k, s in opened.specs.items())
+    assert all(opened.read(k, 0, s.num_units).size == s.num_units for k, s in opened.specs.items())
     assert online.downloads() == [
         "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json", "modules.json", "tokenizer.json",
     ]  # fmt: skip
     assert (cache / "models--org--cars/refs/main").read_text() == TWO
-    online.asked.clear()
+    online.requests.clear()
     open_checkpoint("org/cars")
-    hub_module._find.cache_clear()
+    hub_module._fetch_or_explain.cache_clear()
     open_checkpoint(f"org/cars@{TWO}")
-    assert not online.asked
+    assert not online.requests
     open_checkpoint("org/cars")
     assert not online.downloads()
 
 
-def test_a_download_that_breaks_off_is_taken_up_again(online: Hub) -> None:
-    online.cut = 1_000_000
+def test_a_download_that_breaks_off_is_taken_up_again(online: HubState) -> None:
+    online.cut_after = 1_000_000
     opened = open_checkpoint("org/base")
-    assert all(opened.read(k, 0, s.units).size == s.units for k, s in opened.specs.items())
-    assert len([path for verb, path in online.asked if verb == "GET" and path.startswith("/large/")]) == 2
+    assert all(opened.read(k, 0, s.num_units).size == s.num_units for k, s in opened.specs.items())
+    assert len([path for verb, path in online.requests if verb == "GET" and path.startswith("/large/")]) == 2
 
 
-def test_what_was_downloaded_serves_when_the_hub_is_gone(online: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_downloaded_serves_when_the_hub_is_gone(online: HubState, monkeypatch: pytest.MonkeyPatch) -> None:
     open_checkpoint("org/base")
-    hub_module._find.cache_clear()
+    hub_module._fetch_or_explain.cache_clear()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert open_checkpoint("org/base").origin == f"hf://org/base@{ONE}"
     with pytest.raises(
@@ -322,7 +323,7 @@ def test_what_was_downloaded_serves_when_the_hub_is_gone(online: Hub, monkeypatc
         ("hf://org/mnist/emma", r"mnist/emma: holds no weights"),
     ],
 )
-def test_refusals(text: str, words: str, online: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(text: str, words: str, online: HubState, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MagMaxError, match=words) as caught:
         open_checkpoint(text)
     assert "\n" not in str(caught.value)
@@ -344,7 +345,7 @@ def test_offline_and_not_in_the_cache(cache: Path, models: dict[str, Repository]
 
 def test_which_files_are_needed() -> None:
     def chosen(*names: str, inside: str = "") -> list[str]:
-        return needed(names, HubId("o/n", "", inside), lambda name: Path("/nowhere", name))
+        return needed_files(names, HubId("o/n", "", inside), lambda name: Path("/nowhere", name))
 
     assert chosen("pytorch_model.bin", "model.safetensors", "vocab.txt") == ["model.safetensors", "vocab.txt"]
     assert chosen("pytorch_model.bin", "training_args.bin", "a/b/c.json") == ["pytorch_model.bin"]
@@ -357,7 +358,7 @@ def test_which_files_are_needed() -> None:
     ]
 
 
-def test_the_command_over_the_network(online: Hub, cache: Path) -> None:
+def test_the_command_over_the_network(online: HubState, cache: Path) -> None:
     """HF_HOME and HF_ENDPOINT as a user sets them, and the exit code; and that nothing here loads the library early."""
     env = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(cache.parent / "home")}
 
@@ -368,7 +369,9 @@ def test_the_command_over_the_network(online: Hub, cache: Path) -> None:
 
     done = run("merge", "--base", "org/base", "org/cars", "--out", "out.safetensors")
     assert done.returncode == 0, done.stderr
-    assert same_bytes(loaded(Path("out.safetensors")), merged_by(magmax, small_model(0), [small_model(1)], 0.5))
+    assert same_bytes(
+        load_tensors(Path("out.safetensors")), reference_merge(magmax, small_model(0), [small_model(1)], 0.5)
+    )
     assert (cache.parent / "home/hub/models--org--base/snapshots" / ONE).is_dir()
     again = run("inspect", "org/cars", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.models import Tensors, loaded, raw, same_bytes, saved
+from tests.models import Tensors, load_tensors, same_bytes, save_tensors, tensor_bytes
 
 from magmax import MagMaxError, Running, merge
 from magmax.checkpoints import blocks, open_checkpoint
-from magmax.checkpoints.lora.adapted_model import base_and_adapter
+from magmax.checkpoints.lora.adapted_model import split_base_and_adapter
 from magmax.cli import main
-from magmax.merging.execution.execution_options import Settings
-from magmax.recipes.recipe import build, load
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.recipes.recipe import build_request, load_recipe
 
 RANK = 3
 PREFIX = "base_model.model."
@@ -80,7 +80,7 @@ def presented(source: Any, base: Path | None = None) -> Tensors:
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     found: Tensors = {}
     for key, spec in model.specs.items():
-        parts = [model.read(key, *cut) for chunk in blocks.chunks(key, spec) for cut in chunk.slabs(spec)]
+        parts = [model.read(key, *cut) for chunk in blocks.iter_chunks(key, spec) for cut in chunk.blocks(spec)]
         units = torch.from_numpy(np.concatenate(parts))
         found[key] = units.view(types.get(spec.dtype, torch.int64)).reshape(spec.shape)
     return found
@@ -88,7 +88,7 @@ def presented(source: Any, base: Path | None = None) -> Tensors:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return saved(base_model(), tmp_path / "base.safetensors")
+    return save_tensors(base_model(), tmp_path / "base.safetensors")
 
 
 ALL = {
@@ -105,7 +105,7 @@ def test_every_element_is_the_fold_of_the_definition(tmp_path, dtype, half):
     del model["m.across.weight"]
     tensors = {key: t.to(half) for key, t in ALL.items() if "across" not in key}
     folder = adapter(tmp_path / "task", tensors)
-    path = saved(model, tmp_path / "base.safetensors")
+    path = save_tensors(model, tmp_path / "base.safetensors")
     if half == torch.float64 != dtype:
         with pytest.raises(MagMaxError, match="these types do not go together"):
             open_checkpoint(f"{path}+{folder}")
@@ -115,13 +115,13 @@ def test_every_element_is_the_fold_of_the_definition(tmp_path, dtype, half):
     for key, weight in model.items():
         name = PREFIX + key.removesuffix("weight")
         if name + "lora_A.weight" not in tensors:
-            assert raw(found[key]) == raw(weight)
+            assert tensor_bytes(found[key]) == tensor_bytes(weight)
             assert found[key].dtype == weight.dtype
             continue
         b, a = tensors[name + "lora_B.weight"], tensors[name + "lora_A.weight"]
         expected = folded(weight, b, a, 7 / RANK)
         assert found[key].dtype == expected.dtype
-        assert raw(found[key]) == raw(expected)
+        assert tensor_bytes(found[key]) == tensor_bytes(expected)
         dense = weight.double() + 7 / RANK * (b.double() @ a.double())
         torch.testing.assert_close(found[key].double(), dense, rtol=1e-5, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_any_range_is_a_part_of_the_whole(base, tmp_path):
     model = open_checkpoint(f"{base}+{adapter(tmp_path / 'task', ALL)}")
     draw = np.random.default_rng(0)
     for key in ("m.q.weight", "m.across.weight", "m.wide.weight", "m.deep.weight"):
-        units = model.spec(key).units
+        units = model.spec(key).num_units
         whole = model.read(key, 0, units)
         for _ in range(8):
             start, stop = sorted(draw.integers(0, units + 1, 2).tolist())
@@ -145,12 +145,12 @@ def test_any_range_is_a_part_of_the_whole(base, tmp_path):
 def test_slabs_tiles_and_threads_change_no_byte(base, tmp_path, monkeypatch, slab, tile):
     folder = adapter(tmp_path / "task", {**ALL, **embedding()})
     whole = presented(f"{base}+{folder}")
-    merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", settings=Settings(threads=1))
-    monkeypatch.setattr("magmax.checkpoints.blocks.SLAB", slab)
-    monkeypatch.setattr("magmax.checkpoints.lora.product.TILE", tile)
+    merge("average", base, [folder], 1.0, tmp_path / "one.safetensors", execution=ExecutionOptions(threads=1))
+    monkeypatch.setattr("magmax.checkpoints.blocks.BLOCK_ELEMENTS", slab)
+    monkeypatch.setattr("magmax.checkpoints.lora.product.TILE_ELEMENTS", tile)
     assert same_bytes(presented(f"{base}+{folder}"), whole)
-    merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", settings=Settings(threads=4))
-    assert same_bytes(loaded(tmp_path / "four.safetensors"), loaded(tmp_path / "one.safetensors"))
+    merge("average", base, [folder], 1.0, tmp_path / "four.safetensors", execution=ExecutionOptions(threads=4))
+    assert same_bytes(load_tensors(tmp_path / "four.safetensors"), load_tensors(tmp_path / "one.safetensors"))
 
 
 def embedding(module: str = "m.embed", count: int = 31, width: int = 8) -> Tensors:
@@ -165,7 +165,9 @@ def test_embeddings_are_transposed(base, tmp_path):
     tensors = embedding()
     a, b = tensors.values()
     found = presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=True), base)
-    assert raw(found["m.embed.weight"]) == raw(folded(base_model()["m.embed.weight"], a.T, b.T, 7 / RANK))
+    assert tensor_bytes(found["m.embed.weight"]) == tensor_bytes(
+        folded(base_model()["m.embed.weight"], a.T, b.T, 7 / RANK)
+    )
 
 
 def test_a_saved_embedding_is_what_its_update_is_added_to(base, tmp_path):
@@ -173,7 +175,7 @@ def test_a_saved_embedding_is_what_its_update_is_added_to(base, tmp_path):
     tensors = {**embedding(), PREFIX + "m.embed.base_layer.weight": resized}
     a, b = embedding().values()
     found = presented(adapter(tmp_path / "task", tensors), base)
-    assert raw(found["m.embed.weight"]) == raw(folded(resized, a.T, b.T, 7 / RANK))
+    assert tensor_bytes(found["m.embed.weight"]) == tensor_bytes(folded(resized, a.T, b.T, 7 / RANK))
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -182,10 +184,14 @@ def test_weights_stored_transposed(base, tmp_path, flag):
     a, b = (tensors[f"{PREFIX}m.square.lora_{side}.weight"] for side in "AB")
     found = presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=flag), base)
     left, right = (a.T, b.T) if flag else (b, a)
-    assert raw(found["m.square.weight"]) == raw(folded(base_model()["m.square.weight"], left, right, 7 / RANK))
+    assert tensor_bytes(found["m.square.weight"]) == tensor_bytes(
+        folded(base_model()["m.square.weight"], left, right, 7 / RANK)
+    )
     if flag:
         a, b = linear("m.across", 14, 10).values()
-        assert raw(found["m.across.weight"]) == raw(folded(base_model()["m.across.weight"], a.T, b.T, 7 / RANK))
+        assert tensor_bytes(found["m.across.weight"]) == tensor_bytes(
+            folded(base_model()["m.across.weight"], a.T, b.T, 7 / RANK)
+        )
 
 
 def test_a_square_weight_among_contradicting_ones_is_refused(base, tmp_path):
@@ -199,7 +205,7 @@ def test_convolutions(base, tmp_path):
     a, b = tensors.values()
     found = presented(adapter(tmp_path / "task", tensors), base)["m.conv.weight"]
     weight = base_model()["m.conv.weight"]
-    assert raw(found) == raw(folded(weight, b.reshape(6, RANK), a.reshape(RANK, -1), 7 / RANK))
+    assert tensor_bytes(found) == tensor_bytes(folded(weight, b.reshape(6, RANK), a.reshape(RANK, -1), 7 / RANK))
     dense = torch.nn.functional.conv2d(a.double().transpose(0, 1), b.double()).transpose(0, 1)
     torch.testing.assert_close(found.double(), weight.double() + 7 / RANK * dense, rtol=1e-5, atol=1e-5)
 
@@ -212,7 +218,7 @@ def test_ranks_and_alphas_by_pattern(base, tmp_path, stabilised):
     for key, rank, alpha in (("m.q", 5, 7), ("m.square", RANK, 2.5)):
         a, b = (tensors[f"{PREFIX}{key}.lora_{side}.weight"] for side in "AB")
         scale = alpha / (math.sqrt(rank) if stabilised else rank)
-        assert raw(found[f"{key}.weight"]) == raw(folded(base_model()[f"{key}.weight"], b, a, scale))
+        assert tensor_bytes(found[f"{key}.weight"]) == tensor_bytes(folded(base_model()[f"{key}.weight"], b, a, scale))
 
 
 def test_modules_and_biases_saved_in_full_stand_in_the_place_of_the_base(base, tmp_path):
@@ -226,7 +232,11 @@ def test_modules_and_biases_saved_in_full_stand_in_the_place_of_the_base(base, t
     }
     folder = adapter(tmp_path / "task", tensors, bias="all", modules_to_save=["head", "norm"])
     found = presented(folder, base)
-    assert [raw(found[k]) for k in ("head.weight", "m.q.bias", "m.norm.weight")] == [raw(head), raw(bias), raw(norm)]
+    assert [tensor_bytes(found[k]) for k in ("head.weight", "m.q.bias", "m.norm.weight")] == [
+        tensor_bytes(head),
+        tensor_bytes(bias),
+        tensor_bytes(norm),
+    ]
 
 
 def test_a_saved_module_that_the_base_has_not_is_an_extra_tensor(base, tmp_path):
@@ -235,14 +245,14 @@ def test_a_saved_module_that_the_base_has_not_is_an_extra_tensor(base, tmp_path)
     with pytest.raises(MagMaxError, match=r"has a tensor score\.weight(.|\n)*--mismatch base"):
         merge("magmax", base, [folder], out=tmp_path / "out.safetensors")
     merge("magmax", base, [folder], out=tmp_path / "out.safetensors", mismatch="base")
-    assert loaded(tmp_path / "out.safetensors").keys() == base_model().keys()
+    assert load_tensors(tmp_path / "out.safetensors").keys() == base_model().keys()
 
 
 @pytest.mark.parametrize("drop", [True, False])
 def test_names_are_found_with_a_leading_part_more_or_fewer(tmp_path, drop):
     model = {"h.q.weight": torch.randn(20, 12), "h.q.bias": torch.zeros(20)}
     model = model if drop else {f"bert.{key}": tensor for key, tensor in model.items()}
-    base = saved(model, tmp_path / "base.safetensors")
+    base = save_tensors(model, tmp_path / "base.safetensors")
     module = "bert.h.q" if drop else "h.q"
     tensors = {
         **linear(module, 20, 12),
@@ -253,8 +263,8 @@ def test_names_are_found_with_a_leading_part_more_or_fewer(tmp_path, drop):
     assert found.keys() == {*model, "score.weight"}
     key, bias = model
     a, b = linear(module, 20, 12).values()
-    assert raw(found[key]) == raw(folded(model[key], b, a, 7 / RANK))
-    assert raw(found[bias]) == raw(torch.ones(20))
+    assert tensor_bytes(found[key]) == tensor_bytes(folded(model[key], b, a, 7 / RANK))
+    assert tensor_bytes(found[bias]) == tensor_bytes(torch.ones(20))
 
 
 def test_tied_weights_are_tuned_once(tmp_path):
@@ -344,13 +354,13 @@ def test_a_folder_with_weights_of_its_own_is_a_model(base, tmp_path):
 def test_a_plus_is_a_join_only_where_no_file_has_that_name(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path / "task+1", Q)
-    assert base_and_adapter("base.safetensors+task+1") == ("base.safetensors", "task+1")
-    assert base_and_adapter("task+1") is None
-    assert base_and_adapter("base.safetensors+") is None
+    assert split_base_and_adapter("base.safetensors+task+1") == ("base.safetensors", "task+1")
+    assert split_base_and_adapter("task+1") is None
+    assert split_base_and_adapter("base.safetensors+") is None
     with pytest.raises(MagMaxError, match=r"there is no such file"):
         open_checkpoint("base.safetensors+nowhere")
-    saved(base_model(), tmp_path / "base.safetensors+task+1")
-    assert base_and_adapter("base.safetensors+task+1") is None
+    save_tensors(base_model(), tmp_path / "base.safetensors+task+1")
+    assert split_base_and_adapter("base.safetensors+task+1") is None
 
 
 def test_an_interrupted_merge_is_known_by_the_files_of_both(base, tmp_path):
@@ -369,20 +379,20 @@ def three(tmp_path: Path) -> list[Path]:
     """Two adapters and a full model."""
     tasks = [adapter(tmp_path / f"task{n}", linear("m.q", 20, 12, seed=n) | embedding()) for n in (1, 2)]
     full = {key: t + 1 if t.is_floating_point() else t for key, t in base_model().items()}
-    return [*tasks, saved(full, tmp_path / "full" / "model.safetensors")]
+    return [*tasks, save_tensors(full, tmp_path / "full" / "model.safetensors")]
 
 
 def test_adapters_and_models_merge_as_their_dense_equals(base, tmp_path, three):
-    dense = [saved(presented(t, base), tmp_path / f"dense{n}.safetensors") for n, t in enumerate(three[:2])]
+    dense = [save_tensors(presented(t, base), tmp_path / f"dense{n}.safetensors") for n, t in enumerate(three[:2])]
     for rule in ("magmax", "average", "ties"):
         merge(rule, base, three, 0.5, tmp_path / "ours.safetensors")
         merge(rule, base, [*dense, three[2]], 0.5, tmp_path / "dense.safetensors")
-        assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(tmp_path / "dense.safetensors"))
+        assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(tmp_path / "dense.safetensors"))
 
 
 def test_a_half_precision_base_is_tuned_in_float32(tmp_path):
     model = base_model(torch.bfloat16)
-    base = saved(model, tmp_path / "base.safetensors")
+    base = save_tensors(model, tmp_path / "base.safetensors")
     folders = [adapter(tmp_path / f"task{n}", linear("m.q", 20, 12, seed=n)) for n in (1, 2)]
     merge("average", base, folders, 1.0, tmp_path / "out.safetensors")
     weight = model["m.q.weight"]
@@ -390,7 +400,7 @@ def test_a_half_precision_base_is_tuned_in_float32(tmp_path):
         folded(weight, *reversed(linear("m.q", 20, 12, seed=n).values()), 7 / RANK) - weight.float() for n in (1, 2)
     ]
     expected = (weight.float() + (vectors[0] + vectors[1]) / 2).bfloat16()
-    assert raw(loaded(tmp_path / "out.safetensors")["m.q.weight"]) == raw(expected)
+    assert tensor_bytes(load_tensors(tmp_path / "out.safetensors")["m.q.weight"]) == tensor_bytes(expected)
 
 
 def test_absorbed_one_by_one_they_are_the_batch(base, tmp_path, three):
@@ -400,7 +410,7 @@ def test_absorbed_one_by_one_they_are_the_batch(base, tmp_path, three):
         running.absorb(model)
     running.result(0.5, tmp_path / "running.safetensors")
     assert [task.name for task in running.tasks] == ["task1", "task2", "full"]
-    assert same_bytes(loaded(tmp_path / "running.safetensors"), loaded(tmp_path / "batch.safetensors"))
+    assert same_bytes(load_tensors(tmp_path / "running.safetensors"), load_tensors(tmp_path / "batch.safetensors"))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -414,7 +424,7 @@ def test_a_running_merge_remembers_both_halves_of_its_base(base, tmp_path, three
     running.result(0.5, "running.safetensors")
     monkeypatch.chdir(tmp_path)
     merge("magmax", start, ["full"], 0.5, "batch.safetensors")
-    assert same_bytes(loaded(Path("deep/running.safetensors")), loaded(Path("batch.safetensors")))
+    assert same_bytes(load_tensors(Path("deep/running.safetensors")), load_tensors(Path("batch.safetensors")))
     Path("task1").rename("gone")
     with pytest.raises(MagMaxError, match=r"no longer at .*say where it is|is no such file"):
         Running("deep/state").result(0.5, "again.safetensors")
@@ -440,20 +450,20 @@ def test_recipes_find_both_halves_beside_themselves(base, tmp_path, three, monke
     (tmp_path / "recipe.yaml").write_text(
         "base: base.safetensors\nmodels: [task1, base.safetensors+task2]\nscaling_factor: 0.5\nout: ours.safetensors\n"
     )
-    plan = load(str(tmp_path / "recipe.yaml"))
+    plan = load_recipe(str(tmp_path / "recipe.yaml"))
     assert list(plan.names) == ["task1", "task2"]
     plan.job().run()
     merge("magmax", base, three[:2], 0.5, tmp_path / "plain.safetensors")
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     monkeypatch.chdir(tmp_path)
     content = {"base": "base.safetensors", "models": ["base.safetensors+task1", "task2"]}
-    assert list(build(content, "here", {}, "").names) == ["task1", "task2"]
+    assert list(build_request(content, "here", {}, "").names) == ["task1", "task2"]
 
 
 def test_an_in_memory_base_and_an_adapter(tmp_path, three):
     model = base_model()
     result = merge("average", model, [three[0]], 1.0)
-    tuned = presented(three[0], saved(model, tmp_path / "again.safetensors"))["m.q.weight"]
+    tuned = presented(three[0], save_tensors(model, tmp_path / "again.safetensors"))["m.q.weight"]
     torch.testing.assert_close(result["m.q.weight"], tuned)
 
 
@@ -474,11 +484,11 @@ def test_on_the_command_line(base, tmp_path, three, monkeypatch, capsys):
     magmax("absorb", "state", "task1", "--base", "base.safetensors")
     magmax("absorb", "state", "task2")
     magmax("result", "state", "--out", "running.safetensors")
-    assert same_bytes(loaded(Path("running.safetensors")), loaded(Path("plain.safetensors")))
+    assert same_bytes(load_tensors(Path("running.safetensors")), load_tensors(Path("plain.safetensors")))
 
     assert "m.q.weight" in magmax("diff", "base.safetensors", "task1")
     assert "m.q.weight" in magmax("inspect", "base.safetensors+task1")
     Path("sweep.yaml").write_text("base: base.safetensors\nmodels: [task1, task2]\nout: swept.safetensors\n")
     magmax("sweep", "sweep.yaml", "scaling_factor=0.5,1")
     merge("magmax", base, three[:2], 1.0, tmp_path / "plain.safetensors")
-    assert same_bytes(loaded(Path("swept-1.safetensors")), loaded(Path("plain.safetensors")))
+    assert same_bytes(load_tensors(Path("swept-1.safetensors")), load_tensors(Path("plain.safetensors")))

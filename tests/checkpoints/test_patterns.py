@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from magmax.checkpoints.lora.bounded_regex import LONGEST, Pattern, PatternError
+from magmax.checkpoints.lora.bounded_regex import MAX_LENGTH, BoundedRegex, BoundedRegexError
 
 ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", "[ab]", "[^a.]", "0", "^", "$", r"\w", "_", r"[]\]a-b]", r"\A"])
 MANY = st.sampled_from(["", "", "", "*", "+", "?", "{2}", "{0,2}", "{1,}", "{,1}", "*?", "+?", "??", "{1,2}?"])
@@ -37,10 +37,10 @@ def test_an_expression_names_what_it_names_for_peft(text: str, name: str) -> Non
     try:
         expected = re.match(rf"(.*\.)?({text})$", name) is not None
     except re.error:
-        with pytest.raises(PatternError):
-            Pattern(text)
+        with pytest.raises(BoundedRegexError):
+            BoundedRegex(text)
         return
-    assert Pattern(text).names(name) == expected
+    assert BoundedRegex(text).matches_module(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,24 @@ def test_an_expression_names_what_it_names_for_peft(text: str, name: str) -> Non
      "(?:(?:(?:a?){999}){999}){999}b", "(((((((((.*)*)*)*)*)*)*)*)*)*x"],
 )  # fmt: skip
 def test_an_expression_that_would_run_for_years_is_answered_or_refused_within_its_steps(text: str) -> None:
-    with suppress(PatternError):
-        assert not Pattern(text).names("m." + "a" * 60 + "!")
+    with suppress(BoundedRegexError):
+        assert not BoundedRegex(text).matches_module("m." + "a" * 60 + "!")
 
 
 @pytest.mark.parametrize("text", ["(?=a)a", "(?<!b)a", r"(a)\1", "(?i:a)", "a++", "(?>a)", r"\bq", "(?P=x)", "("])
 def test_what_is_not_supported_is_refused(text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(PatternError):
-            Pattern(text)
+        with pytest.raises(BoundedRegexError):
+            BoundedRegex(text)
 
 
-@pytest.mark.parametrize("text", ["a" * (LONGEST + 1), "(" * 900 + ")" * 900, "a{99999999999999999999}"])
+@pytest.mark.parametrize("text", ["a" * (MAX_LENGTH + 1), "(" * 900 + ")" * 900, "a{99999999999999999999}"])
 def test_an_expression_beyond_all_measure_is_refused(text: str) -> None:
-    with pytest.raises(PatternError):
-        Pattern(text).names("a")
+    with pytest.raises(BoundedRegexError):
+        BoundedRegex(text).matches_module("a")
 
 
 def test_a_name_beyond_all_measure_is_refused() -> None:
-    with pytest.raises(PatternError, match="longer than"):
-        Pattern("a").names("a" * (LONGEST + 1))
+    with pytest.raises(BoundedRegexError, match="longer than"):
+        BoundedRegex("a").matches_module("a" * (MAX_LENGTH + 1))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.models import Tensors, loaded, magmax, merged_by, raw, same_bytes, saved
+from tests.models import Tensors, load_tensors, magmax, reference_merge, same_bytes, save_tensors, tensor_bytes
 
 import magmax as package
 from magmax import MagMaxError
@@ -108,7 +108,7 @@ def research(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def convert(path: Path, out: Path, **options: Any) -> Tensors:
     convert_job(str(path), str(out), **options).run()
-    return loaded(out)
+    return load_tensors(out)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -144,10 +144,10 @@ def test_ranges_of_strided_tensors(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "t.pt")
     opened = PickledModel(tmp_path / "t.pt", "t")
     for key, tensor in tensors.items():
-        spec, content = opened.spec(key), raw(tensor)
-        size, step = spec.storage.itemsize, max(1, spec.units // 7)
-        for start in range(0, spec.units, step):
-            for stop in (start + 1, min(start + step + 3, spec.units), spec.units):
+        spec, content = opened.spec(key), tensor_bytes(tensor)
+        size, step = spec.storage_dtype.itemsize, max(1, spec.num_units // 7)
+        for start in range(0, spec.num_units, step):
+            for stop in (start + 1, min(start + step + 3, spec.num_units), spec.num_units):
                 assert opened.read(key, start, stop).tobytes() == content[start * size : stop * size], (key, start)
 
 
@@ -161,7 +161,7 @@ def test_converted_models_merge(research: ModuleType, tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         convert(tmp_path / f"old{number}.pt", path)
     package.merge("magmax", paths[0], paths[1:], 0.5, tmp_path / "out.safetensors")
-    assert same_bytes(loaded(tmp_path / "out.safetensors"), merged_by(magmax, dicts[0], dicts[1:], 0.5))
+    assert same_bytes(load_tensors(tmp_path / "out.safetensors"), reference_merge(magmax, dicts[0], dicts[1:], 0.5))
 
 
 def test_data_parallel_is_noted_and_its_prefix_can_be_taken_off(research: ModuleType, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_where_the_model_is_among_other_things(research: ModuleType, tmp_path: P
 
     def same(opened: PickledModel, expected: torch.nn.Module | Tensors) -> bool:
         state = expected.state_dict() if isinstance(expected, torch.nn.Module) else expected
-        return {k: opened.read(k, 0, s.units).tobytes() for k, s in opened.specs.items()} == {
-            k: raw(v.detach()) for k, v in state.items()
+        return {k: opened.read(k, 0, s.num_units).tobytes() for k, s in opened.specs.items()} == {
+            k: tensor_bytes(v.detach()) for k, v in state.items()
         }
 
     beside = {"epoch": np.float64(3), "optimizer": adam.state_dict(), "when": Path("/x"), "best": np.arange(3)}
@@ -403,7 +403,7 @@ def test_small_files_that_hold_one_thing_many_times_are_refused_at_once(name: st
 def test_modules_that_share_their_modules_many_times_over_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickled_models, "MOST_PARTS", 10_000)
+    monkeypatch.setattr(pickled_models, "MAX_VISITS", 10_000)
     net = torch.nn.Sequential()
     for _ in range(40):
         net = torch.nn.Sequential(net, net)
@@ -468,7 +468,7 @@ def test_cut_and_damaged_files(zipped: bool, tmp_path: Path) -> None:
         path.write_bytes(spoiled)
         try:
             opened = PickledModel(path, "cut")
-            [opened.read(key, 0, spec.units) for key, spec in opened.specs.items()]
+            [opened.read(key, 0, spec.num_units) for key, spec in opened.specs.items()]
         except MagMaxError:
             pass
 
@@ -500,7 +500,7 @@ def test_a_tensor_that_lies_beyond_its_storage_is_refused(tmp_path: Path) -> Non
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     net = torch.nn.Linear(3, 2)
     torch.save(net, tmp_path / "old.pt")
-    saved(dict(net.state_dict()), tmp_path / "expected.safetensors")
+    save_tensors(dict(net.state_dict()), tmp_path / "expected.safetensors")
     run = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'magmax'; from magmax.cli import main; main()"
 
     def magmax_says(*words: str) -> subprocess.CompletedProcess[str]:
@@ -509,10 +509,12 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     done = magmax_says("convert", "old.pt", "new.safetensors")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("converted old.pt: new.safetensors")
-    assert same_bytes(loaded(tmp_path / "new.safetensors"), loaded(tmp_path / "expected.safetensors"))
+    assert same_bytes(load_tensors(tmp_path / "new.safetensors"), load_tensors(tmp_path / "expected.safetensors"))
     folder = magmax_says("convert", "new.safetensors", "folder")
     assert folder.returncode == 0, folder.stderr
-    assert same_bytes(loaded(tmp_path / "folder" / "model.safetensors"), loaded(tmp_path / "expected.safetensors"))
+    assert same_bytes(
+        load_tensors(tmp_path / "folder" / "model.safetensors"), load_tensors(tmp_path / "expected.safetensors")
+    )
     wrong = magmax_says("convert", "new.safetensors", "again.safetensors", "--strip", "module.")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "are for pickles" in wrong.stderr

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 
 WORDS = 40
@@ -63,7 +63,7 @@ def make_encoder() -> Callable[..., TextEncoder]:
 
 
 @pytest.fixture
-def data(encoder: TextEncoder) -> Labelled:
+def data(encoder: TextEncoder) -> LabelledExamples:
     """96 texts of 4 classes; class c mostly uses the words 10c to 10c + 9."""
     random = np.random.default_rng(0)
     labels = np.arange(96) % 4
@@ -71,7 +71,7 @@ def data(encoder: TextEncoder) -> Labelled:
     for label in labels:
         words = random.integers(10 * label, 10 * label + 10, size=random.integers(3, 9))
         items.append(" ".join(map(str, words)))
-    return Labelled(encoder.tokenize(items), labels)
+    return LabelledExamples(encoder.tokenize(items), labels)
 
 
 @pytest.fixture

@@ -23,14 +23,22 @@ import magmax  # noqa: E402
 from magmax.continual import cells, registry  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
-from magmax.continual.context import context, hold_out  # noqa: E402
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.context import build_context, hold_out  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.evaluation.result_files import write_results  # noqa: E402
-from magmax.continual.evaluation.tables import against_best, comparisons, paired, signed_rank, summary, table, tidy  # noqa: E402
+from magmax.continual.evaluation.tables import (  # noqa: E402
+    against_best,
+    compare_paired,
+    comparisons,
+    signed_rank,
+    summary,
+    table,
+    tidy,
+)
 from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
 from magmax.continual.training.weight_files import load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
-from magmax.merging.execution.executors import cluster, process_pool  # noqa: E402
+from magmax.merging.execution.executors import connect, process_pool  # noqa: E402
 
 ALL = [
     "sequential",
@@ -91,7 +99,7 @@ def test_every_method_is_measured_and_every_chain_trained_once(
 def test_a_row_is_what_merging_and_predicting_by_hand_gives(tmp_path: Path, executor: Executor) -> None:
     work = experiment(seeds=[1])
     found = {r["method"]: r for r in Benchmark(work, tmp_path, executor).run()}
-    here = context(work, 1)
+    here = build_context(work, 1)
     folder = chain_folder(tmp_path, work, 1, "independent")
     theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
     for learned in (1, 2, 3):
@@ -137,7 +145,7 @@ def test_a_benchmark_stopped_midway_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Benchmark(experiment(), tmp_path / "killed", executor, tell=stop).run()
+        Benchmark(experiment(), tmp_path / "killed", executor, progress=stop).run()
     assert done == 7
     executor.submit(int).result()  # what was running when it stopped is over
     found = list((tmp_path / "killed" / "cells").glob("*.json"))
@@ -177,7 +185,7 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
         seeds=[0], chains=["sequential"], rules=["task_arithmetic"], factors=[0.1, 0.6, 2.0], validation=5
     )
     (record,) = [r for r in Benchmark(work, tmp_path, executor).run() if r["rule"] == "task_arithmetic"]
-    here = context(work, 0)
+    here = build_context(work, 0)
     folder = chain_folder(tmp_path, work, 0, "sequential")
     theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
     by_hand = {}
@@ -192,13 +200,13 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
 
 
 def test_a_merge_has_the_statistics_that_the_recipe_says(tmp_path: Path, executor: Executor) -> None:
-    changes: dict[str, Any] = {"model": f"{toys.HERE}:normed", "seeds": [0], "chains": ["sequential"]}
+    changes: dict[str, Any] = {"model": f"{toys.MODULE}:normed", "seeds": [0], "chains": ["sequential"]}
     changes |= {"rules": ["magmax"], "rows": "last"}
     work = experiment(**changes, batch_norm="recalibrated")
     frozen = Benchmark(experiment(**changes), tmp_path, executor).run()
     found = Benchmark(work, tmp_path, executor).run()
     assert found[:2] == frozen[:2]  # zero-shot and last: no merges
-    here = context(work, 0)
+    here = build_context(work, 0)
     theta = [chain_folder(tmp_path, work, 0, "sequential") / f"theta_{t}.safetensors" for t in range(4)]
     magmax.merge("magmax", theta[0], theta[1:], out=tmp_path / "m.safetensors")
     load_weights(here.encoder.model, tmp_path / "m.safetensors")
@@ -219,7 +227,7 @@ def test_a_learning_rate_can_be_chosen_without_the_test_set(
     changes: dict[str, Any] = {"seeds": [0], "chains": ["sequential"], "rules": [], "validation": 4}
     on_test = Benchmark(experiment(**changes), tmp_path, executor).run()
     (zero, last) = Benchmark(experiment(**changes, measure_on="validation"), tmp_path, executor).run()
-    here = context(experiment(**changes), 0)
+    here = build_context(experiment(**changes), 0)
     assert zero["variants"][0]["rows"]["0"]["tasks"] == here.row(0, here.validation).tasks
     load_weights(
         here.encoder.model, chain_folder(tmp_path, experiment(**changes), 0, "sequential") / "theta_3.safetensors"
@@ -227,7 +235,7 @@ def test_a_learning_rate_can_be_chosen_without_the_test_set(
     assert last["variants"][0]["rows"]["3"]["tasks"] == here.row(3, here.validation).tasks
     assert last["models"] == on_test[1]["models"]
     with pytest.raises(MagMaxError, match="validation: 10"):
-        experiment(measure_on="validation").checked()
+        experiment(measure_on="validation").check()
 
 
 def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
@@ -235,12 +243,12 @@ def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Exec
     work = experiment(seeds=[0], chains=["sequential"], rules=["magmax"])
     options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
     with distributed.LocalCluster(**options, silence_logs=50) as local:
-        dask, close = cluster(local.scheduler_address)
+        dask, close = connect(local.scheduler_address)
         found = Benchmark(work, tmp_path / "dask", dask).run()
         close()
     assert records_of(found) == records_of(Benchmark(work, tmp_path / "here", executor).run())
     with pytest.raises(MagMaxError, match="no Dask scheduler answers there"):
-        cluster("not an address")
+        connect("not an address")
 
 
 def test_models_that_others_trained_stand_in_for_independent_ones(tmp_path: Path, executor: Executor) -> None:
@@ -287,23 +295,23 @@ def test_joint_has_only_a_last_row_and_forgets_nothing(tmp_path: Path, executor:
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(MagMaxError, match=r"chains: there is no 'sequentiall'; did you mean 'sequential'"):
-        experiment(chains=["sequentiall"]).checked()
+        experiment(chains=["sequentiall"]).check()
     with pytest.raises(MagMaxError, match=r"chains: ewc has no option 'lambda'"):
-        experiment(chains=[{"ewc": {"lambda": 1}}]).checked()
+        experiment(chains=[{"ewc": {"lambda": 1}}]).check()
     with pytest.raises(MagMaxError, match=r"joint needs steps to be a number like 0, not 'many'"):
-        experiment(chains=[{"joint": {"steps": "many"}}]).checked()
+        experiment(chains=[{"joint": {"steps": "many"}}]).check()
     with pytest.raises(MagMaxError, match=r"never on the test set; .*validation: 10"):
-        experiment(factors=[0.5]).checked()
+        experiment(factors=[0.5]).check()
     with pytest.raises(MagMaxError, match=r"rules: one is named twice: magmax, magmax"):
-        experiment(rules=["magmax", "magmax"]).checked()
+        experiment(rules=["magmax", "magmax"]).check()
     with pytest.raises(MagMaxError, match=r"there is no rule 'tis'"):
-        experiment(rules=["tis"]).checked()
+        experiment(rules=["tis"]).check()
     with pytest.raises(MagMaxError, match=r"data: there is no 'newsgroup'; did you mean 'newsgroups'"):
-        experiment(data="newsgroup").checked()
+        experiment(data="newsgroup").check()
     with pytest.raises(MagMaxError, match=r"data: .*toys:blobs has no option 'noize'; did you mean 'noise'"):
-        context(experiment(data={f"{toys.HERE}:blobs": {"noize": 1}}), 0)
+        build_context(experiment(data={f"{toys.MODULE}:blobs": {"noize": 1}}), 0)
     with pytest.raises(MagMaxError, match=r"model: nowhere:encoder: cannot be imported"):
-        experiment(model="nowhere:encoder").checked()
+        experiment(model="nowhere:encoder").check()
 
 
 def test_names_of_rules() -> None:
@@ -355,7 +363,7 @@ def test_references_do_not_compete_but_methods_without_a_factor_do() -> None:
 
 def test_a_single_seed_and_equal_results_claim_nothing() -> None:
     assert "proves nothing" in comparisons(made_up({"magmax/sequential": [0.6], "last/lwf": [0.5]}))[0]
-    same = paired("a", "b", "default", [0.5, 0.6], [0.5, 0.6])
+    same = compare_paired("a", "b", "default", [0.5, 0.6], [0.5, 0.6])
     assert (same.p_t, same.p_wilcoxon, same.wins) == (1.0, 1.0, 0)
 
 
@@ -372,13 +380,13 @@ def test_the_signed_rank_test_tries_every_sign(differences: list[float]) -> None
 
 
 def test_differences_that_rounding_alone_sets_apart_are_one() -> None:
-    found = paired("a", "b", "default", [0.3, 0.5, 0.6], [0.2, 0.4, 0.5])
+    found = compare_paired("a", "b", "default", [0.3, 0.5, 0.6], [0.2, 0.4, 0.5])
     assert (found.p_t, found.p_wilcoxon) == (0.0, 0.25)
 
 
 def test_examples_are_held_out_in_every_domain() -> None:
     labels, domains = np.repeat([0, 1], 30), np.tile([0, 1, 2], 20)
-    data = Labelled(list(range(60)), labels, domains)
+    data = LabelledExamples(list(range(60)), labels, domains)
     rest, held = hold_out(data, 2, seed=0)
     assert all(((held.labels == c) & (held.domains == d)).sum() == 2 for c in (0, 1) for d in (0, 1, 2))
     assert sorted([*rest.items, *held.items]) == list(range(60))
@@ -392,7 +400,7 @@ def test_the_head_does_not_see_the_examples_held_out(monkeypatch: pytest.MonkeyP
         return toys.head(encoder, dataset)
 
     monkeypatch.setitem(registry.HEADS, "watched", head)
-    here = context(experiment(validation=4, factors=[0.5], head="watched"), 0)
+    here = build_context(experiment(validation=4, factors=[0.5], head="watched"), 0)
     assert seen
     assert not {tuple(item) for item in here.validation.items} & set(seen)
 

@@ -14,11 +14,11 @@ torch = pytest.importorskip("torch")
 from tests.continual.test_benchmark import experiment  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.calibration import FeatureOptions, calibrate_features, unfolded  # noqa: E402
+from magmax.calibration import FeatureOptions, calibrate_features, calibration_hooks  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import chain_folder, samples_of  # noqa: E402
-from magmax.continual.context import context  # noqa: E402
-from magmax.continual.experiment import Cell  # noqa: E402
+from magmax.continual.context import build_context  # noqa: E402
+from magmax.continual.experiment import BenchmarkCell  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 from magmax.rules import Average, CalibrateWeights, chain  # noqa: E402
 
@@ -51,7 +51,7 @@ def test_every_rule_is_measured_with_every_calibration_as_by_hand(tmp_path: Path
     }
     names = ["average", "average+wsc", *(f"average+{name}" for name in calibrated)]
     assert list(found) == ["zero_shot", *(f"{name}/independent" for name in names)]
-    here = context(recipe, 0)
+    here = build_context(recipe, 0)
     paths = [chain_folder(tmp_path, recipe, 0, "independent") / f"theta_{t}.safetensors" for t in (1, 2, 3)]
     expected: dict[str, Any] = {}
     for name, rule in (("average", Average()), ("average+wsc", weights["tensor"])):
@@ -65,7 +65,7 @@ def test_every_rule_is_measured_with_every_calibration_as_by_hand(tmp_path: Path
         made = calibrate_features(here.encoder.model, here.base, paths, items, run, FeatureOptions(norm=norm))
         if "folded" in name:
             here.encoder.model.load_state_dict(merged)
-            with unfolded(here.encoder.model, here.base, made):
+            with calibration_hooks(here.encoder.model, here.base, made):
                 expected[f"average+{name}"] = here.row(3).tasks
         else:
             expected[f"average+{name}"] = here.row(3).tasks
@@ -73,7 +73,7 @@ def test_every_rule_is_measured_with_every_calibration_as_by_hand(tmp_path: Path
 
 
 def test_samples_are_of_the_task_and_held_out_of_training_and_of_the_test() -> None:
-    here = context(experiment(**GRID), 0)
+    here = build_context(experiment(**GRID), 0)
     drawn = samples_of(here, here.tasks, 3)
     for task, items in zip(here.tasks, drawn, strict=True):
         assert len(items) == 3
@@ -85,7 +85,7 @@ def test_samples_are_of_the_task_and_held_out_of_training_and_of_the_test() -> N
 
 def test_what_was_measured_before_is_read_and_not_measured_again() -> None:
     """Without calibrations a cell's recipe, and with it its digest, is what it was."""
-    cell = Cell(seed=0, chain="independent", rule="average")
+    cell = BenchmarkCell(seed=0, chain="independent", rule="average")
     plain = experiment(**{**GRID, "calibrations": []}).cell_recipe(cell)
     assert experiment(**GRID).cell_recipe(cell) == plain
     assert "calibration" not in plain
@@ -108,4 +108,4 @@ def test_what_was_measured_before_is_read_and_not_measured_again() -> None:
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(MagMaxError, match=said):
-        experiment(**{**GRID, **changes}).checked()
+        experiment(**{**GRID, **changes}).check()

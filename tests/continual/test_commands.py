@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from tests.continual import toys  # noqa: E402
 
 from magmax import cli  # noqa: E402
-from magmax.cli import continual  # noqa: E402
+from magmax.continual.experiment_file import read_experiment  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 BENCHMARKS = sorted((Path(__file__).parents[2] / "benchmarks" / "continual").rglob("*.yaml"))
@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 def test_train_eval_and_the_library_tell_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, out = toys.written(tmp_path / "toy.yaml"), tmp_path / "out"
+    recipe, out = toys.write_recipe(tmp_path / "toy.yaml"), tmp_path / "out"
     code, told, errors = run(
         monkeypatch, capsys, "train", recipe, "fit.steps=5", "--out", out, "--rule", "{dare: {drop: 0.5}}"
     )
@@ -60,7 +60,7 @@ def test_train_eval_and_the_library_tell_the_same(
 def test_train_takes_any_rule_that_runs_in_constant_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str
 ) -> None:
-    recipe = toys.written(tmp_path / "toy.yaml")
+    recipe = toys.write_recipe(tmp_path / "toy.yaml")
     code, _, errors = run(
         monkeypatch, capsys, "train", recipe, "fit.steps=1", "--out", tmp_path / "out", "--rule", rule
     )
@@ -74,7 +74,7 @@ def test_train_takes_any_rule_that_runs_in_constant_memory(
 def test_bench_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = toys.written(tmp_path / "toy.yaml")
+    recipe = toys.write_recipe(tmp_path / "toy.yaml")
     words = ["bench", recipe, "seeds=[0]", "chains=[sequential]", "rules=[magmax]", "--out", tmp_path / "out"]
     code, told, errors = run(monkeypatch, capsys, *words)
     assert code == 0, errors
@@ -92,7 +92,7 @@ def test_bench_on_the_command_line(
 def test_a_benchmark_that_fails_shows_what_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, out = toys.written(tmp_path / "toy.yaml"), tmp_path / "out"
+    recipe, out = toys.write_recipe(tmp_path / "toy.yaml"), tmp_path / "out"
     words = ["bench", recipe, "seeds=[0]", "chains=[sequential]", "rules=[magmax, {kth_magnitude: {k: 9}}]"]
     code, _, errors = run(monkeypatch, capsys, *words, "--out", out)
     assert (code, "k = 9 needs at least 9 models" in errors) == (2, True)
@@ -120,7 +120,7 @@ def test_mistakes_in_a_recipe(
 ) -> None:
     import re
 
-    recipe = toys.written(tmp_path / "toy.yaml")
+    recipe = toys.write_recipe(tmp_path / "toy.yaml")
     code, _, errors = run(monkeypatch, capsys, "train", recipe, change, "--out", tmp_path / "out")
     assert code == 2
     assert re.search(message, errors), errors
@@ -130,16 +130,16 @@ def test_mistakes_in_a_recipe(
 def test_a_chain_that_the_recipe_has_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = toys.written(tmp_path / "toy.yaml")
+    recipe = toys.write_recipe(tmp_path / "toy.yaml")
     code, _, errors = run(monkeypatch, capsys, "train", recipe, "--chain", "ewc", "--out", tmp_path / "out")
     assert (code, "the recipe's chains are sequential, independent; 'ewc' is none of them" in errors) == (2, True)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_the_benchmarks_that_come_with_magmax_are_experiments(path: Path) -> None:
-    assert continual.read_experiment(str(path)).cells()
+    assert read_experiment(str(path)).cells()
 
 
 def test_a_missing_recipe() -> None:
     with pytest.raises(MagMaxError, match=r"none.yaml: cannot be read"):
-        continual.read_experiment("none.yaml")
+        read_experiment("none.yaml")

@@ -10,10 +10,10 @@ import pytest
 from magmax.continual.data.datasets import (
     NEWSGROUP_NAMES,
     NEWSGROUPS,
-    Labelled,
+    LabelledExamples,
+    drop_leaks,
     read_newsgroups,
     read_tab,
-    without_leaks,
 )
 from magmax.continual.data.downloads import fetch, is_fetched
 from magmax.errors import MagMaxError
@@ -38,16 +38,16 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_what_stands_in_both_is_dropped_from_training() -> None:
-    train = Labelled(["x", "y", "z", "x"], np.array([0, 1, 0, 1]))
-    test = Labelled(["x", "w"], np.array([0, 0]))
-    clean = without_leaks(train, test)
+    train = LabelledExamples(["x", "y", "z", "x"], np.array([0, 1, 0, 1]))
+    test = LabelledExamples(["x", "w"], np.array([0, 0]))
+    clean = drop_leaks(train, test)
     assert clean.items == ["y", "z"]
     assert clean.labels.tolist() == [1, 0]
 
 
 def test_sample_per_class_is_balanced_ordered_and_seeded() -> None:
     labels = np.array([0, 1] * 20 + [2] * 3)
-    data = Labelled(list(range(43)), labels)
+    data = LabelledExamples(list(range(43)), labels)
     sample = data.sample_per_class(5, seed=0)
     assert np.bincount(sample.labels).tolist() == [5, 5, 3]
     assert list(sample.items) == sorted(sample.items)

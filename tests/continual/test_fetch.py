@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from magmax.continual.data.downloads import FetchError, File, Source, cache_folder, fetch, is_fetched
+from magmax.continual.data.downloads import FetchError, PackageFile, PackageSource, cache_folder, fetch, is_fetched
 
 PLAIN, NESTED = b"plain file", b"file in an archive in an archive"
 
@@ -20,13 +20,13 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-SOURCE = Source(
+SOURCE = PackageSource(
     package="tiny-package",
     version="1.0",
     size=1000,
     files={
-        "a.txt": File("tiny/a.txt", sha256(PLAIN)),
-        "b.txt": File("tiny/inner.zip!deep/b.txt", sha256(NESTED)),
+        "a.txt": PackageFile("tiny/a.txt", sha256(PLAIN)),
+        "b.txt": PackageFile("tiny/inner.zip!deep/b.txt", sha256(NESTED)),
     },
 )
 

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.evaluation.accuracy import accuracy_by_task, predict  # noqa: E402
 from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
@@ -19,7 +19,7 @@ from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 
-def tuned(encoder: TextEncoder, head: Any, data: Labelled, settings: FitSettings, seed: Any) -> list[float]:
+def tuned(encoder: TextEncoder, head: Any, data: LabelledExamples, settings: FitSettings, seed: Any) -> list[float]:
     """Fine-tuned under all rows of the head."""
     loss = TaskLoss(Classifier(encoder, head), range(len(head)))
     return fit(encoder.model, data, loss, settings, seed)
@@ -28,7 +28,7 @@ def tuned(encoder: TextEncoder, head: Any, data: Labelled, settings: FitSettings
 SETTINGS = FitSettings(steps=40, batch=16, learning_rate=3e-3)
 
 
-def test_the_loss_falls_and_the_classes_are_learned(encoder: TextEncoder, data: Labelled, head: Any) -> None:
+def test_the_loss_falls_and_the_classes_are_learned(encoder: TextEncoder, data: LabelledExamples, head: Any) -> None:
     losses = tuned(encoder, head, data, SETTINGS, seed=0)
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
@@ -36,7 +36,7 @@ def test_the_loss_falls_and_the_classes_are_learned(encoder: TextEncoder, data: 
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(
-    make_encoder: Callable[..., TextEncoder], data: Labelled, head: Any
+    make_encoder: Callable[..., TextEncoder], data: LabelledExamples, head: Any
 ) -> None:
     trained = []
     for seed in (0, 0, 1):
@@ -49,14 +49,14 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(
     assert not torch.equal(trained[0], trained[2])
 
 
-def test_the_global_random_state_is_left_alone(encoder: TextEncoder, data: Labelled, head: Any) -> None:
+def test_the_global_random_state_is_left_alone(encoder: TextEncoder, data: LabelledExamples, head: Any) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # pyright: ignore
     tuned(encoder, head, data, FitSettings(steps=2), seed=0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()  # pyright: ignore
 
 
-def test_frozen_word_embeddings_stay(encoder: TextEncoder, data: Labelled, head: Any) -> None:
+def test_frozen_word_embeddings_stay(encoder: TextEncoder, data: LabelledExamples, head: Any) -> None:
     encoder.freeze_word_embeddings()
     before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
     tuned(encoder, head, data, FitSettings(steps=3, learning_rate=1e-3), seed=0)
@@ -92,12 +92,12 @@ def test_batches_hold_items_of_about_one_size() -> None:
 
 def test_no_items_and_targets_of_another_number(encoder: TextEncoder, head: Any) -> None:
     with pytest.raises(MagMaxError, match="0 items and 0 labels"):
-        tuned(encoder, head, Labelled([], np.array([], dtype=np.int64)), SETTINGS, seed=0)
+        tuned(encoder, head, LabelledExamples([], np.array([], dtype=np.int64)), SETTINGS, seed=0)
     with pytest.raises(MagMaxError, match="1 items and 2 labels"):
-        tuned(encoder, head, Labelled([[1]], np.array([0, 0])), SETTINGS, seed=0)
+        tuned(encoder, head, LabelledExamples([[1]], np.array([0, 0])), SETTINGS, seed=0)
 
 
-def test_predictions_do_not_depend_on_the_batch(encoder: TextEncoder, data: Labelled, head: Any) -> None:
+def test_predictions_do_not_depend_on_the_batch(encoder: TextEncoder, data: LabelledExamples, head: Any) -> None:
     one = predict(encoder, head, data.items, batch=1)
     naive = [int((encoder([item]) @ head.T)[0].argmax()) for item in data.items]
     assert one.tolist() == naive == predict(encoder, head, data.items, batch=64).tolist()

@@ -26,7 +26,7 @@ from torch import nn  # noqa: E402
 
 from magmax import cli  # noqa: E402
 from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
-from magmax.continual.training.parallel import blocks, check_team, shard  # noqa: E402
+from magmax.continual.training.parallel import check_team, layer_blocks, shard  # noqa: E402
 from magmax.continual.training.weight_files import read_metadata, write_tensors  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -135,7 +135,7 @@ def test_one_process_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
     found, train = ranks.encoder(), ranks.texts().train
     with pytest.raises(MagMaxError, match="and this is one"):
-        fit(found.model, train, ranks.loss_of(found), FitSettings(steps=1), 0, parallel="fsdp")
+        fit(found.model, train, ranks.make_loss(found), FitSettings(steps=1), 0, parallel="fsdp")
 
 
 def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ class Odd(nn.Module):
 
 def test_weights_that_cannot_be_cut_are_all_named_and_left_alone() -> None:
     model, mesh = Odd(), Any
-    before = ranks.look(model)
+    before = ranks.module_structure(model)
     with pytest.raises(MagMaxError, match="parallel: ddp leaves them whole") as caught:
         shard(model, mesh)  # pyright: ignore[reportArgumentType]
     told = str(caught.value)
@@ -183,14 +183,14 @@ def test_weights_that_cannot_be_cut_are_all_named_and_left_alone() -> None:
     assert "layers.2.weight: is shared with another layer" in told
     assert "turned: its elements do not lie in order" in told
     assert "temperature" not in told
-    assert ranks.look(model) == before
+    assert ranks.module_structure(model) == before
 
 
 def test_blocks_are_the_layers_of_an_encoder_and_of_nothing_smaller() -> None:
     bert = tiny_encoder().model
-    assert blocks(nn.ModuleDict({"body": bert})) == list(bert.encoder.layer)
+    assert layer_blocks(nn.ModuleDict({"body": bert})) == list(bert.encoder.layer)
     plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 3)
-    assert blocks(plain) == list(plain.layers)
+    assert layer_blocks(plain) == list(plain.layers)
     nested = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])) for _ in range(2)])
-    assert blocks(nn.Sequential(nested)) == list(nested)
-    assert blocks(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Dropout(), nn.Dropout()]))) == []
+    assert layer_blocks(nn.Sequential(nested)) == list(nested)
+    assert layer_blocks(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Dropout(), nn.Dropout()]))) == []

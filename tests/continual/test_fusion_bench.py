@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual.tiny_clip import save_tiny_clip  # noqa: E402
 
 from magmax.continual.benchmark import Benchmark  # noqa: E402
-from magmax.continual.context import context  # noqa: E402
-from magmax.continual.data.scenarios import published  # noqa: E402
+from magmax.continual.context import build_context  # noqa: E402
+from magmax.continual.data.scenarios import published_order  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.continual.experiment_file import read_experiment  # noqa: E402
 
@@ -107,7 +107,7 @@ def test_eight_checkpoints_are_merged_and_evaluated(recipe: str, size: int, task
 
 def plain_accuracies(experiment: Experiment, size: int, factor: float) -> list[float]:
     """transformers' own model with the merge put in, one data set after another, among its own classes alone."""
-    here = context(experiment, 0)
+    here = build_context(experiment, 0)
     path = f"openai/clip-vit-base-patch{size}"
     base = load_file(f"{path}/model.safetensors")
     merged = dict(base)
@@ -150,7 +150,7 @@ def test_sequential_fine_tuning_and_merge_and_no_training_the_second_time(world:
     """Two steps of a data set instead of 2000; all else as the recipe has it."""
     few = ("fit.steps=2", "fit.batch=4")
     experiment, found = measured("vit-b32-sequential", world, *few)
-    assert [task.name for task in context(experiment, 0).tasks] == published("data_sets", "eight")
+    assert [task.name for task in build_context(experiment, 0).tasks] == published_order("data_sets", "eight")
     assert set(found) == {"zero_shot", "last/sequential", "magmax/sequential"}
     assert list(found["magmax/sequential"]["variants"][0]["rows"]) == [str(i) for i in range(1, 9)]
     checkpoints = {path: path.stat().st_mtime_ns for path in world.glob("out/vit-b32-sequential/chains/*/theta_*")}

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.continual.data.datasets import Dataset, LabelledExamples  # noqa: E402
 from magmax.continual.models.heads import nearest_class_mean, prompt_head, zero_shot, zero_shot_head  # noqa: E402
 from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
@@ -66,7 +66,7 @@ def test_a_template_without_the_name(encoder: TextEncoder, templates: list[str])
 def test_prompts_of_a_data_set_are_its_zero_shot_head(encoder: TextEncoder) -> None:
     """Each class has as many sentences as it likes; templates, where given, come before them."""
     prompts = [["3 14", "1 5"], ["15"], ["9 26 5", "1", "2"]]
-    nothing = Labelled([], np.array([], dtype=np.int64))
+    nothing = LabelledExamples([], np.array([], dtype=np.int64))
     dataset = Dataset(nothing, nothing, NAMES, prompts=prompts)
     expected = []
     for own in prompts:
@@ -83,11 +83,11 @@ def test_prompts_of_a_data_set_are_its_zero_shot_head(encoder: TextEncoder) -> N
 def raw(domains: list[int] | None = None) -> Dataset:
     texts = [" ".join(map(str, range(i % 7, i % 7 + 3))) for i in range(12)]
     labels = np.arange(12) % 3
-    data = Labelled(texts, labels, None if domains is None else np.array(domains))
+    data = LabelledExamples(texts, labels, None if domains is None else np.array(domains))
     return Dataset(data, data, NAMES, [] if domains is None else ["p", "q"])
 
 
-def naive_means(encoder: TextEncoder, data: Labelled) -> np.ndarray:
+def naive_means(encoder: TextEncoder, data: LabelledExamples) -> np.ndarray:
     features = np.stack([naive_features(encoder, text) for text in data.items])
     means = np.stack([features[data.labels == c].mean(axis=0) for c in range(3)])
     return 20.0 * means / np.linalg.norm(means, axis=1, keepdims=True)

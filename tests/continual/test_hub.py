@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 from tests.continual.tiny_clip import save_tiny_clip  # noqa: E402
 
 from magmax.continual.data.hub_datasets import FILE_NAME, HubPictures, hub, images, pool  # noqa: E402
-from magmax.continual.data.scenarios import data_sets, domain_incremental, published  # noqa: E402
+from magmax.continual.data.scenarios import data_sets, domain_incremental, published_order  # noqa: E402
 from magmax.continual.evaluation.accuracy import logits_of, score  # noqa: E402
 from magmax.continual.registry import build  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
@@ -101,7 +101,7 @@ def test_domains_of_a_column(tmp_path: Path) -> None:
     assert list(found.domains) == names
     tasks = domain_incremental(found, seed=0, order="domainnet")
     assert [task.name for task in tasks] == ["clipart", "sketch", "real", "infograph", "quickdraw", "painting"]
-    assert [names[task.domain or 0] for task in tasks] == published("domains", "domainnet")
+    assert [names[task.domain or 0] for task in tasks] == published_order("domains", "domainnet")
     assert all(len(task.rows(found.train.labels, found.train.domains)) == 6 for task in tasks)
 
 

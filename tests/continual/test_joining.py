@@ -8,29 +8,29 @@ import numpy as np
 import pytest
 
 from magmax.continual import registry
-from magmax.continual.data.combine import Chained, join, joined, thinned
-from magmax.continual.data.datasets import Dataset, Labelled
+from magmax.continual.data.combine import ConcatenatedSequence, join_datasets, joined_datasets, thin_classes
+from magmax.continual.data.datasets import Dataset, LabelledExamples
 from magmax.continual.data.scenarios import (
     Task,
-    checked,
+    check_tasks,
     class_incremental_tasks,
     data_sets,
     domain_incremental,
-    published,
+    published_order,
 )
 from magmax.errors import MagMaxError
 
 
 def dataset(name: str, classes: int, per_class: int = 4, domains: int = 0) -> Dataset:
     labels = np.arange(classes * per_class) % classes
-    data = Labelled([f"{name} {i}" for i in range(len(labels))], labels)
+    data = LabelledExamples([f"{name} {i}" for i in range(len(labels))], labels)
     if domains:
-        data = Labelled(data.items, labels, np.arange(len(labels)) // classes % domains)
+        data = LabelledExamples(data.items, labels, np.arange(len(labels)) // classes % domains)
     names = [f"{name} {c}" for c in range(classes)]
     return Dataset(data, data, names, [f"domain {d}" for d in range(domains)])
 
 
-PAIR = join({"one": dataset("a", 3), "two": dataset("b", 2)})
+PAIR = join_datasets({"one": dataset("a", 3), "two": dataset("b", 2)})
 
 
 def test_each_example_keeps_its_class_under_another_number() -> None:
@@ -44,7 +44,7 @@ def test_each_example_keeps_its_class_under_another_number() -> None:
 
 def test_chained_is_the_list_of_all() -> None:
     parts: list[list[int]] = [[], [1, 2], [], [3], [4, 5, 6], []]
-    whole, expected = Chained(parts), [1, 2, 3, 4, 5, 6]
+    whole, expected = ConcatenatedSequence(parts), [1, 2, 3, 4, 5, 6]
     assert list(whole) == [whole[i] for i in range(6)] == expected
     assert [whole[i] for i in range(-6, 0)] == whole[:] == expected
     assert whole[1:5:2] == expected[1:5:2]
@@ -57,9 +57,9 @@ def test_joined_in_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = {"letters": {"name": "x", "classes": 2}}
     assert registry.build("data", {"joined": {"of": {"p": choice, "q": choice}}}).classes == ["x 0", "x 1"] * 2
     with pytest.raises(MagMaxError, match="under a name of its own"):
-        joined([choice, choice])
+        joined_datasets([choice, choice])
     with pytest.raises(MagMaxError, match="at least one"):
-        joined([])
+        joined_datasets([])
     tail = registry.build("data", {"long_tail": {"of": choice, "imbalance": 4}})
     assert np.bincount(tail.train.labels).tolist() == [4, 1]
 
@@ -101,12 +101,12 @@ def test_data_without_domains_or_parts() -> None:
 def test_published_orders() -> None:
     sizes = {"cifar100": 100, "cub200": 200, "imagenet_r": 200, "domainnet": 345, "cars": 196}
     for name, n in sizes.items():
-        assert sorted(published("classes", name)) == list(range(n))
-    assert published("classes", "cifar100")[:5] == [70, 89, 11, 13, 63]
-    assert published("classes", "cars") == list(range(196))
-    assert published("domains", "imagenet_r")[:3] == ["tattoo", "sketch", "graphic"]
+        assert sorted(published_order("classes", name)) == list(range(n))
+    assert published_order("classes", "cifar100")[:5] == [70, 89, 11, 13, 63]
+    assert published_order("classes", "cars") == list(range(196))
+    assert published_order("domains", "imagenet_r")[:3] == ["tattoo", "sketch", "graphic"]
     with pytest.raises(MagMaxError, match=r"'cifar10'.*cifar100"):
-        published("classes", "cifar10")
+        published_order("classes", "cifar10")
     big = dataset("c", 100, per_class=1)
     tasks = class_incremental_tasks(big, seed=0, tasks=20, order="cifar100")
     assert tasks[0].classes == (70, 89, 11, 13, 63)
@@ -116,8 +116,10 @@ def test_published_orders() -> None:
 
 
 def broken(labels: list[int], domains: list[int] | None = None, test: list[int] | None = None) -> Dataset:
-    train = Labelled(["x"] * 4, np.array(labels), None if domains is None else np.array(domains))
-    tested = Labelled(["x"] * 4, np.array(test or [0, 1, 2, 2]), None if domains is None else np.array([0, 1, 0, 1]))
+    train = LabelledExamples(["x"] * 4, np.array(labels), None if domains is None else np.array(domains))
+    tested = LabelledExamples(
+        ["x"] * 4, np.array(test or [0, 1, 2, 2]), None if domains is None else np.array([0, 1, 0, 1])
+    )
     return Dataset(train, tested, ["cat", "dog", "hen"], ["p", "q"] if domains is not None else [])
 
 
@@ -140,19 +142,21 @@ def test_everything_that_would_be_tripped_over_is_listed(
     data: Dataset, tasks: tuple[Task, ...], problems: list[str]
 ) -> None:
     with pytest.raises(MagMaxError) as error:
-        checked(data, tasks)
+        check_tasks(data, tasks)
     for problem in problems:
         assert error.match(problem)
-    assert checked(broken([0, 1, 2, 2]), TASKS) is TASKS
+    assert check_tasks(broken([0, 1, 2, 2]), TASKS) is TASKS
 
 
 def test_a_long_tail_falls_from_the_largest_class_to_one_in_a_hundred() -> None:
     whole = dataset("t", 5, per_class=200)
-    tail = thinned(whole, imbalance=100, seed=0)
+    tail = thin_classes(whole, imbalance=100, seed=0)
     assert np.bincount(tail.train.labels).tolist() == [200, 63, 20, 6, 2]  # 200 * 100^(-c / 4)
     assert tail.test is whole.test
     kept: list[Any] = list(tail.train.items)
     assert kept == [item for item in whole.train.items if item in set(kept)]
-    assert kept == list(thinned(whole, 100, seed=0).train.items) != list(thinned(whole, 100, seed=1).train.items)
+    assert (
+        kept == list(thin_classes(whole, 100, seed=0).train.items) != list(thin_classes(whole, 100, seed=1).train.items)
+    )
     with pytest.raises(MagMaxError, match="choose 1 or more"):
-        thinned(whole, 0.1, seed=0)
+        thin_classes(whole, 0.1, seed=0)

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 
 from magmax import MagMaxError
 from magmax.continual import language
-from magmax.continual.data.datasets import Labelled
+from magmax.continual.data.datasets import LabelledExamples
 from magmax.continual.language import (
     CORPORA,
-    Corpus,
-    NextToken,
+    NextTokenLoss,
+    TextCorpus,
     bytes_of,
     corpus,
     llama,
-    parted,
     perplexity_per_byte,
+    split_validation,
     train_tokenizer,
     windows,
 )
@@ -86,15 +86,15 @@ def test_perplexity_is_that_of_each_token_after_those_before_it(tokenizer, model
             nats -= torch.log_softmax(logits, -1)[item[place]].item()
     text = tokenizer.decode([n for item in data.items for n in item[1:]])
     wanted = math.exp(nats / len(text.encode()))
-    assert perplexity_per_byte(NextToken(model), tokenizer, data, batch) == pytest.approx(wanted, rel=1e-5)
+    assert perplexity_per_byte(NextTokenLoss(model), tokenizer, data, batch) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_loss_is_the_architectures_own_and_bfloat16_is_near(tokenizer, model):
     data = windows(tokenizer, TEXTS, 12)
     tokens = torch.from_numpy(np.stack(data.items[:6]))
-    ours = NextToken(model)(data.items[:6], torch.zeros(6))
+    ours = NextTokenLoss(model)(data.items[:6], torch.zeros(6))
     assert ours.item() == pytest.approx(model(input_ids=tokens, labels=tokens).loss.item(), rel=1e-6)
-    half = NextToken(model, "bfloat16")(data.items[:6], torch.zeros(6))
+    half = NextTokenLoss(model, "bfloat16")(data.items[:6], torch.zeros(6))
     assert half.dtype == torch.float32
     assert half.item() != ours.item()
     assert half.item() == pytest.approx(ours.item(), rel=1e-2)
@@ -104,25 +104,25 @@ def test_fitting_teaches_the_text_and_a_seed_draws_the_same_weights(tokenizer, m
     again = llama(280, 16, 2, 2, 12, seed=0).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
     data = windows(tokenizer, TEXTS, 12)
-    before = perplexity_per_byte(NextToken(model), tokenizer, data)
-    fit(model, data, NextToken(model), FitSettings(30, 8, 1e-2), 0)
-    assert perplexity_per_byte(NextToken(model), tokenizer, data) < before / 2
+    before = perplexity_per_byte(NextTokenLoss(model), tokenizer, data)
+    fit(model, data, NextTokenLoss(model), FitSettings(30, 8, 1e-2), 0)
+    assert perplexity_per_byte(NextTokenLoss(model), tokenizer, data) < before / 2
 
 
 def test_a_tenth_of_the_training_texts_is_set_aside_neighbours_together():
     texts = [str(n) for n in range(400)]
-    found = parted(texts, ["test"])
+    found = split_validation(texts, ["test"])
     assert sorted([*found.train, *found.validation], key=int) == texts
     assert found.validation == [str(n) for start in range(72, 400, 80) for n in range(start, start + 8)]
     assert found.test == ["test"]
 
 
 def test_each_domain_has_its_own_texts_whatever_their_rating(monkeypatch):
-    data = Labelled(["a", "b", "c", "d"], np.zeros(4, np.int64), np.array([0, 2, 1, 2]))
+    data = LabelledExamples(["a", "b", "c", "d"], np.zeros(4, np.int64), np.array([0, 2, 1, 2]))
     asked = []
     monkeypatch.setattr(language, "fetch", lambda source: source)
     monkeypatch.setattr(language, "read_sentiments", lambda folder, least: asked.append(least) or (data, data))
-    assert corpus("movies") == Corpus(["b", "d"], [], ["b", "d"])
+    assert corpus("movies") == TextCorpus(["b", "d"], [], ["b", "d"])
     assert corpus("products").train == ["c"]
     assert set(asked) == {0.0}
     with pytest.raises(MagMaxError, match="no texts 'movie'; did you mean 'movies'"):
@@ -136,7 +136,7 @@ def benchmark(monkeypatch) -> Any:
     command = importlib.import_module("language")
     words = {"general": "a b c d e f g", "one": "a cat sat", "two": "f g hat"}
     for name, of in words.items():
-        made = Corpus(speech(of, 80, 1), speech(of, 30, 2), speech(of, 30, 3))
+        made = TextCorpus(speech(of, 80, 1), speech(of, 30, 2), speech(of, 30, 3))
         monkeypatch.setitem(CORPORA, name, lambda made=made: made)
     monkeypatch.setattr(command, "process_pool", ThreadPoolExecutor)
     return command
@@ -220,7 +220,7 @@ def check(record: dict[str, Any], work: Path) -> None:
     tokenizer = train_tokenizer(speech("a b c d e f g", 80, 1), 270)
     for domain, words in (("one", "a cat sat"), ("two", "f g hat")):
         data = windows(tokenizer, speech(words, 30, 3), 12, most=9)
-        found = perplexity_per_byte(NextToken(model), tokenizer, data)
+        found = perplexity_per_byte(NextTokenLoss(model), tokenizer, data)
         assert record["perplexity"][domain] == pytest.approx(found, rel=1e-5)
         assert record["test_bytes"][domain] == bytes_of(tokenizer, data)
 
@@ -238,5 +238,5 @@ def test_a_chain_fine_tunes_from_where_it_says(chain, benchmark, tmp_path):
     tokenizer = train_tokenizer(speech("a b c d e f g", 80, 1), 270)
     (domain,) = {json.loads(path.read_text())["order"][1] for path in (tmp_path / "out" / "cells").iterdir()}
     data = windows(tokenizer, speech("a cat sat" if domain == "one" else "f g hat", 80, 1), 12)
-    fit(model, data, NextToken(model), FitSettings(**RECIPE["tune"]), [0, 2])
+    fit(model, data, NextTokenLoss(model), FitSettings(**RECIPE["tune"]), [0, 2])
     assert all(torch.equal(tensor, found[key]) for key, tensor in model.state_dict().items())

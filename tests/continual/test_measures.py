@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.evaluation.accuracy import score  # noqa: E402
 from magmax.continual.evaluation.measures import (  # noqa: E402
@@ -64,7 +64,7 @@ def test_a_row_by_counting(among: str, learned: int) -> None:
     tasks = [Task("a", (3, 0)), Task("b", (1,)), Task("c", (4, 5))]  # class 2 belongs to none
     labels = random.integers(0, 6, 60)
     logits = random.normal(size=(60, 6)).astype(np.float32)
-    row = score(logits, Labelled(list(range(60)), labels), tasks, learned, among)  # pyright: ignore[reportArgumentType]
+    row = score(logits, LabelledExamples(list(range(60)), labels), tasks, learned, among)  # pyright: ignore[reportArgumentType]
     right: dict[int, list[bool]] = {}
     for j, task in enumerate(tasks):
         hits = []
@@ -83,10 +83,10 @@ def test_a_row_by_counting(among: str, learned: int) -> None:
 def test_domains_and_classes_of_ones_own() -> None:
     labels, domains = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
     logits = np.array([[1, 0, 9], [0, 1, 0], [0, 1, 0], [1, 2, 0]], dtype=np.float32)
-    data = Labelled(list(range(4)), labels, domains)
+    data = LabelledExamples(list(range(4)), labels, domains)
     tasks = [Task("photo", (0, 1), domain=0), Task("sketch", (0, 1), domain=1), Task("other", (2,), among=(2,))]
     assert score(logits, data, tasks[:2], 2).tasks == [1.0, 0.5]
     assert score(logits, data, [tasks[0]], 1, "all").tasks == [1.0]
     own = [Task("photo", (0, 1), domain=0, among=(0, 1)), Task("rest", (2,), domain=0)]
-    more = Labelled([*data.items, 4], np.append(labels, 2), np.append(domains, 0))
+    more = LabelledExamples([*data.items, 4], np.append(labels, 2), np.append(domains, 0))
     assert score(np.vstack([logits, [[5, 5, 0]]]), more, own, 2).tasks == [1.0, 0.0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from magmax.continual.data.downloads import FetchError, File, Source, fetch
+from magmax.continual.data.downloads import FetchError, PackageFile, PackageSource, fetch
 
 CONTENT, NESTED = b"a file", b"a file of an archive in the archive"
 
@@ -34,12 +34,12 @@ def deb(members: dict[str, bytes]) -> bytes:
     return whole
 
 
-def source(kind: str, inside: str) -> Source:
+def source(kind: str, inside: str) -> PackageSource:
     files = {
-        "plain.txt": File(inside, hashlib.sha256(CONTENT).hexdigest()),
-        "nested.txt": File(f"{inside}.tar.gz!deep/b.txt", hashlib.sha256(NESTED).hexdigest()),
+        "plain.txt": PackageFile(inside, hashlib.sha256(CONTENT).hexdigest()),
+        "nested.txt": PackageFile(f"{inside}.tar.gz!deep/b.txt", hashlib.sha256(NESTED).hexdigest()),
     }
-    return Source("some-data", "1.0", size=1, files=files, kind=kind)  # pyright: ignore
+    return PackageSource("some-data", "1.0", size=1, files=files, kind=kind)  # pyright: ignore
 
 
 def members(inside: str) -> dict[str, bytes]:

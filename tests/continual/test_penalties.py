@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import class_incremental  # noqa: E402
 from magmax.continual.training.fit import FitSettings  # noqa: E402
 from magmax.continual.training.losses import Classifier  # noqa: E402
 from magmax.continual.training.penalties import EWC, LwF, ReleasedEWC, fisher  # noqa: E402
-from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
 from magmax.continual.training.weight_files import load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -25,7 +25,7 @@ OWN = [4, 1]
 
 
 @pytest.fixture
-def data() -> Labelled:
+def data() -> LabelledExamples:
     return toys.blobs(per_class=5).train
 
 
@@ -61,7 +61,9 @@ def flat(state: dict[str, torch.Tensor], learner: Classifier) -> torch.Tensor:
     return torch.cat([state[name].reshape(-1) for name, _ in learner.model.named_parameters()])
 
 
-def test_the_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(learner: Classifier, data: Labelled) -> None:
+def test_the_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(
+    learner: Classifier, data: LabelledExamples
+) -> None:
     items = data.items[:7]
     by_hand = sum(own_gradient(learner, [item]) ** 2 for item in items) / 7
     found = flat(fisher(learner, items, OWN), learner)
@@ -70,8 +72,8 @@ def test_the_fisher_is_the_mean_of_squares_and_not_the_square_of_the_mean(learne
 
 
 @pytest.mark.parametrize("kind", [EWC, ReleasedEWC])
-def test_the_fisher_is_that_of_evaluation_and_moves_no_statistics(kind: type, data: Labelled) -> None:
-    encoder = toys.normed()
+def test_the_fisher_is_that_of_evaluation_and_moves_no_statistics(kind: type, data: LabelledExamples) -> None:
+    encoder = toys.batch_norm_encoder()
     learner = Classifier(encoder, toys.head(encoder, toys.blobs()))
     expected, found = kind(), kind()
     encoder.model.eval()
@@ -84,7 +86,7 @@ def test_the_fisher_is_that_of_evaluation_and_moves_no_statistics(kind: type, da
     assert all(torch.equal(value, expected.state[key]) for key, value in found.state.items())
 
 
-def test_ewc_is_nothing_in_the_first_task_and_a_parabola_after(learner: Classifier, data: Labelled) -> None:
+def test_ewc_is_nothing_in_the_first_task_and_a_parabola_after(learner: Classifier, data: LabelledExamples) -> None:
     penalty = EWC(weight=3.0, samples=6, seed=0)
     logits = learner(data.items[:2])
     penalty.before_task(learner, [])
@@ -102,7 +104,7 @@ def test_ewc_is_nothing_in_the_first_task_and_a_parabola_after(learner: Classifi
     torch.testing.assert_close(gradient, 2 * 3.0 * by_hand * 0.25, rtol=1e-9, atol=1e-14)
 
 
-def test_the_fisher_of_the_second_task_counts_half(learner: Classifier, data: Labelled) -> None:
+def test_the_fisher_of_the_second_task_counts_half(learner: Classifier, data: LabelledExamples) -> None:
     penalty = EWC(samples=1000)
     penalty.after_task(learner, data, OWN)
     first = flat(penalty.state, learner)
@@ -112,7 +114,7 @@ def test_the_fisher_of_the_second_task_counts_half(learner: Classifier, data: La
     torch.testing.assert_close(flat(penalty.state, learner), 0.5 * first + 0.5 * second, rtol=1e-10, atol=1e-14)
 
 
-def test_the_released_variant_makes_the_published_mistakes(learner: Classifier, data: Labelled) -> None:
+def test_the_released_variant_makes_the_published_mistakes(learner: Classifier, data: LabelledExamples) -> None:
     penalty, items = ReleasedEWC(batch=8), data.items
     grown = by_hand = torch.zeros(())
     for start in range(0, 30, 8):
@@ -122,7 +124,7 @@ def test_the_released_variant_makes_the_published_mistakes(learner: Classifier, 
     torch.testing.assert_close(flat(penalty.state, learner), 0.5 * by_hand / 32, rtol=1e-10, atol=1e-14)
 
 
-def test_lwf_by_hand(learner: Classifier, data: Labelled) -> None:
+def test_lwf_by_hand(learner: Classifier, data: LabelledExamples) -> None:
     penalty, items, seen = LwF(weight=0.3, temperature=2.0), data.items[:5], [5, 0, 2]
     penalty.before_task(learner, [])
     assert penalty(learner, items, learner(items)).item() == 0
@@ -142,7 +144,7 @@ def test_lwf_by_hand(learner: Classifier, data: Labelled) -> None:
     np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-12)
 
 
-def test_lwf_does_not_train_the_old_model(learner: Classifier, data: Labelled) -> None:
+def test_lwf_does_not_train_the_old_model(learner: Classifier, data: LabelledExamples) -> None:
     penalty = LwF()
     penalty.before_task(learner, [0])
     penalty(learner, data.items, learner(data.items)).backward()
@@ -155,7 +157,7 @@ def test_lwf_does_not_train_the_old_model(learner: Classifier, data: Labelled) -
 def test_a_penalty_resumed_after_a_task_goes_on_as_if_it_had_not_stopped(penalty: type, tmp_path: Path) -> None:
     dataset = toys.blobs(per_class=6)
     tasks = class_incremental(range(toys.CLASSES), 3)
-    protocol = Protocol(FitSettings(steps=5, batch=4, learning_rate=0.02), penalty=lambda: penalty(weight=0.7))
+    protocol = TrainingMethod(FitSettings(steps=5, batch=4, learning_rate=0.02), penalty=lambda: penalty(weight=0.7))
 
     def run(folder: Path, stop_after: int = 3) -> list[bytes]:
         encoder = toys.encoder()
@@ -171,7 +173,7 @@ def test_a_penalty_resumed_after_a_task_goes_on_as_if_it_had_not_stopped(penalty
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_after=2)
     assert run(tmp_path / "killed", 9) == run(tmp_path / "whole", 9)
-    plain = Protocol(protocol.settings)
+    plain = TrainingMethod(protocol.settings)
     encoder = toys.encoder()
     head = toys.head(encoder, dataset)
     without = fine_tune(encoder, head, dataset.train, tasks, plain, tmp_path / "plain", seed=0)
@@ -188,7 +190,7 @@ def test_a_penalty_resumed_after_a_task_goes_on_as_if_it_had_not_stopped(penalty
 def test_a_lost_memory_is_an_error_and_not_another_result(tmp_path: Path) -> None:
     dataset, encoder = toys.blobs(per_class=6), toys.encoder()
     tasks = class_incremental(range(toys.CLASSES), 2)
-    protocol = Protocol(FitSettings(steps=2, batch=4), penalty=EWC)
+    protocol = TrainingMethod(FitSettings(steps=2, batch=4), penalty=EWC)
     args = (encoder, toys.head(encoder, dataset), dataset.train, tasks, protocol, tmp_path)
     fine_tune(*args, seed=0)
     (tmp_path / "theta_2.safetensors").unlink()

@@ -19,21 +19,21 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
 from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
-from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
-from magmax.continual.training.snapshot import Snapshot  # noqa: E402
-from magmax.continual.training.trainer import MERGED, Training  # noqa: E402
+from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
+from magmax.continual.training.snapshot import FitSnapshot  # noqa: E402
+from magmax.continual.training.trainer import MERGED, ContinualTraining  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
 
 def experiment(**changes: Any) -> Experiment:
-    return Experiment.model_validate({**toys.RECIPE, **changes}).checked()
+    return Experiment.model_validate({**toys.RECIPE, **changes}).check()
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def test_a_fit_stopped_after_any_step_goes_on_after_its_last_snapshot(tmp_path: 
             if done == stop + 1:
                 raise KeyboardInterrupt
 
-        losses = fit(encoder.model, data, loss, settings, 0, tell=tell, snapshot=Snapshot(path, 2, "this test"))
+        losses = fit(encoder.model, data, loss, settings, 0, progress=tell, snapshot=FitSnapshot(path, 2, "this test"))
         return losses, torch.nn.utils.parameters_to_vector(encoder.model.parameters()), steps
 
     losses, weights, _ = run(tmp_path / "whole")
@@ -72,17 +72,17 @@ def test_a_fit_stopped_after_any_step_goes_on_after_its_last_snapshot(tmp_path: 
 def test_a_snapshot_of_something_else_is_not_used(tmp_path: Path) -> None:
     encoder = toys.encoder()
     optimizer = torch.optim.AdamW(encoder.model.parameters())
-    Snapshot(tmp_path / "s", 1, "one thing").save(encoder.model, optimizer, [0.5])
-    assert Snapshot(tmp_path / "s", 1, "another").restore(encoder.model, optimizer) == []
-    assert Snapshot(tmp_path / "s", 1, "one thing").restore(encoder.model, optimizer) == [0.5]
+    FitSnapshot(tmp_path / "s", 1, "one thing").save(encoder.model, optimizer, [0.5])
+    assert FitSnapshot(tmp_path / "s", 1, "another").restore(encoder.model, optimizer) == []
+    assert FitSnapshot(tmp_path / "s", 1, "one thing").restore(encoder.model, optimizer) == [0.5]
     (tmp_path / "s").write_bytes(b"rubbish")
-    assert Snapshot(tmp_path / "s", 1, "one thing").restore(encoder.model, optimizer) == []
+    assert FitSnapshot(tmp_path / "s", 1, "one thing").restore(encoder.model, optimizer) == []
 
 
 def test_a_training_killed_by_sigkill_ends_in_the_same_bytes(tmp_path: Path) -> None:
     changes = {"fit": {"steps": 150, "batch": 8, "learning_rate": 0.02}, "save_every": 1}
-    recipe = toys.written(tmp_path / "toy.yaml", **changes)
-    Training(experiment(**changes), tmp_path / "whole").run()
+    recipe = toys.write_recipe(tmp_path / "toy.yaml", **changes)
+    ContinualTraining(experiment(**changes), tmp_path / "whole").run()
     command = [sys.executable, "-m", "magmax.cli", "train", str(recipe), "--out", str(tmp_path / "killed")]
     there = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--threads", "1"], env=there, stderr=subprocess.DEVNULL)
@@ -95,7 +95,7 @@ def test_a_training_killed_by_sigkill_ends_in_the_same_bytes(tmp_path: Path) -> 
     process.wait()
     assert not (tmp_path / "killed" / "theta_2.safetensors").exists()
     assert (tmp_path / "killed" / "theta_1.safetensors").exists()
-    Training(experiment(**changes), tmp_path / "killed").run()
+    ContinualTraining(experiment(**changes), tmp_path / "killed").run()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
@@ -103,11 +103,11 @@ def test_a_training_killed_by_sigkill_ends_in_the_same_bytes(tmp_path: Path) -> 
 def test_a_training_stopped_between_tasks_ends_in_the_same_bytes(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magmax.continual.context import Context
+    from magmax.continual.context import ExperimentContext
     from magmax.merging.running.running_merge import Running
 
-    Training(experiment(), tmp_path / "whole").run()
-    owner: Any = Context if place == "row" else Running
+    ContinualTraining(experiment(), tmp_path / "whole").run()
+    owner: Any = ExperimentContext if place == "row" else Running
     real, calls = getattr(owner, place), 0
 
     def stopping(*args: Any) -> Any:
@@ -120,29 +120,29 @@ def test_a_training_stopped_between_tasks_ends_in_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(owner, place, stopping)
         with pytest.raises(KeyboardInterrupt):
-            Training(experiment(), tmp_path / "killed").run()
-    Training(experiment(), tmp_path / "killed").run()
+            ContinualTraining(experiment(), tmp_path / "killed").run()
+    ContinualTraining(experiment(), tmp_path / "killed").run()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
-    metrics = Training(experiment(), tmp_path / "a").run()
+    metrics = ContinualTraining(experiment(), tmp_path / "a").run()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("theta_*")}
-    assert Training(experiment(), tmp_path / "a").run() == metrics
+    assert ContinualTraining(experiment(), tmp_path / "a").run() == metrics
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("theta_*")} == before
 
 
 def test_another_recipe_is_an_error_that_names_the_change_and_restart_begins_again(tmp_path: Path) -> None:
-    Training(experiment(), tmp_path / "a").run()
+    ContinualTraining(experiment(), tmp_path / "a").run()
     other = experiment(fit={**toys.RECIPE["fit"], "steps": 3})
     before = outcome(tmp_path / "a")
     with pytest.raises(
         MagMaxError, match=r"another recipe: fit.steps was 12 and is 3; name another --out, or .*--rest"
     ):
-        Training(other, tmp_path / "a").run()
+        ContinualTraining(other, tmp_path / "a").run()
     assert outcome(tmp_path / "a") == before
-    Training(other, tmp_path / "a", restart=True).run()
-    Training(other, tmp_path / "fresh").run()
+    ContinualTraining(other, tmp_path / "a", restart=True).run()
+    ContinualTraining(other, tmp_path / "fresh").run()
     assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
 
 
@@ -150,7 +150,7 @@ def test_restart_deletes_nothing_that_no_training_made(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text('{"soup": ["salt"]}')
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(MagMaxError, match="nothing is deleted"):
-        Training(experiment(), tmp_path, restart=True).run()
+        ContinualTraining(experiment(), tmp_path, restart=True).run()
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -159,26 +159,26 @@ def test_other_data_under_the_same_recipe_never_mix_with_the_old_merge(
 ) -> None:
     from magmax.continual import context
 
-    Training(experiment(), tmp_path / "a").run()
+    ContinualTraining(experiment(), tmp_path / "a").run()
     others = toys.blobs(noise=0.3)
     monkeypatch.setattr(toys, "blobs", lambda: others)
-    monkeypatch.setattr(context, "_kept", {})
-    Training(experiment(), tmp_path / "a").run()
-    Training(experiment(), tmp_path / "fresh").run()
+    monkeypatch.setattr(context, "_cache", {})
+    ContinualTraining(experiment(), tmp_path / "a").run()
+    ContinualTraining(experiment(), tmp_path / "fresh").run()
     assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(MagMaxError, match="is not empty, and no training's folder"):
-        Training(experiment(), tmp_path, restart=True).run()
+        ContinualTraining(experiment(), tmp_path, restart=True).run()
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_the_merge_of_a_training_is_the_merge_of_its_checkpoints(tmp_path: Path) -> None:
     import magmax
 
-    Training(experiment(), tmp_path / "a").run()
+    ContinualTraining(experiment(), tmp_path / "a").run()
     theta = [tmp_path / "a" / f"theta_{t}.safetensors" for t in range(4)]
     magmax.merge("magmax", theta[0], theta[1:], out=tmp_path / "batch.safetensors")
     ours, theirs = (safetensors_of(path) for path in (tmp_path / "a" / MERGED, tmp_path / "batch.safetensors"))
@@ -197,24 +197,24 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_the_last_good_state(tmp_
     head, settings = toys.head(encoder, dataset), FitSettings(steps=6, batch=4, learning_rate=0.02)
     tasks = [Task("Task 1", (0, 1)), Task("Task 2", (2, 3))]
     items = [np.full_like(item, np.nan) if c == 3 else item for item, c in zip(*both(dataset.train), strict=True)]
-    bad = Labelled(items, dataset.train.labels)
+    bad = LabelledExamples(items, dataset.train.labels)
     with pytest.raises(MagMaxError, match=r"step \d of 6: the loss is nan .*lower learning_rate \(0.02\)"):
-        fine_tune(encoder, head, bad, tasks, Protocol(settings, save_every=1), tmp_path, seed=0)
+        fine_tune(encoder, head, bad, tasks, TrainingMethod(settings, save_every=1), tmp_path, seed=0)
     good = (tmp_path / "theta_1.safetensors").read_bytes()
     assert not (tmp_path / "theta_2.safetensors").exists()
     if (tmp_path / "step_2.safetensors").exists():
         assert all(bool(tensor.isfinite().all()) for tensor in safetensors_of(tmp_path / "step_2.safetensors").values())
     again = toys.encoder()
-    fine_tune(again, head, dataset.train, tasks, Protocol(settings), tmp_path, seed=0)
+    fine_tune(again, head, dataset.train, tasks, TrainingMethod(settings), tmp_path, seed=0)
     assert (tmp_path / "theta_1.safetensors").read_bytes() == good
 
 
-def both(data: Labelled) -> tuple[Any, Any]:
+def both(data: LabelledExamples) -> tuple[Any, Any]:
     return data.items, data.labels
 
 
 def test_a_full_disk_is_an_error_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Training(experiment(), tmp_path / "whole").run()
+    ContinualTraining(experiment(), tmp_path / "whole").run()
     real = os.fsync
 
     def full(number: int) -> None:
@@ -225,19 +225,19 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(MagMaxError, match=r"theta_2.safetensors: cannot be written: No space left on device"):
-            Training(experiment(), tmp_path / "full").run()
+            ContinualTraining(experiment(), tmp_path / "full").run()
     assert not list((tmp_path / "full").glob("*.partial"))
-    Training(experiment(), tmp_path / "full").run()
+    ContinualTraining(experiment(), tmp_path / "full").run()
     assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
 
 
 def test_all_that_is_wrong_with_the_tasks_is_said_at_once(tmp_path: Path) -> None:
     encoder = toys.encoder()
     head = toys.head(encoder, toys.blobs())
-    data = Labelled([np.zeros(6, np.float32)] * 4, np.array([0, 1, 1, 9]))
+    data = LabelledExamples([np.zeros(6, np.float32)] * 4, np.array([0, 1, 1, 9]))
     tasks = [Task("Task 1", (0, 2)), Task("Task 2", (3, 4)), Task("Task 3", (1, 8))]
     with pytest.raises(MagMaxError) as caught:
-        fine_tune(encoder, head, data, tasks, Protocol(FitSettings(steps=1)), tmp_path, seed=0)
+        fine_tune(encoder, head, data, tasks, TrainingMethod(FitSettings(steps=1)), tmp_path, seed=0)
     told = str(caught.value)
     assert "labels [9] are out of range; the head has the classes 0 to 5" in told
     assert "Task 1: no training example is of the classes [2]" in told
@@ -247,7 +247,7 @@ def test_all_that_is_wrong_with_the_tasks_is_said_at_once(tmp_path: Path) -> Non
 
 
 def test_metrics_hold_a_row_for_every_task_of_model_and_merge(tmp_path: Path) -> None:
-    Training(experiment(), tmp_path / "a").run()
+    ContinualTraining(experiment(), tmp_path / "a").run()
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert {what: sorted(rows) for what, rows in metrics.items()} == {
         "model": ["1", "2", "3"],

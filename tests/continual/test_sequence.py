@@ -11,13 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from magmax.continual.data.datasets import Labelled  # noqa: E402
+from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import class_incremental  # noqa: E402
 from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 from magmax.continual.training import sequence  # noqa: E402
 from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
 from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
-from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
 from magmax.continual.training.weight_files import load_weights, read_metadata, save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -44,10 +44,10 @@ def contents(paths: list[Path]) -> list[bytes]:
 
 
 def test_theta_0_is_the_encoder_and_each_task_moves_on(
-    make_encoder: Make, data: Labelled, head: Any, tmp_path: Path
+    make_encoder: Make, data: LabelledExamples, head: Any, tmp_path: Path
 ) -> None:
     start = {key: value.clone() for key, value in make_encoder().model.state_dict().items()}
-    paths = fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0)
+    paths = fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path, seed=0)
     assert [path.name for path in paths] == [f"theta_{t}.safetensors" for t in range(3)]
     encoder = make_encoder(seed=9)
     load_weights(encoder.model, paths[0])
@@ -57,10 +57,10 @@ def test_theta_0_is_the_encoder_and_each_task_moves_on(
 
 
 def test_a_second_run_trains_nothing(
-    make_encoder: Make, data: Labelled, head: Any, tmp_path: Path, calls: list[int]
+    make_encoder: Make, data: LabelledExamples, head: Any, tmp_path: Path, calls: list[int]
 ) -> None:
-    first = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0))
-    second = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path, seed=0))
+    first = contents(fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path, seed=0))
+    second = contents(fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path, seed=0))
     assert calls == [1, 2]
     assert first == second
 
@@ -68,14 +68,14 @@ def test_a_second_run_trains_nothing(
 @pytest.mark.parametrize("killed_in", ["fit", "save_weights"])
 def test_a_killed_run_goes_on_after_the_last_finished_task(
     make_encoder: Make,
-    data: Labelled,
+    data: LabelledExamples,
     head: Any,
     tmp_path: Path,
     calls: list[int],
     monkeypatch: pytest.MonkeyPatch,
     killed_in: str,
 ) -> None:
-    whole = contents(fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "whole", seed=0))
+    whole = contents(fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path / "whole", seed=0))
     real, count = getattr(sequence, killed_in), {"fit": 2, "save_weights": 3}[killed_in]
 
     def killed(*args: Any, **options: Any) -> Any:
@@ -88,19 +88,25 @@ def test_a_killed_run_goes_on_after_the_last_finished_task(
     with monkeypatch.context() as patch:
         patch.setattr(sequence, killed_in, killed)
         with pytest.raises(KeyboardInterrupt):
-            fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "killed", seed=0)
+            fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path / "killed", seed=0)
     calls.clear()
-    paths = fine_tune(make_encoder(), head, data, TASKS, Protocol(SETTINGS), tmp_path / "killed", seed=0)
+    paths = fine_tune(make_encoder(), head, data, TASKS, TrainingMethod(SETTINGS), tmp_path / "killed", seed=0)
     assert calls == [2]
     assert contents(paths) == whole
 
 
 def test_any_change_starts_afresh_where_it_matters(
-    make_encoder: Make, data: Labelled, head: Any, tmp_path: Path, calls: list[int]
+    make_encoder: Make, data: LabelledExamples, head: Any, tmp_path: Path, calls: list[int]
 ) -> None:
     def run(**changes: Any) -> list[int]:
         calls.clear()
-        given = {"encoder": make_encoder(), "head": head, "data": data, "tasks": TASKS, "protocol": Protocol(SETTINGS)}
+        given = {
+            "encoder": make_encoder(),
+            "head": head,
+            "data": data,
+            "tasks": TASKS,
+            "protocol": TrainingMethod(SETTINGS),
+        }
         fine_tune(**{**given, "folder": tmp_path, "seed": 0, **changes})
         return list(calls)
 
@@ -108,22 +114,24 @@ def test_any_change_starts_afresh_where_it_matters(
     assert run(seed=1) == [1, 2]
     assert run(head=2 * head) == [1, 2]
     assert run(encoder=make_encoder(seed=1)) == [1, 2]
-    assert run(protocol=Protocol(FitSettings(steps=3))) == [1, 2]
+    assert run(protocol=TrainingMethod(FitSettings(steps=3))) == [1, 2]
     assert run() == [1, 2]
     assert run(tasks=class_incremental([2, 0, 1, 3], 2)) == [2]
     assert run() == [2]
-    last = Labelled([*data.items[:-1], [1, 2]], data.labels)  # of class 3, which task 2 holds
+    last = LabelledExamples([*data.items[:-1], [1, 2]], data.labels)  # of class 3, which task 2 holds
     assert run(data=last) == [2]
 
 
-def test_independent_tasks_start_at_the_base(make_encoder: Make, data: Labelled, head: Any, tmp_path: Path) -> None:
-    protocol = Protocol(SETTINGS, start="base")
+def test_independent_tasks_start_at_the_base(
+    make_encoder: Make, data: LabelledExamples, head: Any, tmp_path: Path
+) -> None:
+    protocol = TrainingMethod(SETTINGS, start="base")
     paths = fine_tune(make_encoder(), head, data, TASKS, protocol, tmp_path, seed=0)
     alone = make_encoder()
     rows = TASKS[1].rows(data.labels)
     targets = TASKS[1].targets(data.labels[rows])
     loss = TaskLoss(Classifier(alone, head), TASKS[1].classes)
-    fit(alone.model, Labelled(data.pick(rows).items, targets), loss, SETTINGS, [0, 2])
+    fit(alone.model, LabelledExamples(data.pick(rows).items, targets), loss, SETTINGS, [0, 2])
     merged = make_encoder(seed=9)
     load_weights(merged.model, paths[2])
     pairs = zip(alone.model.state_dict().values(), merged.model.state_dict().values(), strict=True)
@@ -144,16 +152,21 @@ def test_weights_of_another_model_and_no_weights_at_all(make_encoder: Make, tmp_
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_replay_keeps_so_many_examples_of_a_class_and_balanced_repeats_them(
-    make_encoder: Make, data: Labelled, head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balanced: bool
+    make_encoder: Make,
+    data: LabelledExamples,
+    head: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    balanced: bool,
 ) -> None:
-    seen: list[Labelled] = []
+    seen: list[LabelledExamples] = []
 
     def watched(*args: Any, **options: Any) -> list[float]:
         seen.append(args[1])
         return fit(*args, **options)
 
     monkeypatch.setattr(sequence, "fit", watched)
-    protocol = Protocol(SETTINGS, replay=5, balanced=balanced)
+    protocol = TrainingMethod(SETTINGS, replay=5, balanced=balanced)
     fine_tune(make_encoder(), head, data, TASKS, protocol, tmp_path, seed=0)
     classes, counts = np.unique(seen[1].labels, return_counts=True)
     assert dict(zip(classes, counts, strict=True)) == {0: 24 if balanced else 5, 1: 24 if balanced else 5, 2: 24, 3: 24}

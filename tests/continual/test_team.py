@@ -20,7 +20,7 @@ from tests.continual import toys  # noqa: E402
 
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.continual.training.fit import share_of  # noqa: E402
-from magmax.continual.training.trainer import Training  # noqa: E402
+from magmax.continual.training.trainer import ContinualTraining  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +44,8 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
         "fit": {"steps": 8, "batch": 7, "learning_rate": 0.01},
         "chains": [{"ewc": {"samples": 5}}],
     }
-    alone = Training(Experiment.model_validate({**toys.RECIPE, **changes}), tmp_path / "alone", "ewc").run()
-    recipe = toys.written(tmp_path / "toy.yaml", **changes)
+    alone = ContinualTraining(Experiment.model_validate({**toys.RECIPE, **changes}), tmp_path / "alone", "ewc").run()
+    recipe = toys.write_recipe(tmp_path / "toy.yaml", **changes)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "magmax.cli", "train", str(recipe), "--chain", "ewc", "--out", str(tmp_path / "team")]
     there = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magmax.continual.data.datasets import held_out
+from magmax.continual.data.datasets import hold_out_groups
 from magmax.continual.data.texts import DOMAINS, REUTERS, REUTERS_NAMES, SENTIMENTS, read_reuters, read_sentiments
 from magmax.errors import MagMaxError
 
@@ -59,12 +59,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
 
 def test_held_out_groups_are_whole_seeded_and_at_least_one() -> None:
     groups = [i // 3 for i in range(60)]
-    test = held_out(groups, 0.2, seed=0)
+    test = hold_out_groups(groups, 0.2, seed=0)
     assert test.sum() == 12
     assert all(len({bool(test[i]) for i in range(60) if groups[i] == g}) == 1 for g in set(groups))
-    assert (test == held_out(groups, 0.2, seed=0)).all()
-    assert (test != held_out(groups, 0.2, seed=1)).any()
-    assert held_out(["only"], 0.2, seed=0).tolist() == [True]
+    assert (test == hold_out_groups(groups, 0.2, seed=0)).all()
+    assert (test != hold_out_groups(groups, 0.2, seed=1)).any()
+    assert hold_out_groups(["only"], 0.2, seed=0).tolist() == [True]
 
 
 def test_two_sources_of_one_package_have_folders_of_their_own() -> None:

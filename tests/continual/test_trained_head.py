@@ -15,14 +15,14 @@ from safetensors.torch import load_file  # noqa: E402
 
 import magmax  # noqa: E402
 from magmax.continual import registry  # noqa: E402
-from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.continual.data.datasets import Dataset, LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import class_incremental  # noqa: E402
 from magmax.continual.evaluation.accuracy import logits_of, predict  # noqa: E402
 from magmax.continual.models.heads import nearest_class_mean  # noqa: E402
 from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
 from magmax.continual.models.trained_head import HeadedEncoder  # noqa: E402
 from magmax.continual.training.fit import FitSettings  # noqa: E402
-from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 
@@ -32,7 +32,7 @@ def texts() -> Dataset:
     random = np.random.default_rng(0)
     labels = np.arange(96) % 4
     items = [" ".join(map(str, random.integers(10 * c, 10 * c + 10, 6))) for c in labels]
-    return Dataset(Labelled(items, labels), Labelled(items, labels), list("abcd"))
+    return Dataset(LabelledExamples(items, labels), LabelledExamples(items, labels), list("abcd"))
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def test_independent_tasks_change_rows_of_their_own_and_the_merge_has_them_all(
     headed: HeadedEncoder, texts: Dataset, tmp_path: Path
 ) -> None:
     head = registry.build("head", "trained", headed, texts)
-    data = Labelled(headed.prepare(texts.train.items), texts.train.labels)
+    data = LabelledExamples(headed.prepare(texts.train.items), texts.train.labels)
     assert (logits_of(headed, head, data.items) == 0).all()  # it starts at zeros
-    protocol = Protocol(FitSettings(steps=40, batch=16, learning_rate=5e-3), start="base")
+    protocol = TrainingMethod(FitSettings(steps=40, batch=16, learning_rate=5e-3), start="base")
     tasks = class_incremental([2, 0, 3, 1], 2)
     base, *tuned = fine_tune(headed, head, data, tasks, protocol, tmp_path, seed=0)
     rows = [load_file(path)["head.weight"] for path in tuned]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual.tiny_clip import SIZE, save_tiny_clip  # noqa: E402
 
 import magmax  # noqa: E402
-from magmax.calibration.image_transforms import View  # noqa: E402
-from magmax.continual.data.datasets import Dataset, Labelled  # noqa: E402
+from magmax.calibration.image_transforms import ImageTransform  # noqa: E402
+from magmax.continual.data.datasets import Dataset, LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import class_incremental  # noqa: E402
 from magmax.continual.evaluation.accuracy import predict  # noqa: E402
 from magmax.continual.models.batch_norm import recalibrate  # noqa: E402
@@ -27,7 +27,7 @@ from magmax.continual.models.heads import nearest_class_mean, zero_shot  # noqa:
 from magmax.continual.models.onnx_weights import read_onnx  # noqa: E402
 from magmax.continual.models.vision import ImageEncoder, clip, converted_vit, efficientnet_lite0, vit_s  # noqa: E402
 from magmax.continual.training.fit import FitSettings  # noqa: E402
-from magmax.continual.training.sequence import Protocol, fine_tune  # noqa: E402
+from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
 from magmax.continual.training.weight_files import save_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
@@ -43,13 +43,13 @@ def picture(seed: int, height: int = 40, width: int = 50) -> Any:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def coloured(n: int, seed: int = 0) -> Labelled:
+def coloured(n: int, seed: int = 0) -> LabelledExamples:
     """Pictures of one colour with noise; the colour is the class."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 4
     colours = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [200, 200, 200]])
     noise = random.integers(-30, 30, (n, SIZE, SIZE, 3))
-    return Labelled(list((colours[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)), labels)
+    return LabelledExamples(list((colours[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)), labels)
 
 
 def test_features_and_head_are_those_of_the_whole_model_with_its_own_processor(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_training_sees_other_rectangles_and_evaluation_never_does(folder: Path, 
     paths: dict[bool, list[Path]] = {}
     for varied in (True, False):
         encoder = clip(str(folder), varied=varied)
-        ready = Labelled(encoder.prepare(data.items), data.labels)
+        ready = LabelledExamples(encoder.prepare(data.items), data.labels)
         head = nearest_class_mean(encoder, Dataset(data, data, NAMES), temperature=10)
         assert torch.equal(head, nearest_class_mean(encoder, Dataset(data, data, NAMES), temperature=10))
         first = predict(encoder, head, ready.items)
@@ -122,7 +122,7 @@ def test_training_sees_other_rectangles_and_evaluation_never_does(folder: Path, 
             where = tmp_path / f"{varied}-{name}"
             tasks = class_incremental(range(4), 1)
             paths[varied] = fine_tune(
-                clip(str(folder), varied=varied), head, ready, tasks, Protocol(settings), where, seed=0
+                clip(str(folder), varied=varied), head, ready, tasks, TrainingMethod(settings), where, seed=0
             )
         again = [tmp_path / f"{varied}-once" / path.name for path in paths[varied]]
         assert [path.read_bytes() for path in paths[varied]] == [path.read_bytes() for path in again]
@@ -133,8 +133,8 @@ def test_clip_learns_and_what_it_learned_survives_the_merge(folder: Path, tmp_pa
     train, test = coloured(48), coloured(24, seed=1)
     encoder = clip(str(folder))
     head = nearest_class_mean(encoder, Dataset(train, test, NAMES), temperature=10)
-    ready = Labelled(encoder.prepare(train.items), train.labels)
-    protocol = Protocol(FitSettings(steps=60, batch=12, learning_rate=3e-3))
+    ready = LabelledExamples(encoder.prepare(train.items), train.labels)
+    protocol = TrainingMethod(FitSettings(steps=60, batch=12, learning_rate=3e-3))
     base, tuned = fine_tune(encoder, head, ready, class_incremental(range(4), 1), protocol, tmp_path, seed=0)
     items = encoder.prepare(test.items)
     learned = predict(encoder, head, items)
@@ -165,7 +165,7 @@ def test_checkpoints_of_the_image_tower_alone_merge_onto_the_base(folder: Path, 
 
 
 def test_a_model_without_words_says_what_to_use_instead() -> None:
-    encoder = ImageEncoder(torch.nn.Linear(1, 1), lambda model, pixels: pixels, View(8, 8))
+    encoder = ImageEncoder(torch.nn.Linear(1, 1), lambda model, pixels: pixels, ImageTransform(8, 8))
     with pytest.raises(MagMaxError, match="use the head nearest_class_mean"):
         encoder.words(["a cat"])
 
@@ -246,14 +246,14 @@ def convolutional(seed: int = 0) -> ImageEncoder:
             torch.nn.AdaptiveAvgPool2d(1),
             torch.nn.Flatten(),
         )
-    return ImageEncoder(model, lambda model, pixels: model(pixels), View(SIZE, SIZE))
+    return ImageEncoder(model, lambda model, pixels: model(pixels), ImageTransform(SIZE, SIZE))
 
 
 def test_batch_norm_statistics_stay_those_of_theta_0_through_training_and_merging(tmp_path: Path) -> None:
     encoder, data = convolutional(), coloured(32)
     head = nearest_class_mean(encoder, Dataset(data, data, NAMES))
     before = copy.deepcopy(encoder.model.state_dict())
-    settings = Protocol(FitSettings(steps=3, batch=8, learning_rate=1e-2))
+    settings = TrainingMethod(FitSettings(steps=3, batch=8, learning_rate=1e-2))
     base, *tuned = fine_tune(encoder, head, data, class_incremental(range(4), 2), settings, tmp_path, seed=0)
     magmax.merge("magmax", base=base, models=tuned, out=tmp_path / "merged.safetensors")
     merged = load_file(tmp_path / "merged.safetensors")
@@ -266,7 +266,7 @@ def test_recalibration_takes_the_statistics_of_the_merged_model() -> None:
     weights = {key: value.clone() for key, value in encoder.model.state_dict().items() if "running" not in key}
     recalibrate(encoder, data.items, batch=16)
     with torch.no_grad():
-        maps = encoder.model[0](encoder.view.tensor(data.items)).double()
+        maps = encoder.model[0](encoder.view.to_tensor(data.items)).double()
     mean, var = (encoder.model[1].get_buffer(name) for name in ("running_mean", "running_var"))
     np.testing.assert_allclose(mean.numpy(), maps.mean((0, 2, 3)).numpy(), atol=1e-5)
     halves = torch.stack([half.var((0, 2, 3)) for half in maps.split(16)]).mean(0)

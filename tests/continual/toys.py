@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from magmax.continual.data.datasets import Dataset, Labelled
+from magmax.continual.data.datasets import Dataset, LabelledExamples
 
 WIDTH, CLASSES = 6, 6
 
@@ -37,7 +37,7 @@ def encoder(seed: int = 0) -> ToyEncoder:
         return ToyEncoder(nn.Sequential(*layers))
 
 
-def normed(seed: int = 0) -> ToyEncoder:
+def batch_norm_encoder(seed: int = 0) -> ToyEncoder:
     """With batch normalisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,12 +47,12 @@ def normed(seed: int = 0) -> ToyEncoder:
 def blobs(per_class: int = 20, noise: float = 0.7, domains: int = 1) -> Dataset:
     """Class c lies around the axis c; domain d is a little elsewhere."""
 
-    def drawn(seed: int) -> Labelled:
+    def drawn(seed: int) -> LabelledExamples:
         random = np.random.default_rng(seed)
         labels = np.arange(per_class * CLASSES) % CLASSES
         places = np.arange(len(labels)) % domains
         items = np.eye(CLASSES)[labels] * 2 + noise * random.normal(size=(len(labels), WIDTH)) + 0.3 * places[:, None]
-        return Labelled(list(items.astype(np.float32)), labels, places)
+        return LabelledExamples(list(items.astype(np.float32)), labels, places)
 
     return Dataset(drawn(1), drawn(2), [f"class {c}" for c in range(CLASSES)], [f"domain {d}" for d in range(domains)])
 
@@ -62,11 +62,11 @@ def head(encoder: ToyEncoder, dataset: Dataset, temperature: float = 8.0) -> Ten
     return temperature * nn.functional.normalize(rows, dim=-1)
 
 
-HERE = "tests.continual.toys"
+MODULE = "tests.continual.toys"
 RECIPE: dict[str, Any] = {
-    "data": f"{HERE}:blobs",
-    "model": f"{HERE}:encoder",
-    "head": f"{HERE}:head",
+    "data": f"{MODULE}:blobs",
+    "model": f"{MODULE}:encoder",
+    "head": f"{MODULE}:head",
     "scenario": {"class_incremental": {"tasks": 3}},
     "fit": {"steps": 12, "batch": 8, "learning_rate": 0.02},
     "seeds": [0, 1],
@@ -75,7 +75,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def written(path: Path, **changes: Any) -> Path:
+def write_recipe(path: Path, **changes: Any) -> Path:
     """The recipe as a file, with changes."""
     import yaml
 

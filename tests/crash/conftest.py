@@ -3,12 +3,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.crash.harness import Nursery
+from tests.crash.harness import ForkServer
 
 
 @pytest.fixture(scope="session")
-def child() -> Iterator[Nursery]:
+def fork_server() -> Iterator[ForkServer]:
     """Does a piece of work in a process of its own, on a disk that may fail."""
-    nursery = Nursery()
+    nursery = ForkServer()
     yield nursery
     nursery.close()

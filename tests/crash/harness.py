@@ -28,17 +28,17 @@ from magmax.errors import MagMaxError
 from magmax.merging import pipeline
 from magmax.rules import MagMax
 
-SECONDS = 60
-WRITING = os.O_WRONLY | os.O_RDWR
-CHANGES = ("ftruncate", "mkdir", "rename", "replace", "rmdir", "unlink")
-WRITES = ("pwrite", "write")
-WAITS = ("fdatasync", "fsync")
+TIMEOUT_SECONDS = 60
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+CHANGE_CALLS = ("ftruncate", "mkdir", "rename", "replace", "rmdir", "unlink")
+WRITE_CALLS = ("pwrite", "write")
+SYNC_CALLS = ("fdatasync", "fsync")
 
 Call = tuple[Any, ...]
 """A call that changes the disk: its name, the path it is about, and its arguments, a length in place of content."""
 
-Tree = Mapping[str, bytes]
-Moment = Literal["before", "torn", "after"]
+FileContents = Mapping[str, bytes]
+KillMoment = Literal["before", "torn", "after"]
 
 
 @dataclass(frozen=True)
@@ -51,84 +51,84 @@ class Fault:
     def after(self, number: int, call: Call) -> None:
         """Called after it, even if it raised."""
 
-    def most(self, number: int, call: Call) -> int | None:
+    def write_limit(self, number: int, call: Call) -> int | None:
         """How many bytes a write may take; None for all."""
         return None
 
 
 @dataclass(frozen=True)
 class Kill(Fault):
-    """The process dies just before call `number`, just after it, or after half of what it writes."""
+    """The process dies just before call `call_number`, just after it, or after half of what it writes."""
 
-    number: int
-    moment: Moment
+    call_number: int
+    moment: KillMoment
 
     def before(self, number: int, call: Call) -> None:
-        if (number, "before") == (self.number, self.moment):
+        if (number, "before") == (self.call_number, self.moment):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def after(self, number: int, call: Call) -> None:
-        if number == self.number:
+        if number == self.call_number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def most(self, number: int, call: Call) -> int | None:
-        return call[-1] // 2 if (number, "torn") == (self.number, self.moment) else None
+    def write_limit(self, number: int, call: Call) -> int | None:
+        return call[-1] // 2 if (number, "torn") == (self.call_number, self.moment) else None
 
 
 @dataclass(frozen=True)
-class Failure(Fault):
-    """Call `number`, and every later one of the same name, fails with that error of the system."""
+class DiskFailure(Fault):
+    """Call `first_call`, and every later one of the same name, fails with that error of the system."""
 
-    number: int
-    name: str
-    code: int
+    first_call: int
+    call_name: str
+    error_code: int
 
     def before(self, number: int, call: Call) -> None:
-        if number >= self.number and call[0] == self.name:
-            raise OSError(self.code, os.strerror(self.code))
+        if number >= self.first_call and call[0] == self.call_name:
+            raise OSError(self.error_code, os.strerror(self.error_code))
 
 
 @dataclass(frozen=True)
 class ShortWrites(Fault):
     """Every write takes at most so many bytes, as the system is free to do."""
 
-    bytes: int
+    max_bytes: int
 
-    def most(self, number: int, call: Call) -> int | None:
-        return self.bytes
+    def write_limit(self, number: int, call: Call) -> int | None:
+        return self.max_bytes
 
 
 @dataclass
-class Disk:
+class DiskMonitor:
     """The calls of this process that change the disk, in order, and the fault that befalls one of them."""
 
     fault: Fault
-    log: list[Call] = field(default_factory=list)
-    paths: dict[int, str] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    paths_by_fd: dict[int, str] = field(default_factory=dict)
     _lock: Any = field(default_factory=RLock)
 
-    def install(self) -> None:
+    def watch_calls(self) -> None:
         """Watch every call from now on. There is no way back: this is for a child alone."""
-        for name in CHANGES:
-            setattr(os, name, self._watched(name, getattr(os, name)))
-        for name in WRITES:
-            setattr(os, name, self._watched_write(name, getattr(os, name)))
-        for name in WAITS:
-            setattr(os, name, self._watched(name, lambda *_: None))
-        opened, creating = os.open, self._watched("open", os.open)
+        for name in CHANGE_CALLS:
+            setattr(os, name, self._wrap_call(name, getattr(os, name)))
+        for name in WRITE_CALLS:
+            setattr(os, name, self._wrap_write(name, getattr(os, name)))
+        for name in SYNC_CALLS:
+            setattr(os, name, self._wrap_call(name, lambda *_: None))
+        opened, creating = os.open, self._wrap_call("open", os.open)
 
         def watched_open(path: Any, flags: int, *rest: Any, **more: Any) -> int:
-            fd = (creating if flags & WRITING else opened)(path, flags, *rest, **more)
-            self.paths[fd] = str(path)
+            fd = (creating if flags & WRITE_FLAGS else opened)(path, flags, *rest, **more)
+            self.paths_by_fd[fd] = str(path)
             return fd
 
         vars(os)["open"] = watched_open
-        vars(writer)["open"] = _whole_file
+        vars(writer)["open"] = _open_unbuffered
 
-    def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **more: Any) -> Any:
             with self._lock:
-                number, call = self._begin(name, *args)
+                number, call = self._record_call(name, *args)
                 try:
                     return real(*args, **more)
                 finally:
@@ -136,36 +136,36 @@ class Disk:
 
         return watched
 
-    def _watched_write(self, name: str, real: Callable[..., int]) -> Callable[..., int]:
+    def _wrap_write(self, name: str, real: Callable[..., int]) -> Callable[..., int]:
         def watched(fd: int, content: Any, *rest: Any) -> int:
             with self._lock:
-                number, call = self._begin(name, fd, *rest, len(content))
+                number, call = self._record_call(name, fd, *rest, len(content))
                 try:
-                    return real(fd, content[: self.fault.most(number, call)], *rest)
+                    return real(fd, content[: self.fault.write_limit(number, call)], *rest)
                 finally:
                     self.fault.after(number, call)
 
         return watched
 
-    def _begin(self, name: str, first: Any, *rest: Any) -> tuple[int, Call]:
-        call = (name, self.paths[first] if type(first) is int else str(first), *rest)
-        self.log.append(call)
-        self.fault.before(len(self.log), call)
-        return len(self.log), call
+    def _record_call(self, name: str, first: Any, *rest: Any) -> tuple[int, Call]:
+        call = (name, self.paths_by_fd[first] if type(first) is int else str(first), *rest)
+        self.calls.append(call)
+        self.fault.before(len(self.calls), call)
+        return len(self.calls), call
 
 
-def _whole_file(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+def _open_unbuffered(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
     """The writer's own `open`: what it writes goes to the disk by calls of `os`, without a buffer."""
     if mode != "wb":
         return builtins.open(path, mode, *rest, **more)
-    return _WholeFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+    return _UnbufferedFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
 
 
-class _WholeFile:
+class _UnbufferedFile:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def __enter__(self) -> _WholeFile:
+    def __enter__(self) -> _UnbufferedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,16 +183,16 @@ class _WholeFile:
 
 
 @dataclass(frozen=True)
-class End:
+class ChildResult:
     """How a child ended: killed, or with a result, or with the words of a MagMaxError; and its calls, if it lived."""
 
-    killed: bool
+    is_killed: bool
     result: Any = None
-    refusal: str = ""
-    log: Sequence[Call] = ()
+    error_message: str = ""
+    calls: Sequence[Call] = ()
 
 
-class Nursery:
+class ForkServer:
     """Forks children from a process that has neither torch nor threads. Works must be functions of a module."""
 
     def __init__(self) -> None:
@@ -200,22 +200,24 @@ class Nursery:
         root = Path(__file__).parents[2]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
 
-    def __call__(self, work: Callable[..., Any], *given: Any, fault: Fault | None = None, threads: bool = False) -> End:
+    def __call__(
+        self, work: Callable[..., Any], *args: Any, fault: Fault | None = None, threads: bool = False
+    ) -> ChildResult:
         """Do the work in a child; any end but a result, a MagMaxError or a kill that was asked for fails here."""
         assert self._process.stdin
         assert self._process.stdout
-        pickle.dump((work, given, fault or Fault(), threads), self._process.stdin)
+        pickle.dump((work, args, fault or Fault(), threads), self._process.stdin)
         self._process.stdin.flush()
         kind, *content = pickle.load(self._process.stdout)
         assert kind != "crash", content[0]
         assert kind != "killed" or (isinstance(fault, Kill) and content[0] == signal.SIGKILL), content
-        return End(killed=True) if kind == "killed" else End(False, *content)
+        return ChildResult(is_killed=True) if kind == "killed" else ChildResult(False, *content)
 
     def close(self) -> None:
         self._process.communicate()
 
 
-def serve() -> None:
+def serve_forks() -> None:
     """The nursery's own work: a child for each request, until the requests end."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     MagMax()([np.zeros(1), np.ones(1)])  # whatever a rule imports when it is first used
@@ -225,16 +227,16 @@ def serve() -> None:
             request = pickle.load(requests)
         except EOFError:
             return
-        pickle.dump(_raise_child(*request), answers)
+        pickle.dump(_fork_child(*request), answers)
         answers.flush()
 
 
-def _raise_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
+def _fork_child(work: Callable[..., Any], args: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
         write = os.write
-        said = pickle.dumps(_be_the_child(work, given, fault, threads))
+        said = pickle.dumps(_child_main(work, args, fault, threads))
         while said:
             said = said[write(theirs, said) :]
         os.kill(os.getpid(), signal.SIGTERM)
@@ -245,50 +247,50 @@ def _raise_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, t
     return pickle.loads(said) if said else ("killed", os.WTERMSIG(status))
 
 
-def _be_the_child(work: Callable[..., Any], given: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
-    signal.alarm(SECONDS)
-    disk = Disk(fault)
+def _child_main(work: Callable[..., Any], args: Sequence[Any], fault: Fault, threads: bool) -> tuple[Any, ...]:
+    signal.alarm(TIMEOUT_SECONDS)
+    disk = DiskMonitor(fault)
     try:
-        small_slabs()
+        use_small_blocks()
         if not threads:
-            vars(pipeline)["in_threads"] = in_turn
-        disk.install()
-        return "end", work(*given), "", disk.log
+            vars(pipeline)["run_in_threads"] = run_in_order
+        disk.watch_calls()
+        return "end", work(*args), "", disk.calls
     except MagMaxError as error:
-        return "end", None, str(error), disk.log
+        return "end", None, str(error), disk.calls
     except BaseException:
         return "crash", traceback.format_exc()
 
 
-def small_slabs() -> None:
+def use_small_blocks() -> None:
     """Cut small tensors into many chunks, and note each of them in the journal at once."""
-    blocks.SLAB, blocks.SLABS_A_CHUNK = 32, 2
+    blocks.BLOCK_ELEMENTS, blocks.BLOCKS_PER_CHUNK = 32, 2
     pipeline.JOURNAL_SECONDS = -1.0
 
 
-def in_turn(work: Callable[[Any], Any], todo: Iterable[Any], threads: int, ahead: Any = None) -> Iterator[Any]:
-    """What `pipeline.in_threads` does, in one thread, so that the calls always come in one order."""
-    yield from map(work, todo)
+def run_in_order(work: Callable[[Any], Any], items: Iterable[Any], threads: int, ahead: Any = None) -> Iterator[Any]:
+    """What `pipeline.run_in_threads` does, in one thread, so that the calls always come in one order."""
+    yield from map(work, items)
 
 
-def every_kill(log: Sequence[Call]) -> Iterator[Kill]:
+def all_kills(calls: Sequence[Call]) -> Iterator[Kill]:
     """A kill before, amid and after each call of an undisturbed run; just after one is just before the next."""
-    for number, call in enumerate(log, start=1):
+    for number, call in enumerate(calls, start=1):
         yield Kill(number, "before")
-        if call[0] in WRITES:
+        if call[0] in WRITE_CALLS:
             yield Kill(number, "torn")
-    yield Kill(len(log), "after")
+    yield Kill(len(calls), "after")
 
 
-def fewer_kills(log: Sequence[Call]) -> Iterator[Kill]:
+def sampled_kills(calls: Sequence[Call]) -> Iterator[Kill]:
     """A kill before every call but for most of those that write tensors or note them, and one at the end."""
-    for number, call in enumerate(log, start=1):
+    for number, call in enumerate(calls, start=1):
         if call[0] not in ("pwrite", "write", "fdatasync") or number % 5 == 0:
             yield Kill(number, "before")
-    yield Kill(len(log), "after")
+    yield Kill(len(calls), "after")
 
 
-def tree(path: Path) -> Tree | None:
+def read_contents(path: Path) -> FileContents | None:
     """The content of a file (under "") or of every file in a folder, or None where there is nothing."""
     if path.is_file():
         return {"": path.read_bytes()}

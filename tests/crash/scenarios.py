@@ -13,98 +13,98 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.robustness.files import model, write
+from tests.robustness.files import small_model, write_safetensors
 
 from magmax.checkpoints import open_checkpoint
 from magmax.merging.adapters.adapter_merge import merge_adapters
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
-from magmax.merging.result import Outcome
+from magmax.merging.output_options import OutputOptions
+from magmax.merging.result import MergeResult
 from magmax.merging.running.running_merge import Running
-from magmax.merging.sweep import Sweep
+from magmax.merging.sweep import FactorSweep
 from magmax.rules import CalibrateWeights, MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 
-RULES_THAT_ASK = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
-SHARD = 300
+STATISTICS_RULES = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
+SHARD_BYTES = 300
 """Bytes a shard: less than the largest tensor, so that each small model lies in several."""
 
 
-def inputs(folder: Path, out: str = "") -> None:
+def write_inputs(folder: Path, out: str = "") -> None:
     """A base in a folder of its own with a config, and four models."""
-    write(folder / "base" / "model.safetensors", model(0), {"format": "pt"})
+    write_safetensors(folder / "base" / "model.safetensors", small_model(0), {"format": "pt"})
     (folder / "base" / "config.json").write_text(json.dumps({"dtype": "float32"}))
     for number in (1, 2, 3, 4):
-        write(folder / f"task{number}.safetensors", model(number))
+        write_safetensors(folder / f"task{number}.safetensors", small_model(number))
 
 
 def merge(
     folder: Path, out: str, tasks: Sequence[int] = (1, 2), restart: bool = False, rule: Rule | str = "magmax"
-) -> tuple[Outcome, list[str]]:
+) -> tuple[MergeResult, list[str]]:
     """Merge some of the models; also what was noted."""
     notes: list[str] = []
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in tasks]
     base = open_checkpoint(folder / "base")
-    job = merge_job(as_rule(rule), base, models, folder / out, Options(shard_bytes=SHARD))
-    return job.run(Settings(threads=1, restart=restart, note=notes.append)), notes
+    job = merge_job(as_rule(rule), base, models, folder / out, OutputOptions(shard_bytes=SHARD_BYTES))
+    return job.run(ExecutionOptions(threads=1, restart=restart, note=notes.append)), notes
 
 
-def merge_whole_tensors(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+def merge_whole_tensors(folder: Path, out: str) -> tuple[MergeResult, list[str]]:
     return merge(folder, out, rule="iso_c")
 
 
-def merge_by_angles(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+def merge_by_angles(folder: Path, out: str) -> tuple[MergeResult, list[str]]:
     return merge(folder, out, rule="model_stock")
 
 
-def merge_by_preference(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+def merge_by_preference(folder: Path, out: str) -> tuple[MergeResult, list[str]]:
     return merge(folder, out, rule=Tunable(preference=(1, 2)))
 
 
-def merge_calibrated(folder: Path, out: str) -> tuple[Outcome, list[str]]:
+def merge_calibrated(folder: Path, out: str) -> tuple[MergeResult, list[str]]:
     return merge(folder, out, rule=chain(Ties(), CalibrateWeights(per="row")))
 
 
 @dataclass(frozen=True)
-class Told(MagMax):
+class TupleDescribingRule(MagMax):
     """A rule that describes itself with what JSON gives back otherwise."""
 
     def describe(self) -> dict[str, Any]:
         return {"told": {"pair": (1, 2), "table": {1: "one"}}}
 
 
-def merge_by_a_rule_that_tells_a_tuple(folder: Path, out: str) -> tuple[Outcome, list[str]]:
-    return merge(folder, out, rule=Told())
+def merge_with_tuple_description(folder: Path, out: str) -> tuple[MergeResult, list[str]]:
+    return merge(folder, out, rule=TupleDescribingRule())
 
 
-def running(folder: Path) -> Running:
-    return Running(folder / "state", "magmax", folder / "base", winners=True, settings=Settings(threads=1))
+def open_running(folder: Path) -> Running:
+    return Running(folder / "state", "magmax", folder / "base", winners=True, execution=ExecutionOptions(threads=1))
 
 
-def absorb(folder: Path, task: int) -> None:
-    running(folder).absorb(folder / f"task{task}.safetensors")
+def absorb_task(folder: Path, task: int) -> None:
+    open_running(folder).absorb(folder / f"task{task}.safetensors")
 
 
-def absorbed(folder: Path) -> list[str]:
+def absorbed_names(folder: Path) -> list[str]:
     """The names of the tasks in the state, as a new process reads it."""
-    return [task.name for task in running(folder).tasks]
+    return [task.name for task in open_running(folder).tasks]
 
 
-def result(folder: Path, out: str) -> None:
-    running(folder).result(out=folder / out)
+def write_result(folder: Path, out: str) -> None:
+    open_running(folder).result(out=folder / out)
 
 
-def older_merge(folder: Path, out: str) -> None:
+def prepare_older_merge(folder: Path, out: str) -> None:
     """The inputs, and the output of another merge where the output goes."""
-    inputs(folder)
+    write_inputs(folder)
     merge(folder, out, tasks=(3, 1))
 
 
-def state_of_two(folder: Path, out: str = "") -> None:
+def prepare_running_merge(folder: Path, out: str = "") -> None:
     """The inputs, and a running merge of two of them."""
-    inputs(folder)
-    absorb(folder, 1)
-    absorb(folder, 2)
+    write_inputs(folder)
+    absorb_task(folder, 1)
+    absorb_task(folder, 2)
 
 
 @dataclass(frozen=True)
@@ -121,50 +121,52 @@ class Scenario:
 
 
 SCENARIOS = [
-    Scenario("file", "out.safetensors", inputs, merge),
-    Scenario("folder", "out", inputs, merge),
-    Scenario("file-again", "out.safetensors", older_merge, merge),
-    Scenario("folder-again", "out", older_merge, merge),
-    Scenario("result", "result.safetensors", state_of_two, result),
+    Scenario("file", "out.safetensors", write_inputs, merge),
+    Scenario("folder", "out", write_inputs, merge),
+    Scenario("file-again", "out.safetensors", prepare_older_merge, merge),
+    Scenario("folder-again", "out", prepare_older_merge, merge),
+    Scenario("result", "result.safetensors", prepare_running_merge, write_result),
 ]
 
 
-def asking(folder: Path, out: str, rule: Rule = RULES_THAT_ASK[0]) -> None:
+def merge_with_statistics(folder: Path, out: str, rule: Rule = STATISTICS_RULES[0]) -> None:
     """Merge by a rule that asks questions of all tensors before it writes the first."""
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in (1, 2, 3)]
     base = open_checkpoint(folder / "base")
-    merge_job(rule, base, models, folder / out, Options(shard_bytes=SHARD)).run(Settings(threads=1))
+    merge_job(rule, base, models, folder / out, OutputOptions(shard_bytes=SHARD_BYTES)).run(ExecutionOptions(threads=1))
 
 
-def asking_in_a_chain(folder: Path, out: str) -> None:
-    asking(folder, out, RULES_THAT_ASK[1])
+def merge_chain_with_statistics(folder: Path, out: str) -> None:
+    merge_with_statistics(folder, out, STATISTICS_RULES[1])
 
 
-def intersected_inputs(folder: Path, out: str) -> None:
-    inputs(folder)
-    write(folder / "cut.safetensors", model(4) | {"weight": model(4)["weight"][:11]})
+def write_mismatched_inputs(folder: Path, out: str) -> None:
+    write_inputs(folder)
+    write_safetensors(folder / "cut.safetensors", small_model(4) | {"weight": small_model(4)["weight"][:11]})
 
 
-def intersecting(folder: Path, out: str) -> None:
+def merge_intersection(folder: Path, out: str) -> None:
     """Merge models of which one has fewer rows."""
     models = [open_checkpoint(folder / name) for name in ("task1.safetensors", "cut.safetensors")]
-    options = Options(mismatch="intersect", shard_bytes=SHARD)
-    merge_job(MagMax(), open_checkpoint(folder / "base"), models, folder / out, options).run(Settings(threads=1))
+    options = OutputOptions(mismatch="intersect", shard_bytes=SHARD_BYTES)
+    merge_job(MagMax(), open_checkpoint(folder / "base"), models, folder / out, options).run(
+        ExecutionOptions(threads=1)
+    )
 
 
-def sweep(folder: Path, out: str) -> None:
+def run_sweep(folder: Path, out: str) -> None:
     """Results at two scaling factors."""
     models = [open_checkpoint(folder / f"task{number}.safetensors") for number in (1, 2)]
-    options, factors = Options(shard_bytes=SHARD), [0.5, 1.0]
+    options, factors = OutputOptions(shard_bytes=SHARD_BYTES), [0.5, 1.0]
     place = folder / out.replace("-0.5", "")
     base = open_checkpoint(folder / "base")
-    work = Sweep(MagMax(), base, models, ["1", "2"], place, options, factors, Settings(threads=1))
+    work = FactorSweep(MagMax(), base, models, ["1", "2"], place, options, factors, ExecutionOptions(threads=1))
     with work.merged() as scaler:
         for factor in factors:
             scaler.write(factor)
 
 
-def adapters(folder: Path, out: str = "") -> None:
+def write_adapters(folder: Path, out: str = "") -> None:
     """Two adapters of two layers, of which they share one."""
     for number in (1, 2):
         draw = np.random.default_rng(number)
@@ -176,75 +178,75 @@ def adapters(folder: Path, out: str = "") -> None:
             f"base_model.model.{m}.lora_{letter}.weight": draw.normal(size=shape).astype("f4")
             for (m, letter), shape in factors.items()
         }
-        write(place / "adapter_model.safetensors", tensors)
+        write_safetensors(place / "adapter_model.safetensors", tensors)
         (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
 
 
-def older_adapter(folder: Path, out: str) -> None:
-    adapters(folder)
-    merge_adapters("average", [folder / "adapter1"], 1, folder / out, settings=Settings(threads=1))
+def prepare_older_adapter(folder: Path, out: str) -> None:
+    write_adapters(folder)
+    merge_adapters("average", [folder / "adapter1"], 1, folder / out, execution=ExecutionOptions(threads=1))
 
 
-def merged_adapters(folder: Path, out: str) -> None:
+def merge_two_adapters(folder: Path, out: str) -> None:
     both = [folder / f"adapter{number}" for number in (1, 2)]
-    merge_adapters("magmax", both, 2, folder / out, settings=Settings(threads=1))
+    merge_adapters("magmax", both, 2, folder / out, execution=ExecutionOptions(threads=1))
 
 
-def labelled_state(folder: Path, out: str = "") -> None:
+def prepare_labelled_merge(folder: Path, out: str = "") -> None:
     """A running merge of two, of which the first has a label."""
-    inputs(folder)
-    running(folder).absorb(folder / "task1.safetensors", label="one")
-    absorb(folder, 2)
+    write_inputs(folder)
+    open_running(folder).absorb(folder / "task1.safetensors", label="one")
+    absorb_task(folder, 2)
 
 
-def label(folder: Path) -> None:
-    running(folder).label("two")
+def label_version(folder: Path) -> None:
+    open_running(folder).label("two")
 
 
-def restore(folder: Path) -> None:
-    running(folder).restore("one")
+def restore_version(folder: Path) -> None:
+    open_running(folder).restore("one")
 
 
-def standing(folder: Path) -> tuple[list[str], list[str | None]]:
+def names_and_labels(folder: Path) -> tuple[list[str], list[str | None]]:
     """The tasks and labels of the state, as a new process reads it."""
-    status = running(folder).status()
-    return absorbed(folder), [generation.label for generation in status.generations]
+    status = open_running(folder).status()
+    return absorbed_names(folder), [generation.label for generation in status.generations]
 
 
-OTHERS = [
-    Scenario("ties", "out.safetensors", inputs, asking),
-    Scenario("prune-chain", "out", inputs, asking_in_a_chain),
-    Scenario("intersect", "out.safetensors", intersected_inputs, intersecting),
-    Scenario("sweep", "out-0.5.safetensors", inputs, sweep),
-    Scenario("adapter", "out", adapters, merged_adapters),
-    Scenario("adapter-again", "out", older_adapter, merged_adapters),
+OTHER_SCENARIOS = [
+    Scenario("ties", "out.safetensors", write_inputs, merge_with_statistics),
+    Scenario("prune-chain", "out", write_inputs, merge_chain_with_statistics),
+    Scenario("intersect", "out.safetensors", write_mismatched_inputs, merge_intersection),
+    Scenario("sweep", "out-0.5.safetensors", write_inputs, run_sweep),
+    Scenario("adapter", "out", write_adapters, merge_two_adapters),
+    Scenario("adapter-again", "out", prepare_older_adapter, merge_two_adapters),
 ]
 """Outputs of other kinds, which are tried at fewer moments."""
 
 
-def as_nobody(user: int, work: Callable[..., object], *given: object) -> object:
+def run_as_user(user: int, work: Callable[..., object], *args: object) -> object:
     """Do the work without root's right to write everywhere."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    return work(*given)
+    return work(*args)
 
 
 def merge_command(folder: Path, out: str) -> tuple[int, str, str]:
     base, tasks = folder / "base", [folder / f"task{number}.safetensors" for number in (1, 2)]
-    return typed("merge", "--base", base, *tasks, "--out", folder / out)
+    return run_cli("merge", "--base", base, *tasks, "--out", folder / out)
 
 
 def absorb_command(folder: Path, task: int) -> tuple[int, str, str]:
-    return typed("absorb", folder / "state", folder / f"task{task}.safetensors", "--winners")
+    return run_cli("absorb", folder / "state", folder / f"task{task}.safetensors", "--winners")
 
 
-def typed(*words: object) -> tuple[int, str, str]:
+def run_cli(*arguments: object) -> tuple[int, str, str]:
     """The exit code, stdout and stderr of a command line."""
     from magmax import cli
 
-    sys.argv = ["magmax", *map(str, words)]
+    sys.argv = ["magmax", *map(str, arguments)]
     code = 0
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         try:

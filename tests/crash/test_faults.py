@@ -12,23 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.crash.harness import Failure, Nursery, ShortWrites, tree
+from tests.crash.harness import DiskFailure, ForkServer, ShortWrites, read_contents
 from tests.crash.scenarios import (
     SCENARIOS,
     Scenario,
-    absorb,
     absorb_command,
-    absorbed,
-    as_nobody,
-    inputs,
+    absorb_task,
+    absorbed_names,
     merge,
     merge_command,
-    state_of_two,
+    prepare_running_merge,
+    run_as_user,
+    write_inputs,
 )
 from tests.crash.test_kills import completed, copied, prepared
 
 from magmax.checkpoints.journal import Journal
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.writer import OutputPath
 from magmax.errors import MagMaxError
 
 NOBODY = 65534
@@ -37,44 +37,49 @@ TAKING_SPACE = ("open", "pwrite", "write", "ftruncate", "fdatasync", "fsync")
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_no_space_left_is_one_error_wherever_it_strikes_and_the_same_command_goes_on(
-    scenario: Scenario, child: Nursery, tmp_path: Path
+    scenario: Scenario, child: ForkServer, tmp_path: Path
 ) -> None:
     work, out = scenario.work, scenario.out
     before, after, undisturbed = prepared(child, tmp_path, scenario.prepare, work, out)
-    old, whole = tree(before / out), tree(after)
-    for number, call in enumerate(undisturbed.log, start=1):
+    old, whole = read_contents(before / out), read_contents(after)
+    for number, call in enumerate(undisturbed.calls, start=1):
         if call[0] not in TAKING_SPACE:
             continue
         folder = copied(before)
-        refusal = child(work, folder, out, fault=Failure(number, call[0], errno.ENOSPC)).refusal
+        refusal = child(work, folder, out, fault=DiskFailure(number, call[0], errno.ENOSPC)).error_message
         assert str(folder) in refusal, call
         assert "o space left" in refusal, call
         if call[0] == "pwrite":
             assert refusal.startswith(str(folder / out))
             assert "run the same command again" in refusal
             assert "resumes" in refusal
-            assert tree(folder / out) == old
+            assert read_contents(folder / out) == old
         completed(child(work, folder, out))
-        assert tree(folder) == whole, call
+        assert read_contents(folder) == whole, call
 
 
-def test_no_space_left_leaves_the_state_at_one_generation_or_the_next(child: Nursery, tmp_path: Path) -> None:
-    before, after, undisturbed = prepared(child, tmp_path, state_of_two, absorb, 3)
-    for number, call in enumerate(undisturbed.log, start=1):
+def test_no_space_left_leaves_the_state_at_one_generation_or_the_next(child: ForkServer, tmp_path: Path) -> None:
+    before, after, undisturbed = prepared(child, tmp_path, prepare_running_merge, absorb_task, 3)
+    for number, call in enumerate(undisturbed.calls, start=1):
         if call[0] not in TAKING_SPACE:
             continue
         folder = copied(before)
-        assert "o space left" in child(absorb, folder, 3, fault=Failure(number, call[0], errno.ENOSPC)).refusal, call
-        tasks = completed(child(absorbed, folder)).result
+        assert (
+            "o space left"
+            in child(absorb_task, folder, 3, fault=DiskFailure(number, call[0], errno.ENOSPC)).error_message
+        ), call
+        tasks = completed(child(absorbed_names, folder)).result
         if len(tasks) == 2:
-            completed(child(absorb, folder, 3))
-        assert completed(child(absorbed, folder)).result == ["task1", "task2", "task3"]
-        assert tree(folder / "state" / "generation-000003") == tree(after / "state" / "generation-000003"), call
+            completed(child(absorb_task, folder, 3))
+        assert completed(child(absorbed_names, folder)).result == ["task1", "task2", "task3"]
+        assert read_contents(folder / "state" / "generation-000003") == read_contents(
+            after / "state" / "generation-000003"
+        ), call
 
 
-def test_a_failing_disk_is_named_with_what_the_system_says(child: Nursery, tmp_path: Path) -> None:
-    inputs(tmp_path)
-    refusal = child(merge, tmp_path, "out.safetensors", fault=Failure(1, "pwrite", errno.EIO)).refusal
+def test_a_failing_disk_is_named_with_what_the_system_says(child: ForkServer, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    refusal = child(merge, tmp_path, "out.safetensors", fault=DiskFailure(1, "pwrite", errno.EIO)).error_message
     assert str(tmp_path / "out.safetensors") in refusal
     assert os.strerror(errno.EIO) in refusal
 
@@ -82,18 +87,18 @@ def test_a_failing_disk_is_named_with_what_the_system_says(child: Nursery, tmp_p
 @pytest.mark.parametrize("most", [1, 7, 4096])
 @pytest.mark.parametrize("scenario", SCENARIOS[:2], ids=str)
 def test_writes_that_take_a_part_only_are_gone_on_with(
-    scenario: Scenario, most: int, child: Nursery, tmp_path: Path
+    scenario: Scenario, most: int, child: ForkServer, tmp_path: Path
 ) -> None:
     before, after, _ = prepared(child, tmp_path, scenario.prepare, scenario.work, scenario.out)
     completed(child(scenario.work, before, scenario.out, fault=ShortWrites(most)))
-    assert tree(before) == tree(after)
+    assert read_contents(before) == read_contents(after)
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
-def test_the_command_line_ends_with_code_2_and_one_line(out: str, child: Nursery, tmp_path: Path) -> None:
-    inputs(tmp_path)
+def test_the_command_line_ends_with_code_2_and_one_line(out: str, child: ForkServer, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
     code, stdout, stderr = completed(
-        child(merge_command, tmp_path, out, fault=Failure(1, "pwrite", errno.ENOSPC))
+        child(merge_command, tmp_path, out, fault=DiskFailure(1, "pwrite", errno.ENOSPC))
     ).result
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {tmp_path / out}: no space left")
@@ -103,12 +108,12 @@ def test_the_command_line_ends_with_code_2_and_one_line(out: str, child: Nursery
 
 
 @pytest.mark.parametrize("name", ["write", "open", "fsync"])
-def test_a_state_that_cannot_be_saved_ends_with_code_2(name: str, child: Nursery, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_saved_ends_with_code_2(name: str, child: ForkServer, tmp_path: Path) -> None:
     """The last calls of an absorption, after the generation itself is in place."""
-    before, _, undisturbed = prepared(child, tmp_path, state_of_two, absorb, 3)
-    number = max(n for n, call in enumerate(undisturbed.log, start=1) if call[0] == name)
+    before, _, undisturbed = prepared(child, tmp_path, prepare_running_merge, absorb_task, 3)
+    number = max(n for n, call in enumerate(undisturbed.calls, start=1) if call[0] == name)
     folder = copied(before)
-    fault = Failure(number, name, errno.ENOSPC)
+    fault = DiskFailure(number, name, errno.ENOSPC)
     code, _, stderr = completed(child(absorb_command, folder, 3, fault=fault)).result
     assert code == 2
     assert stderr.startswith("error: ")
@@ -120,7 +125,7 @@ def closed() -> Iterator[Path]:
     """A folder that everyone may look into and nobody else may write to; its parents do not keep anyone out."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        inputs(folder)
+        write_inputs(folder)
         for path in [folder, *folder.rglob("*")]:
             path.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH | (0o111 if path.is_dir() else 0))
         yield folder
@@ -129,37 +134,39 @@ def closed() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out", "new/deep/out.safetensors"])
-def test_a_folder_that_may_not_be_written_to_is_named_before_any_work(out: str, closed: Path, child: Nursery) -> None:
-    found = tree(closed)
-    end = child(as_nobody, NOBODY, merge, closed, out)
-    assert end.refusal == f"{closed}: cannot be written to; choose another place for the output"
-    assert end.log == []
-    assert tree(closed) == found
+def test_a_folder_that_may_not_be_written_to_is_named_before_any_work(
+    out: str, closed: Path, child: ForkServer
+) -> None:
+    found = read_contents(closed)
+    end = child(run_as_user, NOBODY, merge, closed, out)
+    assert end.error_message == f"{closed}: cannot be written to; choose another place for the output"
+    assert end.calls == []
+    assert read_contents(closed) == found
 
 
-def test_a_state_in_a_folder_that_may_not_be_written_to(closed: Path, child: Nursery) -> None:
-    assert f"{closed}: cannot be written to" in child(as_nobody, NOBODY, absorb, closed, 1).refusal
+def test_a_state_in_a_folder_that_may_not_be_written_to(closed: Path, child: ForkServer) -> None:
+    assert f"{closed}: cannot be written to" in child(run_as_user, NOBODY, absorb_task, closed, 1).error_message
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_turns_out_to_be_read_only_is_named(code: int, child: Nursery, tmp_path: Path) -> None:
-    inputs(tmp_path)
-    refusal = child(merge, tmp_path, "out.safetensors", fault=Failure(1, "open", code)).refusal
+def test_a_folder_that_turns_out_to_be_read_only_is_named(code: int, child: ForkServer, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    refusal = child(merge, tmp_path, "out.safetensors", fault=DiskFailure(1, "open", code)).error_message
     assert refusal == f"{tmp_path}: cannot be written to: {os.strerror(code)}"
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
-def test_an_output_that_is_being_written_is_left_alone(out: str, child: Nursery, tmp_path: Path) -> None:
-    before, after, _ = prepared(child, tmp_path, inputs, merge, out)
-    holder = Journal(Target(before / out).journal)
-    found = tree(before)
-    refusal = child(merge, before, out).refusal
+def test_an_output_that_is_being_written_is_left_alone(out: str, child: ForkServer, tmp_path: Path) -> None:
+    before, after, _ = prepared(child, tmp_path, write_inputs, merge, out)
+    holder = Journal(OutputPath(before / out).journal_path)
+    found = read_contents(before)
+    refusal = child(merge, before, out).error_message
     assert "another magmax is writing this output" in refusal
     assert str(before / out) in refusal
-    assert tree(before) == found
+    assert read_contents(before) == found
     holder.close()
     completed(child(merge, before, out))
-    assert tree(before) == tree(after)
+    assert read_contents(before) == read_contents(after)
 
 
 def test_a_lock_on_a_journal_that_was_just_deleted_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +188,10 @@ def test_a_lock_on_a_journal_that_was_just_deleted_is_no_lock(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
-def test_two_merges_to_one_output_never_mix(out: str, child: Nursery, tmp_path: Path) -> None:
-    before, after, _ = prepared(child, tmp_path, inputs, merge, out)
-    whole = tree(after)
-    other = Nursery()
+def test_two_merges_to_one_output_never_mix(out: str, child: ForkServer, tmp_path: Path) -> None:
+    before, after, _ = prepared(child, tmp_path, write_inputs, merge, out)
+    whole = read_contents(after)
+    other = ForkServer()
     with ThreadPoolExecutor(2) as pool:
         for _ in range(15):
             folder = copied(before)
@@ -192,20 +199,20 @@ def test_two_merges_to_one_output_never_mix(out: str, child: Nursery, tmp_path: 
             refusals = [end.refusal for end in ends if end.refusal]
             assert len(refusals) < 2
             assert all("another magmax is writing this output" in refusal for refusal in refusals)
-            assert tree(folder) == whole
+            assert read_contents(folder) == whole
     other.close()
 
 
-def test_two_absorptions_at_once_lose_no_task(child: Nursery, tmp_path: Path) -> None:
+def test_two_absorptions_at_once_lose_no_task(child: ForkServer, tmp_path: Path) -> None:
     before = tmp_path / "before"
     before.mkdir()
-    completed(child(inputs, before))
-    completed(child(absorb, before, 1))
-    other = Nursery()
+    completed(child(write_inputs, before))
+    completed(child(absorb_task, before, 1))
+    other = ForkServer()
     with ThreadPoolExecutor(2) as pool:
         for _ in range(15):
             folder = copied(before)
-            ends = list(pool.map(lambda nursery, task, f=folder: nursery(absorb, f, task), (child, other), (2, 3)))
+            ends = list(pool.map(lambda nursery, task, f=folder: nursery(absorb_task, f, task), (child, other), (2, 3)))
             taken = {f"task{task}" for task, end in zip((2, 3), ends, strict=True) if not end.refusal}
-            assert set(completed(child(absorbed, folder)).result) == {"task1"} | taken
+            assert set(completed(child(absorbed_names, folder)).result) == {"task1"} | taken
     other.close()

@@ -8,111 +8,113 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.crash.harness import End, Kill, Nursery, every_kill, fewer_kills, tree
+from tests.crash.harness import ChildResult, ForkServer, Kill, all_kills, read_contents, sampled_kills
 from tests.crash.scenarios import (
-    OTHERS,
+    OTHER_SCENARIOS,
     SCENARIOS,
     Scenario,
-    absorb,
-    absorbed,
-    inputs,
-    label,
-    labelled_state,
-    restore,
-    standing,
-    state_of_two,
+    absorb_task,
+    absorbed_names,
+    label_version,
+    names_and_labels,
+    prepare_labelled_merge,
+    prepare_running_merge,
+    restore_version,
+    write_inputs,
 )
 
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.writer import OutputPath
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHERS], ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHER_SCENARIOS], ids=str)
 def test_a_kill_leaves_the_old_output_or_none_or_the_new_and_the_same_command_mends_it(
-    scenario: Scenario, child: Nursery, tmp_path: Path
+    scenario: Scenario, child: ForkServer, tmp_path: Path
 ) -> None:
     out = scenario.out
     before, after, undisturbed = prepared(child, tmp_path, scenario.prepare, scenario.work, out)
-    old, new, whole = tree(before / out), tree(after / out), tree(after)
-    for kill in every_kill(undisturbed.log) if scenario in SCENARIOS else fewer_kills(undisturbed.log):
+    old, new, whole = read_contents(before / out), read_contents(after / out), read_contents(after)
+    for kill in all_kills(undisturbed.calls) if scenario in SCENARIOS else sampled_kills(undisturbed.calls):
         folder = copied(before)
-        assert child(scenario.work, folder, out, fault=kill).killed
-        target = Target(folder / out)
-        assert tree(target.path) in (old, new) or tree(target.old) == old, kill
+        assert child(scenario.work, folder, out, fault=kill).is_killed
+        target = OutputPath(folder / out)
+        assert read_contents(target.path) in (old, new) or read_contents(target.replaced) == old, kill
         completed(child(scenario.work, folder, out))
-        assert tree(folder) == whole, kill
+        assert read_contents(folder) == whole, kill
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS[:2], ids=str)
 @pytest.mark.parametrize("last", [1, 4])
 def test_a_second_kill_does_no_more_harm_than_the_first(
-    scenario: Scenario, last: int, child: Nursery, tmp_path: Path
+    scenario: Scenario, last: int, child: ForkServer, tmp_path: Path
 ) -> None:
     """The first kill falls on one of the last calls, where the output is being published."""
     work, out = scenario.work, scenario.out
     before, after, undisturbed = prepared(child, tmp_path, scenario.prepare, work, out)
-    first, whole = Kill(len(undisturbed.log) - last, "after"), tree(after)
-    for number, _ in enumerate(undisturbed.log, start=1):
+    first, whole = Kill(len(undisturbed.calls) - last, "after"), read_contents(after)
+    for number, _ in enumerate(undisturbed.calls, start=1):
         folder = copied(before)
-        assert child(work, folder, out, fault=first).killed
+        assert child(work, folder, out, fault=first).is_killed
         child(work, folder, out, fault=Kill(number, "after"))
         completed(child(work, folder, out))
-        assert tree(folder) == whole, (first, number)
+        assert read_contents(folder) == whole, (first, number)
 
 
 @pytest.mark.parametrize("done", [0, 2], ids=["first", "third"])
-def test_a_kill_leaves_the_state_before_an_absorption_or_after_it(done: int, child: Nursery, tmp_path: Path) -> None:
+def test_a_kill_leaves_the_state_before_an_absorption_or_after_it(done: int, child: ForkServer, tmp_path: Path) -> None:
     task = done + 1
-    before, after, undisturbed = prepared(child, tmp_path, state_of_two if done else inputs, absorb, task)
+    before, after, undisturbed = prepared(
+        child, tmp_path, prepare_running_merge if done else write_inputs, absorb_task, task
+    )
     further = copied(after, "further")
-    completed(child(absorb, further, 4))
-    whole = tree(further)
-    for kill in every_kill(undisturbed.log):
+    completed(child(absorb_task, further, 4))
+    whole = read_contents(further)
+    for kill in all_kills(undisturbed.calls):
         folder = copied(before)
-        assert child(absorb, folder, task, fault=kill).killed
-        tasks = len(completed(child(absorbed, folder)).result)
+        assert child(absorb_task, folder, task, fault=kill).is_killed
+        tasks = len(completed(child(absorbed_names, folder)).result)
         assert tasks in (done, task), kill
         assert generation(folder, tasks) == generation(after if tasks == task else before, tasks), kill
-        again = child(absorb, folder, task)
-        assert ("was absorbed already" in again.refusal) == (tasks == task), kill
+        again = child(absorb_task, folder, task)
+        assert ("was absorbed already" in again.error_message) == (tasks == task), kill
         assert generation(folder, task) == generation(after, task), kill
-        completed(child(absorb, folder, 4))
-        assert tree(folder) == whole, kill
+        completed(child(absorb_task, folder, 4))
+        assert read_contents(folder) == whole, kill
 
 
-@pytest.mark.parametrize("work", [label, restore])
+@pytest.mark.parametrize("work", [label_version, restore_version])
 def test_a_kill_leaves_the_state_as_it_was_or_labelled_or_restored(
-    work: Callable[[Path], None], child: Nursery, tmp_path: Path
+    work: Callable[[Path], None], child: ForkServer, tmp_path: Path
 ) -> None:
-    before, after, undisturbed = prepared(child, tmp_path, labelled_state, work)
-    was, will = (completed(child(standing, folder)).result for folder in (before, after))
+    before, after, undisturbed = prepared(child, tmp_path, prepare_labelled_merge, work)
+    was, will = (completed(child(names_and_labels, folder)).result for folder in (before, after))
     assert was != will
-    for kill in every_kill(undisturbed.log):
+    for kill in all_kills(undisturbed.calls):
         folder = copied(before)
-        assert child(work, folder, fault=kill).killed
-        stands = completed(child(standing, folder)).result
+        assert child(work, folder, fault=kill).is_killed
+        stands = completed(child(names_and_labels, folder)).result
         assert stands in (was, will), kill
         again = child(work, folder)
-        assert not again.refusal or (stands == will and "is labelled 'two' already" in again.refusal), kill
-        assert tree(folder / "state" / "state.json") == tree(after / "state" / "state.json"), kill
-        completed(child(absorb, folder, 4))
-        assert len(completed(child(absorbed, folder)).result) == len(will[0]) + 1, kill
+        assert not again.error_message or (stands == will and "is labelled 'two' already" in again.error_message), kill
+        assert read_contents(folder / "state" / "state.json") == read_contents(after / "state" / "state.json"), kill
+        completed(child(absorb_task, folder, 4))
+        assert len(completed(child(absorbed_names, folder)).result) == len(will[0]) + 1, kill
 
 
-def test_a_kill_while_threads_write_does_no_harm(child: Nursery, tmp_path: Path) -> None:
+def test_a_kill_while_threads_write_does_no_harm(child: ForkServer, tmp_path: Path) -> None:
     """The calls then come in any order: some kills fall between a write and its place in the journal."""
     out, prepare, work = SCENARIOS[0].out, SCENARIOS[0].prepare, SCENARIOS[0].work
     before, after, undisturbed = prepared(child, tmp_path, prepare, work, out)
-    whole = tree(after)
-    for number in range(8, len(undisturbed.log)):
+    whole = read_contents(after)
+    for number in range(8, len(undisturbed.calls)):
         folder = copied(before)
         child(work, folder, out, fault=Kill(number, "after"), threads=True)
         completed(child(work, folder, out, threads=True))
-        assert tree(folder) == whole, number
+        assert read_contents(folder) == whole, number
 
 
 def prepared(
-    child: Nursery, folder: Path, prepare: Callable[..., object], work: Callable[..., object], *given: Any
-) -> tuple[Path, Path, End]:
+    child: ForkServer, folder: Path, prepare: Callable[..., object], work: Callable[..., object], *given: Any
+) -> tuple[Path, Path, ChildResult]:
     """A folder before the work, one after it, and how the undisturbed work went."""
     before = folder / "before"
     before.mkdir()
@@ -128,11 +130,11 @@ def copied(folder: Path, name: str = "copy") -> Path:
     return shutil.copytree(folder, copy)
 
 
-def completed(end: End) -> End:
-    assert not end.killed
-    assert not end.refusal
+def completed(end: ChildResult) -> ChildResult:
+    assert not end.is_killed
+    assert not end.error_message
     return end
 
 
 def generation(folder: Path, number: int) -> object:
-    return tree(folder / "state" / f"generation-{number:06}")
+    return read_contents(folder / "state" / f"generation-{number:06}")

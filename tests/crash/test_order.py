@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.crash.harness import Call, Nursery
-from tests.crash.scenarios import OTHERS, SCENARIOS, Scenario, absorb, state_of_two
+from tests.crash.harness import Call, ForkServer
+from tests.crash.scenarios import OTHER_SCENARIOS, SCENARIOS, Scenario, absorb_task, prepare_running_merge
 from tests.crash.test_kills import completed, prepared
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHERS], ids=str)
-def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, child: Nursery, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHER_SCENARIOS], ids=str)
+def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, child: ForkServer, tmp_path: Path) -> None:
     _, _, undisturbed = prepared(child, tmp_path, scenario.prepare, scenario.work, scenario.out)
-    replay(undisturbed.log)
+    replay(undisturbed.calls)
 
 
-def test_a_generation_is_on_the_disk_before_the_state_names_it(child: Nursery, tmp_path: Path) -> None:
-    completed(child(state_of_two, tmp_path))
-    replay(completed(child(absorb, tmp_path, 3)).log)
+def test_a_generation_is_on_the_disk_before_the_state_names_it(child: ForkServer, tmp_path: Path) -> None:
+    completed(child(prepare_running_merge, tmp_path))
+    replay(completed(child(absorb_task, tmp_path, 3)).calls)
 
 
 @dataclass

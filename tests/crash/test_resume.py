@@ -7,34 +7,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from tests.crash.harness import Call, Kill, Nursery, tree
+from tests.crash.harness import Call, ForkServer, Kill, read_contents
 from tests.crash.scenarios import (
-    inputs,
     merge,
-    merge_by_a_rule_that_tells_a_tuple,
     merge_by_angles,
     merge_by_preference,
     merge_calibrated,
     merge_whole_tensors,
+    merge_with_tuple_description,
+    write_inputs,
 )
 from tests.crash.test_kills import completed, copied, prepared
-from tests.robustness.files import model, write
+from tests.robustness.files import small_model, write_safetensors
 
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.writer import OutputPath
 
 OUTS = ["out.safetensors", "out"]
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(out: str, child: Nursery, tmp_path: Path) -> None:
-    before, after, undisturbed = prepared(child, tmp_path, inputs, merge, out)
+def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(
+    out: str, child: ForkServer, tmp_path: Path
+) -> None:
+    before, after, undisturbed = prepared(child, tmp_path, write_inputs, merge, out)
     shares = []
-    for number in journalled(undisturbed.log):
+    for number in journalled(undisturbed.calls):
         folder = copied(before)
-        assert child(merge, folder, out, fault=Kill(number, "after")).killed
+        assert child(merge, folder, out, fault=Kill(number, "after")).is_killed
         outcome, notes = completed(child(merge, folder, out)).result
         assert notes == [f"resuming: {outcome.reused_bytes / outcome.read_bytes:.0%} was done already"]
-        assert tree(folder) == tree(after)
+        assert read_contents(folder) == read_contents(after)
         shares.append(outcome.reused_bytes / outcome.read_bytes)
     assert len(shares) > 3
     assert shares == sorted(set(shares))
@@ -49,20 +51,20 @@ def test_a_resumed_merge_says_what_it_reuses_and_gives_the_same_bytes(out: str, 
         merge_by_angles,
         merge_by_preference,
         merge_calibrated,
-        merge_by_a_rule_that_tells_a_tuple,
+        merge_with_tuple_description,
     ],
 )
 @pytest.mark.parametrize("out", OUTS)
 def test_a_rule_that_asks_or_takes_whole_tensors_resumes_too(
-    work: Callable[..., object], out: str, child: Nursery, tmp_path: Path
+    work: Callable[..., object], out: str, child: ForkServer, tmp_path: Path
 ) -> None:
-    before, after, undisturbed = prepared(child, tmp_path, inputs, work, out)
+    before, after, undisturbed = prepared(child, tmp_path, write_inputs, work, out)
     reused = []
-    for number in journalled(undisturbed.log):
+    for number in journalled(undisturbed.calls):
         folder = copied(before)
-        assert child(work, folder, out, fault=Kill(number, "after")).killed
+        assert child(work, folder, out, fault=Kill(number, "after")).is_killed
         outcome, _ = completed(child(work, folder, out)).result
-        assert tree(folder) == tree(after)
+        assert read_contents(folder) == read_contents(after)
         reused.append(outcome.reused_bytes)
     assert len(reused) > 3
     assert reused == sorted(set(reused))
@@ -70,10 +72,10 @@ def test_a_rule_that_asks_or_takes_whole_tensors_resumes_too(
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_what_was_read_is_not_read_again(out: str, child: Nursery, tmp_path: Path) -> None:
+def test_what_was_read_is_not_read_again(out: str, child: ForkServer, tmp_path: Path) -> None:
     _, folder, undisturbed = interrupted(child, tmp_path, out)
     resumed = completed(child(merge, folder, out))
-    assert 0 < written(resumed.log) < written(undisturbed)
+    assert 0 < written(resumed.calls) < written(undisturbed)
 
 
 def touched(path: Path) -> None:
@@ -82,12 +84,12 @@ def touched(path: Path) -> None:
 
 
 def retrained(path: Path) -> None:
-    write(path, model(9))
+    write_safetensors(path, small_model(9))
 
 
 def grown(path: Path) -> None:
     status = path.stat()
-    write(path, model(9), {"note": "another header, and so another size"})
+    write_safetensors(path, small_model(9), {"note": "another header, and so another size"})
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -95,18 +97,18 @@ def grown(path: Path) -> None:
 @pytest.mark.parametrize("change", [touched, retrained, grown])
 @pytest.mark.parametrize("which", ["task2.safetensors", "base/model.safetensors"])
 def test_a_changed_input_starts_afresh_and_says_so(
-    which: str, change: Callable[[Path], None], out: str, child: Nursery, tmp_path: Path
+    which: str, change: Callable[[Path], None], out: str, child: ForkServer, tmp_path: Path
 ) -> None:
     _, folder, _ = interrupted(child, tmp_path, out)
     change(folder / which)
     outcome, notes = completed(child(merge, folder, out)).result
     assert notes == [f"starting afresh: {folder / which} changed since the interrupted run"]
     assert outcome.reused_bytes == 0
-    assert tree(folder / out) == merged_without_history(child, folder, out)
+    assert read_contents(folder / out) == merged_without_history(child, folder, out)
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_other_models_start_afresh(out: str, child: Nursery, tmp_path: Path) -> None:
+def test_other_models_start_afresh(out: str, child: ForkServer, tmp_path: Path) -> None:
     _, folder, _ = interrupted(child, tmp_path, out)
     outcome, notes = completed(child(merge, folder, out, (1, 2, 3))).result
     assert notes
@@ -116,52 +118,52 @@ def test_other_models_start_afresh(out: str, child: Nursery, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("out", OUTS)
 def test_restart_forgets_the_interrupted_run_even_if_it_is_killed_in_turn(
-    out: str, child: Nursery, tmp_path: Path
+    out: str, child: ForkServer, tmp_path: Path
 ) -> None:
     after, folder, log = interrupted(child, tmp_path, out)
     half_done = copied(folder, "half")
     outcome, notes = completed(child(merge, folder, out, (1, 2), True)).result
     assert (outcome.reused_bytes, notes) == (0, [])
-    assert tree(folder) == tree(after)
+    assert read_contents(folder) == read_contents(after)
     for number, _ in enumerate(log, start=1):
         folder = back(half_done, folder)
         child(merge, folder, out, (1, 2), True, fault=Kill(number, "after"))
         completed(child(merge, folder, out))
-        assert tree(folder) == tree(after), number
+        assert read_contents(folder) == read_contents(after), number
 
 
 @pytest.mark.parametrize("out", OUTS)
 @pytest.mark.parametrize("end", [b'["weight",0,', b"\0" * 40, b"\xff\n", b'"not a part'])
 def test_a_damaged_end_of_the_journal_costs_only_what_it_held(
-    end: bytes, out: str, child: Nursery, tmp_path: Path
+    end: bytes, out: str, child: ForkServer, tmp_path: Path
 ) -> None:
     after, folder, _ = interrupted(child, tmp_path, out)
-    with Target(folder / out).journal.open("ab") as journal:
+    with OutputPath(folder / out).journal_path.open("ab") as journal:
         journal.write(end)
-    assert child(merge, folder, out, fault=Kill(12, "after")).killed
+    assert child(merge, folder, out, fault=Kill(12, "after")).is_killed
     outcome, _ = completed(child(merge, folder, out)).result
     assert outcome.reused_bytes > 0
-    assert tree(folder) == tree(after)
+    assert read_contents(folder) == read_contents(after)
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_a_damaged_draft_is_not_taken_up(out: str, child: Nursery, tmp_path: Path) -> None:
+def test_a_damaged_draft_is_not_taken_up(out: str, child: ForkServer, tmp_path: Path) -> None:
     after, folder, _ = interrupted(child, tmp_path, out)
-    partial = Target(folder / out).partial
+    partial = OutputPath(folder / out).partial_path
     victim = min(partial.iterdir()) if partial.is_dir() else partial
     os.truncate(victim, victim.stat().st_size - 1)
     outcome, _ = completed(child(merge, folder, out)).result
     assert outcome.reused_bytes == 0
-    assert tree(folder) == tree(after)
+    assert read_contents(folder) == read_contents(after)
 
 
-def interrupted(child: Nursery, tmp_path: Path, out: str) -> tuple[Path, Path, Sequence[Call]]:
+def interrupted(child: ForkServer, tmp_path: Path, out: str) -> tuple[Path, Path, Sequence[Call]]:
     """A folder where the work is done, one where a kill stopped it half-way, and the undisturbed calls."""
-    before, after, undisturbed = prepared(child, tmp_path, inputs, merge, out)
+    before, after, undisturbed = prepared(child, tmp_path, write_inputs, merge, out)
     folder = copied(before)
-    moments = journalled(undisturbed.log)
-    assert child(merge, folder, out, fault=Kill(moments[len(moments) // 2], "after")).killed
-    return after, folder, undisturbed.log
+    moments = journalled(undisturbed.calls)
+    assert child(merge, folder, out, fault=Kill(moments[len(moments) // 2], "after")).is_killed
+    return after, folder, undisturbed.calls
 
 
 def back(saved: Path, folder: Path) -> Path:
@@ -178,10 +180,10 @@ def written(log: Sequence[Call]) -> int:
     return sum(call[-1] for call in log if call[0] == "pwrite")
 
 
-def merged_without_history(child: Nursery, folder: Path, out: str) -> object:
+def merged_without_history(child: ForkServer, folder: Path, out: str) -> object:
     clean = folder.with_name("clean")
     clean.mkdir()
     for name in ("base", "task1.safetensors", "task2.safetensors"):
         (clean / name).symlink_to(folder / name)
     completed(child(merge, clean, out))
-    return tree(clean / out)
+    return read_contents(clean / out)

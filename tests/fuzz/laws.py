@@ -19,26 +19,33 @@ import torch
 import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
-from tests.robustness.files import data, entries, model, with_header, write, write_folder
+from tests.robustness.files import (
+    build_file,
+    header_entries,
+    small_model,
+    tensor_data,
+    write_safetensors,
+    write_sharded,
+)
 
 from magmax import merge_adapters
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.lora.adapted_model import within
+from magmax.checkpoints.lora.adapted_model import resolve_path
 from magmax.errors import MagMaxError
 from magmax.merging.api import merge
 from magmax.merging.running.running_merge import Running
-from magmax.recipes.recipe import load
+from magmax.recipes.recipe import load_recipe
 
-LONGEST_MESSAGE = 20_000
+MAX_MESSAGE_LENGTH = 20_000
 
-NASTY = [
+HOSTILE_VALUES = [
     None, True, False, 0, 1, -1, 2, 9, 36, 0.0, 9.0, 1e400, float("nan"), 2**31, 2**53, 2**63 - 1, 2**63, 10**4000,
     "", ".", "..", "/", "a/b", "../x", "\0", "\ud800", "é", "a" * 300, "__metadata__", "weight", "bias",
     "F32", "BF16", "F64", "F4", "I64", "F8_E4M3", "BOOL", "C64", "magmax", "base.safetensors", [], {}, [[]], [None],
     [0, 0], [0, 36], [36, 0], [1] * 70, {"a": 1}, {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
 ]  # fmt: skip
 
-BYTES = [
+HOSTILE_BYTES = [
     b"\0",
     b"\xff",
     b"{",
@@ -59,91 +66,97 @@ BYTES = [
 ]
 
 
-def mutated_tree(draw: random.Random, tree: Any) -> Any:
+def mutate_tree(rng: random.Random, tree: Any) -> Any:
     """JSON with one value, key or entry changed."""
     tree = json.loads(json.dumps(tree))
-    places = list(_places(tree))
-    if not places or draw.random() < 0.02:
-        return draw.choice(NASTY)
-    holder, at = draw.choice(places)
-    what = draw.randrange(6)
+    places = list(_iter_locations(tree))
+    if not places or rng.random() < 0.02:
+        return rng.choice(HOSTILE_VALUES)
+    holder, at = rng.choice(places)
+    what = rng.randrange(6)
     if what == 0:
         del holder[at]
     elif what == 1 and isinstance(holder, dict):
-        key = draw.choice([n for n in NASTY if isinstance(n, str)])
+        key = rng.choice([n for n in HOSTILE_VALUES if isinstance(n, str)])
         holder[key] = holder.pop(at)
     elif what == 2 and type(holder[at]) is int:
-        holder[at] += draw.choice([-36, -8, -4, -1, 1, 4, 8, 36, 2**40])
+        holder[at] += rng.choice([-36, -8, -4, -1, 1, 4, 8, 36, 2**40])
     elif what == 3:
-        other, there = draw.choice(places)
+        other, there = rng.choice(places)
         holder[at] = json.loads(json.dumps(other[there]))
     elif what == 4 and isinstance(holder, list):
-        holder.insert(draw.randrange(len(holder) + 1), draw.choice(NASTY))
+        holder.insert(rng.randrange(len(holder) + 1), rng.choice(HOSTILE_VALUES))
     else:
-        holder[at] = draw.choice(NASTY)
+        holder[at] = rng.choice(HOSTILE_VALUES)
     return tree
 
 
-def mutated_bytes(draw: random.Random, content: bytes) -> bytes:
+def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
     """Bytes with one stretch changed, inserted, cut out, or doubled."""
-    at = draw.randrange(len(content) + 1)
-    end = min(len(content), at + draw.choice([0, 1, 1, 2, 8, 40]))
-    put = draw.choice(
-        [b"", draw.choice(BYTES), bytes([draw.randrange(256)]), content[at:end] * 2, draw.choice(BYTES) * 3000]
+    at = rng.randrange(len(content) + 1)
+    end = min(len(content), at + rng.choice([0, 1, 1, 2, 8, 40]))
+    put = rng.choice(
+        [
+            b"",
+            rng.choice(HOSTILE_BYTES),
+            bytes([rng.randrange(256)]),
+            content[at:end] * 2,
+            rng.choice(HOSTILE_BYTES) * 3000,
+        ]
     )
-    return content[:at] if draw.random() < 0.05 else content[:at] + put + content[end:]
+    return content[:at] if rng.random() < 0.05 else content[:at] + put + content[end:]
 
 
-def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+def _iter_locations(tree: Any) -> Iterator[tuple[Any, Any]]:
     """(holder, key or index) of every value in a tree."""
     if isinstance(tree, dict | list):
         for at in list(tree) if isinstance(tree, dict) else range(len(tree)):
             yield tree, at
-            yield from _places(tree[at])
+            yield from _iter_locations(tree[at])
 
 
-def header(draw: random.Random, folder: Path) -> None:
+def check_header(rng: random.Random, folder: Path) -> None:
     """A mutated safetensors file is refused, or holds what the reference implementation reads, and can be merged."""
-    tensors = model(1)
-    told = {"__metadata__": {"format": "pt", "tied": "weight"}} | entries(tensors)
-    for _ in range(draw.choice([0, 1, 1, 2, 3])):
-        told = mutated_tree(draw, told)
-    content = with_header(told, data(tensors))
-    for _ in range(draw.choice([0, 0, 1, 2])):
-        content = mutated_bytes(draw, content)
+    tensors = small_model(1)
+    told = {"__metadata__": {"format": "pt", "tied": "weight"}} | header_entries(tensors)
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        told = mutate_tree(rng, told)
+    content = build_file(told, tensor_data(tensors))
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        content = mutate_bytes(rng, content)
     path = folder / "mutated.safetensors"
     path.write_bytes(content)
-    with refusals(path):
+    with allow_refusal(path):
         opened = open_checkpoint(path)
         ours = {
-            key: (s.dtype, list(s.shape), opened.read(key, 0, s.units).tobytes()) for key, s in opened.specs.items()
+            key: (s.dtype, list(s.shape), opened.read(key, 0, s.num_units).tobytes()) for key, s in opened.specs.items()
         }
         assert ours == {key: (t["dtype"], t["shape"], bytes(t["data"])) for key, t in deserialize(content)}
-    base = write(folder / "base.safetensors", model(0))
+    base = write_safetensors(folder / "base.safetensors", small_model(0))
     out = folder / "out.safetensors"
     for first, second in ((base, path), (path, base)):
-        with refusals(path):
+        with allow_refusal(path):
             merge("average", first, [second], 1.0, out=out)
             kept = dict(deserialize(out.read_bytes()))
             assert kept.keys() == dict(deserialize(first.read_bytes())).keys()
 
 
-def index(draw: random.Random, folder: Path) -> None:
+def check_index(rng: random.Random, folder: Path) -> None:
     """A mutated index is refused, or every tensor is the one of the file that the index names."""
-    whole = model(1)
+    whole = small_model(1)
     shards = {"1.safetensors": {k: whole[k] for k in ("bias", "scale")}, "2.safetensors": {"weight": whole["weight"]}}
     told: Any = {"metadata": {"total_size": 1}, "weight_map": {key: name for name, s in shards.items() for key in s}}
-    for _ in range(draw.choice([0, 1, 1, 2, 3])):
-        told = mutated_tree(draw, told)
-    write_folder(folder / "model", shards)
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        told = mutate_tree(rng, told)
+    write_sharded(folder / "model", shards)
     file = folder / "model" / "model.safetensors.index.json"
     content = json.dumps(told).encode()
-    file.write_bytes(mutated_bytes(draw, content) if draw.random() < 0.4 else content)
-    with refusals(folder / "model"):
+    file.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.4 else content)
+    with allow_refusal(folder / "model"):
         opened = open_checkpoint(folder / "model")
         named = json.loads(file.read_bytes())["weight_map"]
         for key, spec in opened.specs.items():
-            assert opened.read(key, 0, spec.units).tobytes() == shards[named[key]][key].tobytes()
+            assert opened.read(key, 0, spec.num_units).tobytes() == shards[named[key]][key].tobytes()
         assert opened.specs.keys() == {key for name in set(named.values()) for key in shards[name]}
 
 
@@ -162,7 +175,7 @@ RECIPES: list[Any] = [
     {"base": "base.safetensors", "models": ["a.safetensors"], "rule": ["average"], "scaling_factor": 1},
     {"base": "b", "models": ["a"], "rule": {"_target_": "x.MagMaxAlgorithm", "scaling_factor": 0.3, "inplace": True}},
 ]
-TEXTS = [
+HOSTILE_YAML = [
     "- ",
     "&a [*a]",
     "<<: {a: 1}",
@@ -187,59 +200,61 @@ ASSIGNMENTS = [
 ]
 
 
-def recipe(draw: random.Random, folder: Path) -> None:
+def check_recipe(rng: random.Random, folder: Path) -> None:
     """A mutated recipe is refused, or its plan says what YAML says."""
-    told = draw.choice(RECIPES)
-    for _ in range(draw.choice([0, 1, 1, 2, 3])):
-        told = mutated_tree(draw, told)
+    told = rng.choice(RECIPES)
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        told = mutate_tree(rng, told)
     try:
-        text = yaml.safe_dump(told, default_flow_style=draw.choice([True, False, None]))
+        text = yaml.safe_dump(told, default_flow_style=rng.choice([True, False, None]))
     except (yaml.YAMLError, UnicodeError, ValueError):
         text = json.dumps(told)
     content = text.encode("utf-8", "surrogatepass")
-    for _ in range(draw.choice([0, 0, 1, 2])):
-        content = mutated_bytes(draw, content)
-    if draw.random() < 0.1:
-        content = content.replace(b"average", draw.choice(TEXTS).encode()).replace(b"2", draw.choice(TEXTS).encode())
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        content = mutate_bytes(rng, content)
+    if rng.random() < 0.1:
+        content = content.replace(b"average", rng.choice(HOSTILE_YAML).encode()).replace(
+            b"2", rng.choice(HOSTILE_YAML).encode()
+        )
     file = folder / "recipe.yaml"
     file.write_bytes(content)
     words = [
-        draw.choice(ASSIGNMENTS) + draw.choice([*TEXTS, "2", "[", "{}", "0.5", "nan"])
-        for _ in range(draw.choice([0, 0, 1, 2]))
+        rng.choice(ASSIGNMENTS) + rng.choice([*HOSTILE_YAML, "2", "[", "{}", "0.5", "nan"])
+        for _ in range(rng.choice([0, 0, 1, 2]))
     ]
     for name in ("base", "a", "b"):
-        write(folder / f"{name}.safetensors", model(ord(name[0])))
-    with refusals(folder, named=False):
-        plan = load(str(file), words)
+        write_safetensors(folder / f"{name}.safetensors", small_model(ord(name[0])))
+    with allow_refusal(folder, named=False):
+        plan = load_recipe(str(file), words)
         said = yaml.safe_load(content.decode())
         if not words:
-            assert plan.base == within(str(folder), said["base"])
+            assert plan.base == resolve_path(str(folder), said["base"])
             assert len(plan.models) == len(plan.names) == len(said["models"])
         plan.job(str(folder / "out.safetensors"))
 
 
-def state(draw: random.Random, folder: Path) -> None:
+def check_state(rng: random.Random, folder: Path) -> None:
     """A running merge whose state file is mutated is refused, or absorbs on and gives a whole model."""
-    base = write(folder / "base.safetensors", model(0))
+    base = write_safetensors(folder / "base.safetensors", small_model(0))
     for number in (1, 2):
-        write(folder / f"task{number}.safetensors", model(number))
+        write_safetensors(folder / f"task{number}.safetensors", small_model(number))
     Running(folder / "state", "magmax", base).absorb(folder / "task1.safetensors")
     file = folder / "state" / "state.json"
     told = json.loads(file.read_text())
-    for _ in range(draw.choice([1, 1, 2, 3])):
-        told = mutated_tree(draw, told)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        told = mutate_tree(rng, told)
     content = json.dumps(told).encode()
-    file.write_bytes(mutated_bytes(draw, content) if draw.random() < 0.4 else content)
-    with refusals(folder, named=False):
+    file.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.4 else content)
+    with allow_refusal(folder, named=False):
         running = Running(folder / "state", None, base)
         running.status()
         running.absorb(folder / "task2.safetensors")
         running.result(out=folder / "out.safetensors")
-        assert {key for key, _ in deserialize((folder / "out.safetensors").read_bytes())} == set(model(0))
+        assert {key for key, _ in deserialize((folder / "out.safetensors").read_bytes())} == set(small_model(0))
 
 
 PREFIX = "base_model.model."
-SETTINGS: Any = {
+ADAPTER_CONFIG: Any = {
     "peft_type": "LORA",
     "r": 2,
     "lora_alpha": 3,
@@ -251,7 +266,7 @@ SETTINGS: Any = {
     "bias": "none",
     "init_lora_weights": True,
 }
-HOSTILE = [
+HOSTILE_PATTERNS = [
     "(a+)+$",
     "(.*.*.*.*.*.*.*.*.*)x",
     "(q|qq|m.q|.)*+",
@@ -262,7 +277,7 @@ HOSTILE = [
 ]
 
 
-def tuned(seed: int) -> dict[str, NDArray[Any]]:
+def make_adapter(seed: int) -> dict[str, NDArray[Any]]:
     """An adapter of `grounded`: a linear layer, an embedding, and a head that is saved in full or is not."""
     draw = np.random.default_rng(seed)
     shapes = {"m.q.lora_A.weight": (2, 5), "m.q.lora_B.weight": (6, 2), "m.e.lora_embedding_A": (2, 7),
@@ -271,18 +286,18 @@ def tuned(seed: int) -> dict[str, NDArray[Any]]:
     return made if seed % 2 else dict(list(made.items())[:-1])
 
 
-def grounded() -> dict[str, NDArray[Any]]:
+def make_adapter_base() -> dict[str, NDArray[Any]]:
     shapes = {"m.q.weight": (6, 5), "m.e.weight": (7, 4), "head.weight": (3, 5)}
     return {key: np.random.default_rng(0).normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def floats(content: bytes) -> dict[str, NDArray[Any]]:
+def read_float_tensors(content: bytes) -> dict[str, NDArray[Any]]:
     """The float32 tensors of a safetensors file, as the reference implementation reads them."""
     read = [(key, t) for key, t in deserialize(content) if t["dtype"] == "F32"]
     return {key: np.frombuffer(bytes(t["data"]), np.float32).reshape(t["shape"]) for key, t in read}
 
 
-def updates(settings: Any, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def adapter_updates(settings: Any, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """s * B A of both layers, as plain as can be; {} where the settings have an expression that is not safe to try."""
 
     def told(patterns: str, name: str, module: str) -> Any:
@@ -292,7 +307,7 @@ def updates(settings: Any, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray
         return settings.get(name, 8)
 
     every = [*(settings.get("rank_pattern") or {}), *(settings.get("alpha_pattern") or {})]
-    if set(every) & set(HOSTILE):
+    if set(every) & set(HOSTILE_PATTERNS):
         return {}
     found: dict[str, NDArray[Any]] = {}
     for module, first, second in (
@@ -308,53 +323,56 @@ def updates(settings: Any, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray
     return found
 
 
-def adapter(draw: random.Random, folder: Path) -> None:
+def check_adapter(rng: random.Random, folder: Path) -> None:
     """An adapter whose settings or weights are mutated is refused, or is the base and its update, and can be merged."""
-    tensors = tuned(draw.randrange(2))
-    settings, told = SETTINGS, entries(tensors)
-    for _ in range(draw.choice([0, 1, 1, 2, 3])):
-        settings = mutated_tree(draw, settings)
-    if draw.random() < 0.2 and isinstance(settings, dict):
-        settings[draw.choice(["rank_pattern", "alpha_pattern", "target_modules"])] = {draw.choice(HOSTILE): 2}
-    for _ in range(draw.choice([0, 0, 1, 2])):
-        told = mutated_tree(draw, told)
-    text, content = json.dumps(settings).encode(), with_header(told, data(tensors))
-    text = mutated_bytes(draw, text) if draw.random() < 0.2 else text
-    content = mutated_bytes(draw, content) if draw.random() < 0.2 else content
+    tensors = make_adapter(rng.randrange(2))
+    settings, told = ADAPTER_CONFIG, header_entries(tensors)
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        settings = mutate_tree(rng, settings)
+    if rng.random() < 0.2 and isinstance(settings, dict):
+        settings[rng.choice(["rank_pattern", "alpha_pattern", "target_modules"])] = {rng.choice(HOSTILE_PATTERNS): 2}
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        told = mutate_tree(rng, told)
+    text, content = json.dumps(settings).encode(), build_file(told, tensor_data(tensors))
+    text = mutate_bytes(rng, text) if rng.random() < 0.2 else text
+    content = mutate_bytes(rng, content) if rng.random() < 0.2 else content
     path = folder / "mutated"
     path.mkdir()
     (path / "adapter_config.json").write_bytes(text)
     (path / "adapter_model.safetensors").write_bytes(content)
-    base, start = write(folder / "base.safetensors", grounded()), grounded()
+    base, start = write_safetensors(folder / "base.safetensors", make_adapter_base()), make_adapter_base()
     expected: dict[str, NDArray[Any]] = {}
-    with refusals(path):
+    with allow_refusal(path):
         opened = open_checkpoint(path, base=open_checkpoint(base))
-        stored = floats(content)
-        expected = updates(json.loads(text), stored)
+        stored = read_float_tensors(content)
+        expected = adapter_updates(json.loads(text), stored)
         for module, update in expected.items():
             key = f"{module}.weight"
             spec = opened.specs[key]
-            ours = opened.read(key, 0, spec.units).reshape(spec.shape)
+            ours = opened.read(key, 0, spec.num_units).reshape(spec.shape)
             assert np.allclose(ours, start[key] + update, rtol=1e-4, atol=1e-4, equal_nan=True)
         merge("magmax", base, [path], 1.0, out=folder / "out.safetensors", mismatch="base")
         assert {key for key, _ in deserialize((folder / "out.safetensors").read_bytes())} == set(start)
     other = folder / "other"
     other.mkdir()
-    (other / "adapter_config.json").write_text(json.dumps(SETTINGS))
-    write(other / "adapter_model.safetensors", tuned(2))
-    with refusals(path, named=False):
-        rule = draw.choice(["task_arithmetic", "magmax"])
+    (other / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
+    write_safetensors(other / "adapter_model.safetensors", make_adapter(2))
+    with allow_refusal(path, named=False):
+        rule = rng.choice(["task_arithmetic", "magmax"])
         fits = merge_adapters(rule, [other, path], 5, folder / "merged", 1.0)
         if rule == "magmax" or not expected:
             return
-        wanted = {key: update + expected.get(key, 0) for key, update in updates(SETTINGS, tuned(2)).items()}
+        wanted = {
+            key: update + expected.get(key, 0)
+            for key, update in adapter_updates(ADAPTER_CONFIG, make_adapter(2)).items()
+        }
         made = json.loads((folder / "merged" / "adapter_config.json").read_text())
-        merged = floats((folder / "merged" / "adapter_model.safetensors").read_bytes())
-        for module, update in updates(made, merged).items():
+        merged = read_float_tensors((folder / "merged" / "adapter_model.safetensors").read_bytes())
+        for module, update in adapter_updates(made, merged).items():
             assert np.linalg.norm(update - wanted[module]) <= fits[module].error + 1e-5 * fits[module].norm
 
 
-class Trap:
+class PickleTrap:
     """Unpickled without care, it makes a folder."""
 
     def __init__(self, path: str) -> None:
@@ -364,22 +382,22 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-def state_dict(draw: random.Random, folder: Path) -> None:
+def check_state_dict(rng: random.Random, folder: Path) -> None:
     """A mutated `.pt` file is refused, or holds what torch reads without running code; and no code runs."""
     sprung, path, out = folder / "sprung", folder / "mutated.pt", folder / "out.safetensors"
-    tensors: dict[str, Any] = {key: torch.from_numpy(t) for key, t in model(1).items()}
+    tensors: dict[str, Any] = {key: torch.from_numpy(t) for key, t in small_model(1).items()}
     tensors["tied"] = tensors["weight"]
-    content: Any = {"state_dict": tensors} if draw.random() < 0.3 else tensors
-    if draw.random() < 0.3:
-        content = {**content, "trap": Trap(str(sprung))}
-    zipped = draw.random() < 0.7
+    content: Any = {"state_dict": tensors} if rng.random() < 0.3 else tensors
+    if rng.random() < 0.3:
+        content = {**content, "trap": PickleTrap(str(sprung))}
+    zipped = rng.random() < 0.7
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    if zipped and draw.random() < 0.7:
-        _rezipped(draw, path)
-    for _ in range(draw.choice([0, 0, 1, 2])):
-        path.write_bytes(mutated_bytes(draw, path.read_bytes()))
-    base = write(folder / "base.safetensors", model(0))
-    with refusals(path):
+    if zipped and rng.random() < 0.7:
+        _mutate_zip(rng, path)
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+    base = write_safetensors(folder / "base.safetensors", small_model(0))
+    with allow_refusal(path):
         opened = open_checkpoint(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         theirs = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
@@ -388,49 +406,49 @@ def state_dict(draw: random.Random, folder: Path) -> None:
             spec = opened.spec(key)
             assert spec.shape == tuple(tensor.shape)
             if tensor.nbytes < 1 << 20:
-                ours = opened.read(opened.resolve(key), 0, spec.units)
+                ours = opened.read(opened.resolve_alias(key), 0, spec.num_units)
                 flat = tensor.contiguous().reshape(-1)
                 assert ours.tobytes() == (flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         merge("average", base, [path], 1.0, out=out, mismatch="base")
-        assert {key for key, _ in deserialize(out.read_bytes())} == set(model(0))
+        assert {key for key, _ in deserialize(out.read_bytes())} == set(small_model(0))
     assert not sprung.exists()
 
 
-def _rezipped(draw: random.Random, path: Path) -> None:
+def _mutate_zip(rng: random.Random, path: Path) -> None:
     """The archive with its pickle mutated, and its checksums right."""
     with zipfile.ZipFile(path) as archive:
         parts = [(name, archive.read(name)) for name in archive.namelist()]
     with zipfile.ZipFile(path, "w") as archive:
         for name, part in parts:
-            if draw.random() > 0.02:
-                archive.writestr(name, mutated_bytes(draw, part) if name.endswith("data.pkl") else part)
+            if rng.random() > 0.02:
+                archive.writestr(name, mutate_bytes(rng, part) if name.endswith("data.pkl") else part)
 
 
-KINDS: dict[str, Callable[[random.Random, Path], None]] = {
-    "header": header,
-    "index": index,
-    "recipe": recipe,
-    "state": state,
-    "adapter": adapter,
-    "pickle": state_dict,
+CHECKS: dict[str, Callable[[random.Random, Path], None]] = {
+    "header": check_header,
+    "index": check_index,
+    "recipe": check_recipe,
+    "state": check_state,
+    "adapter": check_adapter,
+    "pickle": check_state_dict,
 }
 
 
 @contextmanager
-def refusals(path: Path, named: bool = True) -> Iterator[None]:
+def allow_refusal(path: Path, names_path: bool = True) -> Iterator[None]:
     """Takes a MagMaxError for an answer, if it says enough and not too much."""
     try:
         yield
     except MagMaxError as error:
         words = str(error)
-        if not words or len(words) > LONGEST_MESSAGE or (named and path.name not in words):
+        if not words or len(words) > MAX_MESSAGE_LENGTH or (names_path and path.name not in words):
             raise AssertionError(f"an error that says too little or too much: {words[:1000]!r}") from error
     except SafetensorError as error:
         raise AssertionError(f"the reference implementation refuses what was read: {error}") from error
 
 
-def case(kind: str, seed: int) -> None:
+def run_case(kind: str, seed: int) -> None:
     """One case, the same for the same kind and seed. Raises whatever breaks the law."""
     with tempfile.TemporaryDirectory() as folder, np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        KINDS[kind](random.Random(f"{kind} {seed}"), Path(folder))
+        CHECKS[kind](random.Random(f"{kind} {seed}"), Path(folder))

@@ -16,27 +16,27 @@ import sys
 import traceback
 from collections import Counter
 
-from tests.fuzz.laws import KINDS, case
+from tests.fuzz.laws import CHECKS, run_case
 
-SECONDS = 10
-MEMORY = 16 << 30
+TIMEOUT_SECONDS = 10
+MEMORY_LIMIT = 16 << 30
 """Bytes of addresses, so that an input that asks for all memory is an error here and does not hurt others."""
 
 
-def main(words: list[str]) -> int:
-    count = int(words[0]) if words else 1000
-    kinds = words[1:2] or list(KINDS)
-    first = int(words[2]) if len(words) > 2 else 0
-    signal.signal(signal.SIGALRM, _too_long)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def main(arguments: list[str]) -> int:
+    count = int(arguments[0]) if arguments else 1000
+    kinds = arguments[1:2] or list(CHECKS)
+    first = int(arguments[2]) if len(arguments) > 2 else 0
+    signal.signal(signal.SIGALRM, _raise_timeout)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     broken: Counter[str] = Counter()
     for kind in kinds:
         for seed in range(first, first + count):
-            signal.alarm(SECONDS)
+            signal.alarm(TIMEOUT_SECONDS)
             try:
-                case(kind, seed)
+                run_case(kind, seed)
             except Exception as error:
-                words_of_it = f"{type(error).__name__} at {_place(error)}"
+                words_of_it = f"{type(error).__name__} at {_error_location(error)}"
                 broken[words_of_it] += 1
                 if broken[words_of_it] == 1:
                     print(f"{kind} {seed}: {words_of_it}: {str(error)[:300]}")
@@ -50,11 +50,11 @@ def main(words: list[str]) -> int:
     return 1 if broken else 0
 
 
-def _too_long(signum: int, frame: object) -> None:
-    raise TimeoutError(f"more than {SECONDS} seconds")
+def _raise_timeout(signum: int, frame: object) -> None:
+    raise TimeoutError(f"more than {TIMEOUT_SECONDS} seconds")
 
 
-def _place(error: Exception) -> str:
+def _error_location(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.filename.rpartition('/')[2]}:{last.lineno}"
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import models as plain
-from tests.models import Tensors, loaded, saved
+from tests.models import Tensors, load_tensors, save_tensors
 
 from magmax import merge
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.rules import KthMagnitude, MagMax, Prune, Ties, chain
 
 SHAPES = st.sampled_from(
@@ -124,7 +124,7 @@ RULES: dict[str, tuple[Any, Any]] = {
 def defined(name: str, world: World, factor: float) -> Tensors:
     """base + factor * rule(task vectors), in plain torch."""
     merged = RULES[name][1](vectors_of(world)) if any(t.is_floating_point() for t in world.base.values()) else {}
-    return {key: plain.scaled(t, merged[key], factor) if key in merged else t for key, t in world.base.items()}
+    return {key: plain.add_scaled(t, merged[key], factor) if key in merged else t for key, t in world.base.items()}
 
 
 def as_folder(tensors: Tensors, folder: Path, parts: int) -> Path:
@@ -132,7 +132,7 @@ def as_folder(tensors: Tensors, folder: Path, parts: int) -> Path:
     names = [f"{part}.safetensors" for part in range(parts)]
     where = {key: names[place % parts] for place, key in enumerate(sorted(tensors))}
     for name in set(where.values()):
-        saved({key: t for key, t in tensors.items() if where[key] == name}, folder / name)
+        save_tensors({key: t for key, t in tensors.items() if where[key] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
 
@@ -143,7 +143,7 @@ def as_pickle(tensors: Tensors, place: Path) -> Path:
 
 
 WRITERS: dict[str, Callable[[Tensors, Path], Path]] = {
-    "file": lambda tensors, place: saved(tensors, place.with_suffix(".safetensors")),
+    "file": lambda tensors, place: save_tensors(tensors, place.with_suffix(".safetensors")),
     "folder": lambda tensors, place: as_folder(tensors, place, 2),
     "pickle": as_pickle,
 }
@@ -174,11 +174,11 @@ def test_a_merge_is_its_definition_however_it_is_read_cut_and_shared_out(
     in_memory = merge(rule, with_ties[0], with_ties[1:], factor)
     assert all(in_memory[new] is in_memory[key] for new, key in world.tied.items())
     assert same_numbers({key: in_memory[key] for key in wanted}, wanted)
-    with TemporaryDirectory() as where, patch.multiple(blocks, SLAB=slab, SLABS_A_CHUNK=chunk):
+    with TemporaryDirectory() as where, patch.multiple(blocks, BLOCK_ELEMENTS=slab, BLOCKS_PER_CHUNK=chunk):
         paths: list[Path] = []
         for number, tensors in enumerate((world.base, *world.models)):
             place = Path(where) / f"in{number}"
             paths.append(WRITERS[kind](tensors, place))
         out = Path(where) / "out.safetensors"
-        merge(rule, paths[0], paths[1:], factor, out, settings=Settings(threads=threads))
-        assert plain.same_bytes(loaded(out), {key: in_memory[key] for key in wanted})
+        merge(rule, paths[0], paths[1:], factor, out, execution=ExecutionOptions(threads=threads))
+        assert plain.same_bytes(load_tensors(out), {key: in_memory[key] for key in wanted})

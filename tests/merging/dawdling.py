@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from magmax.rules.statistics import Block
 from magmax.rules.ties import Ties
 
-SLOWLY = "slowly"
+SLOW_MARKER = "slowly"
 
 
 @dataclass(frozen=True)
-class Dawdling(Ties):
+class SlowTies(Ties):
     """TIES; while a file `slowly` is in the folder, each merged block leaves a file PROCESS.OFFSET there and waits."""
 
     name: ClassVar[str] = "dawdling"
@@ -24,13 +24,13 @@ class Dawdling(Ties):
 
     def merge(self, block: Block, answer):
         folder = Path(self.folder)
-        if (folder / SLOWLY).exists():
-            (folder / f"{os.getpid()}.{block.at.key}.{block.at.offset}").touch()
+        if (folder / SLOW_MARKER).exists():
+            (folder / f"{os.getpid()}.{block.address.key}.{block.address.offset}").touch()
             time.sleep(0.15)
         return super().merge(block, answer)
 
 
-def hide(folder: str) -> None:
+def hide_folder(folder: str) -> None:
     """In a worker: what is in a folder is there for others alone; nothing is hidden where the folder is ""."""
     true_exists, true_stat = getattr(os, "true", (os.path.exists, Path.stat))
 

@@ -16,9 +16,9 @@ from tests.models import Tensors, average, magmax, task_arithmetic
 from magmax import MagMaxError, merge, merge_adapters
 from magmax.checkpoints import open_checkpoint
 from magmax.cli import main
-from magmax.merging.adapters.truncation import Pair, nearest_to_dense, nearest_to_sum, sum_error
-from magmax.merging.execution.execution_options import Settings
-from magmax.recipes.recipe import build
+from magmax.merging.adapters.truncation import FactorPair, nearest_to_dense, nearest_to_sum, sum_error
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.recipes.recipe import build_request
 from magmax.rules import Dare, Layers, Ties, chain, make_rule
 from magmax.rules.kth_magnitude import KthMagnitude
 
@@ -206,7 +206,7 @@ def test_the_result_is_read_as_an_adapter_of_its_base(adapters, tmp_path):
 @pytest.mark.parametrize("shape", [(30, 7), (7, 30), (12, 12)])
 def test_no_product_of_the_rank_is_nearer(shape, rank):
     draw = np.random.default_rng(rank)
-    whole = Pair(draw.normal(size=(9, shape[0])), draw.normal(size=(9, shape[1])))
+    whole = FactorPair(draw.normal(size=(9, shape[0])), draw.normal(size=(9, shape[1])))
     dense = whole.left.T @ whole.right
     least = np.linalg.norm(np.linalg.svd(dense)[1][rank:])
     for near in (nearest_to_sum(whole, rank), nearest_to_dense(dense, rank)):
@@ -224,7 +224,7 @@ def same_tree(one: Path, other: Path) -> bool:
 
 def test_the_same_job_gives_the_same_folder_at_any_number_of_threads(adapters, tmp_path):
     for threads in (1, 3):
-        merge_adapters(Ties(), adapters, 3, tmp_path / f"out{threads}", settings=Settings(threads=threads))
+        merge_adapters(Ties(), adapters, 3, tmp_path / f"out{threads}", execution=ExecutionOptions(threads=threads))
     assert same_tree(tmp_path / "out1", tmp_path / "out3")
 
 
@@ -246,7 +246,7 @@ def test_an_interrupted_merge_goes_on_layer_by_layer(adapters, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
     left[0] = 10**9
     notes: list[str] = []
-    merge_adapters("magmax", adapters, 3, tmp_path / "out", settings=Settings(note=notes.append))
+    merge_adapters("magmax", adapters, 3, tmp_path / "out", execution=ExecutionOptions(note=notes.append))
     assert [note.partition(":")[0] for note in notes] == ["resuming"]
     assert left[0] == 10**9 - (len(SHAPES) - 2)
     assert same_tree(tmp_path / "out", tmp_path / "whole")
@@ -350,7 +350,7 @@ def test_on_the_command_line_and_in_recipes(adapters, tmp_path, monkeypatch, cap
     assert f"merged 3 adapters with magmax: {tmp_path / 'cli'} (" in out
     assert same_tree(tmp_path / "cli", tmp_path / "python")
     content = {"models": [str(a) for a in adapters], "adapter_rank": 3, "out": str(tmp_path / "recipe")}
-    build(content, "recipe.yaml", {}, "").job().run()
+    build_request(content, "recipe.yaml", {}, "").job().run()
     assert same_tree(tmp_path / "recipe", tmp_path / "python")
     code, _, err = command(monkeypatch, capsys, *words, "--base", tmp_path, "--out", tmp_path / "no")
     assert (code, "has no base; leave it out, or leave out adapter_rank" in err) == (2, True)

@@ -10,15 +10,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tests.models import Tensors, loaded, same_bytes, saved, small_model
+from tests.models import Tensors, load_tensors, same_bytes, save_tensors, small_model
 
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.journal import held
-from magmax.checkpoints.writer import Draft
-from magmax.merging.execution.execution_options import Settings
-from magmax.merging.output_options import Options
+from magmax.checkpoints.journal import lock_folder
+from magmax.checkpoints.writer import OutputDraft
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.merging.output_options import OutputOptions
 from magmax.preference.archive import Archive
 from magmax.preference.archive_writer import write_archive
 from magmax.rules import MagMax, Tunable
@@ -65,11 +65,11 @@ def archived(files, tmp_path):
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_an_archive_keeps_what_its_definition_says(top, bits, archived, files):
     base, tasks = files
-    archive = archived(top, bits, settings=Settings(threads=2))
+    archive = archived(top, bits, execution=ExecutionOptions(threads=2))
     opened = open_checkpoint(base)
-    start = loaded(base)
+    start = load_tensors(base)
     for task, model in zip(tasks, archive.models(opened), strict=True):
-        wanted = kept(vectors(start, loaded(task)), top, bits)
+        wanted = kept(vectors(start, load_tensors(task)), top, bits)
         for key, tensor in wanted.items():
             count = tensor.numel()
             whole = model.read(key, 0, count)
@@ -82,67 +82,71 @@ def test_the_whole_in_32_bits_tunes_to_the_very_same_bytes(archived, files, tmp_
     base, tasks = files
     rule = Tunable(preference=[3, 1, 1, 0])
     archive = archived(1, 32)
-    archive.job(rule, tmp_path / "ours.safetensors", Options()).run()
+    archive.job(rule, tmp_path / "ours.safetensors", OutputOptions()).run()
     theirs = magmax.merge(rule, base, tasks, out=tmp_path / "theirs.safetensors")
-    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+    assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(theirs))
 
 
 def test_a_part_in_8_bits_is_near_the_exact_merge_in_far_fewer_bytes(archived, files, tmp_path):
     base, tasks = files
     archive = archived(0.5, 8)
-    archive.job(MagMax(), tmp_path / "ours.safetensors", Options(scaling_factor=1.0)).run()
-    theirs = loaded(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "theirs.safetensors"))
-    start = loaded(base)["wide.weight"]
-    ours, exact = (t["wide.weight"] - start for t in (loaded(tmp_path / "ours.safetensors"), theirs))
+    archive.job(MagMax(), tmp_path / "ours.safetensors", OutputOptions(scaling_factor=1.0)).run()
+    theirs = load_tensors(magmax.merge("magmax", base, tasks, 1.0, tmp_path / "theirs.safetensors"))
+    start = load_tensors(base)["wide.weight"]
+    ours, exact = (t["wide.weight"] - start for t in (load_tensors(tmp_path / "ours.safetensors"), theirs))
     assert (ours - exact).norm() < 0.2 * exact.norm()
-    floats = sum(t.nbytes for t in loaded(base).values() if t.dtype == torch.float32)
+    floats = sum(t.nbytes for t in load_tensors(base).values() if t.dtype == torch.float32)
     assert archive.tensors.nbytes < 4 * floats * (1 / 8 + 0.5 + 12 / 1024 + 0.01) / 4 * 1.01
 
 
 def test_threads_change_no_byte(archived, files, tmp_path):
-    one = (archived(0.3, 8, settings=Settings(threads=1)).folder / "model.safetensors").read_bytes()
-    assert (archived(0.3, 8, settings=Settings(threads=3)).folder / "model.safetensors").read_bytes() == one
+    one = (archived(0.3, 8, execution=ExecutionOptions(threads=1)).folder / "model.safetensors").read_bytes()
+    assert (archived(0.3, 8, execution=ExecutionOptions(threads=3)).folder / "model.safetensors").read_bytes() == one
 
 
 def test_presets_are_stored_listed_and_told_apart(archived):
     archive = archived(0.3, 8)
-    archive.store("cars first", {"task1": 3, "task2": 1})
-    archive.store("even", dict.fromkeys(archive.tasks, 1))
+    archive.save_preset("cars first", {"task1": 3, "task2": 1})
+    archive.save_preset("even", dict.fromkeys(archive.tasks, 1))
     again = Archive(archive.folder)
     assert list(again.presets) == ["cars first", "even"]
     assert again.preset("cars first") == {"task1": 3, "task2": 1}
     with pytest.raises(MagMaxError, match="did you mean 'even'"):
         again.preset("evne")
     with pytest.raises(MagMaxError, match="did you mean 'task1'"):
-        again.store("x", {"tsk1": 1})
+        again.save_preset("x", {"tsk1": 1})
     with pytest.raises(MagMaxError, match="0 or more"):
-        again.store("x", {"task1": -1})
+        again.save_preset("x", {"task1": -1})
     assert list(Archive(archive.folder).presets) == ["cars first", "even"]
 
 
 def test_an_archive_made_anew_keeps_its_presets(archived):
-    archived(0.3, 8).store("cars first", {"task1": 3, "task2": 1})
+    archived(0.3, 8).save_preset("cars first", {"task1": 3, "task2": 1})
     notes = []
-    again = archived(0.3, 8, settings=Settings(note=notes.append))
+    again = archived(0.3, 8, execution=ExecutionOptions(note=notes.append))
     assert again.presets == {"cars first": {"task1": 3, "task2": 1}}
     assert notes == [f"{again.folder}: replaced; presets kept: 1"]
 
 
 def test_presets_for_other_models_are_not_lost(archived, files):
     archive = archived(0.3, 8)
-    archive.store("cars first", {"task1": 3, "task2": 1})
+    archive.save_preset("cars first", {"task1": 3, "task2": 1})
     before = {path: path.read_bytes() for path in archive.folder.iterdir()}
     base, models = open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1][:2]]
     reads = []
     with pytest.raises(
         MagMaxError, match=r"presets \(cars first\) for other models \(task1, task2, task3, task4\); name"
     ):
-        write_archive(base, models, ["task1", "task2"], archive.folder, settings=Settings(progress=reads.append))
+        write_archive(
+            base, models, ["task1", "task2"], archive.folder, execution=ExecutionOptions(progress=reads.append)
+        )
     (archive.folder / "archive.json").write_text("{")
     with pytest.raises(
         MagMaxError, match=r"archive\.json: cannot be read .* and may hold presets; name another folder"
     ):
-        write_archive(base, models, ["task1", "task2"], archive.folder, settings=Settings(progress=reads.append))
+        write_archive(
+            base, models, ["task1", "task2"], archive.folder, execution=ExecutionOptions(progress=reads.append)
+        )
     (archive.folder / "archive.json").write_bytes(before[archive.folder / "archive.json"])
     assert {path: path.read_bytes() for path in archive.folder.iterdir()} == before
     assert not reads
@@ -153,16 +157,16 @@ def test_a_preset_stored_while_the_archive_is_made_anew_is_kept(archived):
 
     def store(number: int) -> None:
         if not archive.presets:
-            archive.store("meanwhile", {"task1": 1})
+            archive.save_preset("meanwhile", {"task1": 1})
 
-    assert archived(0.3, 8, settings=Settings(progress=store)).presets == {"meanwhile": {"task1": 1}}
+    assert archived(0.3, 8, execution=ExecutionOptions(progress=store)).presets == {"meanwhile": {"task1": 1}}
 
 
 def test_presets_stored_by_two_are_all_kept(archived):
     ours = archived(0.3, 8)
     theirs = Archive(ours.folder)
-    theirs.store("theirs", {"task1": 1})
-    ours.store("ours", {"task2": 1})
+    theirs.save_preset("theirs", {"task1": 1})
+    ours.save_preset("ours", {"task2": 1})
     assert list(Archive(ours.folder).presets) == list(ours.presets) == ["theirs", "ours"]
 
 
@@ -170,19 +174,19 @@ def test_a_preset_for_an_archive_made_anew_is_stored_if_the_models_are_the_same(
     before = archived(0.3, 8)
     base, models = open_checkpoint(files[0]), [open_checkpoint(task) for task in files[1]]
     write_archive(base, models, before.tasks, before.folder, top=0.5, bits=16)
-    before.store("mine", {"task1": 1})
+    before.save_preset("mine", {"task1": 1})
     again = Archive(before.folder)
     assert (again.top, again.bits, list(again.presets)) == (0.5, 16, ["mine"])
     write_archive(base, models[::-1], before.tasks, before.folder)
     with pytest.raises(MagMaxError, match="now holds other models; preset 'x' is not stored: tune again"):
-        before.store("x", {"task1": 1})
+        before.save_preset("x", {"task1": 1})
     assert list(Archive(before.folder).presets) == ["mine"]
 
 
 def test_a_preset_waits_for_nobody_who_holds_the_archive(archived):
     archive = archived(0.3, 8)
-    with held(archive.folder), pytest.raises(MagMaxError, match="another magmax is changing it"):
-        archive.store("x", {"task1": 1})
+    with lock_folder(archive.folder), pytest.raises(MagMaxError, match="another magmax is changing it"):
+        archive.save_preset("x", {"task1": 1})
 
 
 @pytest.mark.parametrize("out", ["", "tuned.safetensors", "deep/tuned", "../link/tuned.safetensors"])
@@ -191,14 +195,14 @@ def test_an_output_inside_the_archive_is_refused(out, archived):
     (archive.folder.parent / "link").symlink_to(archive.folder)
     before = sorted(archive.folder.rglob("*"))
     with pytest.raises(MagMaxError, match=r"is the archive .* or inside it; choose another place"):
-        archive.job(MagMax(), archive.folder / out, Options())
+        archive.job(MagMax(), archive.folder / out, OutputOptions())
     assert sorted(archive.folder.rglob("*")) == before
 
 
 def test_another_base_is_refused_before_anything_is_written(archived, tmp_path):
-    other = saved(small_model(99), tmp_path / "other.safetensors")
+    other = save_tensors(small_model(99), tmp_path / "other.safetensors")
     with pytest.raises(MagMaxError, match="is not the base"):
-        archived(0.3, 8).job(MagMax(), tmp_path / "o.safetensors", Options(), str(other)).run()
+        archived(0.3, 8).job(MagMax(), tmp_path / "o.safetensors", OutputOptions(), str(other)).run()
     assert not (tmp_path / "o.safetensors").exists()
 
 
@@ -232,36 +236,36 @@ def test_an_archive_that_is_not_what_it_says_is_refused(told, archived):
     about = json.loads((archive.folder / "archive.json").read_text())
     (archive.folder / "archive.json").write_text(json.dumps(about | told))
     with pytest.raises(MagMaxError, match=r"holds nothing of wide\.weight, F32"):
-        Archive(archive.folder).job(MagMax(), archive.folder.parent / "o.safetensors", Options())
+        Archive(archive.folder).job(MagMax(), archive.folder.parent / "o.safetensors", OutputOptions())
 
 
 @pytest.mark.parametrize("part", ["kept", "starts"])
 def test_a_damaged_archive_is_refused_as_it_is_read(part, archived, tmp_path):
     archive = archived(0.3, 8)
-    tensors = loaded(archive.folder / "model.safetensors")
+    tensors = load_tensors(archive.folder / "model.safetensors")
     tensors[f"2/{part}/wide.weight"][256] ^= 1
-    saved(tensors, archive.folder / "model.safetensors")
+    save_tensors(tensors, archive.folder / "model.safetensors")
     with pytest.raises(MagMaxError, match=r"of wide\.weight for task3, kept and starts disagree; it is corrupt"):
-        Archive(archive.folder).job(MagMax(), tmp_path / "o.safetensors", Options()).run()
+        Archive(archive.folder).job(MagMax(), tmp_path / "o.safetensors", OutputOptions()).run()
     assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_half_precision_is_archived_as_its_task_vectors(tmp_path):
     draw = np.random.default_rng(0)
     models = [{"w": torch.from_numpy(draw.normal(size=3000).astype(np.float32)).bfloat16()} for _ in range(3)]
-    paths = [saved(m, tmp_path / f"{n}.safetensors") for n, m in enumerate(models)]
+    paths = [save_tensors(m, tmp_path / f"{n}.safetensors") for n, m in enumerate(models)]
     opened = [open_checkpoint(p) for p in paths]
     archive = write_archive(opened[0], opened[1:], ["a", "b"], tmp_path / "archive", top=1, bits=32)
-    archive.job(MagMax(), tmp_path / "ours.safetensors", Options()).run()
+    archive.job(MagMax(), tmp_path / "ours.safetensors", OutputOptions()).run()
     theirs = magmax.merge("magmax", paths[0], paths[1:], out=tmp_path / "theirs.safetensors")
-    assert same_bytes(loaded(tmp_path / "ours.safetensors"), loaded(theirs))
+    assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(theirs))
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_float64_beyond_the_range_of_float32(bits, tmp_path):
-    base = saved({"w": torch.zeros(4, dtype=torch.float64)}, tmp_path / "base.safetensors")
+    base = save_tensors({"w": torch.zeros(4, dtype=torch.float64)}, tmp_path / "base.safetensors")
     wide = torch.tensor([1e200, -3e199, 0, 1e190], dtype=torch.float64)
-    model = open_checkpoint(saved({"w": wide}, tmp_path / "wide.safetensors"))
+    model = open_checkpoint(save_tensors({"w": wide}, tmp_path / "wide.safetensors"))
 
     def archive():
         return write_archive(open_checkpoint(base), [model], ["a"], tmp_path / "archive", top=1, bits=bits)
@@ -289,7 +293,7 @@ def test_a_full_disk_is_explained_and_nothing_is_left(code, files, tmp_path, mon
     def full(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Draft, "write", full)
+    monkeypatch.setattr(OutputDraft, "write", full)
     model = open_checkpoint(files[1][0])
     with pytest.raises(MagMaxError, match="File too large" if code == errno.EFBIG else "no space left.*begins anew"):
         write_archive(open_checkpoint(files[0]), [model], ["a"], tmp_path / "archive")
@@ -302,13 +306,13 @@ def test_a_base_with_an_adapter_is_remembered_as_both(tmp_path, monkeypatch):
     def tensor(*shape):
         return torch.from_numpy(draw.normal(size=shape).astype(np.float32))
 
-    saved({"q.weight": tensor(8, 6)}, tmp_path / "base.safetensors")
+    save_tensors({"q.weight": tensor(8, 6)}, tmp_path / "base.safetensors")
     (tmp_path / "adapter").mkdir()
     factors = {f"base_model.model.q.lora_{n}.weight": tensor(*s) for n, s in (("A", (2, 6)), ("B", (8, 2)))}
-    saved(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_tensors(factors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    model = open_checkpoint(saved({"q.weight": tensor(8, 6)}, tmp_path / "model.safetensors"))
+    model = open_checkpoint(save_tensors({"q.weight": tensor(8, 6)}, tmp_path / "model.safetensors"))
     monkeypatch.chdir(tmp_path)
     given = "base.safetensors+adapter"
     opened = open_checkpoint(given)
@@ -319,4 +323,4 @@ def test_a_base_with_an_adapter_is_remembered_as_both(tmp_path, monkeypatch):
         again.read("q.weight", 0, 48)
         == open_checkpoint(f"{tmp_path}/base.safetensors+{tmp_path}/adapter").read("q.weight", 0, 48)
     ).all()
-    Archive(tmp_path / "made" / "archive").job(MagMax(), tmp_path / "out.safetensors", Options()).run()
+    Archive(tmp_path / "made" / "archive").job(MagMax(), tmp_path / "out.safetensors", OutputOptions()).run()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from magmax.merging.model_files import companions
+from magmax.merging.model_files import model_files
 
 
 def put(folder: Path, *names: str) -> None:
@@ -24,11 +24,11 @@ def test_files_at_the_top_and_in_the_known_folders_are_copied_and_no_others(tmp_
     put(tmp_path, "lora/adapter_config.json", "checkpoint-500/trainer_state.json", "checkpoint-500/config.json")
     put(tmp_path, ".cache/x.json", ".hidden.json", "1_Pooling/deeper/config.json", "additional_chat_templates/.x.jinja")
     (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]))
-    assert companions(tmp_path, None) == {name: tmp_path / name for name in ours | modules}
+    assert model_files(tmp_path, None) == {name: tmp_path / name for name in ours | modules}
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '[{"path": "../outside"}]', '[{"path": ".."}]', "{}", '["path"]', "7"])
 def test_modules_that_are_none_name_no_folder(content: str, tmp_path: Path) -> None:
     put(tmp_path, "outside/config.json", "base/config.json")
     (tmp_path / "base" / "modules.json").write_text(content)
-    assert companions(tmp_path / "base", None).keys() == {"config.json", "modules.json"}
+    assert model_files(tmp_path / "base", None).keys() == {"config.json", "modules.json"}

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from magmax.checkpoints import open_checkpoint
-from magmax.merging.cost import ELEMENT_NS, Cost, cost_of
+from magmax.merging.cost import ELEMENT_NS, JobCost, job_cost
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
+from magmax.merging.output_options import OutputOptions
 from magmax.rules import MagMax, make_rule
 
 
@@ -18,17 +18,17 @@ from magmax.rules import MagMax, make_rule
 def test_the_cost_of_a_job_is_what_its_passes_read_and_what_it_writes(files, tmp_path, rule, passes):
     base, models = files
     opened = [open_checkpoint(path) for path in [base, *models]]
-    job = merge_job(make_rule(rule), opened[0], opened[1:], tmp_path / "m.safetensors", Options(dtype="bfloat16"))
-    elements = sum(spec.elements for spec in opened[0].specs.values())
-    cost = cost_of(job, threads=3)
+    job = merge_job(make_rule(rule), opened[0], opened[1:], tmp_path / "m.safetensors", OutputOptions(dtype="bfloat16"))
+    elements = sum(spec.numel for spec in opened[0].specs.values())
+    cost = job_cost(job, threads=3)
     assert cost.elements == elements * (passes * 5 + 1)
-    written = sum(s.nbytes for s in Options(dtype="bfloat16").out_specs(opened[0]).values())
+    written = sum(s.nbytes for s in OutputOptions(dtype="bfloat16").out_specs(opened[0]).values())
     assert cost.disk_bytes == passes * sum(c.nbytes for c in opened) + written
     assert cost.threads == 3
 
 
 def test_a_slow_disk_bounds_a_merge_and_a_fast_one_leaves_it_to_the_processors():
-    cost = Cost(disk_bytes=6_000_000_000, elements=3_000_000_000, threads=2)
+    cost = JobCost(disk_bytes=6_000_000_000, elements=3_000_000_000, threads=2)
     assert cost.seconds(100) == 60
     assert cost.seconds(1_000_000) == pytest.approx(3 * ELEMENT_NS / 2)
     assert all(cost.seconds(speed) >= cost.seconds(2 * speed) for speed in (10, 100, 1000, 10_000))
@@ -43,7 +43,7 @@ def test_a_dry_run_prints_the_time(files, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     opened, model = open_checkpoint(base), open_checkpoint(models[0])
-    cost = cost_of(merge_job(MagMax(), opened, [model], tmp_path / "m.safetensors", Options()), 1)
+    cost = job_cost(merge_job(MagMax(), opened, [model], tmp_path / "m.safetensors", OutputOptions()), 1)
     assert f"time          about {cost.seconds(200):.2g} s at 200, " in capsys.readouterr().out
 
 

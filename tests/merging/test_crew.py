@@ -17,23 +17,23 @@ import pytest
 import torch
 from tests.checkpoints.test_dcp import save
 from tests.checkpoints.test_lora import adapter, base_model, linear
-from tests.merging.dawdling import SLOWLY, Dawdling, hide
-from tests.models import saved, small_model
+from tests.merging.dawdling import SLOW_MARKER, SlowTies, hide_folder
+from tests.models import save_tensors, small_model
 
 import magmax
 from magmax import MagMaxError, Running
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.writer import OutputPath
 from magmax.cli import app
 from magmax.errors import UnfinishedError
 from magmax.merging import pipeline
 from magmax.merging.execution import pool as pool_module
-from magmax.merging.execution.execution_options import Settings
-from magmax.merging.execution.executors import cluster, process_pool
-from magmax.merging.execution.shared_files import Ground
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.merging.execution.executors import connect, process_pool
+from magmax.merging.execution.shared_files import SharedFiles
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
-from magmax.merging.sweep import Sweep
+from magmax.merging.output_options import OutputOptions
+from magmax.merging.sweep import FactorSweep
 from magmax.rules import as_rule, rule_from
 
 distributed = pytest.importorskip("distributed")
@@ -53,7 +53,7 @@ of whole matrices."""
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "SHARE_BYTES", 3_000_000)
-    monkeypatch.setattr(pool_module, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(pool_module, "POLL_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +98,18 @@ def test_every_kind_of_checkpoint_is_opened_again_by_the_workers(tmp_path, pool,
     monkeypatch.chdir(tmp_path)
     base = base_model()
     tuned = [{k: t + n * 0.01 if t.is_floating_point() else t for k, t in base.items()} for n in range(1, 4)]
-    saved(base, Path("base.safetensors"))
+    save_tensors(base, Path("base.safetensors"))
     torch.save(tuned[0], "pickled.pt")
     Path("folder").mkdir()
     names = sorted(base)
     for number, keys in enumerate((names[::2], names[1::2]), start=1):
-        saved({k: tuned[1][k] for k in keys}, Path("folder") / f"model-0000{number}-of-00002.safetensors")
+        save_tensors({k: tuned[1][k] for k in keys}, Path("folder") / f"model-0000{number}-of-00002.safetensors")
     where = {k: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, k in enumerate(names)}
     (Path("folder") / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     save({"model": tuned[2]}, Path("distributed"))
     adapter(Path("adapter"), linear("m.q", 20, 12))
     models = ["pickled.pt", "folder", "distributed", "base.safetensors+adapter"]
-    magmax.merge("magmax", "base.safetensors", models, out="alone", settings=Settings(threads=1))
+    magmax.merge("magmax", "base.safetensors", models, out="alone", execution=ExecutionOptions(threads=1))
     magmax.merge("magmax", "base.safetensors", models, out="shared", executor=pool)
     for name in ("model.safetensors", "provenance.json"):
         assert Path("shared", name).read_bytes() == Path("alone", name).read_bytes()
@@ -129,15 +129,17 @@ def test_what_is_in_memory_goes_to_threads_alone(files, tmp_path, pool):
 
 def test_a_running_merge_and_a_sweep_by_other_processes(files, tmp_path, pool):
     base, tasks = files
-    for name, settings in (("alone", Settings()), ("shared", Settings(executor=pool))):
-        running = Running(tmp_path / name, "magmax", base, winners=True, settings=settings)
+    for name, settings in (("alone", ExecutionOptions()), ("shared", ExecutionOptions(executor=pool))):
+        running = Running(tmp_path / name, "magmax", base, winners=True, execution=settings)
         for task in tasks:
             running.absorb(task)
         running.result(0.7, tmp_path / f"{name}.safetensors")
-        options = Options(dtype="bfloat16")
+        options = OutputOptions(dtype="bfloat16")
         opened = [open_checkpoint(task) for task in tasks]
         out, names = tmp_path / f"swept-{name}.safetensors", [task.stem for task in tasks]
-        with Sweep(as_rule("ties"), open_checkpoint(base), opened, names, out, options, [0.5], settings).merged() as s:
+        with FactorSweep(
+            as_rule("ties"), open_checkpoint(base), opened, names, out, options, [0.5], settings
+        ).merged() as s:
             s.write(0.5)
     for ours, theirs in (("shared", "alone"), ("swept-shared-0.5", "swept-alone-0.5")):
         assert (tmp_path / f"{ours}.safetensors").read_bytes() == (tmp_path / f"{theirs}.safetensors").read_bytes()
@@ -152,15 +154,15 @@ class Slow:
         self.base, self.tasks = files
         self.out, self.marks = tmp_path / "slow.safetensors", tmp_path / "marks"
         self.marks.mkdir()
-        self.rule = Dawdling(folder=str(self.marks))
+        self.rule = SlowTies(folder=str(self.marks))
         self.alone = tmp_path / "alone.safetensors"
         magmax.merge(self.rule, self.base, self.tasks, out=self.alone)
-        (self.marks / SLOWLY).touch()
+        (self.marks / SLOW_MARKER).touch()
         self.notes: list[str] = []
 
     def merge(self, executor: Executor | None) -> None:
-        settings = Settings(executor=executor, note=self.notes.append)
-        magmax.merge(self.rule, self.base, self.tasks, out=self.out, settings=settings)
+        settings = ExecutionOptions(executor=executor, note=self.notes.append)
+        magmax.merge(self.rule, self.base, self.tasks, out=self.out, execution=settings)
 
     def amid(self, executor: Executor, blow: Callable[[list[int]], object]) -> BaseException | None:
         """The error that the merge ends in when, amid it, `blow` is struck; it is given the workers."""
@@ -173,7 +175,7 @@ class Slow:
             return ending.exception(60)
 
     def hastened(self) -> None:
-        (self.marks / SLOWLY).unlink()
+        (self.marks / SLOW_MARKER).unlink()
 
     def whole(self) -> bool:
         return self.out.read_bytes() == self.alone.read_bytes() and not list(self.out.parent.glob("*.probe-*"))
@@ -214,11 +216,11 @@ def test_a_lost_scheduler_is_told_and_the_same_merge_goes_on(slow, tmp_path):
     worker = subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", "--no-nanny", *names], **quiet)
     try:
         address = read_address(there)
-        executor, close = cluster(address)
+        executor, close = connect(address)
         error = slow.amid(executor, lambda _: scheduler.kill())
         close()
         with pytest.raises(UnfinishedError, match=r"does not answer .* the same command goes on"):
-            pool_module.at_once(executor)
+            pool_module.worker_slots(executor)
         assert isinstance(error, UnfinishedError), error
         assert "same command goes on from there" in str(error)
         assert not slow.out.exists()
@@ -245,13 +247,13 @@ def test_a_worker_without_the_folder_is_refused_with_the_reason(what, files, tmp
     base, tasks = files
     (tmp_path / "out").mkdir()
     poor, fine = dask.nthreads()
-    job = merge_job(as_rule("magmax"), *opened(base, tasks), tmp_path / "out" / "m.safetensors", Options())
-    dask.run(hide, str(tmp_path / what), workers=[poor])
+    job = merge_job(as_rule("magmax"), *opened(base, tasks), tmp_path / "out" / "m.safetensors", OutputOptions())
+    dask.run(hide_folder, str(tmp_path / what), workers=[poor])
     try:
         with pytest.raises(UnfinishedError, match="on a file system that all share") as told:
-            job.run(Settings(executor=dask.get_executor(pure=False)))
+            job.run(ExecutionOptions(executor=dask.get_executor(pure=False)))
     finally:
-        dask.run(hide, "", workers=[poor])
+        dask.run(hide_folder, "", workers=[poor])
     assert poor in str(told.value)
     assert fine not in str(told.value)
     assert list((tmp_path / "out").iterdir()) == []
@@ -272,7 +274,7 @@ def test_the_command_line_names_a_scheduler(files, tmp_path, dask, capsys):
 def test_adapters_are_merged_into_one_by_threads_alone(tmp_path, pool):
     folders = [adapter(tmp_path / name, linear("m.q", 20, 12)) for name in ("one", "two")]
     with pytest.raises(MagMaxError, match="by threads of this process"):
-        magmax.merge_adapters("average", folders, 2, tmp_path / "out", settings=Settings(executor=pool))
+        magmax.merge_adapters("average", folders, 2, tmp_path / "out", execution=ExecutionOptions(executor=pool))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -282,8 +284,8 @@ def opened(base: Path, tasks: list[Path]) -> tuple[Any, list[Any]]:
 
 def test_a_worker_looks_at_each_input_before_each_share(files, tmp_path):
     base, tasks = files
-    ground = Ground.of([open_checkpoint(base), *map(open_checkpoint, tasks)])
-    with ground.staked(Target(tmp_path / "out.safetensors")) as staked:
+    ground = SharedFiles.of([open_checkpoint(base), *map(open_checkpoint, tasks)])
+    with ground.with_probe(OutputPath(tmp_path / "out.safetensors")) as staked:
         staked.check(thoroughly=True)
     with pytest.raises(UnfinishedError, match="is not there, as it must be while the output is written"):
         staked.check(thoroughly=False)
@@ -298,7 +300,7 @@ def test_a_worker_looks_at_each_input_before_each_share(files, tmp_path):
         ground.check(thoroughly=True)
     base.unlink()
     assert "No such file" in ground.problem()
-    assert "begun with 0.0; install the same" in Ground(version="0.0").problem()
+    assert "begun with 0.0; install the same" in SharedFiles(version="0.0").problem()
 
 
 def test_a_dask_worker_killed_amid_a_merge_is_survived(slow, dask):

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 from tests import models as reference
-from tests.models import merged_by, same_bytes
+from tests.models import reference_merge, same_bytes
 
 import magmax
 
@@ -19,7 +19,7 @@ def net(seed: int) -> torch.nn.Module:
 
 
 def expected(base, tasks, factor):
-    return merged_by(reference.magmax, base.state_dict(), [t.state_dict() for t in tasks], factor)
+    return reference_merge(reference.magmax, base.state_dict(), [t.state_dict() for t in tasks], factor)
 
 
 def test_magmax_merge_mutates_the_base_in_place_by_default():

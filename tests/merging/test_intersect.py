@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from tests import models as plain
-from tests.models import Tensors, loaded, raw, same_bytes, saved
+from tests.models import Tensors, load_tensors, same_bytes, save_tensors, tensor_bytes
 from tests.rules.test_planned import flat, ties
 
 from magmax import MagMaxError, Running, merge
 from magmax.checkpoints import blocks, open_checkpoint
 from magmax.cli import main
-from magmax.merging.execution.execution_options import Settings
-from magmax.recipes.recipe import build
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.recipes.recipe import build_request
 from magmax.rules import (
     BUILT_IN,
     Block,
@@ -37,7 +37,7 @@ from magmax.rules import (
     Tunable,
     chain,
 )
-from magmax.rules.statistics import Answer, Array, Counts, Fold, Plan, Scope
+from magmax.rules.statistics import Array, Counts, Reduction, Scope, Statistics, StatisticsRequest
 
 RULES = [
     "magmax", "average", "task_arithmetic", KthMagnitude(k=2), RandomMix(), Ties(), Ties(0.5, span="tensor"),
@@ -71,7 +71,7 @@ ROWS = {"embed": 101, "bias": 101, "head": 7}
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch) -> None:
-    monkeypatch.setattr(blocks, "SLAB", 100)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 100)
 
 
 def cut(tensors: Tensors, rows: dict[str, int]) -> Tensors:
@@ -89,11 +89,11 @@ def expected(
 @pytest.mark.parametrize("name", ["magmax", "average", "task_arithmetic"])
 def test_they_are_the_definition_written_in_torch(name):
     found = merge(name, BASE, MODELS, 0.5, mismatch="intersect")
-    small = plain.merged_by(getattr(plain, name), cut(BASE, ROWS), [cut(m, ROWS) for m in MODELS], 0.5)
+    small = plain.reference_merge(getattr(plain, name), cut(BASE, ROWS), [cut(m, ROWS) for m in MODELS], 0.5)
     for key, tensor in BASE.items():
         rows = ROWS.get(key, len(tensor))
-        assert raw(found[key][:rows]) == raw(small[key])
-        assert raw(found[key][rows:]) == raw(tensor[rows:])
+        assert tensor_bytes(found[key][:rows]) == tensor_bytes(small[key])
+        assert tensor_bytes(found[key][rows:]) == tensor_bytes(tensor[rows:])
 
 
 def test_ties_counts_what_is_merged_and_nothing_else():
@@ -111,22 +111,22 @@ def test_the_rows_that_all_have_are_merged_as_if_there_were_no_others(rule, tmp_
     models = MODELS[1:2] if isinstance(rule, Slerp | NearSwap) else MODELS
     wanted = expected(rule, BASE, models, ROWS, 0.5)
     assert same_bytes(merge(rule, BASE, models, 0.5, mismatch="intersect"), wanted)
-    base = saved(BASE, tmp_path / "base.safetensors")
-    files = [saved(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(models)]
+    base = save_tensors(BASE, tmp_path / "base.safetensors")
+    files = [save_tensors(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(models)]
     for threads in (1, 3):
         out = tmp_path / f"out{threads}.safetensors"
-        merge(rule, base, files, 0.5, out, mismatch="intersect", settings=Settings(threads=threads))
-        assert same_bytes(loaded(out), wanted)
+        merge(rule, base, files, 0.5, out, mismatch="intersect", execution=ExecutionOptions(threads=threads))
+        assert same_bytes(load_tensors(out), wanted)
 
 
 @dataclass(frozen=True)
-class Shapes(Fold):
+class Shapes(Reduction):
     """Adds up the shape of every block, as the block tells it."""
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(4, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
+    def update(self, block: Block, into: Counts) -> None:
         assert block.shape is not None
         into[: len(block.shape)] += block.shape
 
@@ -144,21 +144,23 @@ class Asking(Rule):
         return 1
 
     @property
-    def whole(self) -> bool:
+    def whole_tensor(self) -> bool:
         return True
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         return (yield Shapes())
 
-    def merge(self, block: Block, answer: Answer) -> Array:
+    def merge(self, block: Block, answer: Statistics) -> Array:
         assert answer.tolist() == [101 + 101 + 48 + 7, 24 + 33 + 5, 2, 0]
-        assert block.shape == {"embed": (101, 24), "bias": (101,), "layer": (48, 33), "head": (7, 5, 2)}[block.at.key]
-        return block.deltas[0]
+        assert (
+            block.shape == {"embed": (101, 24), "bias": (101,), "layer": (48, 33), "head": (7, 5, 2)}[block.address.key]
+        )
+        return block.task_vectors[0]
 
 
 def test_whole_tensors_have_the_shape_of_what_is_merged_when_asked_and_when_merged():
     found = merge(Asking(), BASE, MODELS, mismatch="intersect")
-    assert raw(found["embed"]) == raw(torch.cat([MODELS[0]["embed"][:101], BASE["embed"][101:]]))
+    assert tensor_bytes(found["embed"]) == tensor_bytes(torch.cat([MODELS[0]["embed"][:101], BASE["embed"][101:]]))
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -178,11 +180,11 @@ def test_a_missing_tensor_and_other_shapes_are_the_bases():
     ]
     found = merge("average", BASE, models, 1.0, mismatch="intersect")
     assert found.keys() == BASE.keys()
-    assert all(raw(found[key]) == raw(BASE[key]) for key in BASE)
+    assert all(tensor_bytes(found[key]) == tensor_bytes(BASE[key]) for key in BASE)
     models[2] = {**model(3, 130), "layer": torch.zeros(47, 33)}
     found = merge("average", BASE, models, 1.0, mismatch="intersect")
-    assert all(raw(found[key]) == raw(BASE[key]) for key in ("layer", "head"))
-    assert raw(found["embed"]) != raw(BASE["embed"])
+    assert all(tensor_bytes(found[key]) == tensor_bytes(BASE[key]) for key in ("layer", "head"))
+    assert tensor_bytes(found["embed"]) != tensor_bytes(BASE["embed"])
 
 
 def test_tied_weights_are_merged_in_part_and_stay_tied():
@@ -191,7 +193,7 @@ def test_tied_weights_are_merged_in_part_and_stay_tied():
 
     found = merge("magmax", tied(BASE), [tied(m) for m in MODELS], 0.5, mismatch="intersect")
     assert found["tied"] is found["embed"]
-    assert raw(found["embed"]) == raw(expected("magmax", BASE, MODELS, ROWS, 0.5)["embed"])
+    assert tensor_bytes(found["embed"]) == tensor_bytes(expected("magmax", BASE, MODELS, ROWS, 0.5)["embed"])
 
 
 def test_nan_among_rows_that_are_not_merged_is_nobodys_business_and_elsewhere_refused():
@@ -218,18 +220,18 @@ def test_nan_and_infinity_among_kept_rows_are_named_as_the_bases_own_where_they_
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, list[Path]]:
     folder = tmp_path / "base"
-    saved(BASE, folder / "model.safetensors")
-    return folder, [saved(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(MODELS)]
+    save_tensors(BASE, folder / "model.safetensors")
+    return folder, [save_tensors(m, tmp_path / f"task{n}.safetensors") for n, m in enumerate(MODELS)]
 
 
 def test_every_touched_tensor_is_named_on_the_terminal_in_the_card_and_in_the_provenance(
     files, tmp_path, monkeypatch, capsys
 ):
     base, models = files
-    saved({**loaded(models[0]), "extra": torch.ones(2)}, models[0])
-    thin = loaded(models[2])
+    save_tensors({**load_tensors(models[0]), "extra": torch.ones(2)}, models[0])
+    thin = load_tensors(models[2])
     del thin["layer"]
-    saved(thin, models[2])
+    save_tensors(thin, models[2])
     words = ["merge", "--base", base, *models, "--mismatch", "intersect", "--out", tmp_path / "out"]
     for more in (["--dry-run"], []):
         monkeypatch.setattr("sys.argv", ["magmax", *map(str, [*words, *more])])
@@ -259,14 +261,14 @@ def test_a_recipe_and_a_sweep(files, tmp_path, monkeypatch, capsys):
     for rule in ("magmax", "ties"):
         wanted = expected(rule, BASE, MODELS, ROWS, 0.5)
         given = {**content, "rule": rule, "scaling_factor": 0.5}
-        build(given, "here", {}, str(tmp_path)).job().run()
-        assert same_bytes(loaded(tmp_path / "out.safetensors"), wanted)
+        build_request(given, "here", {}, str(tmp_path)).job().run()
+        assert same_bytes(load_tensors(tmp_path / "out.safetensors"), wanted)
         (tmp_path / "r.yaml").write_text(json.dumps({**content, "rule": rule}))
         monkeypatch.setattr("sys.argv", ["magmax", "sweep", str(tmp_path / "r.yaml"), "scaling_factor=0.5,1"])
         with pytest.raises(SystemExit):
             main()
         capsys.readouterr()
-        assert same_bytes(loaded(tmp_path / "out-0.5.safetensors"), wanted)
+        assert same_bytes(load_tensors(tmp_path / "out-0.5.safetensors"), wanted)
 
 
 def test_an_unknown_word_is_refused():
@@ -280,9 +282,13 @@ def test_absorbed_one_by_one_they_are_the_batch(rule, winners, files, tmp_path):
     base, models = files
     if winners and rule != "magmax":
         return
-    gone = loaded(models[0])
+    gone = load_tensors(models[0])
     del gone["layer"]
-    models = [*models, saved(model(7, 140), tmp_path / "late.safetensors"), saved(gone, tmp_path / "gone.safetensors")]
+    models = [
+        *models,
+        save_tensors(model(7, 140), tmp_path / "late.safetensors"),
+        save_tensors(gone, tmp_path / "gone.safetensors"),
+    ]
     running = Running(tmp_path / "state", rule, base, winners=winners, mismatch="intersect")
     for number, task in enumerate(models, start=1):
         running.absorb(task)
@@ -291,7 +297,7 @@ def test_absorbed_one_by_one_they_are_the_batch(rule, winners, files, tmp_path):
             continue
         again.result(0.5, tmp_path / "running.safetensors")
         merge(rule, base, models[:number], 0.5, tmp_path / "batch.safetensors", mismatch="intersect")
-        assert same_bytes(loaded(tmp_path / "running.safetensors"), loaded(tmp_path / "batch.safetensors"))
+        assert same_bytes(load_tensors(tmp_path / "running.safetensors"), load_tensors(tmp_path / "batch.safetensors"))
     if winners:
         assert sum(again.status().shares) == pytest.approx(1)
     with pytest.raises(MagMaxError, match="was begun with mismatch intersect, not strict"):
@@ -305,13 +311,13 @@ def test_a_running_merge_keeps_the_bases_where_any_model_did_not_match(files, tm
         running.absorb(task)
     out = running.result(0.5, tmp_path / "out")
     merge("magmax", base, models, 0.5, tmp_path / "batch.safetensors", mismatch="base")
-    assert same_bytes(loaded(out / "model.safetensors"), loaded(tmp_path / "batch.safetensors"))
+    assert same_bytes(load_tensors(out / "model.safetensors"), load_tensors(tmp_path / "batch.safetensors"))
     assert json.loads((out / "provenance.json").read_text())["recipe"]["not_merged"] == ["bias", "embed", "head"]
 
 
 def test_a_strict_state_is_written_as_it_always_was(files, tmp_path):
     base, _ = files
-    Running(tmp_path / "state", "magmax", base).absorb(saved(model(5, 130), tmp_path / "task.safetensors"))
+    Running(tmp_path / "state", "magmax", base).absorb(save_tensors(model(5, 130), tmp_path / "task.safetensors"))
     told = json.loads((tmp_path / "state" / "state.json").read_text())
     assert (told["format"], "mismatch" in told, "extents" in told["generations"][0]) == (1, False, False)
 
@@ -335,7 +341,7 @@ def test_an_adapter_with_a_resized_embedding(tmp_path):
     resized = torch.cat([BASE["embed"], torch.ones(7, 24)])
     tensors = {f"{prefix}.base_layer.weight": resized, f"{prefix}.lora_embedding_A": torch.randn(2, 137),
                f"{prefix}.lora_embedding_B": torch.randn(24, 2)}  # fmt: skip
-    saved(tensors, folder / "adapter_model.safetensors")
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     base = {"embed.weight": BASE["embed"]}
     found = merge("average", base, [folder], 1.0, mismatch="intersect")["embed.weight"]

@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from tests import models as reference
-from tests.models import loaded, merged_by, same_bytes, saved, small_model
+from tests.models import load_tensors, reference_merge, same_bytes, save_tensors, small_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
 from magmax.merging.model_names import default_names
-from magmax.merging.output_options import Options
+from magmax.merging.output_options import OutputOptions
 from magmax.rules import make_rule
 
 RULES = {
@@ -33,10 +33,10 @@ RULES = {
 def test_a_merge_is_its_definition_bit_for_bit(rule, dtype, tmp_path):
     definition, factor = RULES[rule]
     base, tasks = small_model(0, dtype), [small_model(n, dtype) for n in (1, 2, 3)]
-    paths = [saved(t, tmp_path / f"{n}.safetensors") for n, t in enumerate([base, *tasks])]
-    expected = merged_by(definition, base, tasks, factor)
+    paths = [save_tensors(t, tmp_path / f"{n}.safetensors") for n, t in enumerate([base, *tasks])]
+    expected = reference_merge(definition, base, tasks, factor)
     out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "out.safetensors")
-    assert same_bytes(loaded(out), expected)
+    assert same_bytes(load_tensors(out), expected)
     assert same_bytes(magmax.merge(rule, base, tasks), expected)
 
 
@@ -44,7 +44,7 @@ def test_a_merge_is_its_definition_bit_for_bit(rule, dtype, tmp_path):
 def test_the_scaling_factor_is_rounded_before_it_multiplies(factor):
     base, tasks = small_model(0), [small_model(1), small_model(2)]
     merged = magmax.merge("magmax", base, tasks, scaling_factor=factor)
-    assert same_bytes(merged, merged_by(reference.magmax, base, tasks, factor))
+    assert same_bytes(merged, reference_merge(reference.magmax, base, tasks, factor))
 
 
 def test_small_bfloat16_updates_survive():
@@ -58,16 +58,17 @@ def test_small_bfloat16_updates_survive():
 def test_slabs_and_threads_change_no_byte(slab, rule, files, tmp_path, monkeypatch):
     base, tasks = files
     magmax.merge(rule, base, tasks, out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(blocks, "SLAB", slab)
-    threads = Settings(threads=3)
-    out = magmax.merge(rule, base, tasks, out=tmp_path / "unusual.safetensors", settings=threads)
-    assert same_bytes(loaded(out), loaded(tmp_path / "usual.safetensors"))
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", slab)
+    threads = ExecutionOptions(threads=3)
+    out = magmax.merge(rule, base, tasks, out=tmp_path / "unusual.safetensors", execution=threads)
+    assert same_bytes(load_tensors(out), load_tensors(tmp_path / "usual.safetensors"))
 
 
 def test_threads_change_no_byte_of_the_file(files, tmp_path):
     base, tasks = files
     outs = [
-        magmax.merge("magmax", base, tasks, out=tmp_path / f"{n}.safetensors", settings=Settings(n)) for n in (1, 4)
+        magmax.merge("magmax", base, tasks, out=tmp_path / f"{n}.safetensors", execution=ExecutionOptions(n))
+        for n in (1, 4)
     ]
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
@@ -75,11 +76,11 @@ def test_threads_change_no_byte_of_the_file(files, tmp_path):
 def test_shards_and_kinds_of_input_change_no_byte(files, tmp_path):
     base, tasks = files
     whole = magmax.merge("magmax", base, tasks, out=tmp_path / "whole.safetensors")
-    pieces = shard(loaded(tasks[1]), tmp_path / "sharded")
-    torch.save(loaded(tasks[2]), tmp_path / "task3.pt")
-    mixed = [tasks[0], pieces, tmp_path / "task3.pt", loaded(tasks[3])]
+    pieces = shard(load_tensors(tasks[1]), tmp_path / "sharded")
+    torch.save(load_tensors(tasks[2]), tmp_path / "task3.pt")
+    mixed = [tasks[0], pieces, tmp_path / "task3.pt", load_tensors(tasks[3])]
     out = magmax.merge("magmax", base, mixed, out=tmp_path / "mixed.safetensors")
-    assert same_bytes(loaded(out), loaded(whole))
+    assert same_bytes(load_tensors(out), load_tensors(whole))
     ours, theirs = (read_digests(p) for p in (out, whole))
     assert ours == theirs
 
@@ -90,17 +91,17 @@ def test_a_folder_output_has_shards_an_index_and_the_bases_files(tmp_path):
     (base / "tokenizer").mkdir()
     (base / "tokenizer" / "vocab.txt").write_text("a b c")
     (base / "notes.bin.txt~").write_text("not to be copied")
-    task = saved(small_model(1), tmp_path / "task.safetensors")
-    options = Options(dtype="bfloat16", shard_bytes=5000)
+    task = save_tensors(small_model(1), tmp_path / "task.safetensors")
+    options = OutputOptions(dtype="bfloat16", shard_bytes=5000)
     merge_job(make_rule("magmax"), open_checkpoint(base), [open_checkpoint(task)], tmp_path / "out", options).run()
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     held = {key: out / name for key, name in index["weight_map"].items()}
-    expected = merged_by(reference.magmax, small_model(0), [small_model(1)], 0.5)
+    expected = reference_merge(reference.magmax, small_model(0), [small_model(1)], 0.5)
     for key, tensor in expected.items():
         wanted = tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
         with safe_open(held[key], "pt") as file:
-            assert reference.raw(file.get_tensor(key)) == reference.raw(wanted)
+            assert reference.tensor_bytes(file.get_tensor(key)) == reference.tensor_bytes(wanted)
     assert len(set(held.values())) > 2
     assert json.loads((out / "config.json").read_text()) == {"model_type": "toy", "torch_dtype": "bfloat16"}
     assert (out / "tokenizer" / "vocab.txt").read_text() == "a b c"
@@ -124,7 +125,7 @@ def test_an_output_is_recognised_as_the_input_it_becomes(files, tmp_path):
     merged = magmax.merge("magmax", base, tasks, out=tmp_path / "merged.safetensors")
     again = magmax.merge("average", base, [merged], out=tmp_path / "folder")
     provenance = json.loads((again / "provenance.json").read_text())
-    copy_of_merged = saved(loaded(merged), tmp_path / "copy.safetensors")
+    copy_of_merged = save_tensors(load_tensors(merged), tmp_path / "copy.safetensors")
     other = magmax.merge("average", base, [copy_of_merged], out=tmp_path / "other.safetensors")
     assert provenance["inputs"][1]["xxh3_128"] == read_digests(other)[1]
 
@@ -140,9 +141,9 @@ def test_tied_tensors_stay_tied(tmp_path):
     out = magmax.merge(
         "magmax", tmp_path / "base.pt", [tmp_path / "task.safetensors"], out=tmp_path / "out.safetensors"
     )
-    assert len(loaded(out)) == 1
+    assert len(load_tensors(out)) == 1
     assert open_checkpoint(out).aliases in ({"head.weight": "embed.weight"}, {"embed.weight": "head.weight"})
-    assert torch.equal(next(iter(loaded(out).values())), merged.embed.weight)
+    assert torch.equal(next(iter(load_tensors(out).values())), merged.embed.weight)
 
 
 def test_a_module_comes_back_as_a_module_and_the_given_one_is_untouched():
@@ -166,7 +167,7 @@ def test_numpy_dicts_come_back_as_numpy():
 
 def test_half_precision_models_on_a_float32_base():
     base, tasks = small_model(0), [small_model(1, torch.bfloat16), small_model(2, torch.float16)]
-    assert same_bytes(magmax.merge("magmax", base, tasks), merged_by(reference.magmax, base, tasks, 0.5))
+    assert same_bytes(magmax.merge("magmax", base, tasks), reference_merge(reference.magmax, base, tasks, 0.5))
 
 
 def test_an_overflow_of_the_output_type_is_an_error():
@@ -179,7 +180,7 @@ def test_an_overflow_of_the_output_type_is_an_error():
 def test_nonfinite_values_pass_where_they_are_allowed(bad):
     base, task = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, bad, 2.0])}
     merged = magmax.merge("magmax", base, [task], 1.0, allow_nonfinite=True)
-    assert reference.raw(merged["w"]) == reference.raw(task["w"])
+    assert reference.tensor_bytes(merged["w"]) == reference.tensor_bytes(task["w"])
 
 
 def test_a_tensor_kept_from_the_base_is_checked_like_any_other():
@@ -191,7 +192,7 @@ def test_a_tensor_kept_from_the_base_is_checked_like_any_other():
 def test_base_and_model_exchanged_are_another_work_than_the_interrupted_one(files, tmp_path):
     one, other = open_checkpoint(files[0]), open_checkpoint(files[1][0])
     jobs = [
-        merge_job(make_rule("magmax"), base, [model], tmp_path / "out", Options(), ["x"])
+        merge_job(make_rule("magmax"), base, [model], tmp_path / "out", OutputOptions(), ["x"])
         for base, model in ((one, other), (other, one))
     ]
     identities = [job._identity() for job in jobs]
@@ -199,12 +200,16 @@ def test_base_and_model_exchanged_are_another_work_than_the_interrupted_one(file
 
 
 def test_every_tensor_that_is_not_merged_is_reported(tmp_path):
-    base = saved({"w": torch.zeros(1)}, tmp_path / "base.safetensors")
-    task = saved({"w": torch.ones(1), "extra": torch.ones(2)}, tmp_path / "task.safetensors")
+    base = save_tensors({"w": torch.zeros(1)}, tmp_path / "base.safetensors")
+    task = save_tensors({"w": torch.ones(1), "extra": torch.ones(2)}, tmp_path / "task.safetensors")
     job = merge_job(
-        make_rule("magmax"), open_checkpoint(base), [open_checkpoint(task)], tmp_path / "out", Options(mismatch="base")
+        make_rule("magmax"),
+        open_checkpoint(base),
+        [open_checkpoint(task)],
+        tmp_path / "out",
+        OutputOptions(mismatch="base"),
     )
-    assert "extra" in job.run().carried
+    assert "extra" in job.run().unmerged
     assert "`extra`" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -228,7 +233,7 @@ def test_mismatched_tensors_can_be_the_bases():
     task["layer.bias"], task["extra"] = torch.zeros(5), torch.zeros(2)
     del task["scale"]
     merged = magmax.merge("magmax", base, [task], mismatch="base")
-    expected = merged_by(
+    expected = reference_merge(
         reference.magmax, base, [{**task, "layer.bias": base["layer.bias"], "scale": base["scale"]}], 0.5
     )
     assert same_bytes(merged, expected)

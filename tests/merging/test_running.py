@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.models import loaded, same_bytes, saved, small_model
+from tests.models import load_tensors, same_bytes, save_tensors, small_model
 
 import magmax
 from magmax import MagMaxError, Running, open_checkpoint
@@ -16,12 +16,12 @@ RULES = [as_rule(n) for n in ("magmax", "average", "task_arithmetic")] + [Random
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_absorbing_one_by_one_equals_merging_at_once(rule, dtype, tmp_path):
-    base, *tasks = [saved(small_model(n, dtype), tmp_path / f"{n}.safetensors") for n in range(5)]
+    base, *tasks = [save_tensors(small_model(n, dtype), tmp_path / f"{n}.safetensors") for n in range(5)]
     for task in tasks:
         Running(tmp_path / "state", rule, base).absorb(task)
     ours = Running(tmp_path / "state").result(0.7, tmp_path / "ours.safetensors")
     theirs = magmax.merge(rule, base, tasks, 0.7, tmp_path / "theirs.safetensors")
-    assert same_bytes(loaded(ours), loaded(theirs))
+    assert same_bytes(load_tensors(ours), load_tensors(theirs))
 
 
 def test_tasks_of_several_types_are_absorbed_exactly(tmp_path):
@@ -39,7 +39,7 @@ def test_the_state_of_magmax_is_one_model_in_the_checkpoints_own_type(files, tmp
     for task in tasks:
         running.absorb(task)
     (held,) = [open_checkpoint(p) for p in (tmp_path / "state").glob("generation-*")]
-    floating = {key: spec for key, spec in open_checkpoint(base).specs.items() if spec.floating}
+    floating = {key: spec for key, spec in open_checkpoint(base).specs.items() if spec.is_mergeable}
     assert held.specs == floating
 
 
@@ -59,7 +59,7 @@ def test_the_map_of_winners_says_which_task_supplies_each_element(tmp_path):
     for task in tasks:
         running.absorb(task)
     folder = next((tmp_path / "state").glob("generation-*"))
-    mapped = loaded(folder / "model.safetensors")["magmax.winner/embed.weight"].numpy()
+    mapped = load_tensors(folder / "model.safetensors")["magmax.winner/embed.weight"].numpy()
     sizes = np.stack([abs((t["embed.weight"] - base["embed.weight"]).numpy()) for t in tasks])
     latest_largest = len(tasks) - np.argmax(sizes[::-1], axis=0)
     assert (mapped == latest_largest).all()
@@ -81,7 +81,7 @@ def test_a_labelled_generation_is_kept_and_restored(files, tmp_path):
     running.absorb(tasks[3])
     ours = running.result(out=tmp_path / "ours.safetensors")
     theirs = magmax.merge("magmax", base, [*tasks[:2], tasks[3]], out=tmp_path / "theirs.safetensors")
-    assert same_bytes(loaded(ours), loaded(theirs))
+    assert same_bytes(load_tensors(ours), load_tensors(theirs))
 
 
 def test_an_absorbed_task_is_refused_and_nothing_changes(files, tmp_path):
@@ -89,7 +89,7 @@ def test_an_absorbed_task_is_refused_and_nothing_changes(files, tmp_path):
     running = Running(tmp_path / "state", "magmax", base)
     running.absorb(tasks[0])
     before = (tmp_path / "state" / "state.json").read_bytes()
-    twin = saved(loaded(tasks[0]), tmp_path / "twin.safetensors")
+    twin = save_tensors(load_tensors(tasks[0]), tmp_path / "twin.safetensors")
     with pytest.raises(MagMaxError, match=r"twin\.safetensors: was absorbed already, as 'task1'"):
         running.absorb(twin)
     assert (tmp_path / "state" / "state.json").read_bytes() == before

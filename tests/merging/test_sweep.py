@@ -11,10 +11,10 @@ from tests.models import small_model
 
 import magmax
 from magmax import MagMaxError, open_checkpoint
-from magmax.merging.execution.execution_options import Settings
-from magmax.merging.in_memory import MergesInMemory
-from magmax.merging.output_options import Options
-from magmax.merging.sweep import Sweep, factors
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.merging.in_memory import InMemoryMerges
+from magmax.merging.output_options import OutputOptions
+from magmax.merging.sweep import FactorSweep, parse_factors
 from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
 
 CALIBRATED = chain(MagMax(), CalibrateWeights(form="ellipsoid"))
@@ -26,15 +26,15 @@ def test_a_swept_file_is_the_merge_at_that_factor_byte_for_byte(rule, dtype, fil
     base, tasks = files
     opened = [open_checkpoint(t) for t in tasks]
     names = ["one", "two", "three", "four"]
-    sweep = Sweep(
+    sweep = FactorSweep(
         as_rule(rule),
         open_checkpoint(base),
         opened,
         names,
         tmp_path / "out.safetensors",
-        Options(dtype=dtype),
+        OutputOptions(dtype=dtype),
         [0.3, 1.0],
-        Settings(),
+        ExecutionOptions(),
     )
     with sweep.merged() as scaler:
         swept = {factor: scaler.write(factor) for factor in (0.3, 1.0)}
@@ -48,7 +48,7 @@ def merge_named(
     rule: Rule | str, base: Path, tasks: list[Path], names: list[str], factor: float, dtype: str | None, out: Path
 ) -> None:
     opened = [open_checkpoint(t) for t in tasks]
-    options = Options(factor, dtype)
+    options = OutputOptions(factor, dtype)
     magmax.merging.api.merge_job(as_rule(rule), open_checkpoint(base), opened, out, options, names).run()
 
 
@@ -62,13 +62,13 @@ def merge_named(
     ],
 )
 def test_a_range_includes_both_ends_exactly(text, numbers):
-    assert factors(text) == numbers
+    assert parse_factors(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "a", "0:1", "0:1:0", "1:0:0.1", "0:1:0.1:2", "nan:1:1"])
 def test_what_is_no_range_is_an_error(text):
     with pytest.raises(MagMaxError, match=r"0\.1:1\.0:0\.1"):
-        factors(text)
+        parse_factors(text)
 
 
 def test_merges_that_are_held_read_the_models_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_merges_that_are_held_read_the_models_once(monkeypatch: pytest.MonkeyPat
     models = [open_checkpoint(small_model(seed), f"model {seed}", base) for seed in (1, 2, 3)]
     read: list[str] = []
     monkeypatch.setattr(type(base), "read", _counted(type(base).read, read))
-    merges = MergesInMemory(MagMax(), base, models, Options(), Settings(threads=1), hold=True)
+    merges = InMemoryMerges(MagMax(), base, models, OutputOptions(), ExecutionOptions(threads=1), hold=True)
     counts: list[int] = []
     for factor in (0.3, 1.0):
         read.clear()
@@ -100,9 +100,9 @@ def test_several_factors_in_memory_give_what_each_gives_alone(rule: Rule, dtype:
     base = open_checkpoint(small_model(0, dtype), "base")
     models = [open_checkpoint(small_model(seed, dtype), f"model {seed}", base) for seed in (1, 2, 3)]
     factors = [0.3, 1.0, 0.3]
-    together = MergesInMemory(rule, base, models, Options(), Settings(threads=2), hold=True)
+    together = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=2), hold=True)
     for factor in factors:
         found = together.at(factor)
-        alone = MergesInMemory(rule, base, models, Options(), Settings(threads=1)).at(factor)
+        alone = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1)).at(factor)
         assert found.keys() == alone.keys()
         assert all(found[key].tobytes() == alone[key].tobytes() for key in alone)

@@ -95,7 +95,7 @@ def test_one_adapter_averaged_alone_is_merge_and_unload(tmp_path, name):
     start = open_checkpoint(base)
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
-        moved += not torch.equal(tensor.reshape(-1), torch.from_numpy(start.read(key, 0, start.spec(key).units)))
+        moved += not torch.equal(tensor.reshape(-1), torch.from_numpy(start.read(key, 0, start.spec(key).num_units)))
     assert moved >= 2
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests import models as reference
-from tests.models import merged_by
+from tests.models import reference_merge
 
 import magmax
 from magmax import open_checkpoint
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
+from magmax.merging.output_options import OutputOptions
 from magmax.rules import as_rule
 
 transformers = pytest.importorskip("transformers")
@@ -37,12 +37,12 @@ def folders(tmp_path) -> list[Path]:
 def test_a_merged_folder_loads_with_equal_tensors_and_ties(folders, shard_bytes, tmp_path):
     base, *tasks = folders
     opened = [open_checkpoint(path) for path in (base, *tasks)]
-    options = Options(shard_bytes=shard_bytes)
+    options = OutputOptions(shard_bytes=shard_bytes)
     merge_job(as_rule("magmax"), opened[0], opened[1:], tmp_path / "merged", options).run()
     model, report = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    wanted = merged_by(reference.magmax, tiny(0).state_dict(), [tiny(n).state_dict() for n in (1, 2)], 0.5)
+    wanted = reference_merge(reference.magmax, tiny(0).state_dict(), [tiny(n).state_dict() for n in (1, 2)], 0.5)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 

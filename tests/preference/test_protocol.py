@@ -24,16 +24,16 @@ import magmax  # noqa: E402
 from magmax import MagMaxError  # noqa: E402
 from magmax.cli import environments  # noqa: E402
 from magmax.continual.cells import chain_folder  # noqa: E402
-from magmax.continual.context import Context, context  # noqa: E402
+from magmax.continual.context import ExperimentContext, build_context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.merging.execution import executors  # noqa: E402
-from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
-from magmax.preference.candidates import halves  # noqa: E402
+from magmax.preference import from_labels, from_samples, natural_shares  # noqa: E402
+from magmax.preference.candidates import split_halves  # noqa: E402
 from magmax.preference.environments import environment_runs as running  # noqa: E402
-from magmax.preference.environments.environment_runs import Runs  # noqa: E402
+from magmax.preference.environments.environment_runs import EnvironmentRuns  # noqa: E402
 from magmax.preference.environments.environment_tables import write_report  # noqa: E402
-from magmax.preference.environments.environments_config import Study  # noqa: E402
-from magmax.preference.environments.tidy_rows import Table, tidy  # noqa: E402
+from magmax.preference.environments.environments_config import EnvironmentsConfig  # noqa: E402
+from magmax.preference.environments.tidy_rows import ScoreTable, tidy_rows  # noqa: E402
 from magmax.preference.mixtures import MIXTURES  # noqa: E402
 from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
 
@@ -54,8 +54,8 @@ SMALL: dict[str, Any] = {
 EXPERIMENT = Experiment.model_validate({**toys.RECIPE, "validation": 5, "factors": [0.3, 1.0], "seeds": [0]})
 
 
-def study(**changes: Any) -> Study:
-    return Study.model_validate({**SMALL, **changes}).checked(EXPERIMENT)
+def study(**changes: Any) -> EnvironmentsConfig:
+    return EnvironmentsConfig.model_validate({**SMALL, **changes}).resolve(EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def records(place: Path, executor: Executor) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
-    return {record["part"]: record for record in Runs(study(), EXPERIMENT, place, executor).run()}
+    return {record["part"]: record for record in EnvironmentRuns(study(), EXPERIMENT, place, executor).run()}
 
 
 class Plain:
     """The same experiment by hand: files, whole merges, and the logits of every test example."""
 
     def __init__(self, out: Path) -> None:
-        self.here: Context = context(EXPERIMENT, 0)
+        self.here: ExperimentContext = build_context(EXPERIMENT, 0)
         folder = chain_folder(out, EXPERIMENT, 0, "independent")
         self.theta = [load_file(folder / f"theta_{t}.safetensors") for t in range(4)]
 
@@ -145,20 +145,22 @@ def scored_rows(name: str, row: dict[str, Any]) -> list[int]:
 
 def environment_of(name: str, draw: int) -> Any:
     """Drawn again, by the public function."""
-    from magmax.preference.mixtures import environments
+    from magmax.preference.mixtures import draw_environments
 
-    here = context(EXPERIMENT, 0)
+    here = build_context(EXPERIMENT, 0)
     task_of = np.array([next(t for t, task in enumerate(here.tasks) if c in task.classes) for c in here.test.labels])
     order = list(MIXTURES).index(name) if name in MIXTURES else 100 + int(name[1:])
     shares = MIXTURES.get(name) or (1 / int(name[1:]),) * int(name[1:])
-    return environments(task_of, mixtures={name: shares}, draws=draw + 1, target=0.1, seed=[0, order])[draw]
+    return draw_environments(task_of, mixtures={name: shares}, draws=draw + 1, target_fraction=0.1, seed=[0, order])[
+        draw
+    ]
 
 
 def test_factors_are_chosen_on_held_out_training_examples(records: dict[str, Any], plain: Plain) -> None:
     held = plain.here.validation
     for name, rule in (("average", Average()), ("ties", Ties()), ("magmax", MagMax())):
         search = records["baselines"]["search"][name]
-        assert {float(factor) for factor in search} == {0.3, 0.5, 1.0, rule.default_factor}
+        assert {float(factor) for factor in search} == {0.3, 0.5, 1.0, rule.default_scaling_factor}
         for factor, score in search.items():
             right = plain.right(rule, float(factor), held)
             by_task = [right[np.isin(held.labels, task.classes)].mean() for task in plain.here.tasks]
@@ -167,7 +169,7 @@ def test_factors_are_chosen_on_held_out_training_examples(records: dict[str, Any
 
 
 def test_preferences_are_those_of_the_target_sample_alone(records: dict[str, Any], plain: Plain) -> None:
-    own = own_shares(plain.theta[0], plain.theta[1:])
+    own = natural_shares(plain.theta[0], plain.theta[1:])
     assert records["baselines"]["own"] == pytest.approx(own, abs=1e-12)
     test = plain.here.test
     for row in [*records["D3-0"]["rows"], *records["D3-1"]["rows"]]:
@@ -209,7 +211,7 @@ def test_auto_takes_the_source_whose_halves_give_the_right_classes_most_probabil
         powers = np.exp(logits.astype(float))
         return (powers / powers.sum(axis=1, keepdims=True))[np.arange(len(rows)), test.labels[rows]]
 
-    first, second = halves(len(target), 1)
+    first, second = split_halves(len(target), 1)
     objectives = {}
     for source in ("magmax", "uniform", "label", "ot", "cos", "mmd"):
         pairs = (first, second), (second, first)
@@ -248,14 +250,16 @@ def test_what_is_there_is_read_and_what_is_damaged_is_measured_again(
 ) -> None:
     folder = place / "environments" / "cells"
     stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert Runs(study(), EXPERIMENT, place, executor).run() == list(records.values())
+    assert EnvironmentRuns(study(), EXPERIMENT, place, executor).run() == list(records.values())
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
     next(folder.glob("D4-1-*")).write_text("{")
-    again = {record["part"]: record for record in Runs(study(), EXPERIMENT, place, executor).run()}
+    again = {record["part"]: record for record in EnvironmentRuns(study(), EXPERIMENT, place, executor).run()}
     assert again["D4-1"]["rows"] == records["D4-1"]["rows"]
     assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
-    monkeypatch.setattr(running, "baselines", None)  # known already
-    more = Runs(study(curves={"schedule": [1.0], "weights": [], "tasks": 1}), EXPERIMENT, place, executor).run()
+    monkeypatch.setattr(running, "measure_baselines", None)  # known already
+    more = EnvironmentRuns(
+        study(curves={"schedule": [1.0], "weights": [], "tasks": 1}), EXPERIMENT, place, executor
+    ).run()
     assert len(more) == len(records)
     assert len(list(folder.iterdir())) == len(stamps) + 1
 
@@ -268,19 +272,19 @@ def test_a_study_that_was_stopped_has_its_tables_too(records: dict[str, Any], co
 
 def test_a_seed_that_lacks_an_environment_is_not_averaged_with_whole_ones(records: dict[str, Any]) -> None:
     other = [{**record, "seed": 1} for name, record in records.items() if name != "D4-0" and name != "D4-1"]
-    table = Table(tidy([*records.values(), *other]))
-    assert len(table.by_seed("magmax", "0.5", ["D2", "D3"])) == 2
-    assert len(table.by_seed("magmax", "0.5", ["D2", "D3", "D4"])) == 1
+    table = ScoreTable(tidy_rows([*records.values(), *other]))
+    assert len(table.seed_means("magmax", "0.5", ["D2", "D3"])) == 2
+    assert len(table.seed_means("magmax", "0.5", ["D2", "D3", "D4"])) == 1
 
 
 def test_a_study_that_fails_has_its_tables_too(
     records: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def stopped(self: Runs) -> None:
+    def stopped(self: EnvironmentRuns) -> None:
         raise MagMaxError("a part failed")
 
-    monkeypatch.setattr(Runs, "run", stopped)
-    monkeypatch.setattr(Runs, "finished", lambda self: list(records.values())[:3])
+    monkeypatch.setattr(EnvironmentRuns, "run", stopped)
+    monkeypatch.setattr(EnvironmentRuns, "read_finished", lambda self: list(records.values())[:3])
     monkeypatch.setattr(environments, "read_study", lambda recipe, words: (study(), EXPERIMENT))
     with pytest.raises(MagMaxError, match="a part failed"):
         environments.environments("any.yaml", out=str(tmp_path))
@@ -310,10 +314,10 @@ def test_the_files_agree_with_the_records(records: dict[str, Any], place: Path) 
 
 
 def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    toys.written(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
+    toys.write_recipe(tmp_path / "toy.yaml", validation=5, factors=[0.3, 1.0], seeds=[0, 1])
     few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
-    monkeypatch.setattr(executors, "hired", lambda jobs, scheduler: nullcontext(executor))
+    monkeypatch.setattr(executors, "job_executor", lambda jobs, scheduler: nullcontext(executor))
     code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
     assert code == 0, err
     assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
@@ -345,4 +349,4 @@ def test_what_the_experiment_lacks_is_refused(changes: dict[str, Any], message: 
     with pytest.raises(MagMaxError, match=message):
         study(**changes)
     with pytest.raises(MagMaxError, match="validation: 10"):
-        Study.model_validate(SMALL).checked(Experiment.model_validate(toys.RECIPE))
+        EnvironmentsConfig.model_validate(SMALL).resolve(Experiment.model_validate(toys.RECIPE))

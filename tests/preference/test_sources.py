@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magmax import MagMaxError
-from magmax.preference import choose, from_labels, from_samples, schedule, tempered, uniform
-from magmax.preference.candidates import halves
+from magmax.preference import (
+    apply_temperature,
+    choose_preference,
+    from_labels,
+    from_samples,
+    geometric_weights,
+    uniform_weights,
+)
+from magmax.preference.candidates import split_halves
 
 
 def features(seed: int, count: int, shift: float = 0.0) -> np.ndarray:
@@ -109,26 +116,26 @@ def test_labels_are_counted():
 
 @given(st.floats(0.01, 100), st.integers(1, 60))
 def test_a_schedule_is_geometric_and_its_inverse_its_mirror(a, tasks):
-    weights = schedule(a, tasks)
+    weights = geometric_weights(a, tasks)
     assert sum(weights) == pytest.approx(1)
-    assert weights == pytest.approx(schedule(1 / a, tasks)[::-1], rel=1e-9)
+    assert weights == pytest.approx(geometric_weights(1 / a, tasks)[::-1], rel=1e-9)
     for one, other in pairwise(weights):
         if min(one, other) > 1e-250:
             assert other == pytest.approx(a * one, rel=1e-9)
 
 
 def test_a_schedule_at_its_ends():
-    assert schedule(1, 4) == uniform(4) == [0.25] * 4
-    assert schedule(0, 3) == [1, 0, 0]
+    assert geometric_weights(1, 4) == uniform_weights(4) == [0.25] * 4
+    assert geometric_weights(0, 3) == [1, 0, 0]
     for wrong in (-1, float("nan"), float("inf")):
         with pytest.raises(MagMaxError):
-            schedule(wrong, 3)
+            geometric_weights(wrong, 3)
 
 
 def test_temperature_sharpens_and_evens():
-    assert tempered([0.2, 0.8], 1) == pytest.approx([0.2, 0.8])
-    assert tempered([0.2, 0.8], 0.5) == pytest.approx([0.04 / 0.68, 0.64 / 0.68])
-    assert tempered([0.0, 3.0, 3.0], 1000) == pytest.approx([0, 0.5, 0.5])
+    assert apply_temperature([0.2, 0.8], 1) == pytest.approx([0.2, 0.8])
+    assert apply_temperature([0.2, 0.8], 0.5) == pytest.approx([0.04 / 0.68, 0.64 / 0.68])
+    assert apply_temperature([0.0, 3.0, 3.0], 1000) == pytest.approx([0, 0.5, 0.5])
 
 
 OWN = [0.5, 0.3, 0.2]
@@ -141,7 +148,7 @@ def always(weights):
 
 def test_a_source_is_scored_on_the_half_that_its_preference_was_not_made_of():
     """Against the definition, with a score that tells samples and preferences apart."""
-    first, second = halves(7, seed=3)
+    first, second = split_halves(7, seed=3)
 
     def candidates(places):
         return {"mean": [1.0, float(np.mean(places)), 2.0], "first": [1.0, 0.5, float(places[0])]}
@@ -149,18 +156,20 @@ def test_a_source_is_scored_on_the_half_that_its_preference_was_not_made_of():
     def score(weights):
         return [np.cos(sample) * weights[1] + weights[2] for sample in range(7)]
 
-    choice = choose(candidates, OWN, score, 7, seed=3, pull=0.3, temperatures=(0.5, 1, 3))
-    assert len(choice.trials) == 2 + 2 * 3
-    for trial in choice.trials:
+    choice = choose_preference(candidates, OWN, score, 7, seed=3, pull=0.3, temperatures=(0.5, 1, 3))
+    assert len(choice.candidates) == 2 + 2 * 3
+    for trial in choice.candidates:
         made = [candidates(half).get(trial.source, trial.weights) for half in (first, second)]
-        of_first, of_second = (tempered(weights, trial.temperature) for weights in made)
+        of_first, of_second = (apply_temperature(weights, trial.temperature) for weights in made)
         seen = [score(of_second)[sample] for sample in first] + [score(of_first)[sample] for sample in second]
         assert trial.score == pytest.approx(np.mean(seen))
         away = sum((w - o) ** 2 for w, o in zip(trial.weights, OWN, strict=True))
         assert trial.objective == pytest.approx(np.mean(seen) - 0.3 * away)
         if trial.source in candidates([0]):
-            assert trial.weights == pytest.approx(tempered(candidates(range(7))[trial.source], trial.temperature))
-    assert choice.best.objective == max(trial.objective for trial in choice.trials)
+            assert trial.weights == pytest.approx(
+                apply_temperature(candidates(range(7))[trial.source], trial.temperature)
+            )
+    assert choice.best.objective == max(trial.objective for trial in choice.candidates)
 
 
 def test_each_preference_is_scored_once_and_ties_go_to_the_nearest_to_magmax():
@@ -170,28 +179,30 @@ def test_each_preference_is_scored_once_and_ties_go_to_the_nearest_to_magmax():
         asked.append(tuple(weights))
         return [weights[2]] * 4
 
-    choice = choose(always([0.1, 0.1, 0.8]), OWN, score, 4, temperatures=(0.5, 1))
+    choice = choose_preference(always([0.1, 0.1, 0.8]), OWN, score, 4, temperatures=(0.5, 1))
     assert (choice.best.source, choice.best.temperature) == ("label", 0.5)
     assert len(asked) == len(set(asked)) == 4
-    assert choose(always([0.1, 0.1, 0.8]), OWN, lambda weights: [0.7] * 4, 4).best.source == "magmax"
-    assert choose(always([0.1, 0.1, 0.8]), OWN, score, 4, pull=100).best.source == "magmax"
+    assert choose_preference(always([0.1, 0.1, 0.8]), OWN, lambda weights: [0.7] * 4, 4).best.source == "magmax"
+    assert choose_preference(always([0.1, 0.1, 0.8]), OWN, score, 4, pull=100).best.source == "magmax"
 
 
 def test_a_source_that_a_half_is_too_small_for_is_not_tried():
-    choice = choose(lambda places: {"label": OWN} if len(places) > 2 else {}, OWN, lambda weights: [0.5] * 4, 4)
-    assert [trial.source for trial in choice.trials] == ["magmax", "uniform"]
+    choice = choose_preference(
+        lambda places: {"label": OWN} if len(places) > 2 else {}, OWN, lambda weights: [0.5] * 4, 4
+    )
+    assert [trial.source for trial in choice.candidates] == ["magmax", "uniform"]
 
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(MagMaxError, match="no number"):
-        choose(always(OWN), OWN, lambda weights: [0.5, float("nan")], 2)
+        choose_preference(always(OWN), OWN, lambda weights: [0.5, float("nan")], 2)
     with pytest.raises(MagMaxError, match="two or more are needed, not 1"):
-        choose(always(OWN), OWN, lambda weights: [0.5], 1)
+        choose_preference(always(OWN), OWN, lambda weights: [0.5], 1)
 
 
 @given(st.integers(2, 50), st.integers(0, 5))
 @settings(max_examples=50)
 def test_halves_are_a_partition_with_something_in_both(count, seed):
-    first, second = halves(count, seed)
+    first, second = split_halves(count, seed)
     assert abs(len(first) - len(second)) <= 1
     assert sorted(first + second) == list(range(count))

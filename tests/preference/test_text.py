@@ -17,9 +17,9 @@ from tests.test_cli import run  # noqa: E402, F401
 
 from magmax import MagMaxError  # noqa: E402
 from magmax.calibration.samples import read_samples  # noqa: E402
-from magmax.preference import from_labels, from_samples, own_shares  # noqa: E402
-from magmax.preference.text_target import read_tasks  # noqa: E402
-from magmax.recipes.recipe import load  # noqa: E402
+from magmax.preference import from_labels, from_samples, natural_shares  # noqa: E402
+from magmax.preference.text_target import read_task_samples  # noqa: E402
+from magmax.recipes.recipe import load_recipe  # noqa: E402
 
 WORDS = [f"word{n}" for n in range(30)]
 NAMES = ("cars", "ships", "birds")
@@ -104,7 +104,7 @@ def pairs(place):
     target = read_samples(place / "target.csv").texts
     return [
         tuple(plain_features(place, name, found) for found in (samples.texts, target))
-        for name, samples in zip(NAMES, read_tasks(place / "samples", NAMES), strict=True)
+        for name, samples in zip(NAMES, read_task_samples(place / "samples", NAMES), strict=True)
     ]
 
 
@@ -149,7 +149,7 @@ def test_auto_tells_what_it_tried_and_takes_the_best(place, run, tmp_path):  # n
     assert {row[3].split(",")[0] for row in tried} == {"label", "ot", "cos", "mmd", "uniform", "magmax"}
     best = max(float(row[1]) for row in tried)
     assert best - 1e-4 <= float(next(row[1] for row in tried if row[3] == chosen)) <= best
-    own = own_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
+    own = natural_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
     assert next(row[2] for row in tried if row[3].startswith("magmax")) == " ".join(f"{share:.3f}" for share in own)
     assert sum(told(out)) == pytest.approx(1, abs=2e-3)
 
@@ -175,12 +175,12 @@ def test_a_recipe_may_name_the_target(place, run):  # noqa: F811
     assert run("sweep", recipe, "scaling_factor=0.5", "--out", place / "swept.safetensors")[0] == 0
     assert (place / "swept-0.5.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
     with pytest.raises(MagMaxError, match="keep one of the two"):
-        load(str(recipe), ["rule.preference=[1, 2, 3]"]).job()
+        load_recipe(str(recipe), ["rule.preference=[1, 2, 3]"]).job()
     with pytest.raises(MagMaxError, match="the rule is magmax"):
-        load(str(recipe), ["rule=magmax"]).job()
+        load_recipe(str(recipe), ["rule=magmax"]).job()
     recipe.write_text(recipe.read_text().replace("method", "metod"))
     with pytest.raises(MagMaxError, match="did you mean 'method'"):
-        load(str(recipe))
+        load_recipe(str(recipe))
 
 
 def test_own_shares_are_the_counts_of_an_argmax(place):
@@ -189,7 +189,7 @@ def test_own_shares_are_the_counts_of_an_argmax(place):
         torch.cat([(load_file(place / f"{n}.safetensors")[k] - base[k]).abs().reshape(-1) for k in base]) for n in NAMES
     ]
     counts = np.bincount(torch.stack(moved).argmax(0).numpy(), minlength=3)
-    shares = own_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
+    shares = natural_shares(place / "base", [place / f"{name}.safetensors" for name in NAMES])
     assert shares == pytest.approx((counts / counts.sum()).tolist(), rel=1e-6)
 
 
@@ -218,7 +218,7 @@ def test_files_that_hold_no_samples_are_refused(content, message, tmp_path):
         read_samples(tmp_path / "nowhere.csv")
     (tmp_path / "train.csv").write_text("")
     with pytest.raises(MagMaxError, match=r"no samples of 'trains' .*did you mean"):
-        read_tasks(tmp_path, ["trains"])
+        read_task_samples(tmp_path, ["trains"])
 
 
 @pytest.mark.parametrize(
@@ -263,10 +263,10 @@ def test_own_shares_count_what_is_merged(place):
     models[1][key][20, 0] = torch.nan
     for mismatch, rows in (("base", 0), ("intersect", 7)):
         cut = [{k: t[:rows] if k == key else t for k, t in model.items()} for model in (base, *models)]
-        shares = own_shares(base, models, mismatch=mismatch)
-        assert shares == pytest.approx(own_shares(cut[0], cut[1:]), rel=1e-12)
+        shares = natural_shares(base, models, mismatch=mismatch)
+        assert shares == pytest.approx(natural_shares(cut[0], cut[1:]), rel=1e-12)
     for model in (base, models[0]):
         model[key][0, 0] = torch.inf
     with pytest.raises(MagMaxError, match="infinite"):
-        own_shares(base, models, mismatch="intersect")
-    assert sum(own_shares(base, models, mismatch="intersect", allow_nonfinite=True)) == pytest.approx(1)
+        natural_shares(base, models, mismatch="intersect")
+    assert sum(natural_shares(base, models, mismatch="intersect", allow_nonfinite=True)) == pytest.approx(1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.models import saved, small_model
+from tests.models import save_tensors, small_model
 
 from magmax import MagMaxError
-from magmax.recipes.recipe import load, parse_rule
+from magmax.recipes.recipe import load_recipe, parse_rule
 from magmax.rules import Average, KthMagnitude, MagMax
 
 WHOLE = """\
@@ -31,7 +31,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 def test_a_recipe_says_everything_a_merge_needs(tmp_path):
     (tmp_path / "models").mkdir()
-    plan = load(written(tmp_path, WHOLE))
+    plan = load_recipe(written(tmp_path, WHOLE))
     assert plan.rule == KthMagnitude(k=2)
     assert plan.base == str(tmp_path / "models/base")
     assert plan.models[0] == str(tmp_path / "models/cars/model.safetensors")
@@ -41,7 +41,7 @@ def test_a_recipe_says_everything_a_merge_needs(tmp_path):
 
 
 def test_assignments_stand_above_the_file(tmp_path):
-    plan = load(written(tmp_path, WHOLE), ["scaling_factor=0.7", "rule.k=1", "out=elsewhere"])
+    plan = load_recipe(written(tmp_path, WHOLE), ["scaling_factor=0.7", "rule.k=1", "out=elsewhere"])
     assert plan.rule == KthMagnitude(k=1)
     assert plan.options.scaling_factor == 0.7
     assert plan.out == str(tmp_path / "elsewhere")
@@ -67,9 +67,9 @@ def test_fusion_benchs_method_file_is_a_rule(tmp_path):
     (tmp_path / "magmax.yaml").write_text(
         "_target_: fusion_bench.method.MagMaxAlgorithm\nscaling_factor: 0.6\ninplace: true\n"
     )
-    plan = load(written(tmp_path, "base: b\nmodels: [m]\nrule: magmax.yaml\nout: o\n"))
+    plan = load_recipe(written(tmp_path, "base: b\nmodels: [m]\nrule: magmax.yaml\nout: o\n"))
     assert (plan.rule, plan.options.scaling_factor) == (MagMax(), 0.6)
-    assert load(str(tmp_path / "recipe.yaml"), ["method.scaling_factor=0.2"]).options.scaling_factor == 0.2
+    assert load_recipe(str(tmp_path / "recipe.yaml"), ["method.scaling_factor=0.2"]).options.scaling_factor == 0.2
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,19 @@ def test_fusion_benchs_method_file_is_a_rule(tmp_path):
 )
 def test_what_is_wrong_is_said_with_its_line_and_the_nearest_word(text, words, tmp_path):
     with pytest.raises(MagMaxError, match=words):
-        load(written(tmp_path, text))
+        load_recipe(written(tmp_path, text))
 
 
 def test_every_unknown_key_is_named_at_once(tmp_path):
     with pytest.raises(MagMaxError) as caught:
-        load(written(tmp_path, "base: b\nmodels: [m]\noutt: 1\nscale: 2\n"))
+        load_recipe(written(tmp_path, "base: b\nmodels: [m]\noutt: 1\nscale: 2\n"))
     assert "'outt'" in str(caught.value)
     assert "'scale'" in str(caught.value)
 
 
 def test_an_assignment_to_nothing_is_an_error(tmp_path):
     with pytest.raises(MagMaxError, match=r"cannot set base\.path"):
-        load(written(tmp_path, WHOLE), ["base.path=x"])
+        load_recipe(written(tmp_path, WHOLE), ["base.path=x"])
 
 
 @pytest.mark.parametrize("line", [f"scaling_factor: 1{400 * '0'}", f"rule: {{average: {{weights: 1{400 * '0'}}}}}"])
@@ -123,6 +123,6 @@ def test_a_number_beyond_all_floats_is_refused(tmp_path, line):
         f"base: base.safetensors\nmodels: [a.safetensors]\nout: o.safetensors\n{line}\n"
     )
     for number, name in enumerate(("base", "a")):
-        saved(small_model(number), tmp_path / f"{name}.safetensors")
+        save_tensors(small_model(number), tmp_path / f"{name}.safetensors")
     with pytest.raises(MagMaxError, match="finite"):
-        load(str(tmp_path / "recipe.yaml")).job()
+        load_recipe(str(tmp_path / "recipe.yaml")).job()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from tests.models import loaded, saved, small_model
+from tests.models import load_tensors, save_tensors, small_model
 
 from magmax import cli
-from magmax.recipes.recipe import load, shipped
+from magmax.recipes.recipe import load_recipe, shipped_recipes
 from magmax.rules import BUILT_IN
 
 
@@ -16,7 +16,7 @@ from magmax.rules import BUILT_IN
 def workplace(tmp_path, monkeypatch):
     """A folder with the models that the recipes name."""
     for seed, name in enumerate(("base", "cars", "mnist", "eurosat")):
-        saved(small_model(seed), tmp_path / f"{name}.safetensors")
+        save_tensors(small_model(seed), tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -30,26 +30,26 @@ def run(monkeypatch, *words: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("name", [path.stem for path in shipped()])
+@pytest.mark.parametrize("name", [path.stem for path in shipped_recipes()])
 def test_a_shipped_recipe_merges(name, workplace, monkeypatch):
     assert run(monkeypatch, "recipes", "cp", name) == 0
     assert run(monkeypatch, "recipes", "check", f"{name}.yaml") == 0
     assert run(monkeypatch, "merge", f"{name}.yaml") == 0
-    out = load(f"{name}.yaml").out
+    out = load_recipe(f"{name}.yaml").out
     written = workplace / (out or "")
-    tensors = loaded(written / "model.safetensors" if written.is_dir() else written)
+    tensors = load_tensors(written / "model.safetensors" if written.is_dir() else written)
     assert tensors.keys() == small_model(0).keys()
 
 
 def test_every_rule_and_transform_has_a_recipe():
-    words = set(re.findall(r"\w+", " ".join(path.read_text().split("rule:")[1] for path in shipped())))
+    words = set(re.findall(r"\w+", " ".join(path.read_text().split("rule:")[1] for path in shipped_recipes())))
     assert set(BUILT_IN) <= words
 
 
 def test_they_are_listed_with_what_they_do(capsys, monkeypatch):
     assert run(monkeypatch, "recipes", "ls") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(shipped()) >= 13
+    assert len(lines) == 1 + len(shipped_recipes()) >= 13
     assert all(len(line.split()) > 4 for line in lines[1:])
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tests.models import loaded, saved, small_model
+from tests.models import load_tensors, save_tensors, small_model
 
 import magmax
 from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.remote import remote_file, urls
-from magmax.checkpoints.remote.upload import MARKER, Upload
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.remote.upload import UPLOAD_MARKER, Upload
+from magmax.checkpoints.writer import OutputPath
 from magmax.cli import main
 from magmax.errors import MagMaxError, UnfinishedError
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.execution.executors import process_pool
 from magmax.merging.job import Job
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
+from magmax.merging.output_options import OutputOptions
 from magmax.rules import MagMax
 
 
@@ -28,8 +28,8 @@ from magmax.rules import MagMax
 def apart(monkeypatch, tmp_path) -> None:
     """A cache and a working directory of the test's own; short waits and small blocks."""
     monkeypatch.setenv("MAGMAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_file, "BLOCK", 1 << 18)
-    monkeypatch.setattr(urls, "WAIT", 0.001)
+    monkeypatch.setattr(remote_file, "FETCH_BYTES", 1 << 18)
+    monkeypatch.setattr(urls, "RETRY_WAIT", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,9 @@ def inputs(store, files):
 def test_merging_from_and_into_a_store_gives_the_bytes_of_merging_on_disk(store, inputs, files, tmp_path):
     base, models = files
     magmax.merge("magmax", base, models, out=tmp_path / "home.safetensors")
-    told = magmax.merge("magmax", inputs[0], inputs[1:], out=f"{store}/out/m.safetensors", settings=Settings(3))
+    told = magmax.merge(
+        "magmax", inputs[0], inputs[1:], out=f"{store}/out/m.safetensors", execution=ExecutionOptions(3)
+    )
     assert told == f"{store}/out/m.safetensors"
     assert there(f"{store}/out") == {"m.safetensors": (tmp_path / "home.safetensors").read_bytes()}
     assert list((tmp_path / "cache" / "outgoing").iterdir()) == []
@@ -111,7 +113,7 @@ def test_other_processes_read_from_a_store_and_what_they_merge_is_uploaded(defer
 
 def test_a_folder_of_shards_is_uploaded_with_its_index_last(deferring, files, tmp_path, monkeypatch):
     base, models = files
-    options = Options(shard_bytes=1_000_000)
+    options = OutputOptions(shard_bytes=1_000_000)
     opened = [open_checkpoint(path) for path in [base, *models]]
 
     def job(out):
@@ -140,20 +142,20 @@ def test_a_folder_of_shards_is_uploaded_with_its_index_last(deferring, files, tm
 def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(deferring, files, tmp_path, monkeypatch):
     base, models = files
     out, said = f"{deferring}/out.safetensors", []
-    written = Upload._written
+    written = Upload._write_uncommitted
 
     def broken(self, source, to):
         file = written(self, source, to)
         file.discard()
         raise UnfinishedError(f"{to}: the connection is gone")
 
-    monkeypatch.setattr(Upload, "_written", broken)
+    monkeypatch.setattr(Upload, "_write_uncommitted", broken)
     with pytest.raises(UnfinishedError, match="the connection is gone"):
         magmax.merge("magmax", base, models, out=out)
     assert there(deferring) == {}
-    monkeypatch.setattr(Upload, "_written", written)
-    monkeypatch.setattr(Job, "_made", None)
-    magmax.merge("magmax", base, models, out=out, settings=Settings(note=said.append))
+    monkeypatch.setattr(Upload, "_write_uncommitted", written)
+    monkeypatch.setattr(Job, "_make", None)
+    magmax.merge("magmax", base, models, out=out, execution=ExecutionOptions(note=said.append))
     monkeypatch.undo()
     magmax.merge("magmax", base, models, out=tmp_path / "home.safetensors")
     assert there(deferring) == {"out.safetensors": (tmp_path / "home.safetensors").read_bytes()}
@@ -162,16 +164,16 @@ def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(de
 
 def test_a_merge_that_is_refused_leaves_no_mark(store, files, tmp_path):
     base, models = files
-    bad = loaded(models[0])
+    bad = load_tensors(models[0])
     bad["layer.bias"][3] = float("nan")
     with pytest.raises(MagMaxError, match=r"layer\.bias holds 1 NaN"):
-        magmax.merge("magmax", base, [saved(bad, tmp_path / "bad.safetensors"), models[1]], out=f"{store}/out")
+        magmax.merge("magmax", base, [save_tensors(bad, tmp_path / "bad.safetensors"), models[1]], out=f"{store}/out")
     assert there(store) == {}
 
 
 def test_an_interrupted_folder_is_gone_on_with(store, files, tmp_path):
     base, models = files
-    put(f"{store}/out/{MARKER}", b"")
+    put(f"{store}/out/{UPLOAD_MARKER}", b"")
     put(f"{store}/out/model.safetensors", b"the beginning of something")
     magmax.merge("magmax", base, models, out=f"{store}/out")
     magmax.merge("magmax", base, models, out=tmp_path / "home")
@@ -180,7 +182,7 @@ def test_an_interrupted_folder_is_gone_on_with(store, files, tmp_path):
 
 def test_an_object_that_is_replaced_during_the_merge_is_an_error(inputs, tmp_path):
     opened = [open_checkpoint(url) for url in inputs]
-    other = saved(small_model(77), tmp_path / "other.safetensors").read_bytes()
+    other = save_tensors(small_model(77), tmp_path / "other.safetensors").read_bytes()
     put(inputs[2], other)
     with pytest.raises(MagMaxError, match=r"task2\.safetensors: changed while it was read"):
         magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors")
@@ -228,5 +230,5 @@ def test_a_dry_run_says_what_goes_over_the_network_and_a_recipe_may_name_urls(
 
 
 def test_what_is_written_here_alone_takes_no_url():
-    (problem,) = Target(Path("s3://bucket/archive")).problems([])
+    (problem,) = OutputPath(Path("s3://bucket/archive")).find_problems([])
     assert "is on another machine, and this is written here; name a path" in problem

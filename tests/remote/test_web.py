@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from tests.models import loaded, saved, small_model
-from tests.remote.web import Web, served
+from tests.models import load_tensors, save_tensors, small_model
+from tests.remote.web import WebServer, serve_files
 
 import magmax
 from magmax.checkpoints import open_checkpoint
@@ -17,7 +17,7 @@ from magmax.checkpoints.remote import remote_file, urls
 from magmax.errors import MagMaxError, UnfinishedError
 from magmax.merging import pipeline
 from magmax.merging.execution import pool as pool_module
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.execution.executors import process_pool
 
 pytest.importorskip("aiohttp")
@@ -27,23 +27,23 @@ NAMES = ["base", "task1", "task2", "task3"]
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch) -> None:
     """Blocks so small that every file has many, and no long waits between tries."""
-    monkeypatch.setattr(remote_file, "BLOCK", 1 << 18)
-    monkeypatch.setattr(remote_file, "HEAD", 1 << 12)
-    monkeypatch.setattr(urls, "WAIT", 0.001)
+    monkeypatch.setattr(remote_file, "FETCH_BYTES", 1 << 18)
+    monkeypatch.setattr(remote_file, "FIRST_FETCH_BYTES", 1 << 12)
+    monkeypatch.setattr(urls, "RETRY_WAIT", 0.001)
 
 
 @pytest.fixture
 def web(files):
     base, models = files
     content = {f"/{name}.safetensors": path.read_bytes() for name, path in zip(NAMES, [base, *models], strict=False)}
-    with served(Web(content)) as web:
+    with serve_files(WebServer(content)) as web:
         yield web
 
 
-def merged(web: Web, out: Path, rule: str = "magmax", threads: int = 2, said: list[str] | None = None) -> bytes:
+def merged(web: WebServer, out: Path, rule: str = "magmax", threads: int = 2, said: list[str] | None = None) -> bytes:
     base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
     note = (said if said is not None else []).append
-    magmax.merge(rule, base, models, out=out, settings=Settings(threads, note=note))
+    magmax.merge(rule, base, models, out=out, execution=ExecutionOptions(threads, note=note))
     return out.read_bytes()
 
 
@@ -84,22 +84,22 @@ def test_a_server_that_fails_other_processes_for_good_is_told_and_the_merge_resu
 
 def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path, monkeypatch):
     opened = [open_checkpoint(f"{web.url}/{name}.safetensors") for name in NAMES]
-    magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors", settings=Settings(2))
+    magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors", execution=ExecutionOptions(2))
     assert web.sent < 1.2 * sum(map(len, web.files.values()))
     assert not any(checkpoint._file._blocks for checkpoint in opened)
 
 
 def test_memory_ahead_of_the_work_is_bounded(web, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "BYTES_AHEAD", 300_000)
+    monkeypatch.setattr(pipeline, "PREFETCH_BYTES", 300_000)
     most = 0
-    begin = pipeline.Ahead.begin
+    begin = pipeline.Prefetcher.begin
 
     def watched(self, chunk):
         nonlocal most
         begin(self, chunk)
         most = max(most, self._bytes)
 
-    monkeypatch.setattr(pipeline.Ahead, "begin", watched)
+    monkeypatch.setattr(pipeline.Prefetcher, "begin", watched)
     assert merged(web, tmp_path / "web.safetensors") == at_home(files, tmp_path / "home.safetensors")
     assert 0 < most < 300_000 + 2_500_000  # the largest tensor of one model, in whole blocks
 
@@ -146,7 +146,7 @@ def test_a_server_that_sends_other_bytes_than_asked_for_is_caught(web, tmp_path,
 
 
 def test_a_file_that_changes_during_the_merge_is_an_error_and_leaves_nothing(web, tmp_path):
-    new = saved(small_model(77), tmp_path / "new.safetensors").read_bytes()
+    new = save_tensors(small_model(77), tmp_path / "new.safetensors").read_bytes()
 
     def swap(number: int) -> None:
         if number == 30:
@@ -161,7 +161,7 @@ def test_a_file_that_changes_during_the_merge_is_an_error_and_leaves_nothing(web
 def test_another_process_opens_the_same_file_or_none(web, files, tmp_path):
     content = pickle.dumps(open_checkpoint(f"{web.url}/task2.safetensors"))
     assert pickle.loads(content).specs == open_checkpoint(files[1][1]).specs
-    web.files["/task2.safetensors"] = saved(small_model(77), tmp_path / "new.safetensors").read_bytes()
+    web.files["/task2.safetensors"] = save_tensors(small_model(77), tmp_path / "new.safetensors").read_bytes()
     with pytest.raises(MagMaxError, match=r"task2\.safetensors: changed while it was read"):
         pickle.loads(content)
 
@@ -198,7 +198,7 @@ def sharded(folder: Path, seed: int) -> Path:
     halves = dict(list(tensors.items())[:4]), dict(list(tensors.items())[4:])
     names = [f"model-{n:05}-of-00002.safetensors" for n in (1, 2)]
     for name, half in zip(names, halves, strict=True):
-        saved(half, folder / name)
+        save_tensors(half, folder / name)
     where = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "config.json").write_text(json.dumps({"dtype": "float32", "seed": seed}))
@@ -211,7 +211,7 @@ def test_folders_with_an_index_and_their_small_files_come_from_the_web(processes
     folders = [sharded(tmp_path / "models" / f"m{n}", n) for n in range(3)]
     content = {f"/{f.name}/{p.name}": p.read_bytes() for f in folders for p in f.iterdir()}
     magmax.merge("average", folders[0], folders[1:], out=tmp_path / "home")
-    with served(Web(content)) as web:
+    with serve_files(WebServer(content)) as web:
         base, *models = [f"{web.url}/{folder.name}" for folder in folders]
         models[-1] += "/model.safetensors.index.json"
         with process_pool(2) if processes else nullcontext() as pool:
@@ -229,7 +229,7 @@ def test_an_index_that_places_a_tensor_wrongly_is_refused(tmp_path):
     index = json.loads(content["/m0/model.safetensors.index.json"])
     index["weight_map"]["scale"] = "model-00001-of-00002.safetensors"
     content["/m0/model.safetensors.index.json"] = json.dumps(index).encode()
-    with served(Web(content)) as web, pytest.raises(MagMaxError, match="places scale in model-00001"):
+    with serve_files(WebServer(content)) as web, pytest.raises(MagMaxError, match="places scale in model-00001"):
         open_checkpoint(f"{web.url}/m0")
 
 
@@ -257,5 +257,5 @@ def test_an_absorbed_model_and_its_base_may_be_on_the_web(web, files, tmp_path):
     again = magmax.Running(tmp_path / "state")
     again.result(0.5, out=tmp_path / "result.safetensors")
     magmax.merge("magmax", base, models[:3], 0.5, out=tmp_path / "home.safetensors")
-    ours, theirs = loaded(tmp_path / "result.safetensors"), loaded(tmp_path / "home.safetensors")
+    ours, theirs = load_tensors(tmp_path / "result.safetensors"), load_tensors(tmp_path / "home.safetensors")
     assert all((ours[key].float() == theirs[key].float()).all() for key in theirs)

@@ -14,35 +14,35 @@ from urllib.parse import urlsplit
 
 
 @dataclass
-class Web:
+class WebServer:
     """What the server holds and how it behaves.
 
     Attributes:
         files: path -> content.
-        asked: path and range of every request.
-        ranges: whether it can send a part of a file.
-        breaks: of how many answers it breaks off in the middle, each the first to its question; -1 for all.
-        spared: how many requests are answered well before that.
-        busy: how many requests get status 503.
-        lie: "more", "fewer" or "elsewhere": what it sends instead of what was asked.
-        after: called before each answer with the number of requests so far.
+        requests: path and range of every request.
+        supports_ranges: whether it can send a part of a file.
+        broken_answers: of how many answers it breaks off in the middle, each the first to its question; -1 for all.
+        answers_before_break: how many requests are answered well before that.
+        busy_answers: how many requests get status 503.
+        range_error: "more", "fewer" or "elsewhere": what it sends instead of what was asked.
+        on_request: called before each answer with the number of requests so far.
     """
 
     files: dict[str, bytes]
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    ranges: bool = True
-    breaks: int = 0
-    spared: int = 0
-    busy: int = 0
-    lie: str = ""
-    after: Any = None
-    sent: int = 0
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    supports_ranges: bool = True
+    broken_answers: int = 0
+    answers_before_break: int = 0
+    busy_answers: int = 0
+    range_error: str = ""
+    on_request: Any = None
+    bytes_sent: int = 0
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Handler(BaseHTTPRequestHandler):
-    web: Web
+class WebHandler(BaseHTTPRequestHandler):
+    web: WebServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
@@ -52,41 +52,43 @@ class Handler(BaseHTTPRequestHandler):
         web, path = self.web, urlsplit(self.path).path
         with web.lock:
             asked = self.headers.get("Range", "")
-            first = (path, asked) not in web.asked
-            web.asked.append((path, asked))
-            number = len(web.asked)
-            if web.after:
-                web.after(number)
-            busy = web.busy > 0
-            web.busy -= busy
-            broken = number > web.spared and (web.breaks < 0 or (web.breaks > 0 and first))
-            web.breaks -= broken and web.breaks > 0
+            first = (path, asked) not in web.requests
+            web.requests.append((path, asked))
+            number = len(web.requests)
+            if web.on_request:
+                web.on_request(number)
+            busy = web.busy_answers > 0
+            web.busy_answers -= busy
+            broken = number > web.answers_before_break and (
+                web.broken_answers < 0 or (web.broken_answers > 0 and first)
+            )
+            web.broken_answers -= broken and web.broken_answers > 0
         if busy:
-            return self.answer(503, b"", {})
+            return self.send_answer(503, b"", {})
         if path not in web.files:
-            return self.answer(404, b"", {})
+            return self.send_answer(404, b"", {})
         whole = web.files[path]
         headers = {"ETag": f'"{hashlib.sha256(whole).hexdigest()[:16]}"'}
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
-        if not web.ranges or not found:
-            return self.answer(200, whole, headers)
+        if not web.supports_ranges or not found:
+            return self.send_answer(200, whole, headers)
         begin, end = int(found[1]), min(int(found[2]) + 1, len(whole))
         if begin >= len(whole):
-            return self.answer(416, b"", {"Content-Range": f"bytes */{len(whole)}"})
-        if begin > 0 and web.lie:
-            end = {"more": end + 7, "fewer": end - 3}.get(web.lie, end)
-            begin += web.lie == "elsewhere"
+            return self.send_answer(416, b"", {"Content-Range": f"bytes */{len(whole)}"})
+        if begin > 0 and web.range_error:
+            end = {"more": end + 7, "fewer": end - 3}.get(web.range_error, end)
+            begin += web.range_error == "elsewhere"
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(whole)}"
-        return self.answer(206, whole[begin:end], headers, broken)
+        return self.send_answer(206, whole[begin:end], headers, broken)
 
-    def answer(self, status: int, content: bytes, headers: dict[str, str], broken: bool = False) -> None:
+    def send_answer(self, status: int, content: bytes, headers: dict[str, str], broken: bool = False) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         sent = content[: len(content) // 2] if broken else content
         with self.web.lock:
-            self.web.sent += len(sent)
+            self.web.bytes_sent += len(sent)
         try:
             self.wfile.write(sent)
         except ConnectionError:
@@ -95,9 +97,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(web: Web) -> Iterator[Web]:
+def serve_files(web: WebServer) -> Iterator[WebServer]:
     """The server in a thread of its own, at 127.0.0.1 and a free port."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("WebHandler", (Handler,), {"web": web}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("WebHandler", (WebHandler,), {"web": web}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

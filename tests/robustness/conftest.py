@@ -5,37 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.robustness.files import model, write
+from tests.robustness.files import small_model, write_safetensors
 
 import magmax
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return write(tmp_path / "base.safetensors", model(0))
+    return write_safetensors(tmp_path / "base.safetensors", small_model(0))
 
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Path:
-    return write(tmp_path / "tuned.safetensors", model(1))
+    return write_safetensors(tmp_path / "tuned.safetensors", small_model(1))
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
+def assert_refused(tmp_path: Path) -> Callable[..., str]:
     """The words with which something is refused, after seeing that it changed nothing on the disk."""
 
     def refusal(work: Callable[..., Any], *given: Any, **more: Any) -> str:
-        before = disk(tmp_path)
+        before = read_folder(tmp_path)
         with pytest.raises(magmax.MagMaxError) as caught:
             work(*given, **more)
-        assert disk(tmp_path) == before
+        assert read_folder(tmp_path) == before
         return str(caught.value)
 
     return refusal
 
 
 @pytest.fixture
-def merge_refused(refused: Callable[..., str], base: Path, tmp_path: Path) -> Callable[..., str]:
+def assert_merge_refused(refused: Callable[..., str], base: Path, tmp_path: Path) -> Callable[..., str]:
     """The words with which a merge of these models into the base is refused, to a file and to a folder alike."""
 
     def refusal(*models: Path | str, into: Path | str = base) -> str:
@@ -49,7 +49,7 @@ def merge_refused(refused: Callable[..., str], base: Path, tmp_path: Path) -> Ca
     return refusal
 
 
-def disk(folder: Path) -> dict[str, bytes | str]:
+def read_folder(folder: Path) -> dict[str, bytes | str]:
     """Everything below a folder: the content of files, where links lead, and that folders are there."""
     found: dict[str, bytes | str] = {}
     for path in folder.rglob("*"):

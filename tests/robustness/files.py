@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
+DTYPE_NAMES = {"float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
 
 Tensors = Mapping[str, NDArray]
 
 
-def model(seed: int) -> dict[str, NDArray]:
+def small_model(seed: int) -> dict[str, NDArray]:
     """Four tensors: rows, a vector, a scalar, and one that is not merged."""
     draw = np.random.default_rng(seed)
     return {
@@ -26,45 +26,45 @@ def model(seed: int) -> dict[str, NDArray]:
     }
 
 
-def entries(tensors: Tensors) -> dict[str, Any]:
+def header_entries(tensors: Tensors) -> dict[str, Any]:
     """What a right header says of tensors that lie one after the other."""
     told: dict[str, Any] = {}
     at = 0
     for key, tensor in tensors.items():
-        dtype, shape = TYPES[tensor.dtype.name], list(tensor.shape)
+        dtype, shape = DTYPE_NAMES[tensor.dtype.name], list(tensor.shape)
         told[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     return told
 
 
-def data(tensors: Tensors) -> bytes:
+def tensor_data(tensors: Tensors) -> bytes:
     return b"".join(tensor.tobytes() for tensor in tensors.values())
 
 
-def with_header(header: Any, content: bytes) -> bytes:
+def build_file(header: Any, content: bytes) -> bytes:
     """A safetensors file of any header, right or wrong: JSON to be, or bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content
 
 
-def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:
     """A right safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"__metadata__": dict(metadata)} | entries(tensors) if metadata else entries(tensors)
-    path.write_bytes(with_header(header, data(tensors)))
+    header = {"__metadata__": dict(metadata)} | header_entries(tensors) if metadata else header_entries(tensors)
+    path.write_bytes(build_file(header, tensor_data(tensors)))
     return path
 
 
-def write_folder(folder: Path, shards: Mapping[str, Tensors], index: Any = None) -> Path:
+def write_sharded(folder: Path, shards: Mapping[str, Tensors], index: Any = None) -> Path:
     """A folder of shards with an index: the right one, or the one given."""
     for name, tensors in shards.items():
-        write(folder / name, tensors)
+        write_safetensors(folder / name, tensors)
     right = {"weight_map": {key: name for name, tensors in shards.items() for key in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(right if index is None else index))
     return folder
 
 
-def read(path: Path) -> dict[str, bytes]:
+def read_tensor_bytes(path: Path) -> dict[str, bytes]:
     """The bytes of every tensor of a right safetensors file, by a reader that knows nothing of ours."""
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")

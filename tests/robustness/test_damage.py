@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.robustness.files import data, entries, model, with_header, write, write_folder
+from tests.robustness.files import (
+    build_file,
+    header_entries,
+    small_model,
+    tensor_data,
+    write_safetensors,
+    write_sharded,
+)
 
 Refusal = Callable[..., str]
 
-MODEL = model(1)
-TOLD = entries(MODEL)
-DATA = data(MODEL)
+MODEL = small_model(1)
+TOLD = header_entries(MODEL)
+DATA = tensor_data(MODEL)
 
 
 def telling(key: str, **words: Any) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def test_a_header_that_lies_is_refused_with_the_file_and_the_reason(
     role: str, header: Any, said: str, tuned: Path, tmp_path: Path, merge_refused: Refusal
 ) -> None:
     liar = tmp_path / "liar.safetensors"
-    liar.write_bytes(with_header(header, DATA))
+    liar.write_bytes(build_file(header, DATA))
     words = merge_refused(tuned, into=liar) if role == "base" else merge_refused(liar)
     assert words.startswith(f"{liar}: ")
     assert said in words
@@ -94,7 +101,7 @@ def test_a_header_that_lies_is_refused_with_the_file_and_the_reason(
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 10_000])
 def test_a_header_longer_than_its_file_is_refused(length: int, tmp_path: Path, merge_refused: Refusal) -> None:
     liar = tmp_path / "liar.safetensors"
-    liar.write_bytes(length.to_bytes(8, "little") + with_header(TOLD, DATA)[8:])
+    liar.write_bytes(length.to_bytes(8, "little") + build_file(TOLD, DATA)[8:])
     words = merge_refused(liar)
     assert f"{liar}: the file promises a header of {length:,} bytes" in words
 
@@ -129,7 +136,7 @@ def test_what_is_not_there_or_of_no_known_kind_is_refused(tuned: Path, tmp_path:
     empty.mkdir()
     assert f"{empty}: the folder holds no weights" in merge_refused(empty)
     for name in ("one", "two"):
-        write(tmp_path / "both" / f"{name}.safetensors", MODEL)
+        write_safetensors(tmp_path / "both" / f"{name}.safetensors", MODEL)
     assert "2 weight files and no index" in merge_refused(tmp_path / "both")
 
 
@@ -158,15 +165,15 @@ INDEXES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("places", "said"), INDEXES.values(), ids=INDEXES.keys())
 def test_an_index_that_lies_is_refused(places: Any, said: str, tmp_path: Path, merge_refused: Refusal) -> None:
-    folder = write_folder(tmp_path / "model", SHARDS, {"weight_map": places})
-    write(tmp_path / "2.safetensors", {"weight": MODEL["weight"]})
+    folder = write_sharded(tmp_path / "model", SHARDS, {"weight_map": places})
+    write_safetensors(tmp_path / "2.safetensors", {"weight": MODEL["weight"]})
     words = merge_refused(folder)
     assert str(folder) in words
     assert said in words
 
 
 def test_all_lies_of_an_index_are_told_at_once(tmp_path: Path, merge_refused: Refusal) -> None:
-    folder = write_folder(
+    folder = write_sharded(
         tmp_path / "model", SHARDS, {"weight_map": PLACES | {"a": "3.safetensors", "b": "4.safetensors"}}
     )
     words = merge_refused(folder)
@@ -176,16 +183,16 @@ def test_all_lies_of_an_index_are_told_at_once(tmp_path: Path, merge_refused: Re
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nothing", '{"weight_map": ', "[" * 100_000, "\ud800"])
 def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path, merge_refused: Refusal) -> None:
-    folder = write_folder(tmp_path / "model", SHARDS)
+    folder = write_sharded(tmp_path / "model", SHARDS)
     index = folder / "model.safetensors.index.json"
     index.write_bytes(text.encode("utf-8", "surrogatepass"))
     assert f"{index}: is not an index with a weight_map" in merge_refused(folder)
 
 
 def test_two_indexes_and_twofold_tensors_are_refused(tmp_path: Path, merge_refused: Refusal) -> None:
-    folder = write_folder(tmp_path / "model", SHARDS)
+    folder = write_sharded(tmp_path / "model", SHARDS)
     (folder / "other.safetensors.index.json").write_text("{}")
     assert "several indexes" in merge_refused(folder)
     (folder / "other.safetensors.index.json").unlink()
-    write(folder / "2.safetensors", {"weight": MODEL["weight"], "bias": MODEL["bias"]})
+    write_safetensors(folder / "2.safetensors", {"weight": MODEL["weight"], "bias": MODEL["bias"]})
     assert "bias" in merge_refused(folder)

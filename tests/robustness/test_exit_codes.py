@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.robustness.conftest import disk
-from tests.robustness.files import model, write
+from tests.robustness.conftest import read_folder
+from tests.robustness.files import small_model, write_safetensors
 
 from magmax import Running, cli
 
@@ -90,13 +90,13 @@ REFUSED: dict[str, tuple[CommandLine, str]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    base = write(tmp_path / "base.safetensors", model(0))
-    tuned = write(tmp_path / "tuned.safetensors", model(1))
-    write(tmp_path / "other.safetensors", model(2))
-    write(tmp_path / "narrow.safetensors", model(3) | {"weight": np.ones((20, 7), np.float32)})
-    bad = model(4)
+    base = write_safetensors(tmp_path / "base.safetensors", small_model(0))
+    tuned = write_safetensors(tmp_path / "tuned.safetensors", small_model(1))
+    write_safetensors(tmp_path / "other.safetensors", small_model(2))
+    write_safetensors(tmp_path / "narrow.safetensors", small_model(3) | {"weight": np.ones((20, 7), np.float32)})
+    bad = small_model(4)
     bad["bias"][2] = np.nan
-    write(tmp_path / "nan.safetensors", bad)
+    write_safetensors(tmp_path / "nan.safetensors", bad)
     (tmp_path / "cut.safetensors").write_bytes(tuned.read_bytes()[:-5])
     (tmp_path / "broken.yaml").write_text("base: [")
     good = "base: base.safetensors\nmodels: [tuned.safetensors]\nout: out.safetensors\n"
@@ -119,7 +119,7 @@ def test_a_refusal_is_code_2_and_words_on_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["magmax", *map(str, words(folder))])
-    before = disk(folder)
+    before = read_folder(folder)
     with pytest.raises(SystemExit) as end:
         cli.main()
     out, err = capsys.readouterr()
@@ -127,4 +127,4 @@ def test_a_refusal_is_code_2_and_words_on_stderr(
     assert said in err
     assert "Traceback" not in err
     assert "merged" not in out
-    assert disk(folder) == before
+    assert read_folder(folder) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.robustness.files import Tensors, model, write
+from tests.robustness.files import Tensors, small_model, write_safetensors
 
 import magmax
 
@@ -16,23 +16,23 @@ Refusal = Callable[..., str]
 
 def changed(**tensors: object) -> Tensors:
     """A model with some tensors replaced; None leaves one out."""
-    return {key: value for key, value in (model(1) | tensors).items() if value is not None}
+    return {key: value for key, value in (small_model(1) | tensors).items() if value is not None}
 
 
 def test_a_missing_tensor_is_named_with_its_shape_and_both_files(merge_refused: Refusal, base: Path) -> None:
-    tuned = write(base.with_name("tuned.safetensors"), changed(bias=None))
+    tuned = write_safetensors(base.with_name("tuned.safetensors"), changed(bias=None))
     words = merge_refused(tuned)
     assert f"{tuned}: has no tensor bias, which is F32 [9] in {base}" in words
     assert "--mismatch base" in words
 
 
 def test_an_extra_tensor_is_named_with_its_shape_and_both_files(merge_refused: Refusal, base: Path) -> None:
-    tuned = write(base.with_name("tuned.safetensors"), changed(head=np.zeros((2, 5), np.float32)))
+    tuned = write_safetensors(base.with_name("tuned.safetensors"), changed(head=np.zeros((2, 5), np.float32)))
     assert f"{tuned}: has a tensor head, F32 [2, 5], that {base} has not" in merge_refused(tuned)
 
 
 def test_another_shape_is_named_with_both_shapes(merge_refused: Refusal, base: Path) -> None:
-    tuned = write(base.with_name("tuned.safetensors"), changed(weight=np.zeros((8, 20), np.float32)))
+    tuned = write_safetensors(base.with_name("tuned.safetensors"), changed(weight=np.zeros((8, 20), np.float32)))
     assert f"{tuned}: weight has shape [8, 20], but [20, 8] in {base}" in merge_refused(tuned)
 
 
@@ -48,15 +48,15 @@ def test_another_shape_is_named_with_both_shapes(merge_refused: Refusal, base: P
 def test_another_family_of_types_is_named_with_both_types(
     key: str, tensor: object, said: str, merge_refused: Refusal, base: Path
 ) -> None:
-    tuned = write(base.with_name("tuned.safetensors"), changed(**{key: tensor}))
+    tuned = write_safetensors(base.with_name("tuned.safetensors"), changed(**{key: tensor}))
     words = merge_refused(tuned)
     assert f"{tuned}: {said}" in words
     assert str(base) in words
 
 
 def test_every_mismatch_of_every_model_is_in_one_error(merge_refused: Refusal, base: Path) -> None:
-    one = write(base.with_name("one.safetensors"), changed(bias=None, head=np.ones(4, np.float32)))
-    two = write(
+    one = write_safetensors(base.with_name("one.safetensors"), changed(bias=None, head=np.ones(4, np.float32)))
+    two = write_safetensors(
         base.with_name("two.safetensors"), changed(weight=np.ones((20, 1), np.float32), bias=np.ones(9, np.int64))
     )
     words = merge_refused(one, two)
@@ -66,8 +66,8 @@ def test_every_mismatch_of_every_model_is_in_one_error(merge_refused: Refusal, b
 
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1), (1,), (), (1, 4, 4), (16,)])
 def test_nothing_broadcasts(shape: tuple[int, ...], tmp_path: Path, merge_refused: Refusal) -> None:
-    square = write(tmp_path / "square.safetensors", {"w": np.zeros((4, 4), np.float32)})
-    other = write(tmp_path / "other.safetensors", {"w": np.ones(shape, np.float32)})
+    square = write_safetensors(tmp_path / "square.safetensors", {"w": np.zeros((4, 4), np.float32)})
+    other = write_safetensors(tmp_path / "other.safetensors", {"w": np.ones(shape, np.float32)})
     said = f"w has shape {list(shape)}, but [4, 4] in {square}"
     assert said in merge_refused(other, into=square)
     with pytest.raises(magmax.MagMaxError, match=r"shape"):
@@ -80,15 +80,15 @@ def test_nothing_broadcasts(shape: tuple[int, ...], tmp_path: Path, merge_refuse
 def test_nan_and_infinity_are_counted_and_named(
     key: str, which: str, value: float, said: str, base: Path, tuned: Path, merge_refused: Refusal
 ) -> None:
-    bad = model(0 if which == "base" else 1)
+    bad = small_model(0 if which == "base" else 1)
     bad[key].reshape(-1)[-1] = value
-    path = write(base if which == "base" else tuned, bad)
+    path = write_safetensors(base if which == "base" else tuned, bad)
     assert f"{path}: {key} holds {said} of {bad[key].size} elements" in merge_refused(tuned)
     assert "--allow-nonfinite" in merge_refused(tuned)
 
 
 def test_a_bad_value_among_what_is_not_merged_is_nobodys_business(base: Path, tuned: Path, tmp_path: Path) -> None:
-    write(tuned, changed(position_ids=np.array([-1, -1, -1])))
+    write_safetensors(tuned, changed(position_ids=np.array([-1, -1, -1])))
     magmax.merge("magmax", base, [tuned], out=tmp_path / "out.safetensors")
 
 
@@ -101,7 +101,9 @@ def test_one_model_given_twice_is_refused(base: Path, tuned: Path, tmp_path: Pat
 
 
 def test_two_files_with_the_same_tensors_are_refused(tuned: Path, tmp_path: Path, merge_refused: Refusal) -> None:
-    copy = write(tmp_path / "copy.safetensors", model(1), {"note": "other bytes, but the same tensors"})
+    copy = write_safetensors(
+        tmp_path / "copy.safetensors", small_model(1), {"note": "other bytes, but the same tensors"}
+    )
     words = merge_refused(tuned, copy)
     assert str(tuned) in words
     assert str(copy) in words

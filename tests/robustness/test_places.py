@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.robustness.files import model, read, write
+from tests.robustness.files import read_tensor_bytes, small_model, write_safetensors
 
 import magmax
-from magmax.checkpoints.writer import Target
+from magmax.checkpoints.writer import OutputPath
 
 Refusal = Callable[..., str]
 
@@ -23,7 +23,7 @@ def merge(base: Path, model: Path, out: Path | str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model in a folder."""
-    write(tmp_path / "folder" / "model.safetensors", model(2))
+    write_safetensors(tmp_path / "folder" / "model.safetensors", small_model(2))
     return tmp_path / "folder"
 
 
@@ -53,7 +53,7 @@ def test_an_input_is_never_overwritten_through_a_hard_link(base: Path, tuned: Pa
     before = base.read_bytes()
     merge(base, tuned, link)
     assert base.read_bytes() == before
-    assert read(link).keys() == read(base).keys()
+    assert read_tensor_bytes(link).keys() == read_tensor_bytes(base).keys()
 
 
 def test_a_folder_of_an_input_is_never_overwritten(base: Path, tuned: Path, folder: Path, refused: Refusal) -> None:
@@ -65,7 +65,7 @@ def test_a_folder_of_an_input_is_never_overwritten(base: Path, tuned: Path, fold
 
 def test_a_folder_above_an_input_is_never_overwritten(tuned: Path, tmp_path: Path, refused: Refusal) -> None:
     """Even if it looks like an earlier output, which may be replaced."""
-    deep = write(tmp_path / "models" / "deep" / "base.safetensors", model(0))
+    deep = write_safetensors(tmp_path / "models" / "deep" / "base.safetensors", small_model(0))
     (tmp_path / "models" / "provenance.json").write_text("{}")
     assert "holds one" in refused(merge, deep, tuned, tmp_path / "models")
 
@@ -125,7 +125,7 @@ def test_a_users_own_backup_of_an_output_survives_the_next_merge(base: Path, tun
     merge(base, tuned, out)
     shutil.copytree(out, backup)
     kept = {path.name: path.read_bytes() for path in backup.iterdir()}
-    write(tuned, model(3))
+    write_safetensors(tuned, small_model(3))
     merge(base, tuned, out)
     assert {path.name: path.read_bytes() for path in backup.iterdir()} == kept
 
@@ -133,10 +133,10 @@ def test_a_users_own_backup_of_an_output_survives_the_next_merge(base: Path, tun
 def test_an_output_can_be_merged_anew_and_nothing_is_left_beside_it(base: Path, tuned: Path, tmp_path: Path) -> None:
     for name in ("out.safetensors", "out"):
         merge(base, tuned, tmp_path / name)
-        write(tuned, model(3))
+        write_safetensors(tuned, small_model(3))
         merge(base, tuned, tmp_path / name)
-        target = Target(tmp_path / name)
-        assert not any(path.exists() for path in (target.partial, target.journal, target.old))
+        target = OutputPath(tmp_path / name)
+        assert not any(path.exists() for path in (target.partial_path, target.journal_path, target.replaced))
 
 
 def test_more_than_the_disk_holds_is_refused_before_any_work(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.robustness.files import model, write
+from tests.robustness.files import small_model, write_safetensors
 
 import magmax
 from magmax import Running
@@ -27,7 +27,7 @@ def state(base: Path, tuned: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def second(tmp_path: Path) -> Path:
-    return write(tmp_path / "second.safetensors", model(2))
+    return write_safetensors(tmp_path / "second.safetensors", small_model(2))
 
 
 def absorb(state: Path, tuned: Path, rule: str | None = None, base: Path | None = None) -> None:
@@ -46,14 +46,14 @@ def test_another_rule_is_refused_with_both(state: Path, second: Path, refused: R
 
 
 def test_another_base_is_refused(state: Path, second: Path, tmp_path: Path, refused: Refusal) -> None:
-    other = write(tmp_path / "other.safetensors", model(7))
+    other = write_safetensors(tmp_path / "other.safetensors", small_model(7))
     assert "the base is not the one it was begun with" in refused(absorb, state, second, None, other)
 
 
 def test_a_base_that_changed_is_refused(
     state: Path, second: Path, base: Path, refused: Refusal, tmp_path: Path
 ) -> None:
-    write(base, model(7))
+    write_safetensors(base, small_model(7))
     assert "the base is not the one it was begun with" in refused(absorb, state, second)
     assert "the base is not the one it was begun with" in refused(result, state, tmp_path / "out.safetensors")
 
@@ -71,8 +71,8 @@ def test_a_state_is_not_begun_without_a_base(tuned: Path, tmp_path: Path, refuse
 
 
 def test_a_model_that_does_not_fit_leaves_the_state_alone(state: Path, tmp_path: Path, refused: Refusal) -> None:
-    bad = model(2) | {"weight": np.ones((8, 20), np.float32)}
-    words = refused(absorb, state, write(tmp_path / "bad.safetensors", bad))
+    bad = small_model(2) | {"weight": np.ones((8, 20), np.float32)}
+    words = refused(absorb, state, write_safetensors(tmp_path / "bad.safetensors", bad))
     assert "weight has shape [8, 20], but [20, 8]" in words
 
 
@@ -80,14 +80,16 @@ def test_a_model_that_does_not_fit_leaves_the_state_alone(state: Path, tmp_path:
 def test_a_model_with_bad_values_leaves_the_state_alone(
     value: float, state: Path, tmp_path: Path, refused: Refusal
 ) -> None:
-    bad = model(2)
+    bad = small_model(2)
     bad["weight"][3, 3] = value
-    assert "weight holds" in refused(absorb, state, write(tmp_path / "bad.safetensors", bad))
+    assert "weight holds" in refused(absorb, state, write_safetensors(tmp_path / "bad.safetensors", bad))
 
 
 def test_a_task_is_absorbed_once(state: Path, tuned: Path, tmp_path: Path, refused: Refusal) -> None:
     assert "was absorbed already, as 'tuned'" in refused(absorb, state, tuned)
-    assert "was absorbed already" in refused(absorb, state, write(tmp_path / "copy.safetensors", model(1)))
+    assert "was absorbed already" in refused(
+        absorb, state, write_safetensors(tmp_path / "copy.safetensors", small_model(1))
+    )
 
 
 def test_the_base_is_no_task(state: Path, base: Path, refused: Refusal) -> None:
@@ -177,7 +179,7 @@ def test_an_object_that_did_not_see_the_last_absorption_loses_nothing(
     state: Path, second: Path, tmp_path: Path
 ) -> None:
     """Two processes opened the state; the one that comes second must not undo what the first has done."""
-    third = write(tmp_path / "third.safetensors", model(3))
+    third = write_safetensors(tmp_path / "third.safetensors", small_model(3))
     Running(state).label("first")
     early, late = Running(state), Running(state)
     early.absorb(second)

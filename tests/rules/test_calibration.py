@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.models import loaded, same_bytes, saved
+from tests.models import load_tensors, same_bytes, save_tensors
 
 import magmax
 from magmax import MagMaxError, merge_adapters, open_checkpoint
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
-from magmax.recipes.recipe import load, parse_rule
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.recipes.recipe import load_recipe, parse_rule
 from magmax.rules import (
     Average,
     CalibrateWeights,
@@ -34,7 +34,7 @@ from magmax.rules import (
     rule_from,
 )
 from magmax.rules.transforms.calibrate_weights import is_calibrated
-from magmax.rules.transforms.sensitive_tensors import Drop, Sensitivity, read_sensitivity, worst
+from magmax.rules.transforms.sensitive_tensors import ScoreDrop, Sensitivity, largest_drops, read_sensitivity
 
 SHAPES = {
     "embed_tokens.weight": (7, 6),
@@ -121,7 +121,7 @@ def vectors(base, others, key):
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_each_form_is_its_definition_after_every_rule(name, options, monkeypatch):
     """Slabs of 32 elements cut the tensors between rows, and the longer rows too."""
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32)
     base, others = models(3)
     plain = magmax.merge(AFTER[name], base, others, 0.7)
     ours = magmax.merge(chain(AFTER[name], CalibrateWeights(**options)), base, others, 0.7)
@@ -172,7 +172,7 @@ def test_after_the_norm_a_tensor_is_as_long_as_the_task_vectors_that_came_in():
 def test_a_scaling_factor_by_tensor_counts_as_much():
     base, others = models(2)
     rule = chain(MagMax(), CalibrateWeights(form="ellipsoid"))
-    by_tensor = magmax.rules.read([{"filter": "conv", "value": 0.2}, {"value": 0.9}], per_model=False)
+    by_tensor = magmax.rules.parse([{"filter": "conv", "value": 0.2}, {"value": 0.9}], per_model=False)
     merged = magmax.merge(rule, base, others, by_tensor)
     for key in SHAPES:
         assert torch.equal(merged[key], magmax.merge(rule, base, others, 0.2 if "conv" in key else 0.9)[key])
@@ -217,25 +217,25 @@ def test_what_is_calibrated_is_told_from_name_and_shape():
 
 
 def test_the_guard_leaves_collinear_tensors_as_they_were(monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32)
     base, others = models(3)
     conv = base["conv.weight"]
     for size, other in enumerate(others, start=1):
         other["conv.weight"] = conv + size * torch.ones_like(conv)
     plain = magmax.merge("average", base, others, 0.5)
     told = []
-    settings = Settings(note=told.append)
+    settings = ExecutionOptions(note=told.append)
     for guard, kept in ((0.5, {"conv.weight"}), (1.0, set()), (-1.0, CALIBRATED)):
         for form in ("norm", "ellipsoid"):
             rule = chain(Average(), CalibrateWeights(guard=guard, form=form))
-            merged = magmax.merge(rule, base, others, 0.5, settings=settings)
+            merged = magmax.merge(rule, base, others, 0.5, execution=settings)
             assert {key for key in CALIBRATED if torch.equal(merged[key], plain[key])} == kept
     assert any("the guard leaves 1 of 3 tensors as they were" in words for words in told)
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_sensitive_tensors_only_shrink_and_the_others_only_grow(options, monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32)
     base, others = models(3)
     sensitive = ["conv.weight", "layer.1.bias"]
     for factor in (0.05, 20.0):
@@ -257,16 +257,16 @@ def test_sensitive_tensors_only_shrink_and_the_others_only_grow(options, monkeyp
 @pytest.mark.parametrize("name", ["magmax", "ties", "sce", "iso_c"])
 def test_threads_slabs_and_places_change_nothing(name, tmp_path, monkeypatch):
     base, others = models(3, dtype=torch.float32)
-    paths = [saved(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate([base, *others])]
+    paths = [save_tensors(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate([base, *others])]
     rule = chain(AFTER[name], CalibrateWeights(form="ellipsoid", guard=0.9))
     whole = magmax.merge(rule, base, others)
-    monkeypatch.setattr(blocks, "SLAB", 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 32)
     outs = [tmp_path / f"out{threads}.safetensors" for threads in (1, 4)]
     for threads, out in zip((1, 4), outs, strict=True):
-        magmax.merge(rule, paths[0], paths[1:], out=out, settings=Settings(threads=threads))
+        magmax.merge(rule, paths[0], paths[1:], out=out, execution=ExecutionOptions(threads=threads))
     assert outs[0].read_bytes() == outs[1].read_bytes()
-    assert same_bytes(loaded(outs[0]), magmax.merge(rule, base, others))
-    assert all(close(loaded(outs[0])[key], whole[key], 1e-6) for key in SHAPES)
+    assert same_bytes(load_tensors(outs[0]), magmax.merge(rule, base, others))
+    assert all(close(load_tensors(outs[0])[key], whole[key], 1e-6) for key in SHAPES)
 
 
 def test_the_ellipsoid_warns_where_task_vectors_are_alike():
@@ -275,7 +275,7 @@ def test_the_ellipsoid_warns_where_task_vectors_are_alike():
         base, others = models(3, alike)
         for form in ("norm", "ellipsoid"):
             rule = chain(Ties(), CalibrateWeights(form=form))
-            magmax.merge(rule, base, others, settings=Settings(note=told.append))
+            magmax.merge(rule, base, others, execution=ExecutionOptions(note=told.append))
     assert len(told) == 1
     assert "mean cosine is 0.78 (0.81 in conv.weight)" in told[0]
     assert "use form: norm" in told[0]
@@ -312,7 +312,7 @@ def test_a_chain_is_written_and_read_again_and_knows_its_parts_order():
     assert chain(Prune(keep=0.2), chain(MagMax(), CalibrateWeights(guard=0.5, sensitive=["a.weight"]))) == rule
     assert rule.passes == Prune().passes + 1
     assert rule_from(["slerp", "calibrate_weights"]).needs_base
-    assert Slerp().scaled_by(3.0) == Slerp()
+    assert Slerp().for_scaling_factor(3.0) == Slerp()
     for parts in ((CalibrateWeights(), MagMax()), (CalibrateWeights(),), (MagMax(), CalibrateWeights(), Dare())):
         with pytest.raises(MagMaxError, match="then what calibrates its result"):
             chain(*parts)
@@ -348,10 +348,10 @@ MEASURED = Sensitivity(
     factor=1.1,
     samples=256,
     drops={
-        "conv.weight": Drop(0.02, 0.01),
-        "layer.0.weight": Drop(0.01, 0.02),
-        "layer.1.weight": Drop(-0.5, 0.1),
-        "scale": Drop(0.3, 0.1),
+        "conv.weight": ScoreDrop(0.02, 0.01),
+        "layer.0.weight": ScoreDrop(0.01, 0.02),
+        "layer.1.weight": ScoreDrop(-0.5, 0.1),
+        "scale": ScoreDrop(0.3, 0.1),
     },
     sensitive=("scale", "conv.weight"),
 )
@@ -359,13 +359,13 @@ MEASURED = Sensitivity(
 
 def test_what_was_measured_is_kept_and_read_from_beside_a_recipe(tmp_path):
     path = tmp_path / "measured.json"
-    path.write_text(MEASURED.text())
+    path.write_text(MEASURED.to_json())
     assert replace(read_sensitivity(path), sensitive=("scale", "conv.weight")) == MEASURED
-    assert worst(MEASURED.drops) == ["scale", "conv.weight"]
-    assert worst(MEASURED.drops, 1) == ["scale"]
+    assert largest_drops(MEASURED.drops) == ["scale", "conv.weight"]
+    assert largest_drops(MEASURED.drops, 1) == ["scale"]
     written = "base: b\nmodels: [m]\nrule: [magmax, {calibrate_weights: {sensitive: measured.json}}]\nout: o\n"
     (tmp_path / "recipe.yaml").write_text(written)
-    rule = load(str(tmp_path / "recipe.yaml")).rule
+    rule = load_recipe(str(tmp_path / "recipe.yaml")).rule
     assert rule == chain(MagMax(), CalibrateWeights(sensitive=["scale", "conv.weight"]))
     assert parse_rule(json.dumps(["magmax", {"calibrate_weights": {"sensitive": str(path)}}]))[0] == rule
 
@@ -386,7 +386,7 @@ def test_what_was_measured_is_kept_and_read_from_beside_a_recipe(tmp_path):
 )
 def test_a_file_of_something_else_is_refused_by_name(change, words, tmp_path):
     path = tmp_path / "measured.json"
-    path.write_text(json.dumps(json.loads(MEASURED.text()) | change))
+    path.write_text(json.dumps(json.loads(MEASURED.to_json()) | change))
     with pytest.raises(MagMaxError, match=words) as refusal:
         read_sensitivity(path)
     assert str(path) in str(refusal.value)
@@ -394,7 +394,7 @@ def test_a_file_of_something_else_is_refused_by_name(change, words, tmp_path):
 
 def test_a_name_too_many_is_told_before_anything_is_written(tmp_path):
     base, others = models(2)
-    paths = [saved(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate([base, *others])]
+    paths = [save_tensors(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate([base, *others])]
     with pytest.raises(MagMaxError, match="no tensor of the model"):
         magmax.merge(chain(MagMax(), CalibrateWeights(sensitive=["x"])), paths[0], paths[1:], out=tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tests.models import loaded, same_bytes, saved
+from tests.models import load_tensors, same_bytes, save_tensors
 
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.rules import Address, Consensus, Dare, Karcher, ModelStock, NearSwap, Slerp, chain, make_rule
 from magmax.rules.statistics import Scope
 
@@ -107,7 +107,7 @@ def close(ours, wanted, dtype=np.float32):
 
 def torch_files(tmp_path, count, far=True):
     tensors = [{key: torch.from_numpy(np.array(v)) for key, v in model(n, far).items()} for n in range(count + 1)]
-    base, *tasks = [saved(t, tmp_path / f"{n}.safetensors") for n, t in enumerate(tensors)]
+    base, *tasks = [save_tensors(t, tmp_path / f"{n}.safetensors") for n, t in enumerate(tensors)]
     return base, tasks
 
 
@@ -128,24 +128,24 @@ def test_a_rule_is_its_definition(rule, count, definition, dtype, far, library):
 @pytest.mark.parametrize(("rule", "count", "definition"), CASES)
 @pytest.mark.parametrize("slab", [64, 1 << 18])
 def test_files_cut_into_slabs_merge_to_the_definition(rule, count, definition, slab, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", slab)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", slab)
     base, tasks = torch_files(tmp_path, count)
-    merged = loaded(magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "out.safetensors"))
+    merged = load_tensors(magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "out.safetensors"))
     start, *models = [model(n) for n in range(count + 1)]
     for key, values in start.items():
         wanted = definition(np.float64(values), [np.float64(m[key]) for m in models])
         assert close(merged[key].numpy(), wanted), key
-    assert same_bytes(magmax.merge(rule, loaded(base), [loaded(t) for t in tasks], 1.0), merged)
+    assert same_bytes(magmax.merge(rule, load_tensors(base), [load_tensors(t) for t in tasks], 1.0), merged)
 
 
 @pytest.mark.parametrize(("name", "count"), GRAM)
 @pytest.mark.parametrize("span", ["tensor", "model"])
 def test_threads_change_no_byte(name, count, span, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     base, tasks = torch_files(tmp_path, count)
     rule = make_rule(name, {"span": span})
     outs = [
-        magmax.merge(rule, base, tasks, out=tmp_path / f"out{n}.safetensors", settings=Settings(threads=n))
+        magmax.merge(rule, base, tasks, out=tmp_path / f"out{n}.safetensors", execution=ExecutionOptions(threads=n))
         for n in (1, 4)
     ]
     assert outs[0].read_bytes() == outs[1].read_bytes()
@@ -159,7 +159,7 @@ def test_sums_are_added_in_the_order_of_addresses_in_whatever_order_they_come(na
     answers = set()
     for _ in range(20):
         draws.shuffle(parts)
-        plan = make_rule(name).plan(Scope(2, 80, True))
+        plan = make_rule(name).statistics(Scope(2, 80, True))
         next(plan)
         with pytest.raises(StopIteration) as end:
             plan.send(dict(parts))
@@ -212,7 +212,7 @@ def test_a_zero_tensor_has_no_direction():
 
 @pytest.mark.parametrize("rule", [Slerp(), Karcher(), ModelStock()], ids=lambda rule: rule.name)
 def test_a_chain_merges_what_its_transform_leaves(rule, monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     count = 1 if rule.name == "slerp" else 3
     base, *models = [model(n) for n in range(count + 1)]
     dare = Dare(drop=0.5)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import Tensors, loaded, same_bytes, saved
+from tests.models import Tensors, load_tensors, same_bytes, save_tensors
 
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.rules import Dare, MagMax, Prune, Ties, chain, selection
 from magmax.rules.statistics import Address, Block, Scope
 
@@ -91,13 +91,15 @@ def test_pruning_keeps_exactly_so_many(which, keep):
 )
 @pytest.mark.parametrize("slab", [64, 1 << 10])
 def test_slabs_and_threads_change_no_byte(rule, slab, tmp_path, monkeypatch):
-    paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
+    paths = [save_tensors(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(blocks, "SLAB", slab)
-    out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", settings=Settings(threads=3))
-    assert same_bytes(loaded(out), loaded(usual))
-    in_memory = magmax.merge(rule, *split([loaded(p) for p in paths]))
-    assert same_bytes(in_memory, loaded(usual))
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", slab)
+    out = magmax.merge(
+        rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", execution=ExecutionOptions(threads=3)
+    )
+    assert same_bytes(load_tensors(out), load_tensors(usual))
+    in_memory = magmax.merge(rule, *split([load_tensors(p) for p in paths]))
+    assert same_bytes(in_memory, load_tensors(usual))
 
 
 def split(models):
@@ -109,8 +111,8 @@ def split(models):
 def test_the_k_largest_are_found_exactly_in_any_blocks(values, keep, wide):
     vector = np.array(values, np.float64 if wide else np.float32)
     blocks = [Block(Address(f"{n:02}", 0), [part]) for n, part in enumerate(np.array_split(vector, 7)) if len(part)]
-    (cut,) = answer(selection.largest([keep], Scope(1, len(vector), wide)), blocks)
-    kept = np.concatenate([cut.mask(block.deltas[0], block.at) for block in blocks]) != 0
+    (cut,) = answer(selection.request_largest([keep], Scope(1, len(vector), wide)), blocks)
+    kept = np.concatenate([cut.mask(block.task_vectors[0], block.address) for block in blocks]) != 0
     assert (np.where(kept, vector, 0) == top(vector, keep)).all()
     assert kept.sum() == min(keep, len(vector))
 
@@ -123,10 +125,10 @@ def answer(plan, blocks):
             fold = plan.send(reply)
         except StopIteration as end:
             return end.value
-        counts = [fold.zeros() for _ in blocks]
+        counts = [fold.initial() for _ in blocks]
         for block, into in zip(blocks, counts, strict=True):
-            fold.count(Block(block.at, [d.copy() for d in block.deltas]), into)
-        reply = {b.at: c for b, c in zip(blocks, counts, strict=True)} if fold.apart else sum(counts)
+            fold.update(Block(block.address, [d.copy() for d in block.task_vectors]), into)
+        reply = {b.address: c for b, c in zip(blocks, counts, strict=True)} if fold.per_block else sum(counts)
 
 
 def test_a_misleading_sample_costs_passes_but_not_exactness(monkeypatch):

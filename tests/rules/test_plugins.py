@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tests.models import loaded, saved
+from tests.models import load_tensors, save_tensors
 
 TOY = '''
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def run(environment, *words):
 
 def test_a_rule_of_another_package_merges_and_absorbs(environment, tmp_path):
     values = [torch.zeros(3), torch.tensor([1.0, -2, 3]), torch.tensor([2.0, -1, -3])]
-    base, *tasks = [saved({"w": v}, tmp_path / f"{n}.safetensors") for n, v in enumerate(values)]
+    base, *tasks = [save_tensors({"w": v}, tmp_path / f"{n}.safetensors") for n, v in enumerate(values)]
     done = run(
         environment,
         "merge",
@@ -67,14 +67,14 @@ def test_a_rule_of_another_package_merges_and_absorbs(environment, tmp_path):
         "{toy_smallest: {times: 2}}",
     )
     assert done.returncode == 0, done.stderr
-    assert loaded(tmp_path / "o.safetensors")["w"].tolist() == [2, -4, -6]
+    assert load_tensors(tmp_path / "o.safetensors")["w"].tolist() == [2, -4, -6]
     for task in tasks:
         assert (
             run(environment, "absorb", tmp_path / "state", task, "--base", base, "--rule", "toy_smallest").returncode
             == 0
         )
     run(environment, "result", tmp_path / "state", "--out", tmp_path / "r.safetensors")
-    assert loaded(tmp_path / "r.safetensors")["w"].tolist() == [1, -2, -3]
+    assert load_tensors(tmp_path / "r.safetensors")["w"].tolist() == [1, -2, -3]
     assert "toy_smallest" in run(environment, "rules").stdout
 
 

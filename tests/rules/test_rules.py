@@ -12,7 +12,7 @@ from tests import models as reference
 
 from magmax import MagMaxError
 from magmax.rules import Address, Average, KthMagnitude, MagMax, RandomMix, TaskArithmetic
-from magmax.rules.random import draws
+from magmax.rules.random import random_words
 
 RULES = [
     (MagMax(), reference.magmax),
@@ -110,13 +110,13 @@ def test_random_mix_draws_every_task_equally_often():
 
 
 def test_random_draws_depend_on_the_place_alone():
-    whole = draws("mix", 7, 2, Address("w", 0), 1000)
+    whole = random_words("mix", 7, 2, Address("w", 0), 1000)
     for start in (0, 1, 7, 8, 13, 500):
-        assert (draws("mix", 7, 2, Address("w", start), 100) == whole[start : start + 100]).all()
+        assert (random_words("mix", 7, 2, Address("w", start), 100) == whole[start : start + 100]).all()
     others = [
-        draws("mix", 8, 2, Address("w", 0), 1000),
-        draws("mix", 7, 2, Address("v", 0), 1000),
-        draws("mix", 7, 3, Address("w", 0), 1000),
+        random_words("mix", 8, 2, Address("w", 0), 1000),
+        random_words("mix", 7, 2, Address("v", 0), 1000),
+        random_words("mix", 7, 3, Address("w", 0), 1000),
     ]
     assert all((other != whole).mean() > 0.99 for other in others)
 

@@ -7,13 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from tests.models import Tensors, loaded, same_bytes, saved
+from tests.models import Tensors, load_tensors, same_bytes, save_tensors
 from tests.rules.test_planned import flat, model, top
 
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import blocks
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.rules import (
     Breadcrumbs,
     Della,
@@ -27,8 +27,8 @@ from magmax.rules import (
     chain,
     rule_from,
 )
-from magmax.rules.random import draws
-from magmax.rules.statistics import Address, Block, Scope, answered
+from magmax.rules.random import random_words
+from magmax.rules.statistics import Address, Block, Scope, run_locally
 
 NUMBERS = [(0.5, 0.1), (0.9, 0.01), (0.7, 0.6), (0.0, 0.2), (1.0, 0.2), (0.4, 0.0)]
 
@@ -67,7 +67,7 @@ def test_breadcrumbs_has_numbers_for_each_model():
 
 def magprune(values: np.ndarray, key: str, density: float, epsilon: float, ranks: np.ndarray, seed: int) -> np.ndarray:
     """One element at a time, with the numbers drawn for task 1."""
-    drawn = draws("della", seed, 1, Address(key, 0), values.size)
+    drawn = random_words("della", seed, 1, Address(key, 0), values.size)
     left = np.zeros_like(values.reshape(-1))
     for n, (value, rank) in enumerate(zip(values.reshape(-1), ranks.reshape(-1), strict=True)):
         keep = density - epsilon + 2 * epsilon * rank
@@ -142,7 +142,7 @@ def test_della_without_a_window_is_random_pruning_and_at_one_keeps_all():
 
 
 def test_rows_longer_than_a_block_are_refused_in_words(monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     base, tensors = {"w": torch.zeros(2, 100)}, {"w": torch.ones(2, 100)}
     with pytest.raises(MagMaxError, match=r"w: its rows of 100 elements are too long.*span: tensor"):
         magmax.merge(chain(Della(), MagMax()), base, [tensors])
@@ -210,11 +210,13 @@ SCHEDULED = [
 
 @pytest.mark.parametrize("rule", SCHEDULED, ids=str)
 def test_slabs_and_threads_change_no_byte(rule, tmp_path, monkeypatch):
-    paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
+    paths = [save_tensors(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(blocks, "SLAB", 64)
-    out = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", settings=Settings(threads=3))
-    assert same_bytes(loaded(out), loaded(usual))
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
+    out = magmax.merge(
+        rule, paths[0], paths[1:], out=tmp_path / "other.safetensors", execution=ExecutionOptions(threads=3)
+    )
+    assert same_bytes(load_tensors(out), load_tensors(usual))
     assert rule_from(rule.describe()) == rule
 
 
@@ -247,9 +249,9 @@ def test_della_over_tensors_remembers_only_the_magnitudes_that_a_tensor_has():
     vectors[0][::7] = 0
     block = Block(Address("w", 0), vectors)
     for wide in (False, True):
-        answer = answered(Della(span="tensor").plan(Scope(2, 5000, wide)), block)
+        answer = run_locally(Della(span="tensor").statistics(Scope(2, 5000, wide)), block)
         assert sum(array.nbytes for pair in answer.tables for array in pair) < 60_000
         for task, vector in enumerate(vectors, start=1):
             codes = np.abs(vector).astype("f8" if wide else "f4").view("i8" if wide else "i4") >> (47 if wide else 15)
             wanted = [((codes < code).sum() + ((codes == code).sum() - 1) / 2) / 4999 for code in codes]
-            assert (answer.of(vector, task, block.at) == wanted).all()
+            assert (answer.of(vector, task, block.address) == wanted).all()

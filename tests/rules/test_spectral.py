@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tests.models import loaded, same_bytes, saved
+from tests.models import load_tensors, same_bytes, save_tensors
 from tests.rules.test_planned import flat, top
 from tests.rules.test_planned import model as planned_model
 
@@ -16,12 +16,12 @@ import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
 from magmax.merging.cost import preview
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
-from magmax.merging.sweep import Sweep
+from magmax.merging.output_options import OutputOptions
+from magmax.merging.sweep import FactorSweep
 from magmax.rules import Address, Average, Dare, IsoC, IsoCTS, Prune, TsvM, as_rule, chain
-from magmax.rules.spectral.svd import largest
+from magmax.rules.spectral.svd import leading_singular_vectors
 
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-9}
 """Of the largest value; what is computed in float64 is good to about 1e-10 of it."""
@@ -87,7 +87,7 @@ def model(seed, dtype=np.float32):
 def model_files(tmp_path, count=3):
     tensors = [{key: torch.from_numpy(np.array(v)) for key, v in model(n).items()} for n in range(count + 1)]
     tensors = [{**t, "ids": torch.arange(40), "half": t["tall"].bfloat16()} for t in tensors]
-    base, *tasks = [saved(t, tmp_path / f"{n}.safetensors") for n, t in enumerate(tensors)]
+    base, *tasks = [save_tensors(t, tmp_path / f"{n}.safetensors") for n, t in enumerate(tensors)]
     return base, tasks
 
 
@@ -109,21 +109,25 @@ def test_a_rule_is_its_definition(rule, dtype, library, tasks):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_files_merge_as_arrays_do_whatever_the_threads_and_slabs(rule, tmp_path, monkeypatch):
     base, tasks = model_files(tmp_path)
-    out = magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "usual.safetensors", settings=Settings(threads=1))
-    merged, start, models = loaded(out), loaded(base), [loaded(t) for t in tasks]
+    out = magmax.merge(
+        rule, base, tasks, 1.0, out=tmp_path / "usual.safetensors", execution=ExecutionOptions(threads=1)
+    )
+    merged, start, models = load_tensors(out), load_tensors(base), [load_tensors(t) for t in tasks]
     for key in (*SHAPES, "half"):
         wide = start[key].float()
         wanted = wide + torch.from_numpy(rule([(m[key].float() - wide).numpy() for m in models]))
         assert torch.equal(merged[key], wanted.to(start[key].dtype)), key
     assert (merged["ids"] == start["ids"]).all()
     assert same_bytes(magmax.merge(rule, start, models, 1.0), merged)
-    monkeypatch.setattr(blocks, "SLAB", 64)
-    other = magmax.merge(rule, base, tasks, 1.0, out=tmp_path / "other.safetensors", settings=Settings(threads=4))
-    assert same_bytes(loaded(other), merged)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
+    other = magmax.merge(
+        rule, base, tasks, 1.0, out=tmp_path / "other.safetensors", execution=ExecutionOptions(threads=4)
+    )
+    assert same_bytes(load_tensors(other), merged)
 
 
 def test_digests_do_not_tell_whether_a_tensor_was_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "SLAB", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     base, tasks = model_files(tmp_path)
     outs = [magmax.merge(rule, base, tasks, out=tmp_path / f"out-{rule}") for rule in ("iso_c", "magmax")]
     told = []
@@ -131,7 +135,9 @@ def test_digests_do_not_tell_whether_a_tensor_was_read_whole(tmp_path, monkeypat
         with safe_open(out / "model.safetensors", "pt") as file:
             told.append(json.loads(file.metadata()["magmax"])["inputs"])
     assert told[0] == told[1]
-    again = merge_job(as_rule("magmax"), open_checkpoint(base), [open_checkpoint(outs[0])], tmp_path / "x", Options())
+    again = merge_job(
+        as_rule("magmax"), open_checkpoint(base), [open_checkpoint(outs[0])], tmp_path / "x", OutputOptions()
+    )
     tensors = json.loads((outs[0] / "provenance.json").read_text())["tensors"]
     assert again.run().input_digests[1] == blocks.checkpoint_digest(open_checkpoint(outs[0]).specs, tensors)
 
@@ -144,11 +150,11 @@ def test_singular_values_are_found_however_far_apart_they_lie(shape, spread, lib
     draws, rank = np.random.default_rng(spread), min(shape)
     left, right = (np.linalg.qr(draws.normal(size=(n, rank)))[0] for n in shape)
     values = 5 * np.logspace(0, -spread, rank) if spread else np.full(rank, 5.0)
-    u, s, vh = (np.asarray(part) for part in largest(library(left * values @ right.T), rank))
+    u, s, vh = (np.asarray(part) for part in leading_singular_vectors(library(left * values @ right.T), rank))
     assert abs(s - values).max() < 1e-10
     assert abs(u @ vh - left @ right.T).max() < 1e-10 * 10 ** max(0, spread - 4)
     count = rank // 3
-    u, s, vh = (np.asarray(part) for part in largest(library(left * values @ right.T), count))
+    u, s, vh = (np.asarray(part) for part in leading_singular_vectors(library(left * values @ right.T), count))
     assert u.shape == (shape[0], count)
     assert abs(u * s @ vh - left[:, :count] * values[:count] @ right[:, :count].T).max() < 1e-9 or not spread
 
@@ -228,7 +234,7 @@ def test_more_task_specific_directions_than_there_is_room_for_are_not_taken():
 @pytest.mark.parametrize("span", ["model", "tensor"])
 def test_pruning_before_a_whole_tensor_rule_keeps_what_it_keeps_before_any(rule, span, tmp_path, monkeypatch):
     """Of the many equal magnitudes at the cut, those in later slabs are dropped, though tensors come whole."""
-    monkeypatch.setattr(blocks, "SLAB", 64)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     base, *models = [planned_model(n, "coarse") for n in range(4)]
     merged = magmax.merge(chain(Prune(keep=0.3, span=span), rule), base, models, 1.0)
     keys = sorted(base)
@@ -260,21 +266,25 @@ def test_a_sweep_of_a_whole_tensor_rule_is_the_merge_at_each_factor(tmp_path):
     models = [open_checkpoint(t) for t in tasks]
     names = ["one", "two", "three"]
     out = tmp_path / "out.safetensors"
-    sweep = Sweep(IsoC(), open_checkpoint(base), models, names, out, Options(), [0.5], Settings())
+    sweep = FactorSweep(IsoC(), open_checkpoint(base), models, names, out, OutputOptions(), [0.5], ExecutionOptions())
     with sweep.merged() as scaler:
         swept = scaler.write(0.5)
     single = tmp_path / "single.safetensors"
-    merge_job(IsoC(), open_checkpoint(base), models, single, Options(0.5), names).run()
+    merge_job(IsoC(), open_checkpoint(base), models, single, OutputOptions(0.5), names).run()
     assert swept.read_bytes() == single.read_bytes()
 
 
 def test_the_dry_run_counts_a_tensor_of_every_model_and_no_threads(tmp_path):
     base, tasks = model_files(tmp_path)
-    big = [saved({"w": torch.zeros(4096, 2048) + n}, tmp_path / f"big{n}.safetensors") for n in range(3)]
-    job = merge_job(IsoC(), open_checkpoint(big[0]), [open_checkpoint(b) for b in big[1:]], tmp_path / "o", Options())
+    big = [save_tensors({"w": torch.zeros(4096, 2048) + n}, tmp_path / f"big{n}.safetensors") for n in range(3)]
+    job = merge_job(
+        IsoC(), open_checkpoint(big[0]), [open_checkpoint(b) for b in big[1:]], tmp_path / "o", OutputOptions()
+    )
     assert preview(job, 1)["peak_memory"] == preview(job, 64)["peak_memory"]
     assert preview(job, 1)["peak_memory"] > 4096 * 2048 * (3 * 4 + 2 * 8)
-    small = merge_job(IsoC(), open_checkpoint(base), [open_checkpoint(t) for t in tasks], tmp_path / "p", Options())
+    small = merge_job(
+        IsoC(), open_checkpoint(base), [open_checkpoint(t) for t in tasks], tmp_path / "p", OutputOptions()
+    )
     assert preview(small, 1)["peak_memory"] < preview(job, 1)["peak_memory"] / 10
 
 

@@ -13,18 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from tests.models import loaded, same_bytes, saved
+from tests.models import load_tensors, same_bytes, save_tensors
 from tests.rules.test_planned import flat, model
 
 import magmax
 from magmax import MagMaxError
 from magmax.checkpoints import blocks, open_checkpoint
 from magmax.merging.cost import preview
-from magmax.merging.execution.execution_options import Settings
+from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
-from magmax.merging.output_options import Options
-from magmax.rules import Before, MagMax, Prune, Rule, Tunable, chain
-from magmax.rules.random import draws
+from magmax.merging.output_options import OutputOptions
+from magmax.rules import MagMax, Prune, Rule, TaskVectorTransform, Tunable, chain
+from magmax.rules.random import random_words
 from magmax.rules.statistics import Address
 from magmax.rules.tunable import dual_prices, windows
 from magmax.rules.tunable.quotas import quotas
@@ -74,7 +74,7 @@ def expected(base, models, preference, smallest: bool, seed: int) -> np.ndarray:
     moved = (vectors != 0).any(axis=0)
 
     def keys(stream: int) -> np.ndarray:
-        parts = [draws("tunable", seed, stream, Address(key, 0), base[key].numel()) for key in sorted(base)]
+        parts = [random_words("tunable", seed, stream, Address(key, 0), base[key].numel()) for key in sorted(base)]
         return np.concatenate(parts)[moved] >> 1
 
     merged = np.zeros_like(vectors[0])
@@ -146,7 +146,9 @@ def test_optimal_retains_as_much_as_an_exact_solver(kind, tasks, monkeypatch):
     )
     preference = [3, 1, 0.5, 7, 0, 1][:tasks]
     told: list[str] = []
-    merged = magmax.merge(Tunable(preference=preference), base, models, 1.0, settings=Settings(note=told.append))
+    merged = magmax.merge(
+        Tunable(preference=preference), base, models, 1.0, execution=ExecutionOptions(note=told.append)
+    )
     vectors = np.array([flat(m) - flat(base) for m in models])
     sizes = np.abs(vectors[:, (vectors != 0).any(axis=0)]).astype(np.float64)
     rows = np.repeat(np.arange(tasks), quotas(preference, sizes.shape[1]))
@@ -190,14 +192,14 @@ def test_prices_of_steep_preferences_are_found_without_holding_everything(halved
     monkeypatch.setattr(dual_prices, "ROOM", 1)
     monkeypatch.setattr(dual_prices, "LEAST_ROOM", 1 << 14)
     held: list[int] = []
-    read = dual_prices.Found.read.__func__
+    read = dual_prices.UndecidedElements.read.__func__
 
     def noted(cls: type, replies: Any, tasks: int) -> Any:
         found = read(cls, replies, tasks)
         held.append(len(found.keys))
         return found
 
-    monkeypatch.setattr(dual_prices.Found, "read", classmethod(noted))
+    monkeypatch.setattr(dual_prices.UndecidedElements, "read", classmethod(noted))
     rule = Tunable(preference=[ratio**-t for t in range(12)])
     tau = rule(vectors)
     assert max(held) < 100_000
@@ -229,10 +231,10 @@ def test_wrong_guesses_cost_rounds_but_no_byte(selection, margin, monkeypatch):
 
 def sharded(path: Path, folder: Path) -> Path:
     """The same model as a folder with a file for each tensor."""
-    tensors = loaded(path)
+    tensors = load_tensors(path)
     where = {key: f"{key}.safetensors" for key in tensors}
     for key, name in where.items():
-        saved({key: tensors[key]}, folder / name)
+        save_tensors({key: tensors[key]}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
@@ -246,18 +248,20 @@ def test_slabs_threads_and_shards_change_no_byte(selection, span, slab, tmp_path
     monkeypatch.setattr(windows, "ROOM", 1)
     monkeypatch.setattr(windows, "LEAST", 1 << 10)
     rule = Tunable(preference=[3, 1, 1], selection=selection, span=span)
-    paths = [saved(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
+    paths = [save_tensors(model(n, "coarse"), tmp_path / f"{n}.safetensors") for n in range(4)]
     usual = magmax.merge(rule, paths[0], paths[1:], out=tmp_path / "usual.safetensors")
-    monkeypatch.setattr(blocks, "SLAB", slab)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", slab)
     out = magmax.merge(
         rule,
         paths[0],
         [sharded(paths[1], tmp_path / "sharded"), *paths[2:]],
         out=tmp_path / "o.safetensors",
-        settings=Settings(threads=3),
+        execution=ExecutionOptions(threads=3),
     )
-    assert same_bytes(loaded(out), loaded(usual))
-    assert same_bytes(magmax.merge(rule, loaded(paths[0]), [loaded(p) for p in paths[1:]]), loaded(usual))
+    assert same_bytes(load_tensors(out), load_tensors(usual))
+    assert same_bytes(
+        magmax.merge(rule, load_tensors(paths[0]), [load_tensors(p) for p in paths[1:]]), load_tensors(usual)
+    )
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -333,7 +337,8 @@ def test_what_is_no_preference_is_refused(preference, words):
 
 def test_a_preference_must_fit_the_models(tmp_path):
     base, *models = (
-        saved(model(n, "fine"), tmp_path / f"{name}.safetensors") for n, name in enumerate(["base", "news", "sport"])
+        save_tensors(model(n, "fine"), tmp_path / f"{name}.safetensors")
+        for n, name in enumerate(["base", "news", "sport"])
     )
     for wrong in ([1], [1, 2, 3], ()):
         with pytest.raises(MagMaxError, match=f"each of the 2 models, not {len(wrong)}"):
@@ -353,7 +358,7 @@ def test_a_preference_must_fit_the_models(tmp_path):
 
 
 @dataclass(frozen=True)
-class Remembering(Before):
+class Remembering(TaskVectorTransform):
     """A transform whose questions take memory."""
 
     name: ClassVar[str] = "remembering"
@@ -375,11 +380,11 @@ class Forgetful(Tunable):
 
 
 def test_the_preview_tells_the_memory_of_the_questions(tmp_path):
-    files = (saved({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors") for n in range(3))
+    files = (save_tensors({"w": torch.ones(3) * n}, tmp_path / f"{n}.safetensors") for n in range(3))
     base, *models = map(open_checkpoint, files)
 
     def told(rule: Rule, threads: int) -> int:
-        job = merge_job(rule, base, models, tmp_path / "out.safetensors", Options())
+        job = merge_job(rule, base, models, tmp_path / "out.safetensors", OutputOptions())
         return preview(job, threads)["peak_memory"]
 
     for threads in (1, 6):

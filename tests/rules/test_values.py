@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import Tensors, loaded, same_bytes, saved, scaled
+from tests.models import Tensors, add_scaled, load_tensors, same_bytes, save_tensors
 
 import magmax
 from magmax import MagMaxError
@@ -23,18 +23,18 @@ from magmax.rules import (
     MagMax,
     NearSwap,
     PerModel,
-    Place,
     Prune,
     Sce,
     Slerp,
     TaskArithmetic,
+    TensorPosition,
     Ties,
     chain,
     make_rule,
-    places,
     rule_from,
+    tensor_positions,
 )
-from magmax.rules.schedules import each, read
+from magmax.rules.schedules import for_all_models, parse
 
 NAMES = ["model.embed_tokens.weight", *(f"model.layers.{n}.{p}" for n in range(4) for p in ("attn.w", "mlp.w")), "norm"]
 GRADIENT = {"layers": [0.0, 1.0, 0.25]}
@@ -55,14 +55,14 @@ def by_name(name: str) -> float:
 
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=6), st.floats(0, 1))
 def test_a_gradient_is_linear_between_its_numbers(numbers, depth):
-    ours = Layers(tuple(numbers)).at(Place("w", depth))
+    ours = Layers(tuple(numbers)).for_tensor(TensorPosition("w", depth))
     grid = np.linspace(0, 1, len(numbers)) if len(numbers) > 1 else [0.0]
     assert ours == pytest.approx(np.interp(depth, grid, numbers), abs=1e-12)
 
 
 def test_the_first_filter_that_is_part_of_the_name_wins():
-    value = read([{"filter": "b", "value": 1}, {"filter": "ab", "value": 2}, {"filter": "*", "value": 3}])
-    assert [value.at(Place(key, 0)) for key in ("ab", "a", "b.a")] == [1, 3, 1]
+    value = parse([{"filter": "b", "value": 1}, {"filter": "ab", "value": 2}, {"filter": "*", "value": 3}])
+    assert [value.for_tensor(TensorPosition(key, 0)) for key in ("ab", "a", "b.a")] == [1, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_the_first_filter_that_is_part_of_the_name_wins():
 )
 def test_tensors_outside_of_layers_lie_before_or_after_them_by_name(before, after):
     layers = [f"layers.{n}.w" for n in range(3)]
-    found = places([before, *layers, after])
+    found = tensor_positions([before, *layers, after])
     assert [found[name].depth for name in (before, *layers, after)] == [0, 0, 0.5, 1, 1]
 
 
 def test_each_stack_of_layers_has_its_own_depth_and_the_outermost_number_counts():
     names = ["enc.1.w", "enc.2.experts.7.w", "enc.4.w", "dec.0.w", "dec.1.w", "head.0.w"]
-    assert [place.depth for place in places(names).values()] == [0, 0.5, 1, 0, 1, 1]
+    assert [place.depth for place in tensor_positions(names).values()] == [0, 0.5, 1, 0, 1, 1]
 
 
 FORMS = [0.5, 1, GRADIENT, BY_NAME, [0.5, GRADIENT, BY_NAME], [{"layers": [0, 1]}, {"layers": [1, 0]}]]
@@ -105,9 +105,9 @@ def test_a_rule_is_described_as_it_was_written(form):
 
 def test_a_rule_whose_numbers_are_plain_is_itself_everywhere():
     for rule in (MagMax(), Ties(density=PerModel((0.1, 0.2))), chain(Dare(drop=0.5), Average())):
-        assert rule.at(Place("w", 0.5)) is rule
+        assert rule.for_tensor(TensorPosition("w", 0.5)) is rule
     rule = chain(Dare(drop=Layers((0, 0.5))), Average())
-    assert rule.at(Place("w", 0.5)) == chain(Dare(drop=0.25), Average())
+    assert rule.for_tensor(TensorPosition("w", 0.5)) == chain(Dare(drop=0.25), Average())
 
 
 @pytest.mark.parametrize(
@@ -182,20 +182,20 @@ def test_a_merge_of_files_takes_the_numbers_of_each_tensor(which, tmp_path):
     for name in NAMES:
         rule = plain(PerModel((by_name(name), 0.5)))
         vectors = [model[name].reshape(-1) - base[name].reshape(-1) for model in models]
-        wanted[name] = scaled(base[name], rule(vectors, key=name).reshape(7, 9), 0.7)
-    paths = [saved(model, tmp_path / f"{n}.safetensors") for n, model in enumerate((base, *models))]
+        wanted[name] = add_scaled(base[name], rule(vectors, key=name).reshape(7, 9), 0.7)
+    paths = [save_tensors(model, tmp_path / f"{n}.safetensors") for n, model in enumerate((base, *models))]
     out = magmax.merge(rule_from(written), paths[0], paths[1:], 0.7, out=tmp_path / "out.safetensors")
-    assert same_bytes(loaded(out), wanted)
+    assert same_bytes(load_tensors(out), wanted)
     sharded = [shards(model, tmp_path / str(n)) for n, model in enumerate((base, *models))]
     out = magmax.merge(rule_from(written), sharded[0], sharded[1:], 0.7, out=tmp_path / "folder.safetensors")
-    assert same_bytes(loaded(out), wanted)
+    assert same_bytes(load_tensors(out), wanted)
 
 
 def shards(tensors: Tensors, folder) -> str:
     names = sorted(tensors)
     files = {f"model-{n + 1:05}-of-00002.safetensors": names[n::2] for n in range(2)}
     for file, part in files.items():
-        saved({name: tensors[name] for name in part}, folder / file)
+        save_tensors({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return str(folder)
@@ -216,15 +216,15 @@ def test_a_running_merge_takes_numbers_by_place_and_refuses_them_by_model(tmp_pa
 
 def test_a_recipe_names_the_models_that_have_numbers(tmp_path):
     for n, name in enumerate(("base", "cars", "mnist")):
-        saved(stack(n), tmp_path / f"{name}.safetensors")
+        save_tensors(stack(n), tmp_path / f"{name}.safetensors")
     file = tmp_path / "recipe.yaml"
 
-    def plan(weights: str) -> recipe.Plan:
+    def plan(weights: str) -> recipe.MergeRequest:
         file.write_text(
             "base: base.safetensors\nmodels: [cars.safetensors, mnist.safetensors]\nout: out.safetensors\n"
             f"rule: [{{dare: {{drop: 0.5}}}}, {{average: {{weights: {weights}}}}}]\n"
         )
-        return recipe.load(str(file))
+        return recipe.load_recipe(str(file))
 
     rule = plan("{mnist: 0.5, cars: {layers: [0, 1]}}").rule
     assert rule == chain(Dare(drop=0.5), Average(weights=PerModel((Layers((0, 1)), 0.5))))
@@ -240,36 +240,36 @@ def test_a_recipe_names_the_models_that_have_numbers(tmp_path):
 def test_the_scaling_factor_may_depend_on_the_tensor(tmp_path):
     base, models = stack(0), [stack(1), stack(2)]
     for name, tensors in zip(("base", "cars", "mnist"), (base, *models), strict=True):
-        saved(tensors, tmp_path / f"{name}.safetensors")
+        save_tensors(tensors, tmp_path / f"{name}.safetensors")
     file = tmp_path / "recipe.yaml"
     head = "base: base.safetensors\nmodels: [cars.safetensors, mnist.safetensors]\nout: out.safetensors\n"
     file.write_text(f"{head}scaling_factor: {json.dumps(BY_NAME)}\n")
-    recipe.load(str(file)).job().run()
+    recipe.load_recipe(str(file)).job().run()
     vectors = {name: MagMax()([model[name] - base[name] for model in models]) for name in NAMES}
-    wanted = {name: scaled(base[name], vectors[name], by_name(name)) for name in NAMES}
-    assert same_bytes(loaded(tmp_path / "out.safetensors"), wanted)
+    wanted = {name: add_scaled(base[name], vectors[name], by_name(name)) for name in NAMES}
+    assert same_bytes(load_tensors(tmp_path / "out.safetensors"), wanted)
     running = magmax.Running(tmp_path / "state", MagMax(), base)
     for model in models:
         running.absorb(model)
-    assert same_bytes(running.result(read(BY_NAME)), wanted)
+    assert same_bytes(running.result(parse(BY_NAME)), wanted)
     for wrong, words in (("[1, 2]", "line 4: scaling_factor: must be a number.*not"), ("{layers: [.inf]}", "finite")):
         file.write_text(f"{head}scaling_factor: {wrong}\n")
         with pytest.raises(MagMaxError, match=words):
-            recipe.load(str(file)).job()
+            recipe.load_recipe(str(file)).job()
     with pytest.raises(MagMaxError, match="one for all models"):
         magmax.merge(MagMax(), base, models, PerModel((1, 2)))
 
 
 def test_the_number_of_each_model():
-    assert each(0.5, 3) == [0.5] * 3
-    assert each(PerModel((1, 2)), 2) == [1, 2]
+    assert for_all_models(0.5, 3) == [0.5] * 3
+    assert for_all_models(PerModel((1, 2)), 2) == [1, 2]
     with pytest.raises(MagMaxError, match="resolve the rule first"):
-        each(Layers((0, 1)), 2)
+        for_all_models(Layers((0, 1)), 2)
 
 
 @pytest.mark.parametrize(("kind", "option"), [(Sce, "density"), (Slerp, "t"), (NearSwap, "t")])
 def test_one_number_for_all_models_is_not_given_for_each(kind, option):
-    for value in (PerModel((0.5, 0.5)), PerModel((Layers((0.5,)), 0.5)), read({"a": 0.5, "b": 0.25})):
+    for value in (PerModel((0.5, 0.5)), PerModel((Layers((0.5,)), 0.5)), parse({"a": 0.5, "b": 0.25})):
         with pytest.raises(MagMaxError, match=f"{kind.name} needs one {option} for all models, not one for each"):
             kind(**{option: value})
     assert getattr(kind(**{option: Layers((0.5, 0.25))}), option) == Layers((0.5, 0.25))

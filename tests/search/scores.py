@@ -9,18 +9,18 @@ from pathlib import Path
 import magmax
 
 
-def number(path: Path) -> float:
+def read_number(path: Path) -> float:
     return float(magmax.open_checkpoint(path).read("w", 0, 1)[0])
 
 
 def peak(path: Path) -> float:
     """Best at 0.7."""
-    return -((number(path) - 0.7) ** 2)
+    return -((read_number(path) - 0.7) ** 2)
 
 
 def two_tasks(path: Path) -> dict[str, float]:
     """Best at 0 and at 1: what lies between them is the Pareto front."""
-    x = number(path)
+    x = read_number(path)
     return {"zero": -(x**2), "one": -((x - 1) ** 2)}
 
 
@@ -30,5 +30,5 @@ def slow_peak(path: Path) -> float:
     return peak(path)
 
 
-def nothing(path: Path) -> float:
+def nan_score(path: Path) -> float:
     return float("nan")

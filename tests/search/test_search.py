@@ -17,17 +17,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tests.continual import toys
-from tests.search.scores import number
+from tests.search.scores import read_number
 
 import magmax
 from magmax import MagMaxError
-from magmax.continual.context import context
+from magmax.continual.context import build_context
 from magmax.continual.experiment import Experiment
 from magmax.continual.training.weight_files import load_weights
-from magmax.recipes.recipe import load
+from magmax.recipes.recipe import load_recipe
 from magmax.search.config import load_search
-from magmax.search.runner import STORE, Search, Tried
-from magmax.search.trial_results import BEST, TABLE, best_of, front, write_search
+from magmax.search.runner import STORE, Search, TrialRecord
+from magmax.search.trial_results import BEST, TABLE, best_of, pareto_front, write_search
 
 pytest.importorskip("optuna")
 
@@ -56,7 +56,7 @@ def written(folder: Path, **changes: Any) -> Path:
     return folder / "search.yaml"
 
 
-def searched(file: Path, out: Path, jobs: int = 1, executor: Executor | None = None) -> list[Tried]:
+def searched(file: Path, out: Path, jobs: int = 1, executor: Executor | None = None) -> list[TrialRecord]:
     recipe, trials = load_search(str(file), [])
     with ThreadPoolExecutor(jobs) as threads:
         tried = Search(recipe, trials, out, executor or threads, jobs).run()
@@ -72,11 +72,11 @@ def test_the_best_is_found_written_and_merged(toy):
     file = written(toy, trials=30)
     tried = searched(file, toy / "out" / "deep")
     best = best_of(load_search(str(file), [])[0], tried)
-    assert abs(best.chosen["scaling_factor"] - 0.7) < 0.05
+    assert abs(best.settings["scaling_factor"] - 0.7) < 0.05
     assert best.scores["score"] == max(t.scores["score"] for t in tried)
-    plan = load(str(toy / "out" / "deep" / BEST))
+    plan = load_recipe(str(toy / "out" / "deep" / BEST))
     plan.job().run()
-    assert number(toy / "out" / "deep" / "best.safetensors") == np.float32(best.chosen["scaling_factor"])
+    assert read_number(toy / "out" / "deep" / "best.safetensors") == np.float32(best.settings["scaling_factor"])
     rows = table(toy / "out" / "deep")
     assert [float(row["score"]) for row in rows] == [t.scores["score"] for t in tried]
     assert sorted(p.name for p in (toy / "out" / "deep").iterdir()) == sorted([BEST, "best.safetensors", STORE, TABLE])
@@ -90,9 +90,9 @@ def test_the_pareto_front_is_the_known_one(objectives, toy):
     tried = searched(written(toy, space=space, trials=40, **changes), toy / "out", jobs=3)
     first: dict[float, int] = {}
     for trial in tried:
-        first.setdefault(trial.chosen["scaling_factor"], trial.number)
+        first.setdefault(trial.settings["scaling_factor"], trial.number)
     assert {0.0, 0.5, 1.0} < first.keys()
-    assert {t.number for t in front(tried, ["zero", "one"])} == {n for x, n in first.items() if 0 <= x <= 1}
+    assert {t.number for t in pareto_front(tried, ["zero", "one"])} == {n for x, n in first.items() if 0 <= x <= 1}
     rows = table(toy / "out")
     assert {int(r["trial"]) for r in rows if r["front"] == "1"} == {n for x, n in first.items() if 0 <= x <= 1}
     assert yaml.safe_load((toy / "out" / BEST).read_text())["scaling_factor"] == 0.5
@@ -114,7 +114,7 @@ def test_the_same_trials_whatever_is_faster_or_interrupted(toy):
     assert searched(written(toy), toy / "parts", jobs=3) == whole
     assert not list((toy / "parts").glob("trial-*"))
     assert searched(written(toy, seed=1), toy / "other", jobs=3) != whole
-    assert len({t.chosen["scaling_factor"] for t in whole}) == len(whole)
+    assert len({t.settings["scaling_factor"] for t in whole}) == len(whole)
 
 
 def test_a_killed_search_ends_with_the_same_trials(toy):
@@ -144,8 +144,8 @@ def test_rules_options_of_a_chain_and_each_model_s_number(toy):
         "scaling_factor": {"low": 0.5, "high": 2, "log": True},
     }
     tried = searched(written(toy, space=space, sampler="random", trials=20), toy / "out")
-    assert {bool(t.refused) for t in tried if "kth_magnitude" in t.chosen["rule"]} == {True}
-    assert {bool(t.refused) for t in tried if "kth_magnitude" not in t.chosen["rule"]} == {False}
+    assert {bool(t.refused) for t in tried if "kth_magnitude" in t.settings["rule"]} == {True}
+    assert {bool(t.refused) for t in tried if "kth_magnitude" not in t.settings["rule"]} == {False}
     recipe = yaml.safe_load((toy / "merge.yaml").read_text())
     (toy / "merge.yaml").write_text(yaml.safe_dump({**recipe, "rule": [{"prune": {"keep": 0.9}}, "average"]}))
     options = {
@@ -153,8 +153,8 @@ def test_rules_options_of_a_chain_and_each_model_s_number(toy):
         "rule.average.weights": {"low": 1, "high": 3, "whole": True, "each": "model"},
     }
     for trial in searched(written(toy, space=options, trials=6, seed=2), toy / "chain"):
-        keep, one, half = trial.chosen.values()
-        assert list(trial.chosen) == ["rule.prune.keep", "rule.average.weights[one]", "rule.average.weights[half]"]
+        keep, one, half = trial.settings.values()
+        assert list(trial.settings) == ["rule.prune.keep", "rule.average.weights[one]", "rule.average.weights[half]"]
         assert {one, half} <= {1, 2, 3}
         kept = [v if round(keep * 1) else 0.0 for v in (1.0, 0.5)]
         x = (one * kept[0] + half * kept[1]) / (one + half)
@@ -170,7 +170,7 @@ def test_a_preference_is_searched_for(toy):
     best = max(searched(written(toy, space=space), toy / "out"), key=lambda t: t.scores["score"])
     content = yaml.safe_load((toy / "out" / BEST).read_text())
     assert content["rule"] == {
-        "tunable": {"preference": {m: best.chosen[f"rule.preference[{m}]"] for m in ("one", "half")}}
+        "tunable": {"preference": {m: best.settings[f"rule.preference[{m}]"] for m in ("one", "half")}}
     }
 
 
@@ -210,7 +210,7 @@ def test_an_experiment_scores_on_validation_examples_unless_the_test_set_is_name
     """Against accuracies counted by hand among the classes of all tasks."""
     experiment = Experiment.model_validate({**toys.RECIPE, "validation": 5, "among": "all"})
     (toy / "toys.yaml").write_text(yaml.safe_dump(experiment.model_dump()))
-    here = context(experiment, 0)
+    here = build_context(experiment, 0)
     draw = torch.Generator().manual_seed(0)
     for name in ("base", "one", "half"):
         moved = {k: t + (name != "base") * 0.2 * torch.randn(t.shape, generator=draw) for k, t in here.base.items()}
@@ -219,7 +219,7 @@ def test_an_experiment_scores_on_validation_examples_unless_the_test_set_is_name
     (trial,) = searched(written(toy, score=score, trials=1), toy / "out")
     models = [toy / "one.safetensors", toy / "half.safetensors"]
     out = magmax.merge(
-        "magmax", toy / "base.safetensors", models, trial.chosen["scaling_factor"], toy / "m.safetensors"
+        "magmax", toy / "base.safetensors", models, trial.settings["scaling_factor"], toy / "m.safetensors"
     )
     load_weights(here.encoder.model, out)
     data = here.test if on == "test" else here.validation

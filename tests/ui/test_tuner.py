@@ -25,15 +25,15 @@ from magmax import cli  # noqa: E402
 from magmax.checkpoints import open_checkpoint  # noqa: E402
 from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
-from magmax.continual.training.trainer import Training  # noqa: E402
+from magmax.continual.training.trainer import ContinualTraining  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
-from magmax.merging.execution.execution_options import Settings  # noqa: E402
+from magmax.merging.execution.execution_options import ExecutionOptions  # noqa: E402
 from magmax.preference.archive import Archive  # noqa: E402
 from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.rules import Tunable  # noqa: E402
-from magmax.ui.preview import Held  # noqa: E402
+from magmax.ui.preview import PreviewMerges  # noqa: E402
 from magmax.ui.sources import open_source  # noqa: E402
-from magmax.ui.view_model import FACTOR, MAGMAX, Tuner, own_samples  # noqa: E402
+from magmax.ui.view_model import DEFAULT_FACTOR, MAGMAX_PRESET, TunerModel, user_samples  # noqa: E402
 
 EXPERIMENT = Experiment(**toys.RECIPE)
 
@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(**toys.RECIPE)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training."""
     run = tmp_path_factory.mktemp("ui") / "run"
-    Training(EXPERIMENT, run, seed=1).run()
+    ContinualTraining(EXPERIMENT, run, seed=1).run()
     return run
 
 
@@ -53,15 +53,15 @@ def archived(trained: Path) -> Path:
     models = [open_checkpoint(str(trained / f"theta_{t}.safetensors"), base=base) for t in (1, 2, 3)]
     names = ["theta_1", "theta_2", "theta_3"]
     out = trained.parent / "archive"
-    write_archive(base, models, names, out, top=0.5, bits=8, base_given=str(base.path), settings=Settings())
+    write_archive(base, models, names, out, top=0.5, bits=8, base_given=str(base.path), execution=ExecutionOptions())
     return out
 
 
 @pytest.fixture(params=["run", "archive"])
-def tuner(request: pytest.FixtureRequest, trained: Path, archived: Path) -> Tuner:
+def tuner(request: pytest.FixtureRequest, trained: Path, archived: Path) -> TunerModel:
     if request.param == "run":
-        return Tuner.open(open_source(trained), 30)
-    return Tuner.open(open_source(archived, trained / "recipe.json"), 30)
+        return TunerModel.open(open_source(trained), 30)
+    return TunerModel.open(open_source(archived, trained / "recipe.json"), 30)
 
 
 def vectors(models: Sequence[dict[str, Any]], base: dict[str, Any]) -> Any:
@@ -69,16 +69,16 @@ def vectors(models: Sequence[dict[str, Any]], base: dict[str, Any]) -> Any:
     return torch.stack([torch.cat([(m[k] - base[k]).flatten() for k in base]) for m in models])
 
 
-def right(tuner: Tuner, path: Path) -> list[float]:
+def right(tuner: TunerModel, path: Path) -> list[float]:
     """The share of each task's examples in the sample that a model of the toy experiment gets right, among all."""
     encoder = toys.encoder()
     encoder.model.load_state_dict(load_file(path))
     encoder.model.eval()
     with torch.no_grad():
-        found = (encoder(tuner.sample.items) @ tuner.here.head.T).argmax(1).numpy()
+        found = (encoder(tuner.examples.items) @ tuner.context.head.T).argmax(1).numpy()
     return [
-        float(np.mean([f == c for f, c in zip(found, tuner.sample.labels, strict=True) if c in task.classes]))
-        for task in tuner.here.tasks
+        float(np.mean([f == c for f, c in zip(found, tuner.examples.labels, strict=True) if c in task.classes]))
+        for task in tuner.context.tasks
     ]
 
 
@@ -91,56 +91,67 @@ def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [5.0, 0.0, 1.0], [0.0, 2.0, 0.0], None], ids=str)
-def test_a_preview_is_nearly_the_exact_merge(tuner: Tuner, tmp_path: Path, weights: list[float] | None) -> None:
-    chosen = tuner.own if weights is None else weights
+def test_a_preview_is_nearly_the_exact_merge(tuner: TunerModel, tmp_path: Path, weights: list[float] | None) -> None:
+    chosen = tuner.natural_counts if weights is None else weights
     told: list[float] = []
-    tuner.write(chosen, 0.8, tmp_path / "exact.safetensors", told.append)
+    tuner.write_merge(chosen, 0.8, tmp_path / "exact.safetensors", told.append)
     exact = load_file(tmp_path / "exact.safetensors")
     found = tuner.preview(chosen, 0.8)
-    state = tuner.here.encoder.model.state_dict()
+    state = tuner.context.encoder.model.state_dict()
     others = sum(int((state[key] != exact[key]).sum()) for key in exact)
     sure = weights is None or sum(weight > 0 for weight in weights) == 1
     assert others <= (0 if sure else 6), "the sample is everything: all but the last few elements have their task"
     if sure:
-        assert list(found.tasks) == right(tuner, tmp_path / "exact.safetensors")
+        assert list(found.task_accuracies) == right(tuner, tmp_path / "exact.safetensors")
     assert told
     assert max(told) <= 1
 
 
 def test_references_are_what_they_say(trained: Path, tmp_path: Path) -> None:
-    tuner = Tuner.open(open_source(trained), 30)
+    tuner = TunerModel.open(open_source(trained), 30)
     base, *models = (load_file(trained / f"theta_{t}.safetensors") for t in range(4))
     taus = vectors(models, base)
     at = 2 - taus.abs().flip(0).argmax(0)
-    assert tuner.own == [float((at[taus.ne(0).any(0)] == t).sum()) for t in range(3)]
+    assert tuner.natural_counts == [float((at[taus.ne(0).any(0)] == t).sum()) for t in range(3)]
     magmax.merge(
-        "magmax", str(trained / "theta_0.safetensors"), tuner.source.models, FACTOR, tmp_path / "m.safetensors"
+        "magmax",
+        str(trained / "theta_0.safetensors"),
+        tuner.source.model_paths,
+        DEFAULT_FACTOR,
+        tmp_path / "m.safetensors",
     )
     paths = [trained / "theta_0.safetensors", trained / "theta_3.safetensors", tmp_path / "m.safetensors"]
-    assert [list(mark.tasks) for mark in tuner.marks.values()] == [right(tuner, path) for path in paths]
-    assert list(tuner.marks) == ["Zero-shot", "Last model", MAGMAX]
+    assert [list(mark.task_accuracies) for mark in tuner.reference_previews.values()] == [
+        right(tuner, path) for path in paths
+    ]
+    assert list(tuner.reference_previews) == ["Zero-shot", "Last model", MAGMAX_PRESET]
 
 
 def test_a_chain_of_a_benchmark_needs_its_recipe_alone(trained: Path, tmp_path: Path) -> None:
     for path in trained.glob("theta_*"):
         shutil.copy(path, tmp_path)
-    found = Tuner.open(open_source(tmp_path, EXPERIMENT, 1), 30)
-    assert found.marks[MAGMAX].tasks == Tuner.open(open_source(trained), 30).marks[MAGMAX].tasks
+    found = TunerModel.open(open_source(tmp_path, EXPERIMENT, 1), 30)
+    assert (
+        found.reference_previews[MAGMAX_PRESET].task_accuracies
+        == TunerModel.open(open_source(trained), 30).reference_previews[MAGMAX_PRESET].task_accuracies
+    )
 
 
-def test_the_sample_is_balanced(tuner: Tuner) -> None:
-    assert [len(task.rows(tuner.sample.labels)) for task in tuner.here.tasks] == [10, 10, 10]
-    assert tuner.preview([1, 1, 1], 0.5).counts == [10, 10, 10]
-    again = Tuner.open(tuner.source, 30)
-    assert all((a == b).all() for a, b in zip(again.sample.items, tuner.sample.items, strict=True))
+def test_the_sample_is_balanced(tuner: TunerModel) -> None:
+    assert [len(task.rows(tuner.examples.labels)) for task in tuner.context.tasks] == [10, 10, 10]
+    assert tuner.preview([1, 1, 1], 0.5).example_counts == [10, 10, 10]
+    again = TunerModel.open(tuner.source, 30)
+    assert all((a == b).all() for a, b in zip(again.examples.items, tuner.examples.items, strict=True))
 
 
 def test_what_is_written_is_what_the_commands_write(
-    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuner: TunerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for number, (weights, factor) in enumerate([([41.0, 0.0, 7.5], 0.65), (tuner.own, 0.5), ([1 / 3, 1.0, 2.0], 1.0)]):
-        tuner.write(weights, factor, tmp_path / f"{number}.safetensors", lambda share: None)
+    for number, (weights, factor) in enumerate(
+        [([41.0, 0.0, 7.5], 0.65), (tuner.natural_counts, 0.5), ([1 / 3, 1.0, 2.0], 1.0)]
+    ):
+        tuner.write_merge(weights, factor, tmp_path / f"{number}.safetensors", lambda share: None)
         expected = (tmp_path / f"{number}.safetensors").read_bytes()
         run(monkeypatch, shlex.split(tuner.command(weights, factor)))
         assert Path("tuned.safetensors").read_bytes() == expected
@@ -174,19 +185,19 @@ def test_quotas_of_the_whole_follow_from_a_sample(tmp_path: Path, kept: float) -
             top=kept,
             bits=8,
             base_given=None,
-            settings=Settings(),
+            execution=ExecutionOptions(),
         )
         others = Archive(tmp_path / "archive").models(opened)
-    held = Held.read(opened, others)
-    assert held.sample.magnitudes.shape[1] < 0.6 * sum(held.own)
-    assert "c" not in {block.at.key for block in held.blocks}
+    held = PreviewMerges.read(opened, others)
+    assert held.sampled_columns.magnitudes.shape[1] < 0.6 * sum(held.natural_counts)
+    assert "c" not in {block.address.key for block in held.blocks}
     for weights in ([1, 1, 1], [6, 1, 0], [1, 10, 4]):
-        priced = held.priced(weights)
-        taus = np.concatenate([np.stack(block.deltas) for block in held.blocks], axis=1)
+        priced = held.assignment(weights)
+        taus = np.concatenate([np.stack(block.task_vectors) for block in held.blocks], axis=1)
         winners = np.concatenate([priced.winners(block) for block in held.blocks])[taus.any(axis=0)]
         shares = np.bincount(winners, minlength=3) / len(winners)
         assert np.abs(shares - np.array(weights) / sum(weights)).max() < 0.005
-        given = [{b.at.key + str(b.at.offset): b.deltas[t] for b in held.blocks} for t in range(3)]
+        given = [{b.address.key + str(b.address.offset): b.task_vectors[t] for b in held.blocks} for t in range(3)]
         zero = {key: np.zeros_like(value) for key, value in given[0].items()}
         best = magmax.merge(Tunable(preference=weights), zero, given, 1.0)
         exact = np.abs(np.concatenate(list(best.values()))).sum()
@@ -201,16 +212,16 @@ def test_presets_are_kept_in_the_archive(trained: Path, archived: Path, tmp_path
     about = json.loads((folder / "archive.json").read_text())
     about["base"]["path"] = str(trained / "theta_0.safetensors")
     (folder / "archive.json").write_text(json.dumps(about))
-    tuner = Tuner.open(open_source(folder, EXPERIMENT, 1), 30)
-    assert list(tuner.presets) == [MAGMAX, "Equal", "Early tasks", "Late tasks"]
-    tuner.store(" shop ", [3.0, 0.0, 1.0])
+    tuner = TunerModel.open(open_source(folder, EXPERIMENT, 1), 30)
+    assert list(tuner.presets) == [MAGMAX_PRESET, "Equal", "Early tasks", "Late tasks"]
+    tuner.store_preset(" shop ", [3.0, 0.0, 1.0])
     assert tuner.presets["shop"] == [3.0, 0.0, 1.0]
     assert Archive(folder).preset("shop") == {"theta_1": 3.0, "theta_2": 0.0, "theta_3": 1.0}
     for name, weights, said in (("shop", [1.0] * 3, "taken"), (" ", [1.0] * 3, "none"), ("x", [0.0] * 3, "above 0")):
         with pytest.raises(MagMaxError, match=said):
-            tuner.store(name, weights)
+            tuner.store_preset(name, weights)
     with pytest.raises(MagMaxError, match="kept in archives"):
-        Tuner.open(open_source(trained), 30).store("shop", [1.0, 1.0, 1.0])
+        TunerModel.open(open_source(trained), 30).store_preset("shop", [1.0, 1.0, 1.0])
 
 
 def test_own_samples(tmp_path: Path) -> None:
@@ -218,16 +229,16 @@ def test_own_samples(tmp_path: Path) -> None:
     here: Any = SimpleNamespace(encoder=tiny_encoder(), tasks=tasks, classes=["cats", "dogs", "fish"])
     file = tmp_path / "mine.csv"
     file.write_text("text,label\n3 4,cats\n5,1\n6 7 8,dogs\n")
-    found = own_samples(here, file)
+    found = user_samples(here, file)
     assert found.labels.tolist() == [0, 1, 1]
     assert [list(item) for item in found.items] == [[4, 5], [6], [7, 8, 9]]
     for content, said in (("3,cat", "'cat' is no class.*cats"), ("3,fish", "no sample of Task 2")):
         file.write_text(f"text,label\n{content}\n")
         with pytest.raises(MagMaxError, match=said):
-            own_samples(here, file)
+            user_samples(here, file)
     here.encoder = toys.encoder()
     with pytest.raises(MagMaxError, match="samples are texts"):
-        own_samples(here, file)
+        user_samples(here, file)
 
 
 def test_refusals(trained: Path, archived: Path, tmp_path: Path) -> None:
@@ -235,7 +246,7 @@ def test_refusals(trained: Path, archived: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, few)
     (few / "theta_3.safetensors").unlink()
     with pytest.raises(MagMaxError, match="models of 2 tasks, and the recipe has 3"):
-        Tuner.open(open_source(few), 30)
+        TunerModel.open(open_source(few), 30)
     (few / "theta_2.safetensors").unlink()
     with pytest.raises(MagMaxError, match="1 trained checkpoint"):
         open_source(few)
@@ -251,4 +262,4 @@ def test_refusals(trained: Path, archived: Path, tmp_path: Path) -> None:
     with pytest.raises(MagMaxError, match="leave out --recipe"):
         open_source(trained, EXPERIMENT)
     with pytest.raises(MagMaxError, match="one weight for each of 3 tasks"):
-        Tuner.open(open_source(trained), 30).preview([0, 0, 0], 0.5)
+        TunerModel.open(open_source(trained), 30).preview([0, 0, 0], 0.5)

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..continual.experiment import UNMERGED, ZERO_SHOT, rule_name
+from ..continual.experiment import REFERENCES, ZERO_SHOT, rule_name
 from ..errors import MagMaxError
-from .method_comparison import Records, curves
-from .records import Band, Record, Study, bands
+from .method_comparison import Records, curves_study
+from .records import Record, SeedBand, Study, aggregate
 
-Spec = str | Mapping[str, Any] | Sequence[Any]
-Parts = list[tuple[str, dict[str, Any]]]
+RuleSpec = str | Mapping[str, Any] | Sequence[Any]
+RuleParts = list[tuple[str, dict[str, Any]]]
 
 
-class Point(NamedTuple):
+class AccuracyPoint(NamedTuple):
     """A series' name, where on its x-axis, and the one task whose accuracy it is; by default their mean."""
 
     series: str
@@ -25,131 +25,132 @@ class Point(NamedTuple):
     task: int | None = None
 
 
-Found = Iterator[Point]
+PointFinder = Iterator[AccuracyPoint]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepDefinition:
     """A study of how the accuracy depends on one thing.
 
     Attributes:
-        x: what varies, the name of its column.
-        points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Where each is of one task, the
+        x_name: what varies, the name of its column.
+        extract_points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Where each is of one
+        task, the
             mean over tasks is taken.
         recipe: the benchmark's recipe that gives such records.
     """
 
     title: str
     definition: str
-    x: str
-    points: Callable[[Parts, str, Mapping[str, Any]], Found]
+    x_name: str
+    extract_points: Callable[[RuleParts, str, Mapping[str, Any]], PointFinder]
     recipe: str
 
 
-def _retention(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
+def _retention_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
     (first, options), rest = parts[0], parts[1:]
     if variant["variant"] == "default" and first == "prune" and isinstance(options.get("keep", 0.2), int | float):
-        task = _one_model(rest)
-        left = "each model on its own task" if task is not None else _named(rest)
-        yield Point(f"{options.get('which', 'top')}, {left}/{chain}", float(options.get("keep", 0.2)), task)
+        task = _single_model_index(rest)
+        left = "each model on its own task" if task is not None else _format_rule(rest)
+        yield AccuracyPoint(f"{options.get('which', 'top')}, {left}/{chain}", float(options.get("keep", 0.2)), task)
 
 
-def _one_model(parts: Parts) -> int | None:
+def _single_model_index(parts: RuleParts) -> int | None:
     """The only model (from 0) that an average takes from, if it is one."""
     weights: Any = parts[0][1].get("weights") if [name for name, _ in parts] == ["average"] else None
     alone = isinstance(weights, list) and weights.count(1) == 1 and weights.count(0) == len(weights) - 1
     return weights.index(1) if alone else None
 
 
-def _kth(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
+def _kth_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
     (last, options) = parts[-1]
     before = "".join(f"{name}+" for name, _ in parts[:-1])
     if variant["variant"] == "default" and last == "kth_magnitude":
-        yield Point(f"{before}{chain}", options.get("k", 1))
+        yield AccuracyPoint(f"{before}{chain}", options.get("k", 1))
     elif variant["variant"] == "default" and last == "magmax":
-        yield Point(f"{before}{chain}", 1)
+        yield AccuracyPoint(f"{before}{chain}", 1)
 
 
-def _scaling(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
+def _scaling_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
     if variant["scaling_factor"] is not None and variant["variant"] != "chosen":
-        yield Point(f"{_named(parts)}/{chain}", float(variant["scaling_factor"]))
+        yield AccuracyPoint(f"{_format_rule(parts)}/{chain}", float(variant["scaling_factor"]))
 
 
-def _drop(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
+def _drop_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
     keeps = parts[0][1].get("keep")
     if variant["variant"] != "default":
         return
     if parts[0][0] == "prune" and isinstance(keeps, list) and set(keeps) <= {0, 1}:
         dropped = len(keeps) - sum(keeps)
         if keeps == [0] * int(dropped) + [1] * int(sum(keeps)):
-            yield Point(f"{_named(parts[1:])}/{chain}", int(dropped))
+            yield AccuracyPoint(f"{_format_rule(parts[1:])}/{chain}", int(dropped))
     elif parts[0][0] != "prune":
-        yield Point(f"{_named(parts)}/{chain}", 0)
+        yield AccuracyPoint(f"{_format_rule(parts)}/{chain}", 0)
 
 
-def _penalties(parts: Parts, chain: str, variant: Mapping[str, Any]) -> Found:
-    if variant["variant"] == "default" and chain not in UNMERGED:
-        yield Point(_named(parts), chain)
+def _penalty_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
+    if variant["variant"] == "default" and chain not in REFERENCES:
+        yield AccuracyPoint(_format_rule(parts), chain)
 
 
-SWEEPS: Mapping[str, Sweep] = {
-    "retention": Sweep(
+ACCURACY_SWEEPS: Mapping[str, SweepDefinition] = {
+    "retention": SweepDefinition(
         "How much of a task vector is needed",
         "Average accuracy when only a part of each task vector is kept, its largest, smallest or random entries over "
         "the whole model, and the rest is zero: of the merge on all tasks, or of each model on its own task.",
         "keep",
-        _retention,
+        _retention_points,
         "retention.yaml",
     ),
-    "kth": Sweep(
+    "kth": SweepDefinition(
         "The k-th largest magnitude",
         "Average accuracy after the last task when each element is the k-th largest change instead of the largest; "
         "k = 1 is MagMax.",
         "k",
-        _kth,
+        _kth_points,
         "kth.yaml",
     ),
-    "scaling": Sweep(
+    "scaling": SweepDefinition(
         "The scaling factor",
         "Average accuracy after the last task against the factor that multiplies the merged task vector.",
         "scaling_factor",
-        _scaling,
+        _scaling_points,
         "scaling.yaml",
     ),
-    "drop": Sweep(
+    "drop": SweepDefinition(
         "Without the first task vectors",
         "Average accuracy over all tasks when the first n task vectors are left out of the merge.",
         "dropped",
-        _drop,
+        _drop_points,
         "drop.yaml",
     ),
-    "penalties": Sweep(
+    "penalties": SweepDefinition(
         "Merging on top of other training",
         "Average accuracy after the last task of each rule, and of the unmerged last model, by how the tasks were "
         "trained: sequential, independent, with LwF or with EWC.",
         "training",
-        _penalties,
+        _penalty_points,
         "penalties.yaml",
     ),
 }
-SCORED = (*SWEEPS, "curves")
+ACCURACY_STUDIES = (*ACCURACY_SWEEPS, "curves")
 
 
-def study_scored(kind: str, records: Records) -> Study:
+def run_accuracy_study(kind: str, records: Records) -> Study:
     """A study of a benchmark's records. Raises MagMaxError where the records have nothing for it to show."""
     if kind == "curves":
-        return curves(records)
-    sweep = SWEEPS[kind]
+        return curves_study(records)
+    sweep = ACCURACY_SWEEPS[kind]
     found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
     for record in records:
         if record["method"] == ZERO_SHOT or "calibration" in record:
             continue
-        parts = parts_of(record["recipe"]["rule"])
+        parts = rule_parts(record["recipe"]["rule"])
         for variant in record["variants"]:
             accuracies = variant["rows"][max(variant["rows"], key=int)]["tasks"]
-            for series, x, task in sweep.points(parts, record["chain"], variant):
+            for series, x, task in sweep.extract_points(parts, record["chain"], variant):
                 value = float(sum(accuracies) / len(accuracies)) if task is None else float(accuracies[task])
-                found.setdefault((series, record["chain"], record["seed"], x), []).append((_named(parts), value))
+                found.setdefault((series, record["chain"], record["seed"], x), []).append((_format_rule(parts), value))
     values: dict[str, set[Any]] = {}
     for series, _, _, x in found:
         values.setdefault(series, set()).add(x)
@@ -161,7 +162,7 @@ def study_scored(kind: str, records: Records) -> Study:
             "chain": chain,
             "rule": told[0][0] if len(told) == 1 else f"{len(told)} models, each alone",
             "seed": seed,
-            sweep.x: x,
+            sweep.x_name: x,
             "accuracy": float(np.mean([value for _, value in told])),
         }
         for (series, chain, seed, x), told in found.items()
@@ -169,55 +170,55 @@ def study_scored(kind: str, records: Records) -> Study:
     ]
     if not rows:
         raise MagMaxError(
-            f"{kind} needs a rule that was measured with at least two values of {sweep.x}, and there is none; run "
+            f"{kind} needs a rule that was measured with at least two values of {sweep.x_name}, and there is none; run "
             f"magmax bench benchmarks/continual/study/{sweep.recipe}"
         )
     if kind != "penalties":
-        rows.sort(key=lambda row: (row["series"], row[sweep.x], row["seed"]))
-    return Study(kind, sweep.title, sweep.definition, rows, _inputs(records), _findings(kind, sweep, rows))
+        rows.sort(key=lambda row: (row["series"], row[sweep.x_name], row["seed"]))
+    return Study(kind, sweep.title, sweep.definition, rows, _input_digests(records), _findings(kind, sweep, rows))
 
 
-def has(kind: str, records: Records) -> bool:
+def has_records(kind: str, records: Records) -> bool:
     """Whether there is something for a study to show."""
     try:
-        return bool(study_scored(kind, records).records)
+        return bool(run_accuracy_study(kind, records).records)
     except MagMaxError:
         return False
 
 
-def parts_of(rule: Spec) -> Parts:
+def rule_parts(rule: RuleSpec) -> RuleParts:
     """A rule as recipes write it, as names with their options, in order.
 
-    >>> parts_of([{"prune": {"keep": 0.1}}, "magmax"])
+    >>> rule_parts([{"prune": {"keep": 0.1}}, "magmax"])
     [('prune', {'keep': 0.1}), ('magmax', {})]
     """
     if isinstance(rule, str):
         return [(rule, {})]
     if isinstance(rule, Mapping):
         return [(name, dict(options or {})) for name, options in rule.items()]
-    return [part for each in rule for part in parts_of(each)]
+    return [part for each in rule for part in rule_parts(each)]
 
 
-def _named(parts: Parts) -> str:
+def _format_rule(parts: RuleParts) -> str:
     return rule_name([{name: options} if options else name for name, options in parts])
 
 
-def _findings(kind: str, sweep: Sweep, rows: Sequence[Record]) -> list[str]:
-    told = bands(rows, ["series", sweep.x], "accuracy")
+def _findings(kind: str, sweep: SweepDefinition, rows: Sequence[Record]) -> list[str]:
+    told = aggregate(rows, ["series", sweep.x_name], "accuracy")
     findings: list[str] = []
     for series in dict.fromkeys(key[0] for key in told):
-        own: dict[Any, Band] = {x: band for (name, x), band in told.items() if name == series}
+        own: dict[Any, SeedBand] = {x: band for (name, x), band in told.items() if name == series}
         best = max(own, key=lambda x: own[x].mean)
         seeds = own[best].n
         within = [x for x in own if own[x].mean >= own[best].mean - own[best].std and x != best]
         spread = f" ± {100 * own[best].std:.1f} over {seeds} seeds" if seeds > 1 else ", on one seed"
         more = f"; within one standard deviation: {', '.join(f'{x}' for x in within)}" if within and seeds > 1 else ""
-        what = f"{sweep.x} {best}" if kind != "penalties" else f"{best} training"
+        what = f"{sweep.x_name} {best}" if kind != "penalties" else f"{best} training"
         findings.append(f"{series}: best with {what}, {own[best].mean:.1%}{spread}{more}.")
     return findings
 
 
-def _inputs(records: Records) -> dict[str, str]:
+def _input_digests(records: Records) -> dict[str, str]:
     return {
         f"{record['chain']}, seed {record['seed']}: {name}": digest
         for record in records

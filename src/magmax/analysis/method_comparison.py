@@ -10,31 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..continual.evaluation.measures import matrix
-from ..continual.evaluation.tables import MAIN, Mean, Paired, paired, summary, tidy
-from ..continual.experiment import LAST, UNMERGED, ZERO_SHOT
+from ..continual.evaluation.tables import MAIN, PairedComparison, SeedMean, compare_paired, summary, tidy
+from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT
 from ..errors import MagMaxError
-from .records import Band, Record, Study
+from .records import Record, SeedBand, Study
 
 Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodResult:
     """A method with one way to choose its scaling factor, over its seeds.
 
     Attributes:
         factors: the scaling factors used, without repetition; none where nothing is scaled.
-        matrices: by seed R, shape (T + 1, T): R[i, j - 1] is the accuracy on task j after i tasks; NaN if not measured.
-        means: each measure over the seeds.
+        accuracy_matrices: by seed R, shape (T + 1, T): R[i, j - 1] is the accuracy on task j after i tasks; NaN if
+        not measured. means: each measure over the seeds.
     """
 
     name: str
     variant: str
-    chain: str
+    training: str
     rule: str
     factors: Sequence[float]
-    matrices: Mapping[int, NDArray[np.float64]]
-    means: Mapping[str, Mean]
+    accuracy_matrices: Mapping[int, NDArray[np.float64]]
+    means: Mapping[str, SeedMean]
 
     @property
     def label(self) -> str:
@@ -42,34 +42,36 @@ class Method:
         return self.name if self.variant == "default" else f"{self.name}, {self.variant}"
 
     @property
-    def main(self) -> Mean:
+    def average_accuracy(self) -> SeedMean:
         """The average accuracy after the last task."""
         return self.means[MAIN]
 
     @property
-    def competes(self) -> bool:
+    def is_continual(self) -> bool:
         """Whether it keeps to the rules of continual learning: no old data, no joint training."""
-        return self.chain not in UNMERGED
+        return self.training not in REFERENCES
 
-    def accuracy(self, learned: int, task: int) -> Band:
+    def accuracy(self, num_learned: int, task: int) -> SeedBand:
         """On a task (from 1) after so many tasks, over the seeds."""
-        return Band.of([float(r[learned, task - 1]) for r in self.matrices.values()])
+        return SeedBand.from_values([float(r[num_learned, task - 1]) for r in self.accuracy_matrices.values()])
 
-    def on_seen(self, learned: int) -> Band:
+    def accuracy_on_learned(self, num_learned: int) -> SeedBand:
         """The mean accuracy on the tasks learned so far, over the seeds."""
-        return Band.of([float(r[learned, :learned].mean()) for r in self.matrices.values()])
+        return SeedBand.from_values(
+            [float(r[num_learned, :num_learned].mean()) for r in self.accuracy_matrices.values()]
+        )
 
     @property
-    def tasks(self) -> int:
-        return next(iter(self.matrices.values())).shape[1]
+    def num_tasks(self) -> int:
+        return next(iter(self.accuracy_matrices.values())).shape[1]
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is something to see after every task, not after the last alone."""
-        return all(self.on_seen(i).n for i in range(1, self.tasks + 1))
+        return all(self.accuracy_on_learned(i).n for i in range(1, self.num_tasks + 1))
 
 
-def methods(records: Records) -> list[Method]:
+def summarise_methods(records: Records) -> list[MethodResult]:
     """All methods, the best average accuracy first. Raises MagMaxError where statistics cannot be taken."""
     zero = {r["seed"]: r["variants"][0]["rows"]["0"]["tasks"] for r in records if r["method"] == ZERO_SHOT}
     matrices: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = {}
@@ -91,45 +93,49 @@ def methods(records: Records) -> list[Method]:
     except ImportError as error:
         raise MagMaxError(f"statistics need {error.name}: pip install 'magmax[report]'") from error
     found = [
-        Method(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
+        MethodResult(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
         for key in matrices
         if MAIN in means.get(key, {})
     ]
-    return sorted(found, key=lambda method: -method.main.mean)
+    return sorted(found, key=lambda method: -method.average_accuracy.mean)
 
 
-def rivals(found: Sequence[Method]) -> Sequence[Method]:
+def competing_methods(methods: Sequence[MethodResult]) -> Sequence[MethodResult]:
     """The methods to be compared: with the rules' own factors, and keeping to the rules."""
-    return [method for method in found if method.variant == "default" and method.competes]
+    return [method for method in methods if method.variant == "default" and method.is_continual]
 
 
-def best_two(found: Sequence[Method]) -> Paired | None:
+def compare_best_two(methods: Sequence[MethodResult]) -> PairedComparison | None:
     """The best of the rivals against the next best on the same seeds; None where there are no two."""
-    ours = rivals(found)
-    same = [other for other in ours[1:] if other.matrices.keys() == ours[0].matrices.keys()]
+    ours = competing_methods(methods)
+    same = [other for other in ours[1:] if other.accuracy_matrices.keys() == ours[0].accuracy_matrices.keys()]
     if not same:
         return None
     best = ours[0]
-    values = [[float(method.matrices[seed][-1].mean()) for seed in sorted(best.matrices)] for method in (best, same[0])]
-    return paired(best.name, same[0].name, "default", *values)
+    values = [
+        [float(method.accuracy_matrices[seed][-1].mean()) for seed in sorted(best.accuracy_matrices)]
+        for method in (best, same[0])
+    ]
+    return compare_paired(best.name, same[0].name, "default", *values)
 
 
-def curves(records: Records) -> Study:
+def curves_study(records: Records) -> Study:
     """The accuracy on each task after each task, of every method and seed: R itself."""
     rows: list[Record] = []
-    for method in methods(records):
-        for seed, r in method.matrices.items():
-            about = {"method": method.name, "variant": method.variant, "chain": method.chain, "rule": method.rule}
+    for method in summarise_methods(records):
+        for seed, r in method.accuracy_matrices.items():
+            about = {"method": method.name, "variant": method.variant, "chain": method.training, "rule": method.rule}
             for (learned, task), accuracy in np.ndenumerate(r):
                 if np.isfinite(accuracy):
                     rows.append({**about, "seed": seed, "learned": learned, "task": task + 1, "accuracy": accuracy})
     findings: list[str] = []
-    for method in rivals(methods(records)):
+    for method in competing_methods(summarise_methods(records)):
         if "forgetting" in method.means and method.rule != ZERO_SHOT:
             lost = method.means["forgetting"].mean
             what = "the unmerged model" if method.rule == LAST else method.rule
             findings.append(
-                f"{method.chain}, {what}: {method.main.mean:.1%} on average at the end, {100 * lost:.1f} points below "
+                f"{method.training}, {what}: {method.average_accuracy.mean:.1%} on average at the end, "
+                f"{100 * lost:.1f} points below "
                 "the best each earlier task had."
             )
     definition = "R[i, j], the accuracy on task j after learning the tasks 1 to i; row 0 is the pre-trained model."

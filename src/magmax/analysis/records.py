@@ -43,7 +43,9 @@ class Study:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.records[0]) if self.records else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in record.items()} for record in map(plain, self.records))
+        writer.writerows(
+            {k: "" if v is None else v for k, v in record.items()} for record in map(json_safe, self.records)
+        )
         return text.getvalue()
 
     def as_json(self) -> str:
@@ -54,7 +56,7 @@ class Study:
             "definition": self.definition,
             "findings": list(self.findings),
             "inputs": dict(self.inputs),
-            "records": [plain(record) for record in self.records],
+            "records": [json_safe(record) for record in self.records],
         }
         return json.dumps(told, indent=1, allow_nan=False) + "\n"
 
@@ -66,13 +68,13 @@ class Study:
         return list(files)
 
 
-def plain(record: Record) -> Record:
+def json_safe(record: Record) -> Record:
     """Without NaN and infinity, which JSON has not: None instead."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 @dataclass(frozen=True)
-class Band:
+class SeedBand:
     """A number over seeds: mean, standard deviation (n - 1; 0 for a single seed) and how many."""
 
     mean: float
@@ -88,20 +90,20 @@ class Band:
         return self.mean + self.std
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Band:
+    def from_values(cls, values: Sequence[float]) -> SeedBand:
         known = [value for value in values if math.isfinite(value)]
         if not known:
             return cls(math.nan, math.nan, 0)
         return cls(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else 0.0, len(known))
 
 
-def bands(records: Sequence[Record], by: Sequence[str], value: str) -> dict[tuple[Any, ...], Band]:
+def aggregate(records: Sequence[Record], by: Sequence[str], value: str) -> dict[tuple[Any, ...], SeedBand]:
     """The mean and spread of `value` over all records alike in `by`, in the order they come.
 
-    >>> bands([{"k": 1, "v": 0.5}, {"k": 1, "v": 0.7}, {"k": 2, "v": 0.1}], ["k"], "v")[(2,)]
-    Band(mean=0.1, std=0.0, n=1)
+    >>> aggregate([{"k": 1, "v": 0.5}, {"k": 1, "v": 0.7}, {"k": 2, "v": 0.1}], ["k"], "v")[(2,)]
+    SeedBand(mean=0.1, std=0.0, n=1)
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in by), []).append(record[value])
-    return {key: Band.of(values) for key, values in groups.items()}
+    return {key: SeedBand.from_values(values) for key, values in groups.items()}

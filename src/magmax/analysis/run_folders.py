@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import open_checkpoint
-from ..continual.experiment import LAST, UNMERGED, ZERO_SHOT, digest_of, rule_name
+from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT, digest_of, rule_name
 from ..errors import MagMaxError
 from ..merging.pipeline import Progress
 from ..rules import rule_from
-from .weight_statistics import Tally, tally
-from .weight_studies import Origin
+from .weight_statistics import WeightStatistics, collect_weight_statistics
+from .weight_studies import ModelsOrigin
 
-CHAIN_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "seed", "chain")
+CHECKPOINT_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "seed", "chain")
 """What of a cell's recipe decides the checkpoints."""
-SETTING = ("data", "model", "head", "scenario", "validation", "precision", "fit", "among", "measure_on", "on")
+SETTING_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "among", "measure_on", "on")
 """What must be the same in cells that are shown together."""
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -31,7 +31,7 @@ class Run:
         records: of the last recipe's cells; of a training, one for the models as they came and one for their merge.
         cells: also of other recipes in the same folder that differ in rules, factors and chains alone.
         recipe: the experiment.
-        chains: the checkpoints that are still there, theta_0 first.
+        checkpoints: the checkpoints that are still there, theta_0 first.
     """
 
     made_by: str
@@ -39,22 +39,24 @@ class Run:
     records: Sequence[Mapping[str, Any]]
     cells: Sequence[Mapping[str, Any]]
     recipe: Mapping[str, Any]
-    chains: Mapping[Origin, Sequence[Path]]
+    checkpoints: Mapping[ModelsOrigin, Sequence[Path]]
 
-    def tallies(self, top: float | None = None, threads: int = 0, progress: Progress = lambda _: None) -> Tallies:
+    def weight_statistics(
+        self, top: float | None = None, threads: int = 0, progress: Progress = lambda _: None
+    ) -> StatisticsByOrigin:
         """The counts over each chain's checkpoints."""
-        found: dict[Origin, Tally] = {}
-        for origin, paths in self.chains.items():
+        found: dict[ModelsOrigin, WeightStatistics] = {}
+        for origin, paths in self.checkpoints.items():
             base, *models = [open_checkpoint(path) for path in paths]
             names = [f"task {t}" for t in range(1, len(models) + 1)]
-            found[origin] = tally(base, models, names, top, threads, progress)
+            found[origin] = collect_weight_statistics(base, models, names, top, threads, progress)
         return found
 
 
-Tallies = dict[Origin, Tally]
+StatisticsByOrigin = dict[ModelsOrigin, WeightStatistics]
 
 
-def load_run(folder: Path) -> Run:
+def load_results(folder: Path) -> FinishedRun:
     """Read the output folder of `magmax bench` or `magmax train`.
 
     Raises MagMaxError for another folder, and for files that are none of theirs.
@@ -62,61 +64,63 @@ def load_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise MagMaxError(f"{folder}: there is no such folder")
     if (folder / "results.json").is_file() or (folder / "cells").is_dir():
-        return _bench(folder)
+        return _load_benchmark(folder)
     if (folder / "metrics.json").is_file() and (folder / "recipe.json").is_file():
-        return _train(folder)
+        return _load_training(folder)
     raise MagMaxError(
         f"{folder}: has no results.json or cells (of magmax bench) and no metrics.json (of magmax train); for "
         "checkpoints, give --base BASE and the models"
     )
 
 
-def _bench(folder: Path) -> Run:
+def _load_benchmark(folder: Path) -> FinishedRun:
     """Of a benchmark that is still running, the cells that are finished."""
     whole = folder / "results.json"
     if whole.is_file():
-        content = _read(whole)
-        if not isinstance(content, dict) or not _are_records(content.get("records")):
+        content = _read_json(whole)
+        if not isinstance(content, dict) or not _is_record_list(content.get("records")):
             raise MagMaxError(f"{whole}: is not what magmax bench writes; run the benchmark again")
         records, recipe = content["records"], content.get("recipe") or content["records"][0]["recipe"]
     else:
         cells = sorted((folder / "cells").glob("*.json"))
-        records = [_read(cell) for cell in cells]
-        if not _are_records(records):
+        records = [_read_json(cell) for cell in cells]
+        if not _is_record_list(records):
             raise MagMaxError(f"{folder / 'cells'}: has no finished cell of magmax bench yet")
         recipe = {key: value for key, value in records[0]["recipe"].items() if key not in ("rule", "chain", "seed")}
-    cells = [*records, *_kin(folder, records)]
-    chains: dict[Origin, Sequence[Path]] = {}
+    cells = [*records, *_related_cells(folder, records)]
+    chains: dict[ModelsOrigin, Sequence[Path]] = {}
     for record in cells:
-        if record["chain"] in (ZERO_SHOT, *UNMERGED):
+        if record["chain"] in (ZERO_SHOT, *REFERENCES):
             continue
-        made_of = {key: record["recipe"][key] for key in CHAIN_KEYS if key in record["recipe"]}
+        made_of = {key: record["recipe"][key] for key in CHECKPOINT_KEYS if key in record["recipe"]}
         name = f"{record['chain']}-seed{record['seed']}-{digest_of(made_of)[:8]}"
-        if paths := _thetas(folder / "chains" / name):
-            chains[Origin(record["chain"], record["seed"])] = paths
-    return Run("bench", folder, records, cells, recipe, dict(sorted(chains.items(), key=lambda item: item[0].seed)))
+        if paths := _checkpoint_paths(folder / "chains" / name):
+            chains[ModelsOrigin(record["chain"], record["seed"])] = paths
+    return FinishedRun(
+        "bench", folder, records, cells, recipe, dict(sorted(chains.items(), key=lambda item: item[0].seed))
+    )
 
 
-def _kin(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _related_cells(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The other cells in the folder that were trained and measured alike; of another learning rate, say, none."""
 
     def setting(record: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: record["recipe"].get(key) for key in SETTING}
+        return {key: record["recipe"].get(key) for key in SETTING_KEYS}
 
     known = {record.get("digest") for record in records}
-    found = [_read(path) for path in sorted((folder / "cells").glob("*.json"))]
+    found = [_read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     return [
         record
         for record in found
-        if _are_records([record]) and record.get("digest") not in known and setting(record) == setting(records[0])
+        if _is_record_list([record]) and record.get("digest") not in known and setting(record) == setting(records[0])
     ]
 
 
-def _train(folder: Path) -> Run:
-    recipe, metrics = _read(folder / "recipe.json"), _read(folder / "metrics.json")
+def _load_training(folder: Path) -> FinishedRun:
+    recipe, metrics = _read_json(folder / "recipe.json"), _read_json(folder / "metrics.json")
     try:
         ((chain, _),) = recipe["chain"].items()
-        rule, seed = _told(recipe["rule"]), recipe["seed"]
+        rule, seed = _rule_name(recipe["rule"]), recipe["seed"]
         rows = {what: dict(metrics[what]) for what in ("model", "merged") if what in metrics}
         assert all(row["tasks"] for each in rows.values() for row in each.values())
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -127,7 +131,7 @@ def _train(folder: Path) -> Run:
             "method": f"{LAST if what == 'model' else rule}/{chain}",
             "chain": chain,
             "rule": LAST if what == "model" else rule,
-            "variants": [{"variant": "default", "scaling_factor": _factor(recipe, what), "rows": rows[what]}],
+            "variants": [{"variant": "default", "scaling_factor": _scaling_factor(recipe, what), "rows": rows[what]}],
             "search": {},
             "seconds": {},
             "peak_memory": None,
@@ -138,24 +142,24 @@ def _train(folder: Path) -> Run:
     ]
     if not records:
         raise MagMaxError(f"{folder / 'metrics.json'}: has no accuracies yet; let magmax train finish a task")
-    paths = _thetas(folder)
-    return Run("train", folder, records, records, recipe, {Origin(chain, seed): paths} if paths else {})
+    paths = _checkpoint_paths(folder)
+    return FinishedRun("train", folder, records, records, recipe, {ModelsOrigin(chain, seed): paths} if paths else {})
 
 
-def _factor(recipe: Mapping[str, Any], what: str) -> float | None:
+def _scaling_factor(recipe: Mapping[str, Any], row_kind: str) -> float | None:
     """The scaling factor of the merge; None for the unmerged models."""
-    if what == "model":
+    if row_kind == "model":
         return None
     factor = recipe.get("scaling_factor")
-    return float(rule_from(recipe["rule"]).default_factor if factor is None else factor)
+    return float(rule_from(recipe["rule"]).default_scaling_factor if factor is None else factor)
 
 
-def _told(rule: Any) -> str:
+def _rule_name(rule: Any) -> str:
     """The name of a rule as a training describes it."""
     return rule_name(rule["chain"] if isinstance(rule, dict) and "chain" in rule else rule)
 
 
-def _thetas(folder: Path) -> list[Path]:
+def _checkpoint_paths(folder: Path) -> list[Path]:
     """theta_0 .. theta_T, if at least theta_1 is there."""
     paths = [folder / "theta_0.safetensors"]
     while (more := folder / f"theta_{len(paths)}.safetensors").is_file():
@@ -163,13 +167,15 @@ def _thetas(folder: Path) -> list[Path]:
     return paths if len(paths) > 1 and paths[0].is_file() else []
 
 
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{path}: cannot be read: {error}") from error
 
 
-def _are_records(found: Any) -> bool:
+def _is_record_list(content: Any) -> bool:
     needed = {"seed", "method", "chain", "rule", "variants", "recipe"}
-    return isinstance(found, list) and bool(found) and all(isinstance(r, dict) and needed <= r.keys() for r in found)
+    return (
+        isinstance(content, list) and bool(content) and all(isinstance(r, dict) and needed <= r.keys() for r in content)
+    )

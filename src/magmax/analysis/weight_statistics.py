@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
 from ..errors import MagMaxError
-from ..merging.execution.pool import Crew
-from ..merging.matching import compare, refuse_same_path
-from ..merging.pipeline import Kernel, Pass, Progress, Slab
-from ..merging.reader import Reader
-from ..merging.statistics_pass import Questions
+from ..merging.execution.pool import WorkerPool
+from ..merging.matching import match_to_base, refuse_same_path
+from ..merging.pipeline import BlockPipeline, InputBlock, Kernel, Progress
+from ..merging.reader import BlockReader
+from ..merging.statistics_pass import StatisticsRunner
 from ..rules import Address, Prune
-from ..rules.statistics import Answer
+from ..rules.statistics import Statistics
 
-WHOLE = "whole model"
+WHOLE_MODEL = "whole model"
 """What stands for all layers together in records."""
 
 Ints = NDArray[np.int64]
@@ -28,127 +28,128 @@ Floats = NDArray[np.float64]
 
 
 @dataclass
-class Counts:
+class TensorStatistics:
     """What is known of one tensor, or of several added up; T is the number of task vectors tau_1..tau_T.
 
     Attributes:
         elements: how many there are.
         shared: those that at least two task vectors change; `conflicts`: those of them changed in both directions.
-        agreeing: shape (T + 1,): the elements by how many task vectors move them the same way, max(ups, downs).
-        largest, average: shape (T + 1,): of the same groups the sums of max_t |tau_t| and of mean_t |tau_t|.
-        supplied: shape (T,): the elements that MagMax takes from each task, where any task vector is not zero.
-        magnitude: shape (T,): the sums of |tau_t| over these.
-        dots: shape (T, T): the inner products <tau_t, tau_u>; `base`: that of the base with itself.
+        agreement_counts: shape (T + 1,): the elements by how many task vectors move them the same way, max(ups, downs).
+        largest_sums, average_sums: shape (T + 1,): of the same groups the sums of max_t |tau_t| and of mean_t |tau_t|.
+        winner_counts: shape (T,): the elements that MagMax takes from each task, where any task vector is not zero.
+        winner_magnitudes: shape (T,): the sums of |tau_t| over these.
+        inner_products: shape (T, T): the inner products <tau_t, tau_u>; `base_squared_norm`: that of the base with
+        itself.
     """
 
     elements: int
     shared: int
     conflicts: int
-    agreeing: Ints
-    largest: Floats
-    average: Floats
-    supplied: Ints
-    magnitude: Floats
-    dots: Floats
-    base: float
+    agreement_counts: Ints
+    largest_sums: Floats
+    average_sums: Floats
+    winner_counts: Ints
+    winner_magnitudes: Floats
+    inner_products: Floats
+    base_squared_norm: float
 
     @classmethod
-    def none(cls, tasks: int) -> Counts:
+    def zeros(cls, tasks: int) -> TensorStatistics:
         one, more = np.zeros(tasks), np.zeros(tasks + 1)
         ints = np.zeros(tasks, np.int64), np.zeros(tasks + 1, np.int64)
         return cls(0, 0, 0, ints[1], more, more.copy(), ints[0], one, np.zeros((tasks, tasks)), 0.0)
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: TensorStatistics) -> TensorStatistics:
+        return TensorStatistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def norms(self) -> Floats:
         """||tau_t|| for each task."""
-        return np.sqrt(np.diagonal(self.dots))
+        return np.sqrt(np.diagonal(self.inner_products))
 
     @property
     def cosines(self) -> Floats:
         """<tau_t, tau_u> / (||tau_t|| ||tau_u||), shape (T, T); NaN where either is zero."""
         norms = self.norms
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.clip(self.dots / np.outer(norms, norms), -1, 1)
+            return np.clip(self.inner_products / np.outer(norms, norms), -1, 1)
 
 
 @dataclass(frozen=True)
-class Tally:
+class WeightStatistics:
     """What a pass found.
 
     Attributes:
-        tasks: the models' names, in order.
-        tensors: by the tensor's name, in the base's order.
-        apart: the tensors that were left out, and why.
-        inputs: name -> xxh3-128 of its tensors, of the base and of every model, as a merge's provenance has it.
+        task_names: the models' names, in order.
+        by_tensor: by the tensor's name, in the base's order.
+        left_out: the tensors that were left out, and why.
+        input_digests: name -> xxh3-128 of its tensors, of the base and of every model, as a merge's provenance has it.
     """
 
-    tasks: Sequence[str]
-    tensors: Mapping[str, Counts]
-    apart: Mapping[str, str]
-    inputs: Mapping[str, str]
+    task_names: Sequence[str]
+    by_tensor: Mapping[str, TensorStatistics]
+    left_out: Mapping[str, str]
+    input_digests: Mapping[str, str]
 
-    def layers(self) -> dict[str, Counts]:
+    def by_layer(self) -> dict[str, TensorStatistics]:
         """The tensors of each layer added up, in the order of their names, after WHOLE, which has all of them."""
-        found = {WHOLE: Counts.none(len(self.tasks))}
-        for key in sorted(self.tensors, key=_in_order):
-            for name in (WHOLE, layer_of(key)):
-                found[name] = found[name] + self.tensors[key] if name in found else self.tensors[key]
+        found = {WHOLE_MODEL: TensorStatistics.zeros(len(self.task_names))}
+        for key in sorted(self.by_tensor, key=_natural_sort_key):
+            for name in (WHOLE_MODEL, layer_name(key)):
+                found[name] = found[name] + self.by_tensor[key] if name in found else self.by_tensor[key]
         return found
 
 
-def layer_of(key: str) -> str:
+def layer_name(key: str) -> str:
     """The layer a tensor belongs to, from its name: up to its first number, else without its last part.
 
-    >>> layer_of("encoder.layer.3.attention.query.weight"), layer_of("embeddings.position.weight"), layer_of("scale")
-    ('encoder.layer.3', 'embeddings.position', 'scale')
+    >>> layer_name("encoder.layer.3.attention.query.weight"), layer_name("embeddings.position.weight"),
+    layer_name("scale") ('encoder.layer.3', 'embeddings.position', 'scale')
     """
     parts = key.split(".")
     number = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
     return ".".join(parts[: number + 1] if number is not None else parts[:-1] or parts)
 
 
-def _in_order(key: str) -> list[tuple[int, str]]:
+def _natural_sort_key(key: str) -> list[tuple[int, str]]:
     """Layer 10 after layer 9, whatever the order of the file."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
 @dataclass(frozen=True)
-class _Counting(Kernel):
+class _CountingKernel(Kernel):
     """Counts slab by slab; sums are joined exactly at the end, so that the order of slabs changes nothing."""
 
-    reader: Reader
-    apart: Mapping[str, str]
+    reader: BlockReader
+    excluded: Mapping[str, str]
     prune: Prune | None = None
-    cuts: Answer = None
-    parts: dict[str, list[Counts]] = field(default_factory=dict[str, list[Counts]])
+    prune_statistics: Statistics = None
+    block_counts: dict[str, list[TensorStatistics]] = field(default_factory=dict[str, list[TensorStatistics]])
 
     @property
-    def gathers(self) -> bool:
+    def holds_all_inputs(self) -> bool:
         return True
 
     @property
-    def tasks(self) -> range:
+    def model_indices(self) -> range:
         return range(1, len(self.reader.inputs))
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
-        if slab.key in self.apart:
-            slab.stored(0)
-            for task in self.tasks:
-                slab.digest_alike(task)
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
+        if slab.key in self.excluded:
+            slab.read(0)
+            for task in self.model_indices:
+                slab.read_for_digest(task)
             return []
         base = self.reader.numbers(slab, 0)
-        vectors = [self.reader.task_vector(slab, task, base) for task in self.tasks]
+        vectors = [self.reader.task_vector(slab, task, base) for task in self.model_indices]
         if self.prune:
             at = Address(slab.key, slab.start)
-            vectors = [self.prune.apply(v, t, at, self.cuts) for t, v in enumerate(vectors, start=1)]
-        self.parts.setdefault(slab.key, []).append(counted(vectors, base))
+            vectors = [self.prune.apply(v, t, at, self.prune_statistics) for t, v in enumerate(vectors, start=1)]
+        self.block_counts.setdefault(slab.key, []).append(block_statistics(vectors, base))
         return []
 
 
-def counted(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> Counts:
+def block_statistics(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> TensorStatistics:
     """The counts of one block of task vectors."""
     tasks, size = len(vectors), len(base)
     ups = np.zeros(size, np.int16)
@@ -168,33 +169,33 @@ def counted(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> Counts:
     some = agreeing > 0
     wide = np.stack(vectors).astype(np.float64, copy=False)
     start = base.astype(np.float64, copy=False)
-    return Counts(
+    return TensorStatistics(
         elements=size,
         shared=int(np.count_nonzero(ups + downs >= 2)),
         conflicts=int(np.count_nonzero((ups > 0) & (downs > 0))),
-        agreeing=np.bincount(agreeing, minlength=tasks + 1),
-        largest=_summed(agreeing, best, tasks + 1),
-        average=_summed(agreeing, total / tasks, tasks + 1),
-        supplied=np.bincount(winner[some], minlength=tasks),
-        magnitude=_summed(winner[some], best[some], tasks),
-        dots=wide @ wide.T,
-        base=float(start @ start),
+        agreement_counts=np.bincount(agreeing, minlength=tasks + 1),
+        largest_sums=_sum_by_group(agreeing, best, tasks + 1),
+        average_sums=_sum_by_group(agreeing, total / tasks, tasks + 1),
+        winner_counts=np.bincount(winner[some], minlength=tasks),
+        winner_magnitudes=_sum_by_group(winner[some], best[some], tasks),
+        inner_products=wide @ wide.T,
+        base_squared_norm=float(start @ start),
     )
 
 
-def _summed(groups: Ints, values: NDArray[Any], count: int) -> Floats:
+def _sum_by_group(groups: Ints, values: NDArray[Any], count: int) -> Floats:
     """The sum of the values in each group."""
     return np.bincount(groups, weights=values, minlength=count).astype(np.float64)
 
 
-def tally(
+def collect_weight_statistics(
     base: Checkpoint,
     models: Sequence[Checkpoint],
-    names: Sequence[str],
+    task_names: Sequence[str],
     top: float | None = None,
     threads: int = 0,
     progress: Progress = lambda _: None,
-) -> Tally:
+) -> WeightStatistics:
     """Count over all tensors that the base and every model have, in constant memory; the others are left out.
 
     Args:
@@ -209,22 +210,22 @@ def tally(
         raise MagMaxError("a study needs at least one fine-tuned model beside the base")
     inputs = [base, *models]
     refuse_same_path(inputs)
-    apart = dict(compare(base, models, "base").carried)
-    elements = {key: spec.elements for key, spec in base.specs.items() if key not in apart}
+    apart = dict(match_to_base(base, models, "base").unmerged)
+    elements = {key: spec.numel for key, spec in base.specs.items() if key not in apart}
     if not any(elements.values()):
         raise MagMaxError(f"{base.label}: has no floating tensor that all models have; is it their base?")
-    kernel = _Counting(Reader(inputs), apart)
+    kernel = _CountingKernel(BlockReader(inputs), apart)
     if top is not None:
         prune = Prune(keep=top)
-        questions = Questions(kernel.reader, elements, Crew(threads), progress)
-        kernel = replace(kernel, prune=prune, cuts=questions.answer(prune.plan(questions.scope)))
-    ledger = Pass(inputs, [], kernel, Crew(threads)).run(progress)
-    tensors = {key: _joined(kernel.parts[key]) for key in base.specs if key in kernel.parts}
-    digests = dict(zip(["base", *names], ledger.digests(inputs), strict=True))
-    return Tally(list(names), tensors, apart, digests)
+        questions = StatisticsRunner(kernel.reader, elements, WorkerPool(threads), progress)
+        kernel = replace(kernel, prune=prune, prune_statistics=questions.answer(prune.statistics(questions.scope)))
+    ledger = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)
+    tensors = {key: _add_exactly(kernel.block_counts[key]) for key in base.specs if key in kernel.block_counts}
+    digests = dict(zip(["base", *task_names], ledger.digests(inputs), strict=True))
+    return WeightStatistics(list(task_names), tensors, apart, digests)
 
 
-def _joined(parts: Sequence[Counts]) -> Counts:
+def _add_exactly(parts: Sequence[TensorStatistics]) -> TensorStatistics:
     """All parts added up; floating sums exactly, then rounded once."""
     if len(parts) == 1:
         return parts[0]
@@ -240,4 +241,4 @@ def _joined(parts: Sequence[Counts]) -> Counts:
             stacked = np.stack(values)
             sums = [math.fsum(column) for column in stacked.reshape(len(values), -1).T]
             joined[name] = np.array(sums).reshape(stacked.shape[1:])
-    return Counts(**joined)
+    return TensorStatistics(**joined)

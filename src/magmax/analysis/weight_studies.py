@@ -6,26 +6,26 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import MagMaxError, nearest
-from .records import Record, Study, bands
-from .weight_statistics import WHOLE, Tally
+from ..errors import MagMaxError, nearest_hint
+from .records import Record, Study, aggregate
+from .weight_statistics import WHOLE_MODEL, WeightStatistics
 
-TOO_FEW = 0.001
+MIN_GROUP_SHARE = 0.001
 """A group of elements that is smaller than this share of the model is not compared with others."""
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelsOrigin:
     """Where models come from: the chain of a benchmark and its seed; "given" and 0 for files that a user names."""
 
-    chain: str = "given"
+    training: str = "given"
     seed: int = 0
 
 
-Tallies = Mapping[Origin, Tally]
+StatisticsByOrigin = Mapping[ModelsOrigin, WeightStatistics]
 
 
-def conflicts(tallies: Tallies, top: float | None = None) -> Study:
+def conflicts_study(statistics: StatisticsByOrigin, top: float | None = None) -> Study:
     """The share of elements on which task vectors disagree in sign, by layer.
 
     share = #{some tau_t > 0 and some tau_u < 0} / #{at least two of tau_1..tau_T are not zero}
@@ -33,12 +33,12 @@ def conflicts(tallies: Tallies, top: float | None = None) -> Study:
     `expected` is what coin flips would give where all T task vectors are not zero: 1 - 2^(1 - T).
     """
     records: list[Record] = []
-    for origin, found in tallies.items():
-        for layer, counts in found.layers().items():
+    for origin, found in statistics.items():
+        for layer, counts in found.by_layer().items():
             share = counts.conflicts / counts.shared if counts.shared else math.nan
             numbers = {"elements": counts.elements, "shared": counts.shared, "conflicts": counts.conflicts}
-            expected = 1 - 2.0 ** (1 - len(found.tasks))
-            records.append({**_of(origin), "layer": layer, **numbers, "share": share, "expected": expected})
+            expected = 1 - 2.0 ** (1 - len(found.task_names))
+            records.append({**_origin_columns(origin), "layer": layer, **numbers, "share": share, "expected": expected})
     trimmed = f" Only the largest {top:.3g} of each task vector counts; the rest is taken as zero." if top else ""
     definition = (
         "The share of the elements that at least two task vectors change, which some of them raise and others lower."
@@ -46,160 +46,188 @@ def conflicts(tallies: Tallies, top: float | None = None) -> Study:
     )
     chance = records[0]["expected"]
     findings = [
-        f"{_words(chain)}{band.mean:.1%} of the elements that two tasks or more change are pulled both ways "
+        f"{_training_prefix(chain)}{band.mean:.1%} of the elements that two tasks or more change are pulled both ways "
         f"(coin flips: {chance:.1%})."
-        for (chain, layer), band in bands(records, ["chain", "layer"], "share").items()
-        if layer == WHOLE
+        for (chain, layer), band in aggregate(records, ["chain", "layer"], "share").items()
+        if layer == WHOLE_MODEL
     ]
-    return Study("conflicts", "Where the tasks disagree in sign", definition, records, _inputs(tallies), findings)
+    return Study(
+        "conflicts", "Where the tasks disagree in sign", definition, records, _input_digests(statistics), findings
+    )
 
 
-def consistency(tallies: Tallies) -> Study:
+def consistency_study(statistics: StatisticsByOrigin) -> Study:
     """Elements grouped by how many task vectors move them the same way, and how far they move.
 
     group = max(#{tau_t > 0}, #{tau_t < 0}); `largest` is the mean of max_t |tau_t|, `average` of mean_t |tau_t|.
     """
     records: list[Record] = []
-    for origin, found in tallies.items():
-        whole = found.layers()[WHOLE]
-        for group, count in enumerate(whole.agreeing.tolist()):
-            record = {**_of(origin), "agreeing": group, "elements": count, "share": count / whole.elements}
-            record["largest"] = float(whole.largest[group]) / count if count else math.nan
-            record["average"] = float(whole.average[group]) / count if count else math.nan
+    for origin, found in statistics.items():
+        whole = found.by_layer()[WHOLE_MODEL]
+        for group, count in enumerate(whole.agreement_counts.tolist()):
+            record = {**_origin_columns(origin), "agreeing": group, "elements": count, "share": count / whole.elements}
+            record["largest"] = float(whole.largest_sums[group]) / count if count else math.nan
+            record["average"] = float(whole.average_sums[group]) / count if count else math.nan
             records.append(record)
     definition = (
         "Elements by how many task vectors move them in one direction, the more common one; and the mean of the "
         "largest magnitude among the task vectors, max |tau|, in each group."
     )
-    told, shares = bands(records, ["chain", "agreeing"], "largest"), bands(records, ["chain", "agreeing"], "share")
+    told, shares = (
+        aggregate(records, ["chain", "agreeing"], "largest"),
+        aggregate(records, ["chain", "agreeing"], "share"),
+    )
     findings: list[str] = []
     for chain in dict.fromkeys(record["chain"] for record in records):
         known = [
             (group, band.mean)
             for (name, group), band in told.items()
-            if name == chain and band.n and group and shares[name, group].mean >= TOO_FEW
+            if name == chain and band.n and group and shares[name, group].mean >= MIN_GROUP_SHARE
         ]
         if len(known) > 1 and known[0][1] > 0:
             (few, low), (many, high) = known[0], known[-1]
             findings.append(
-                f"{_words(chain)}elements that {many} tasks move the same way have {high / low:.2g} times the largest "
+                f"{_training_prefix(chain)}elements that {many} tasks move the same way have {high / low:.2g} times "
+                f"the largest "
                 f"magnitude of those where only {few} do."
             )
     return Study(
-        "consistency", "The larger a change, the more tasks agree?", definition, records, _inputs(tallies), findings
+        "consistency",
+        "The larger a change, the more tasks agree?",
+        definition,
+        records,
+        _input_digests(statistics),
+        findings,
     )
 
 
-def contribution(tallies: Tallies) -> Study:
+def contribution_study(statistics: StatisticsByOrigin) -> Study:
     """The share of the merged elements that MagMax takes from each task, by layer.
 
     Task t supplies an element where |tau_t| is largest (the latest of equal ones) and not zero. `magnitude` is t's
     share of sum |m|.
     """
     records: list[Record] = []
-    for origin, found in tallies.items():
-        for layer, counts in found.layers().items():
-            moved, total = int(counts.supplied.sum()), float(counts.magnitude.sum())
-            for t, task in enumerate(found.tasks):
-                record = {**_of(origin), "layer": layer, "task": task, "elements": int(counts.supplied[t])}
-                record["share"] = int(counts.supplied[t]) / moved if moved else math.nan
-                record["magnitude"] = float(counts.magnitude[t]) / total if total else math.nan
+    for origin, found in statistics.items():
+        for layer, counts in found.by_layer().items():
+            moved, total = int(counts.winner_counts.sum()), float(counts.winner_magnitudes.sum())
+            for t, task in enumerate(found.task_names):
+                record = {
+                    **_origin_columns(origin),
+                    "layer": layer,
+                    "task": task,
+                    "elements": int(counts.winner_counts[t]),
+                }
+                record["share"] = int(counts.winner_counts[t]) / moved if moved else math.nan
+                record["magnitude"] = float(counts.winner_magnitudes[t]) / total if total else math.nan
                 records.append(record)
     definition = (
         "Of the elements that any task changes, the share that MagMax takes from each task, which is the one with the "
         "largest change."
     )
     findings: list[str] = []
-    told = {key: b.mean for key, b in bands(records, ["chain", "layer", "task"], "share").items() if key[1] == WHOLE}
+    told = {
+        key: b.mean
+        for key, b in aggregate(records, ["chain", "layer", "task"], "share").items()
+        if key[1] == WHOLE_MODEL
+    }
     for chain in dict.fromkeys(record["chain"] for record in records):
         shares = {task: share for (name, _, task), share in told.items() if name == chain and math.isfinite(share)}
         if len(shares) > 1:
             most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
             findings.append(
-                f"{_words(chain)}{most} supplies most, {shares[most]:.1%}; {least} least, {shares[least]:.1%} "
+                f"{_training_prefix(chain)}{most} supplies most, {shares[most]:.1%}; {least} least, "
+                f"{shares[least]:.1%} "
                 f"(even shares: {1 / len(shares):.1%})."
             )
-    return Study("contribution", "Who supplies the merged elements", definition, records, _inputs(tallies), findings)
+    return Study(
+        "contribution", "Who supplies the merged elements", definition, records, _input_digests(statistics), findings
+    )
 
 
-def cosine(tallies: Tallies) -> Study:
+def cosine_study(statistics: StatisticsByOrigin) -> Study:
     """The cosine <tau_t, tau_u> / (||tau_t|| ||tau_u||) of each pair of task vectors, by layer."""
     records: list[Record] = []
-    for origin, found in tallies.items():
-        for layer, counts in found.layers().items():
+    for origin, found in statistics.items():
+        for layer, counts in found.by_layer().items():
             angles = counts.cosines
-            for t, task in enumerate(found.tasks):
-                for u, other in enumerate(found.tasks):
-                    about = {**_of(origin), "layer": layer, "task": task, "other": other}
+            for t, task in enumerate(found.task_names):
+                for u, other in enumerate(found.task_names):
+                    about = {**_origin_columns(origin), "layer": layer, "task": task, "other": other}
                     records.append({**about, "cosine": float(angles[t, u])})
     definition = "The cosine of the angle between each two task vectors: 1 for one direction, 0 for unrelated ones."
-    pairs = [r for r in records if r["layer"] == WHOLE and r["task"] != r["other"]]
+    pairs = [r for r in records if r["layer"] == WHOLE_MODEL and r["task"] != r["other"]]
     findings = [
-        f"{_words(chain)}the mean cosine of two task vectors is {band.mean:.3f}."
-        for (chain,), band in bands(pairs, ["chain"], "cosine").items()
+        f"{_training_prefix(chain)}the mean cosine of two task vectors is {band.mean:.3f}."
+        for (chain,), band in aggregate(pairs, ["chain"], "cosine").items()
         if band.n
     ]
-    return Study("cosine", "How alike the task vectors are", definition, records, _inputs(tallies), findings)
+    return Study("cosine", "How alike the task vectors are", definition, records, _input_digests(statistics), findings)
 
 
-def norms(tallies: Tallies) -> Study:
+def norms_study(statistics: StatisticsByOrigin) -> Study:
     """The L2 norm of each task vector, in itself and in units of the base's, by layer."""
     records: list[Record] = []
-    for origin, found in tallies.items():
-        for layer, counts in found.layers().items():
-            base = math.sqrt(counts.base)
-            for task, norm in zip(found.tasks, counts.norms.tolist(), strict=True):
+    for origin, found in statistics.items():
+        for layer, counts in found.by_layer().items():
+            base = math.sqrt(counts.base_squared_norm)
+            for task, norm in zip(found.task_names, counts.norms.tolist(), strict=True):
                 relative = norm / base if base else math.nan
-                about = {**_of(origin), "layer": layer, "task": task}
+                about = {**_origin_columns(origin), "layer": layer, "task": task}
                 records.append({**about, "norm": norm, "base_norm": base, "relative": relative})
     definition = "How far each task moved each layer: the L2 norm of the task vector over that of the base."
     findings: list[str] = []
-    told = {key: b.mean for key, b in bands(records, ["chain", "layer", "task"], "norm").items() if key[1] == WHOLE}
+    told = {
+        key: b.mean
+        for key, b in aggregate(records, ["chain", "layer", "task"], "norm").items()
+        if key[1] == WHOLE_MODEL
+    }
     for chain in dict.fromkeys(record["chain"] for record in records):
         sizes = {task: norm for (name, _, task), norm in told.items() if name == chain}
         most, least = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
         if sizes[least] > 0:
             findings.append(
-                f"{_words(chain)}{most} moved farthest, {sizes[most] / sizes[least]:.3g} times as far as {least}."
+                f"{_training_prefix(chain)}{most} moved farthest, {sizes[most] / sizes[least]:.3g} times as far as "
+                f"{least}."
             )
-    return Study("norms", "How far each task moved", definition, records, _inputs(tallies), findings)
+    return Study("norms", "How far each task moved", definition, records, _input_digests(statistics), findings)
 
 
-STUDIES: Mapping[str, Callable[[Tallies], Study]] = {
-    "conflicts": conflicts,
-    "consistency": consistency,
-    "contribution": contribution,
-    "cosine": cosine,
-    "norms": norms,
+WEIGHT_STUDIES: Mapping[str, Callable[[StatisticsByOrigin], Study]] = {
+    "conflicts": conflicts_study,
+    "consistency": consistency_study,
+    "contribution": contribution_study,
+    "cosine": cosine_study,
+    "norms": norms_study,
 }
 
 
-def all_weights(tallies: Tallies) -> list[Study]:
+def run_weight_studies(statistics: StatisticsByOrigin) -> list[Study]:
     """Every study of these, except agreement for a single model, which has nothing to agree with."""
-    alone = all(len(found.tasks) < 2 for found in tallies.values())
-    return [study(tallies) for name, study in STUDIES.items() if not alone or name == "norms"]
+    alone = all(len(found.task_names) < 2 for found in statistics.values())
+    return [study(statistics) for name, study in WEIGHT_STUDIES.items() if not alone or name == "norms"]
 
 
-def study_weights(kind: str, tallies: Tallies, top: float | None = None) -> Study:
+def run_weight_study(kind: str, statistics: StatisticsByOrigin, top: float | None = None) -> Study:
     """The study of that name. Raises MagMaxError for a name that is none, or a single model where two are needed."""
-    if kind not in STUDIES:
-        raise MagMaxError(f"there is no study {kind!r}; {nearest(kind, list(STUDIES))}")
-    if kind != "norms" and all(len(found.tasks) < 2 for found in tallies.values()):
+    if kind not in WEIGHT_STUDIES:
+        raise MagMaxError(f"there is no study {kind!r}; {nearest_hint(kind, list(WEIGHT_STUDIES))}")
+    if kind != "norms" and all(len(found.task_names) < 2 for found in statistics.values()):
         raise MagMaxError(f"{kind} compares task vectors; give at least two fine-tuned models")
-    return conflicts(tallies, top) if kind == "conflicts" else STUDIES[kind](tallies)
+    return conflicts_study(statistics, top) if kind == "conflicts" else WEIGHT_STUDIES[kind](statistics)
 
 
-def _of(origin: Origin) -> Record:
-    return {"chain": origin.chain, "seed": origin.seed}
+def _origin_columns(origin: ModelsOrigin) -> Record:
+    return {"chain": origin.training, "seed": origin.seed}
 
 
-def _words(chain: str) -> str:
-    return "" if chain == "given" else f"{chain}: "
+def _training_prefix(training: str) -> str:
+    return "" if training == "given" else f"{training}: "
 
 
-def _inputs(tallies: Tallies) -> dict[str, str]:
+def _input_digests(statistics: StatisticsByOrigin) -> dict[str, str]:
     return {
-        name if origin == Origin() else f"{origin.chain}, seed {origin.seed}: {name}": digest
-        for origin, found in tallies.items()
-        for name, digest in found.inputs.items()
+        name if origin == ModelsOrigin() else f"{origin.training}, seed {origin.seed}: {name}": digest
+        for origin, found in statistics.items()
+        for name, digest in found.input_digests.items()
     }

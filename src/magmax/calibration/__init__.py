@@ -6,35 +6,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration_report import Layer, Report
-    from .feature_space import Calibration, FeatureOptions, calibrate_features
+    from .calibration_report import CalibrationReport, LayerReport
+    from .feature_space import FeatureCalibration, FeatureOptions, calibrate_features
     from .forward import run_items
-    from .hooks import unfolded
-    from .plot import draw
+    from .hooks import calibration_hooks
+    from .plot import plot_results
     from .sensitive_layers import find_sensitive
 
 _HOMES = {
-    "Calibration": ".feature_space",
+    "FeatureCalibration": ".feature_space",
     "FeatureOptions": ".feature_space",
-    "Layer": ".calibration_report",
-    "Report": ".calibration_report",
+    "LayerReport": ".calibration_report",
+    "CalibrationReport": ".calibration_report",
     "calibrate_features": ".feature_space",
-    "draw": ".plot",
+    "plot_results": ".plot",
     "find_sensitive": ".sensitive_layers",
     "run_items": ".forward",
-    "unfolded": ".hooks",
+    "calibration_hooks": ".hooks",
 }
 
 __all__ = [
-    "Calibration",
+    "CalibrationReport",
+    "FeatureCalibration",
     "FeatureOptions",
-    "Layer",
-    "Report",
+    "LayerReport",
     "calibrate_features",
-    "draw",
+    "calibration_hooks",
     "find_sensitive",
+    "plot_results",
     "run_items",
-    "unfolded",
 ]
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import xxhash
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.writer import Target
+from ..checkpoints.writer import OutputPath
 from ..merging.job import Job
-from ..merging.matching import compare, refuse_same_path, refuse_twins
-from ..merging.merge_job import beside, kept_metadata
+from ..merging.matching import match_to_base, refuse_equal_models, refuse_same_path
+from ..merging.merge_job import base_metadata, small_files
 from ..merging.model_names import default_names
-from ..merging.output_options import Options
+from ..merging.output_options import OutputOptions
 from ..merging.provenance import read_provenance
-from .rescale import Coefficients, FoldKernel, ThenFold
+from .rescale import Coefficients, FoldAfterMerge, FoldKernel
 
 
 def calibrate_job(
@@ -28,7 +28,7 @@ def calibrate_job(
     coefficients: Coefficients,
     told: Mapping[str, Any],
     names: Sequence[str] | None = None,
-    options: Options | None = None,
+    options: OutputOptions | None = None,
 ) -> Job:
     """The work of folding coefficients into a merged checkpoint; what is not named in them keeps its bytes.
 
@@ -39,36 +39,38 @@ def calibrate_job(
     Raises:
         MagMaxError: checkpoints that do not fit the base, or one that is named twice.
     """
-    options = options or Options()
-    names = names or default_names([m.place for m in models])
+    options = options or OutputOptions()
+    names = names or default_names([m.source for m in models])
     refuse_same_path([base, merged, *models])
-    match = compare(base, [merged, *models], options.mismatch)
+    match = match_to_base(base, [merged, *models], options.mismatch)
     inputs = [base, merged, *models]
-    specs = {key: merged.spec(key) if merged.resolve(key) in merged.specs else spec for key, spec in base.specs.items()}
+    specs = {
+        key: merged.spec(key) if merged.resolve_alias(key) in merged.specs else spec for key, spec in base.specs.items()
+    }
     earlier = read_provenance(merged.metadata)
-    recipe = {"calibrate": {**told, "xi": digest(coefficients)}, **match.told()}
+    recipe = {"calibrate": {**told, "xi": coefficients_digest(coefficients)}, **match.describe()}
     folder = merged if merged.path is not None and merged.path.is_dir() else base
     return Job(
-        target=Target(out),
+        target=OutputPath(out),
         inputs=inputs,
         names=["base", "merged", *names],
         recipe=recipe | ({"merged": earlier["recipe"]} if earlier and "recipe" in earlier else {}),
         specs=specs,
         kernel=FoldKernel(tuple(inputs), coefficients, specs),
-        metadata=kept_metadata(merged),
-        companions=beside(folder, specs, options, match),
-        check=lambda digests: refuse_twins(models, digests[2:]),
+        metadata=base_metadata(merged),
+        small_files=small_files(folder, specs, options, match),
+        check=lambda digests: refuse_equal_models(models, digests[2:]),
         extra_passes=2,
     )
 
 
-def calibrated(job: Job, coefficients: Coefficients, told: Mapping[str, Any]) -> Job:
+def calibrate_merge(job: Job, coefficients: Coefficients, told: Mapping[str, Any]) -> Job:
     """A merge's job that calibrates what it merges before it writes it."""
-    recipe = {**job.recipe, "calibrate": {**told, "xi": digest(coefficients)}}
-    return replace(job, recipe=recipe, kernel=ThenFold(job.kernel, coefficients, job.specs))
+    recipe = {**job.recipe, "calibrate": {**told, "xi": coefficients_digest(coefficients)}}
+    return replace(job, recipe=recipe, kernel=FoldAfterMerge(job.kernel, coefficients, job.specs))
 
 
-def digest(coefficients: Coefficients) -> str:
+def coefficients_digest(coefficients: Coefficients) -> str:
     """An xxh3 of all coefficients."""
     total = xxhash.xxh3_64()
     for key in sorted(coefficients):

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerReport:
     """One layer, or one projection of an attention layer.
 
     Attributes:
@@ -43,7 +43,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Report:
+class CalibrationReport:
     """All layers, and the modules that cannot be folded, with the reason.
 
     Attributes:
@@ -52,7 +52,7 @@ class Report:
     """
 
     names: Sequence[str]
-    layers: Sequence[Layer]
+    layers: Sequence[LayerReport]
     left: Mapping[str, str]
     notes: Sequence[str] = ()
 

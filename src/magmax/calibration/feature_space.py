@@ -12,12 +12,12 @@ from torch import nn
 
 from ..checkpoints import open_checkpoint
 from ..errors import MagMaxError
-from ..merging.execution.execution_options import Settings
+from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.model_names import default_names
-from .calibration_report import Report
+from .calibration_report import CalibrationReport
 from .forward import Run, run_items
-from .gram import Gram
-from .layer_measurement import Measurement, evaluating
+from .gram import TaskVectorGram
+from .layer_measurement import FeatureMeasurement, evaluation_mode
 from .rescale import Coefficients
 from .weight_space import measure_gram
 
@@ -50,7 +50,7 @@ class FeatureOptions:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FeatureCalibration:
     """What a calibration came to.
 
     Attributes:
@@ -59,7 +59,7 @@ class Calibration:
     """
 
     coefficients: Coefficients
-    report: Report
+    report: CalibrationReport
 
 
 def calibrate_features(
@@ -71,9 +71,9 @@ def calibrate_features(
     options: FeatureOptions | None = None,
     *,
     names: Sequence[str] | None = None,
-    gram: Gram | None = None,
-    settings: Settings | None = None,
-) -> Calibration:
+    gram: TaskVectorGram | None = None,
+    execution: ExecutionOptions | None = None,
+) -> FeatureCalibration:
     """Give a merged model's features the magnitude they have in the models it was made of.
 
     For a layer l, with x its input in the model while it is calibrated, theta_k task k's weights and W_m the merged
@@ -108,15 +108,17 @@ def calibrate_features(
     merged = open_checkpoint(model.state_dict(), "the merged model")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
-    names = names or default_names([m.place for m in others])
+    names = names or default_names([m.source for m in others])
     if len(samples) != len(others) or not others:
         raise MagMaxError(f"each model needs samples of its task: {len(others)} models, samples of {len(samples)}")
     if lacking := [name for name, own in zip(names, samples, strict=True) if not len(own)]:
         raise MagMaxError(f"there are no samples of {', '.join(lacking)}; one each is enough, and some more are better")
     if gram is None:
-        gram = measure_gram(opened, merged, others, names, settings, options.mismatch)
+        gram = measure_gram(opened, merged, others, names, execution, options.mismatch)
         gram.check("the merged model", options.any_model)
-    work = Measurement(model, opened, others, names, samples, run, gram, options.norm, options.ratio, options.sensitive)
-    with evaluating(model), torch.no_grad():
+    work = FeatureMeasurement(
+        model, opened, others, names, samples, run, gram, options.norm, options.ratio, options.sensitive
+    )
+    with evaluation_mode(model), torch.no_grad():
         work.calibrate(sequential=options.inputs == "calibrated")
-    return Calibration(work.coefficients, work.report())
+    return FeatureCalibration(work.coefficients, work.report())

@@ -33,7 +33,7 @@ KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterRows:
     """A parameter, or some rows of it (None: all)."""
 
     parameter: nn.Parameter
@@ -52,7 +52,7 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class FoldablePart:
     """What gets one coefficient: the weights of a layer, or of a projection inside one.
 
     Attributes:
@@ -65,7 +65,7 @@ class Part:
     name: str
     kind: Kind
     module: nn.Module
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, ParameterRows]
     change: Change
     sure: bool = True
 
@@ -91,31 +91,31 @@ class Part:
     def is_affine(self, base: Mapping[str, Tensor], delta: Mapping[str, Tensor], inputs: Inputs) -> bool:
         """Whether, for this input, features move by `change` from the base as from zero; to 1 part in 1000."""
         there = {name: base[name] + delta[name] for name in base}
-        moved = applied(self.module, there, inputs) - applied(self.module, base, inputs)
-        scale = applied(self.module, base, inputs).abs().max() + moved.abs().max()
+        moved = run_with_parameters(self.module, there, inputs) - run_with_parameters(self.module, base, inputs)
+        scale = run_with_parameters(self.module, base, inputs).abs().max() + moved.abs().max()
         return bool((moved - self.change(delta, inputs)).abs().max() <= 1e-3 * moved.abs().max() + 1e-5 * scale)
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class LayerStage:
     """Parts that see one call at one time; `inputs` makes each part's own input of the call's."""
 
-    parts: Sequence[Part]
+    parts: Sequence[FoldablePart]
     inputs: Callable[[Inputs], Sequence[Inputs]]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class FoldableLayer:
     """A module whose calls are watched. A later stage sees what the earlier ones, calibrated, make of the input."""
 
     name: str
     module: nn.Module
-    stages: Sequence[Stage]
+    stages: Sequence[LayerStage]
 
 
-def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
+def find_foldable_layers(model: nn.Module) -> tuple[list[FoldableLayer], dict[str, str]]:
     """The layers that can be folded, and why each other module that owns parameters cannot, by name."""
-    sites: list[Site] = []
+    sites: list[FoldableLayer] = []
     left: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -131,7 +131,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             left[name] = "an Embedding with max_norm is not affine in its weights"
         elif kind := _kind(module, own):
             part = _whole(name, kind, module, own)
-            sites.append(Site(name, module, [Stage([part], lambda inputs: [inputs])]))
+            sites.append(FoldableLayer(name, module, [LayerStage([part], lambda inputs: [inputs])]))
         else:
             left[name or type(module).__name__] = (
                 f"{type(module).__name__} with {', '.join(own)} is no kind of layer that can be folded"
@@ -139,7 +139,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
     return sites, left
 
 
-def applied(module: nn.Module, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+def run_with_parameters(module: nn.Module, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     """The module's features with other parameters, in their type."""
     like = next(iter(parameters.values()))
     buffers = {k: b.to(like.dtype) for k, b in module.named_buffers(recurse=False) if b.is_floating_point()}
@@ -168,40 +168,42 @@ def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Kind | None:
     return None
 
 
-def _whole(name: str, kind: Kind, module: nn.Module, own: Mapping[str, nn.Parameter]) -> Part:
+def _whole(name: str, kind: Kind, module: nn.Module, own: Mapping[str, nn.Parameter]) -> FoldablePart:
     sure = any(type(module).forward is known.forward for known in _ancestors(module, KINDS[kind]))
 
     def change(delta: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        moved = applied(module, delta, inputs)
+        moved = run_with_parameters(module, delta, inputs)
         if sure:
             return moved
-        return moved - applied(module, {key: torch.zeros_like(value) for key, value in delta.items()}, inputs)
+        return moved - run_with_parameters(
+            module, {key: torch.zeros_like(value) for key, value in delta.items()}, inputs
+        )
 
-    pieces = {key: Piece(parameter) for key, parameter in own.items()}
-    return Part(name or type(module).__name__, kind, module, pieces, change, sure)
+    pieces = {key: ParameterRows(parameter) for key, parameter in own.items()}
+    return FoldablePart(name or type(module).__name__, kind, module, pieces, change, sure)
 
 
 def _ancestors(module: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[type[nn.Module]]:
     return (kind for kind in types if isinstance(module, kind))
 
 
-def _attention(name: str, module: nn.MultiheadAttention) -> Site:
+def _attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
     """q, k and v on the layer's inputs; then the output projection, on what the heads make of them."""
     prefix, width = f"{name}." if name else "", module.embed_dim
-    first: list[Part] = []
+    first: list[FoldablePart] = []
     for place, letter in enumerate("qkv"):
         rows = (place * width, (place + 1) * width)
         separate: Any = getattr(module, f"{letter}_proj_weight")
         if separate is None:
-            pieces = {"weight": Piece(_parameter(module.in_proj_weight), rows)}
+            pieces = {"weight": ParameterRows(_parameter(module.in_proj_weight), rows)}
         else:
-            pieces = {"weight": Piece(separate)}
+            pieces = {"weight": ParameterRows(separate)}
         if module.in_proj_bias is not None:
-            pieces["bias"] = Piece(_parameter(module.in_proj_bias), rows)
-        first.append(Part(f"{prefix}{letter}", "linear", module, pieces, _projected))
+            pieces["bias"] = ParameterRows(_parameter(module.in_proj_bias), rows)
+        first.append(FoldablePart(f"{prefix}{letter}", "linear", module, pieces, _projected))
     own = module.out_proj.named_parameters()
-    last = {key: Piece(parameter) for key, parameter in own}
-    out = Part(f"{prefix}out_proj", "linear", module, last, _projected)
+    last = {key: ParameterRows(parameter) for key, parameter in own}
+    out = FoldablePart(f"{prefix}out_proj", "linear", module, last, _projected)
 
     def queries(inputs: Inputs) -> list[Inputs]:
         given = dict(zip(("query", "key", "value"), inputs[0], strict=False)) | inputs[1]
@@ -214,7 +216,7 @@ def _attention(name: str, module: nn.MultiheadAttention) -> Site:
             own["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
         return [((functional_call(module, own, *inputs)[0],), {})]
 
-    return Site(name, module, [Stage(first, queries), Stage([out], heads)])
+    return FoldableLayer(name, module, [LayerStage(first, queries), LayerStage([out], heads)])
 
 
 def _parameter(parameter: nn.Parameter | None) -> nn.Parameter:

@@ -20,21 +20,21 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Gram:
+class TaskVectorGram:
     """Inner products of the T task vectors and the merged one, tensor by tensor.
 
     Attributes:
         tensors: for each tensor that all have, a matrix of shape (T + 1, T + 1); the merged one is the last.
-        apart: the tensors that are not compared, and why.
+        left_out: the tensors that are not compared, and why.
         names: what the models are called.
     """
 
     tensors: Mapping[str, Matrix]
-    apart: Mapping[str, str]
+    left_out: Mapping[str, str]
     names: Sequence[str]
 
     @property
-    def whole(self) -> Matrix:
+    def total(self) -> Matrix:
         """Over all tensors."""
         size = len(self.names) + 1
         return sum(self.tensors.values(), np.zeros((size, size)))
@@ -50,7 +50,7 @@ class Gram:
         Raises:
             MagMaxError: a task vector or the merged one is zero; or R < 0.05, unless `any_model`.
         """
-        gram = self.whole
+        gram = self.total
         norms = np.sqrt(np.diag(gram))
         if still := [name for name, norm in zip(self.names, norms, strict=False) if norm == 0]:
             raise MagMaxError(f"{still[0]}: has the base's weights (a task vector of zeros); name fine-tuned models")
@@ -64,7 +64,7 @@ class Gram:
                 "models it was made of, or calibrate it in spite of that with --any-model"
             )
 
-    def doubt(self, merged: str) -> str:
+    def doubtful_reason(self, merged: str) -> str:
         """What makes it doubtful that this is a merge of the models; empty where nothing does."""
         if self.correlation >= DOUBTFUL_CORRELATION:
             return ""
@@ -76,14 +76,14 @@ class Gram:
     @property
     def correlation(self) -> float:
         """R: how much of the merged task vector's length lies in the span of the others."""
-        gram = self.whole
+        gram = self.total
         with_merged = gram[:-1, -1]
         weights = np.linalg.lstsq(gram[:-1, :-1], with_merged, rcond=None)[0]
         return float(np.sqrt(max(0.0, weights @ with_merged / gram[-1, -1]))) if gram[-1, -1] else 0.0
 
     def cosine(self, keys: Sequence[str]) -> float | None:
         """The mean cosine of pairs of task vectors over these tensors together; None where there is no such pair."""
-        gram = sum((self.tensors[key] for key in keys if key in self.tensors), np.zeros_like(self.whole))[:-1, :-1]
+        gram = sum((self.tensors[key] for key in keys if key in self.tensors), np.zeros_like(self.total))[:-1, :-1]
         norms = np.sqrt(np.diag(gram))
         moved = np.flatnonzero(norms > 0)
         pairs = [gram[a, b] / (norms[a] * norms[b]) for a in moved for b in moved if a < b]
@@ -91,5 +91,5 @@ class Gram:
 
     def norms(self, keys: Sequence[str]) -> list[float]:
         """The L2 norms of the task vectors over these tensors together; the merged one's is the last."""
-        gram = sum((self.tensors[key] for key in keys if key in self.tensors), np.zeros_like(self.whole))
+        gram = sum((self.tensors[key] for key in keys if key in self.tensors), np.zeros_like(self.total))
         return np.sqrt(np.diag(gram)).tolist()

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, open_checkpoint
-from .calibration_report import Layer
-from .feature_space import Calibration
-from .foldable_layers import Inputs, Part, find_sites
-from .rescale import widened
+from .calibration_report import LayerReport
+from .feature_space import FeatureCalibration
+from .foldable_layers import FoldablePart, Inputs, find_foldable_layers
+from .rescale import read_widened
 
 
 @contextmanager
-def unfolded(
-    model: nn.Module, base: Any, calibration: Calibration, per: Literal["place", "layer"] = "place"
+def calibration_hooks(
+    model: nn.Module, base: Any, calibration: FeatureCalibration, per: Literal["place", "layer"] = "place"
 ) -> Iterator[nn.Module]:
     """While a model with the merged weights gives pre(x) + xi (merged(x) - pre(x)) at every calibrated layer.
 
@@ -37,7 +37,7 @@ def unfolded(
     keys = {id(p): key for key, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     layers = {layer.name: layer for layer in calibration.report.layers}
     handles: list[Any] = []
-    for site in find_sites(model)[0]:
+    for site in find_foldable_layers(model)[0]:
         part = site.stages[0].parts[0]
         layer = layers.get(part.name)
         if len(site.stages) == 1 and layer and layer.xi != 1:
@@ -50,7 +50,7 @@ def unfolded(
             handle.remove()
 
 
-def _correction(part: Part, base: dict[str, Tensor], layer: Layer, per: str) -> Any:
+def _correction(part: FoldablePart, base: dict[str, Tensor], layer: LayerReport, per: str) -> Any:
     places = torch.tensor(layer.by_place or [], dtype=torch.float64)
     here = threading.local()
 
@@ -72,7 +72,7 @@ def _correction(part: Part, base: dict[str, Tensor], layer: Layer, per: str) -> 
     return after
 
 
-def _of_places(part: Part, places: Tensor, output: Tensor, otherwise: float) -> Tensor:
+def _of_places(part: FoldablePart, places: Tensor, output: Tensor, otherwise: float) -> Tensor:
     """xi at every place of an output with a batch ahead, in a shape that goes with it."""
     tail = next(iter(part.pieces.values())).parameter.dim() - 2 if part.kind == "conv" else 1
     shape = output.shape[1 : output.dim() - tail]
@@ -83,4 +83,4 @@ def _of_places(part: Part, places: Tensor, output: Tensor, otherwise: float) -> 
 
 
 def _tensor(checkpoint: Checkpoint, key: str, like: Tensor) -> Tensor:
-    return torch.from_numpy(widened(checkpoint, key)).reshape(like.shape).to(like)
+    return torch.from_numpy(read_widened(checkpoint, key)).reshape(like.shape).to(like)

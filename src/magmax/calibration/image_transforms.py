@@ -19,11 +19,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class View:
+class ImageTransform:
     """Resizing, cropping and normalising, in the order of CLIP's preprocessing.
 
     `load` brings a picture's shorter side to `resize` pixels, once and for all; what it gives is kept as bytes.
-    For evaluation the middle `size` x `size` pixels are cut out. For training (`vary`), a random rectangle of
+    For evaluation the middle `size` x `size` pixels are cut out. For training (`augment`), a random rectangle of
     `smallest` to 1 of the area, with sides of a ratio between 3/4 and 4/3, is resized to `size` x `size`, and
     mirrored half of the time where `mirror` is on. Then `(pixel / 255 - mean) / std`, channel by channel.
     """
@@ -43,7 +43,7 @@ class View:
             raise MagMaxError(f"smallest {self.smallest} is a share of a picture's area; choose above 0, at most 1")
 
     @classmethod
-    def of_file(cls, path: Path) -> View:
+    def of_file(cls, path: Path) -> ImageTransform:
         """The view in a preprocessor_config.json: for evaluation what transformers' own CLIP processor does."""
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -64,19 +64,19 @@ class View:
         image = image.resize((self.resize, other) if width < height else (other, self.resize), self.resample)
         return np.array(image)
 
-    def centre(self, pixels: np.ndarray) -> np.ndarray:
+    def center_crop(self, pixels: np.ndarray) -> np.ndarray:
         """The middle of a loaded picture."""
         top, left = ((side - self.size) // 2 for side in pixels.shape[:2])
         return pixels[top : top + self.size, left : left + self.size]
 
-    def vary(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def augment(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """A random rectangle of a loaded picture, resized; the same for the same state of `random`."""
         box = _rectangle(pixels.shape[0], pixels.shape[1], self.smallest, random)
         image = Image.fromarray(pixels).resize((self.size, self.size), self.resample, box=box)
         varied = np.array(image)
         return varied[:, ::-1] if self.mirror and random.random() < 0.5 else varied
 
-    def tensor(self, pictures: Sequence[np.ndarray]) -> Tensor:
+    def to_tensor(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """n pictures of `size` x `size` as float32, shape (n, 3, size, size)."""
         colours = [np.repeat(p[:, :, None], 3, axis=2) if p.ndim == 2 else p for p in pictures]
         pixels = torch.from_numpy(np.stack(colours)).permute(0, 3, 1, 2).to(torch.float32) / 255

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..errors import MagMaxError
-from .calibration_report import Layer, Report, clipped
-from .foldable_layers import Inputs, Part, Piece, Site, Stage, find_sites
+from .calibration_report import CalibrationReport, LayerReport, clipped
+from .foldable_layers import FoldableLayer, FoldablePart, Inputs, LayerStage, ParameterRows, find_foldable_layers
 from .forward import Run
-from .gram import Gram
-from .layer_scheduler import Turn, Turns
-from .ratios import Tally, mean
-from .rescale import Coefficients, fold_tensor, widened
+from .gram import TaskVectorGram
+from .layer_scheduler import LayerCoroutine, LayerScheduler
+from .ratios import RatioStatistics, mean
+from .rescale import Coefficients, fold_tensor, read_widened
 
-Handle = Callable[[int, Site, Inputs], None]
+Handle = Callable[[int, FoldableLayer, Inputs], None]
 """What is done at a call: the number of the item under way, the layer, and what it is called with."""
 
 
@@ -35,17 +35,17 @@ class _Call(NamedTuple):
 
 
 @dataclass
-class _Outcome:
+class _PartResult:
     """What became of a part: its tally, its coefficient before and after the limits, and why it is what it is."""
 
-    tally: Tally
+    tally: RatioStatistics
     raw: float = 1.0
     xi: float = 1.0
     why: str = ""
 
 
 @dataclass
-class Measurement:
+class FeatureMeasurement:
     """One calibration of a module that holds the merged weights; see `calibrate_features`.
 
     All items go through the model at once, each as far as the next layer that is not calibrated; there they wait for
@@ -58,7 +58,7 @@ class Measurement:
     names: Sequence[str]
     samples: Sequence[Sequence[Any]]
     run: Run
-    gram: Gram
+    gram: TaskVectorGram
     norm: str = "l1"
     ratio: str = "place"
     sensitive: Collection[str] | None = None
@@ -66,10 +66,10 @@ class Measurement:
 
     def __post_init__(self) -> None:
         self._items = [(task, n, item) for task, own in enumerate(self.samples) for n, item in enumerate(own)]
-        self._sites, self._left = find_sites(self.model)
+        self._sites, self._left = find_foldable_layers(self.model)
         self._aliases = {id(p): key for key, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
-        self._outcomes: dict[Part, _Outcome] = {}
-        self._holder: dict[Any, Part] = {}
+        self._outcomes: dict[FoldablePart, _PartResult] = {}
+        self._holder: dict[Any, FoldablePart] = {}
 
     def calibrate(self, sequential: bool) -> None:
         """Measure and fold every layer that the samples reach: one after another, or all of them at the end."""
@@ -84,11 +84,11 @@ class Measurement:
             if todo := [stage for stage in stages[:upto] if any(part not in self._outcomes for part in stage.parts)]:
                 self._round(todo, [] if last is None else [last])
 
-    def _discover(self) -> dict[Site, int]:
+    def _discover(self) -> dict[FoldableLayer, int]:
         """The layers in the order of their first calls, and how often an item calls each at the most."""
-        calls: dict[Site, Counter[int]] = {}
+        calls: dict[FoldableLayer, Counter[int]] = {}
 
-        def count(number: int, site: Site, inputs: Inputs) -> None:
+        def count(number: int, site: FoldableLayer, inputs: Inputs) -> None:
             calls.setdefault(site, Counter())[number] += 1
 
         with self._watched(count) as put_through:
@@ -103,19 +103,19 @@ class Measurement:
                     ) from error
         return {site: max(each.values()) for site, each in calls.items()}
 
-    def _round(self, todo: Sequence[Stage], held: Sequence[Stage]) -> None:
+    def _round(self, todo: Sequence[LayerStage], held: Sequence[LayerStage]) -> None:
         """Put all items through together; measure these stages, and fold those that are not held until the end."""
         places = {stage: place for place, stage in enumerate(todo)}
         open_stages = set(todo)
-        tallies: dict[Part, Tally] = {}
+        tallies: dict[FoldablePart, RatioStatistics] = {}
 
-        def handle(number: int, site: Site, inputs: Inputs) -> None:
+        def handle(number: int, site: FoldableLayer, inputs: Inputs) -> None:
             for stage in site.stages:
                 if stage in open_stages:
                     turns.wait(_Call(places[stage], stage.inputs(inputs)))
 
-        def decide(waiting: list[Turn]) -> Sequence[Turn]:
-            calls: dict[Turn, _Call] = {turn: turn.waits_with for turn in waiting}
+        def decide(waiting: list[LayerCoroutine]) -> Sequence[LayerCoroutine]:
+            calls: dict[LayerCoroutine, _Call] = {turn: turn.waits_with for turn in waiting}
             first = min(call.place for call in calls.values())
             group = [turn for turn, call in calls.items() if call.place == first]
             stage = todo[first]
@@ -125,7 +125,7 @@ class Measurement:
                 open_stages.remove(stage)
             return group
 
-        turns = Turns(decide)
+        turns = LayerScheduler(decide)
         with self._watched(handle) as put_through:
             turns.run([lambda number=number: put_through(number) for number in range(len(self._items))])
         for stage in [stage for stage in todo if stage in open_stages]:
@@ -136,7 +136,7 @@ class Measurement:
         """While every call of a layer is told to `handle`: a function that puts an item through the model."""
         here = threading.local()
 
-        def hook(site: Site) -> Any:
+        def hook(site: FoldableLayer) -> Any:
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 number = getattr(here, "number", None)
                 if number is None:  # a layer tried out by itself
@@ -160,15 +160,17 @@ class Measurement:
             for each in handles:
                 each.remove()
 
-    def _measure(self, stage: Stage, calls: Mapping[int, Sequence[Inputs]], tallies: dict[Part, Tally]) -> None:
+    def _measure(
+        self, stage: LayerStage, calls: Mapping[int, Sequence[Inputs]], tallies: dict[FoldablePart, RatioStatistics]
+    ) -> None:
         """Add calls of a stage, by the number of the item, to the tallies of its parts."""
         for place, part in enumerate(stage.parts):
             own = {number: inputs[place] for number, inputs in calls.items()}
             if part in self._outcomes:
                 continue
-            tally = tallies.setdefault(part, Tally(len(self.models)))
+            tally = tallies.setdefault(part, RatioStatistics(len(self.models)))
             if why := self._hindrance(part, own):
-                self._outcomes[part] = _Outcome(tally, why=why)
+                self._outcomes[part] = _PartResult(tally, why=why)
                 continue
             base = self._tensors(self.base, part)
             merged = self._magnitudes(part, self._moved(part, base), own)
@@ -177,13 +179,13 @@ class Measurement:
                 for number, magnitudes in self._magnitudes(part, self._task_vector(model, part, base), theirs).items():
                     tally.add(task, self._items[number][1], magnitudes, merged[number])
 
-    def _hindrance(self, part: Part, calls: Mapping[int, Inputs]) -> str:
+    def _hindrance(self, part: FoldablePart, calls: Mapping[int, Inputs]) -> str:
         """Why a part cannot be calibrated; empty where it can."""
         for piece in part.pieces.values():
             if self._holder.setdefault(piece.place, part) is not part:
                 return f"shares {self._key(piece)} with {self._holder[piece.place].name}, and is calibrated there"
-            if self._key(piece) in self.gram.apart:
-                return f"{self._key(piece)}: {self.gram.apart[self._key(piece)]}"
+            if self._key(piece) in self.gram.left_out:
+                return f"{self._key(piece)}: {self.gram.left_out[self._key(piece)]}"
         base = self._tensors(self.base, part)
         moved = self._moved(part, base)
         if not any(delta.any() for delta in moved.values()):
@@ -192,7 +194,9 @@ class Measurement:
             return f"the features of this {type(part.module).__name__} are not affine in its weights"
         return ""
 
-    def _magnitudes(self, part: Part, delta: Mapping[str, Tensor], calls: Mapping[int, Inputs]) -> dict[int, Tensor]:
+    def _magnitudes(
+        self, part: FoldablePart, delta: Mapping[str, Tensor], calls: Mapping[int, Inputs]
+    ) -> dict[int, Tensor]:
         """By item: how far the change of the weights moves the features at each place."""
         found: dict[int, Tensor] = {}
         for number, inputs in calls.items():
@@ -207,25 +211,25 @@ class Measurement:
                 )
         return found
 
-    def _settle(self, stage: Stage, tallies: Mapping[Part, Tally]) -> None:
+    def _settle(self, stage: LayerStage, tallies: Mapping[FoldablePart, RatioStatistics]) -> None:
         """Fold what was measured of a stage into the weights."""
         for part in stage.parts:
             if part in self._outcomes:
                 continue
-            tally = tallies.get(part, Tally(len(self.models)))
+            tally = tallies.get(part, RatioStatistics(len(self.models)))
             raw = tally.xi()
             keys = [self._key(piece) for piece in part.pieces.values()]
             if raw is None:
-                self._outcomes[part] = _Outcome(tally, why="the merge does not move its features on these samples")
+                self._outcomes[part] = _PartResult(tally, why="the merge does not move its features on these samples")
                 continue
             xi, why = clipped(raw, keys, self.sensitive)
-            self._outcomes[part] = _Outcome(tally, raw, xi, why)
+            self._outcomes[part] = _PartResult(tally, raw, xi, why)
             base = self._tensors(self.base, part)
             for name, piece in part.pieces.items():
                 fold_tensor(piece.values, base[name], xi)
                 self._note(piece, xi)
 
-    def _note(self, piece: Piece, xi: float) -> None:
+    def _note(self, piece: ParameterRows, xi: float) -> None:
         key = self._key(piece)
         if piece.rows is None:
             self.coefficients[key] = np.array(xi)
@@ -233,45 +237,47 @@ class Measurement:
             rows = self.coefficients.setdefault(key, np.ones(len(piece.parameter)))
             rows[piece.rows[0] : piece.rows[1]] = xi
 
-    def _key(self, piece: Piece) -> str:
+    def _key(self, piece: ParameterRows) -> str:
         """The key of a parameter in the state dict; of one with several, the first."""
         return self._aliases[id(piece.parameter)]
 
-    def _moved(self, part: Part, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _moved(self, part: FoldablePart, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The merged weights less the base's."""
         return {name: piece.values.to(part.compute) - base[name] for name, piece in part.pieces.items()}
 
-    def _task_vector(self, model: Checkpoint, part: Part, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _task_vector(self, model: Checkpoint, part: FoldablePart, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = self._tensors(model, part)
-        return found if model.relative else {name: values.sub_(base[name]) for name, values in found.items()}
+        return found if model.is_task_vector else {name: values.sub_(base[name]) for name, values in found.items()}
 
-    def _tensors(self, checkpoint: Checkpoint, part: Part) -> dict[str, Tensor]:
+    def _tensors(self, checkpoint: Checkpoint, part: FoldablePart) -> dict[str, Tensor]:
         """A part's weights in a checkpoint, on the module's device."""
         return {name: self._tensor(checkpoint, piece, part.compute) for name, piece in part.pieces.items()}
 
-    def _tensor(self, checkpoint: Checkpoint, piece: Piece, compute: torch.dtype) -> Tensor:
+    def _tensor(self, checkpoint: Checkpoint, piece: ParameterRows, compute: torch.dtype) -> Tensor:
         shape, key = piece.parameter.shape, self._key(piece)
         row = piece.parameter.numel() // max(1, shape[0])
         start, stop = piece.rows or (0, shape[0])
-        numbers = torch.from_numpy(widened(checkpoint, key, start * row, stop * row))
+        numbers = torch.from_numpy(read_widened(checkpoint, key, start * row, stop * row))
         return numbers.reshape(stop - start, *shape[1:]).to(piece.parameter.device, compute)
 
-    def report(self) -> Report:
+    def report(self) -> CalibrationReport:
         """What was measured of every layer, in the order of the module."""
-        layers: list[Layer] = []
+        layers: list[LayerReport] = []
         for part in (part for site in self._sites for stage in site.stages for part in stage.parts):
-            outcome = self._outcomes.get(part) or _Outcome(Tally(len(self.models)), why="the samples do not reach it")
+            outcome = self._outcomes.get(part) or _PartResult(
+                RatioStatistics(len(self.models)), why="the samples do not reach it"
+            )
             keys = [self._key(piece) for piece in part.pieces.values()]
             before, weights = mean(outcome.tally.merged), self.gram.norms(keys)
             layers.append(
-                Layer(
+                LayerReport(
                     name=part.name,
                     kind=part.kind,
                     tensors=keys,
                     xi=outcome.xi,
                     measured=outcome.raw,
                     why=outcome.why,
-                    features=mean(outcome.tally.own),
+                    features=mean(outcome.tally.task_magnitudes),
                     features_before=before,
                     features_after=[outcome.xi * value for value in before],
                     by_samples=self._by_samples(outcome.tally),
@@ -281,9 +287,9 @@ class Measurement:
                     cosine=self.gram.cosine(keys),
                 )
             )
-        return Report(list(self.names), layers, dict(self._left))
+        return CalibrationReport(list(self.names), layers, dict(self._left))
 
-    def _by_samples(self, tally: Tally) -> dict[int, float]:
+    def _by_samples(self, tally: RatioStatistics) -> dict[int, float]:
         """What so many samples a task would have said, on the same inputs."""
         most = max(len(own) for own in self.samples)
         counts = sorted({2**n for n in range(most.bit_length()) if 2**n <= most} | {most})
@@ -291,7 +297,7 @@ class Measurement:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """While the module, and all in it, is in evaluation mode."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()

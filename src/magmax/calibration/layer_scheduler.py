@@ -8,12 +8,12 @@ from contextvars import copy_context
 from typing import Any
 
 
-class _Stopped(BaseException):
+class _StopCoroutine(BaseException):
     """Raised inside a piece of work that is not to go on."""
 
 
-class Turn:
-    """One piece of work. Its thread is used as a coroutine: it runs only inside `go_on`.
+class LayerCoroutine:
+    """One piece of work. Its thread is used as a coroutine: it runs only inside `resume`.
 
     Attributes:
         number: which of the pieces it is.
@@ -31,7 +31,7 @@ class Turn:
         self._thread = threading.Thread(target=lambda: context.run(self._run), name=f"turn {number}", daemon=True)
         self._thread.start()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Run until the work waits again or ends; raises what it raised."""
         self.waiting = False
         self._mine.release()
@@ -51,7 +51,7 @@ class Turn:
         self._theirs.release()
         self._mine.acquire()
         if self._stopped:
-            raise _Stopped
+            raise _StopCoroutine
 
     def is_running(self) -> bool:
         """Whether the caller is this work."""
@@ -62,32 +62,32 @@ class Turn:
         try:
             if not self._stopped:
                 self._work()
-        except _Stopped:
+        except _StopCoroutine:
             pass
         except BaseException as error:
             self._error = error
         self._theirs.release()
 
 
-class Turns:
+class LayerScheduler:
     """Pieces of work of which one runs at a time, each until it waits.
 
     Args:
         decide: given all that wait, what is to be known of them is found out, and those that go on are returned.
     """
 
-    def __init__(self, decide: Callable[[list[Turn]], Sequence[Turn]]) -> None:
-        self._decide, self._turns = decide, list[Turn]()
+    def __init__(self, decide: Callable[[list[LayerCoroutine]], Sequence[LayerCoroutine]]) -> None:
+        self._decide, self._turns = decide, list[LayerCoroutine]()
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:
         """Do all of it, in turns that depend on nothing but `decide`; the first error stops everything."""
         try:
-            self._turns = [Turn(number, work) for number, work in enumerate(works)]
+            self._turns = [LayerCoroutine(number, work) for number, work in enumerate(works)]
             for turn in self._turns:
-                turn.go_on()
+                turn.resume()
             while waiting := [turn for turn in self._turns if turn.waiting]:
                 for turn in self._decide(waiting):
-                    turn.go_on()
+                    turn.resume()
         finally:
             for turn in self._turns:
                 turn.stop()

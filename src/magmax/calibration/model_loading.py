@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.memory import as_tensor
+from ..checkpoints.memory import to_tensor
 from ..errors import MagMaxError
-from .rescale import Coefficients, widened
+from .rescale import Coefficients, read_widened
 
 
-class Renamed(Checkpoint):
+class RenamedCheckpoint(Checkpoint):
     """Some tensors of a checkpoint under other names: new name -> its own."""
 
     def __init__(self, whole: Checkpoint, names: Mapping[str, str]) -> None:
         super().__init__(
-            whole.label, {new: whole.spec(own) for new, own in names.items() if whole.resolve(own) in whole.specs}
+            whole.label, {new: whole.spec(own) for new, own in names.items() if whole.resolve_alias(own) in whole.specs}
         )
-        self.path, self.relative, self.origin = whole.path, whole.relative, whole.origin
+        self.path, self.is_task_vector, self.origin = whole.path, whole.is_task_vector, whole.origin
         self._whole, self._names = whole, names
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        return self._whole.read(self._whole.resolve(self._names[key]), start, stop)
+        return self._whole.read(self._whole.resolve_alias(self._names[key]), start, stop)
 
     def files(self) -> list[Path]:
         return self._whole.files()
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A module that holds a checkpoint's weights, in float32 (float64 where they are).
 
     Attributes:
@@ -50,14 +50,14 @@ class Loaded:
 
     def renamed(self, checkpoint: Checkpoint) -> Checkpoint:
         """A checkpoint of the same model, by the module's keys."""
-        return Renamed(checkpoint, self.names)
+        return RenamedCheckpoint(checkpoint, self.names)
 
     def in_files(self, coefficients: Coefficients) -> Coefficients:
         """Coefficients by the checkpoint's names."""
         return {self.names[key]: xi for key, xi in coefficients.items()}
 
 
-def load_module(folder: Path, checkpoint: Checkpoint) -> Loaded:
+def load_module(folder: Path, checkpoint: Checkpoint) -> LoadedModel:
     """Build what a folder's config.json describes, and put the checkpoint's weights in; no code of the folder is run.
 
     The class is the one that the config names, or its backbone, with a pooler or without: the first that finds all its
@@ -72,7 +72,7 @@ def load_module(folder: Path, checkpoint: Checkpoint) -> Loaded:
         if not missing:
             _fill(module, checkpoint, names)
             kept = {key: name for key, name in names.items() if module.state_dict()[key].is_floating_point()}
-            return Loaded(module.eval(), _untied(module, kept))
+            return LoadedModel(module.eval(), _untied(module, kept))
         best = missing if best is None or len(missing) < len(best) else best
     told = ", ".join((best or [])[:3])
     raise MagMaxError(
@@ -116,7 +116,7 @@ def _matched(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str],
     ]
     best: tuple[dict[str, str], list[str]] = {}, list(state)
     for rename in renames:
-        names = {key: rename(key) for key in state if checkpoint.resolve(rename(key)) in checkpoint.specs}
+        names = {key: rename(key) for key in state if checkpoint.resolve_alias(rename(key)) in checkpoint.specs}
         there = {value.data_ptr() for key, value in state.items() if key in names}
         missing = [key for key, value in state.items() if key not in names and value.data_ptr() not in there]
         if len(missing) < len(best[1]):
@@ -145,11 +145,11 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -
                 f"{checkpoint.label}: {name} has shape {list(spec.shape)}, but {list(value.shape)} in the model that "
                 "the config describes; name the folder of the model's own architecture: --model FOLDER"
             )
-        if spec.floating:
-            value.copy_(torch.from_numpy(widened(checkpoint, name)).reshape(spec.shape))
+        if spec.is_mergeable:
+            value.copy_(torch.from_numpy(read_widened(checkpoint, name)).reshape(spec.shape))
         else:
-            stored = checkpoint.read(checkpoint.resolve(name), 0, spec.units)
-            value.copy_(as_tensor(stored, spec, value))
+            stored = checkpoint.read(checkpoint.resolve_alias(name), 0, spec.num_units)
+            value.copy_(to_tensor(stored, spec, value))
 
 
 def _untied(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:

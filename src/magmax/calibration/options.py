@@ -11,20 +11,20 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoints import Checkpoint
-from ..errors import MagMaxError, nearest
-from ..merging.execution.execution_options import Settings
+from ..errors import MagMaxError, nearest_hint
+from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.matching import refuse_same_path
 from ..rules import CalibrateWeights
 from ..rules.transforms.sensitive_tensors import read_sensitivity
-from .calibration_report import Report
-from .gram import Gram
-from .rescale import Coefficients, product
+from .calibration_report import CalibrationReport
+from .gram import TaskVectorGram
+from .rescale import Coefficients, multiply_coefficients
 from .weight_space import calibrate_weights, measure_gram
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class Calibrate(BaseModel):
+class CalibrationOptions(BaseModel):
     """How a merged model gets its magnitude back. Paths are relative to the recipe's folder.
 
     Attributes:
@@ -58,24 +58,24 @@ class Calibrate(BaseModel):
     max_tokens: int = Field(64, ge=1)
     any_model: bool = False
 
-    def told(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What provenance tells of it: all that is not as usual, without paths."""
         changed = self.model_dump(exclude_defaults=True, exclude={"samples", "model", "sensitive", "space"})
         return {"space": self.space, **changed, **({"n": self.n} if self.space != "weight" else {})}
 
 
-class Calibrated(NamedTuple):
+class CalibrationResult(NamedTuple):
     """xi for each tensor of the merged checkpoint that has one, and what was measured."""
 
     coefficients: Coefficients
-    report: Report
+    report: CalibrationReport
 
 
 @dataclass(frozen=True)
-class Calibrating:
+class PreparedCalibration:
     """A calibration with all that it needs opened, read and checked; only the forward passes are left."""
 
-    chosen: Calibrate
+    options: CalibrationOptions
     base: Checkpoint
     merged: Checkpoint
     models: Sequence[Checkpoint]
@@ -84,29 +84,29 @@ class Calibrating:
     items: Sequence[Sequence[Any]] = ()
     loaded: Any = None
 
-    def measured(self, settings: Settings) -> Calibrated:
+    def measure(self, execution: ExecutionOptions) -> CalibrationResult:
         """Measure, in weight space, in feature space, or one after the other.
 
         Raises:
             MagMaxError: see `calibrate_features`.
         """
-        gram = measure_gram(self.base, self.merged, self.models, self.names, settings)
-        gram.check(self.merged.label, self.chosen.any_model)
-        if doubt := gram.doubt(self.merged.label):
-            settings.note(doubt)
-        if self.chosen.space == "feature":
-            return self._features({}, gram, settings)
+        gram = measure_gram(self.base, self.merged, self.models, self.names, execution)
+        gram.check(self.merged.label, self.options.any_model)
+        if doubt := gram.doubtful_reason(self.merged.label):
+            execution.note(doubt)
+        if self.options.space == "feature":
+            return self._features({}, gram, execution)
         transform = CalibrateWeights(
-            self.chosen.form, self.chosen.per, self.chosen.norm or "l2", self.chosen.guard, self.sensitive or ()
+            self.options.form, self.options.per, self.options.norm or "l2", self.options.guard, self.sensitive or ()
         )
         given = self.base, self.merged, self.models
-        coefficients, layers = calibrate_weights(*given, transform, gram, settings)
-        if self.chosen.space == "weight":
-            return Calibrated(coefficients, Report(self.names, layers, {}))
-        found = self._features(coefficients, gram, settings)
-        return Calibrated(product(coefficients, found.coefficients), found.report)
+        coefficients, layers = calibrate_weights(*given, transform, gram, execution)
+        if self.options.space == "weight":
+            return CalibrationResult(coefficients, CalibrationReport(self.names, layers, {}))
+        found = self._features(coefficients, gram, execution)
+        return CalibrationResult(multiply_coefficients(coefficients, found.coefficients), found.report)
 
-    def _features(self, ahead: Coefficients, gram: Gram, settings: Settings) -> Calibrated:
+    def _features(self, ahead: Coefficients, gram: TaskVectorGram, execution: ExecutionOptions) -> CalibrationResult:
         """In feature space, of the model that has the coefficients of the weight space already."""
         from .feature_space import FeatureOptions, calibrate_features
         from .rescale import fold_state
@@ -116,9 +116,9 @@ class Calibrating:
         base = self.loaded.renamed(self.base)
         fold_state(module.state_dict(), base, {keys[name]: xi for name, xi in ahead.items() if name in keys})
         tensors = {key: gram.tensors[name] for key, name in names.items() if name in gram.tensors}
-        apart = {key: gram.apart[name] for key, name in names.items() if name in gram.apart}
+        apart = {key: gram.left_out[name] for key, name in names.items() if name in gram.left_out}
         sensitive = None if self.sensitive is None else [keys[name] for name in self.sensitive if name in keys]
-        options = FeatureOptions(self.chosen.norm or "l1", self.chosen.ratio, self.chosen.inputs, sensitive)
+        options = FeatureOptions(self.options.norm or "l1", self.options.ratio, self.options.inputs, sensitive)
         found = calibrate_features(
             module,
             base,
@@ -126,15 +126,15 @@ class Calibrating:
             self.items,
             options=options,
             names=self.names,
-            gram=Gram(tensors, apart, self.names),
-            settings=settings,
+            gram=TaskVectorGram(tensors, apart, self.names),
+            execution=execution,
         )
-        return Calibrated(self.loaded.in_files(found.coefficients), found.report)
+        return CalibrationResult(self.loaded.in_files(found.coefficients), found.report)
 
 
-def calibrating(
-    chosen: Calibrate, base: Checkpoint, merged: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str]
-) -> Calibrating:
+def prepare_calibration(
+    chosen: CalibrationOptions, base: Checkpoint, merged: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str]
+) -> PreparedCalibration:
     """Open and read what a calibration needs.
 
     Raises:
@@ -146,10 +146,10 @@ def calibrating(
     refuse_same_path([base, merged, *models])
     sensitive = None if chosen.sensitive is None else read_sensitivity(Path(chosen.sensitive)).sensitive
     for name in sensitive or ():
-        if base.resolve(name) not in base.specs:
-            hint = nearest(name, sorted(base.specs))
+        if base.resolve_alias(name) not in base.specs:
+            hint = nearest_hint(name, sorted(base.specs))
             raise MagMaxError(f"{chosen.sensitive}: names {name!r}, which is no tensor of {base.label}; {hint}")
-    found = Calibrating(chosen, base, merged, models, names, sensitive)
+    found = PreparedCalibration(chosen, base, merged, models, names, sensitive)
     if chosen.space == "weight":
         if chosen.samples:
             raise MagMaxError("calibrating in weight space takes no samples; choose the space feature or dual")
@@ -163,10 +163,10 @@ def calibrating(
     from .model_loading import load_module
 
     items = read_items(folder, Path(chosen.samples), names, chosen)
-    return Calibrating(chosen, base, merged, models, names, sensitive, items, load_module(folder, merged))
+    return PreparedCalibration(chosen, base, merged, models, names, sensitive, items, load_module(folder, merged))
 
 
-def _folder(chosen: Calibrate, base: Checkpoint, merged: Checkpoint) -> Path:
+def _folder(chosen: CalibrationOptions, base: Checkpoint, merged: Checkpoint) -> Path:
     """The folder of the model's config."""
     if chosen.model is not None:
         return Path(chosen.model)
@@ -179,19 +179,19 @@ def _folder(chosen: Calibrate, base: Checkpoint, merged: Checkpoint) -> Path:
     )
 
 
-def read_items(folder: Path, samples: Path, names: Sequence[str], chosen: Calibrate) -> list[list[Any]]:
+def read_items(folder: Path, samples: Path, names: Sequence[str], chosen: CalibrationOptions) -> list[list[Any]]:
     """n samples of each task as a model's own inputs: token ids of texts, or pixels of pictures."""
-    from .samples import places_of, read_samples
+    from .samples import read_samples, sample_paths
 
-    places = places_of(samples, names)
+    places = sample_paths(samples, names)
     seen = [_pictures(place) for place in places]
     if any(seen):
-        return [_pixels(folder, _drawn(own, chosen), place) for own, place in zip(seen, places, strict=True)]
+        return [_pixels(folder, _sample(own, chosen), place) for own, place in zip(seen, places, strict=True)]
     texts = [read_samples(place, labelled=False).texts for place in places]
-    return [_tokens(folder, _drawn(own, chosen), chosen, place) for own, place in zip(texts, places, strict=True)]
+    return [_tokens(folder, _sample(own, chosen), chosen, place) for own, place in zip(texts, places, strict=True)]
 
 
-def _drawn(found: Sequence[Any], chosen: Calibrate) -> list[Any]:
+def _sample(found: Sequence[Any], chosen: CalibrationOptions) -> list[Any]:
     order = np.random.default_rng(chosen.seed).permutation(len(found))[: chosen.n]
     return [found[row] for row in sorted(order.tolist())]
 
@@ -200,7 +200,7 @@ def _pictures(place: Path) -> list[Path]:
     return sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES) if place.is_dir() else []
 
 
-def _tokens(folder: Path, texts: Sequence[str], chosen: Calibrate, place: Path) -> list[list[int]]:
+def _tokens(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, place: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     try:
@@ -222,15 +222,15 @@ def _pixels(folder: Path, pictures: Sequence[Path], place: Path) -> list[Any]:
     try:
         from PIL import Image
 
-        from .image_transforms import View
+        from .image_transforms import ImageTransform
     except ModuleNotFoundError as error:
         raise MagMaxError(f"{place}: reading pictures needs Pillow: pip install 'magmax[data]'") from error
-    view = View.of_file(folder / "preprocessor_config.json")
+    view = ImageTransform.of_file(folder / "preprocessor_config.json")
     found: list[Any] = []
     for path in pictures:
         try:
             with Image.open(path) as picture:
-                found.append(view.tensor([view.centre(view.load(picture))])[0])
+                found.append(view.to_tensor([view.center_crop(view.load(picture))])[0])
         except OSError as error:
             raise MagMaxError(f"{path}: cannot be read as a picture: {error}") from error
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MagMaxError
-from .calibration_report import Report
+from .calibration_report import CalibrationReport
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -21,7 +21,7 @@ def check_plot(path: Path) -> None:
         raise MagMaxError(f"{path}: drawing needs matplotlib: pip install 'magmax[report]'") from error
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: CalibrationReport, path: Path) -> None:
     """Draw xi, magnitudes of features and of weights before and after, and cosines of task vectors, layer by layer."""
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg

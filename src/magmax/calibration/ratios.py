@@ -12,7 +12,7 @@ Sum = tuple[float, int]
 
 
 @dataclass
-class Tally:
+class RatioStatistics:
     """Sums over the places (tokens, channels) of every sample of every task.
 
     Attributes:
@@ -23,19 +23,19 @@ class Tally:
 
     tasks: int
     ratios: dict[tuple[int, int], Sum] = field(default_factory=dict[tuple[int, int], Sum])
-    own: list[Sum] = field(default_factory=list[Sum])
+    task_magnitudes: list[Sum] = field(default_factory=list[Sum])
     merged: list[Sum] = field(default_factory=list[Sum])
     places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict[int, tuple[Tensor, Tensor]])
 
     def __post_init__(self) -> None:
-        self.own, self.merged = [(0.0, 0)] * self.tasks, [(0.0, 0)] * self.tasks
+        self.task_magnitudes, self.merged = [(0.0, 0)] * self.tasks, [(0.0, 0)] * self.tasks
 
     def add(self, task: int, sample: int, own: Tensor, merged: Tensor) -> None:
         """One call on one sample: the magnitudes at its places, under the task's model and under the merged one."""
         counted = merged > 0
         ratio = torch.where(counted, own / merged, 0.0)
         self.ratios[task, sample] = _plus(self.ratios.get((task, sample), (0.0, 0)), ratio, int(counted.sum()))
-        self.own[task] = _plus(self.own[task], own, own.numel())
+        self.task_magnitudes[task] = _plus(self.task_magnitudes[task], own, own.numel())
         self.merged[task] = _plus(self.merged[task], merged, merged.numel())
         known = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
         size = max(len(known[0]), len(ratio))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec
+from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
-from ..merging.pipeline import Around, Kernel, Slab
-from ..merging.reader import finite
+from ..merging.pipeline import InputBlock, Kernel, WrappedKernel
+from ..merging.reader import is_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ Coefficients = dict[str, NDArray[np.float64]]
 """For a tensor's key its xi: of shape () for all of it, or one for each row of shape (rows,). No key, no change."""
 
 
-def product(first: Coefficients, second: Coefficients) -> Coefficients:
+def multiply_coefficients(first: Coefficients, second: Coefficients) -> Coefficients:
     """Both, one after the other."""
     joined: Coefficients = {}
     for key in [*first, *(key for key in second if key not in first)]:
@@ -54,31 +54,33 @@ def fold_state(state: Mapping[str, Tensor], base: Checkpoint, coefficients: Coef
 
     for key, xi in coefficients.items():
         spec, values = base.spec(key), state[key]
-        own = widened(base, key)
+        own = read_widened(base, key)
         merged = values.detach().to(torch.from_numpy(own).dtype).cpu().numpy().reshape(-1)
-        made = fold_arrays(own, merged, of_units(xi, spec, 0, spec.units))
+        made = fold_arrays(own, merged, coefficient_per_unit(xi, spec, 0, spec.num_units))
         values.copy_(torch.from_numpy(made).reshape(spec.shape))
 
 
-def widened(checkpoint: Checkpoint, key: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+def read_widened(checkpoint: Checkpoint, key: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
     """Elements start..stop of a flattened tensor as numbers."""
-    name, spec = checkpoint.resolve(key), checkpoint.spec(key)
-    stored = checkpoint.read(name, start, spec.units if stop is None else stop)
+    name, spec = checkpoint.resolve_alias(key), checkpoint.spec(key)
+    stored = checkpoint.read(name, start, spec.num_units if stop is None else stop)
     return widen(stored, spec.dtype, compute_dtype(spec.dtype))
 
 
-def of_units(xi: NDArray[np.float64], spec: Spec, start: int, stop: int) -> NDArray[np.float64]:
+def coefficient_per_unit(xi: NDArray[np.float64], spec: TensorSpec, start: int, stop: int) -> NDArray[np.float64]:
     """The coefficient of each element start..stop of the flattened tensor."""
     if not xi.ndim:
         return xi
-    row = max(1, spec.elements // spec.shape[0])
+    row = max(1, spec.numel // spec.shape[0])
     return xi[np.arange(start, stop) // row]
 
 
-class InMemory(Checkpoint):
+class InMemoryCheckpoint(Checkpoint):
     """A merge that has not been written: flat arrays of stored units."""
 
-    def __init__(self, specs: Mapping[str, Spec], tensors: Mapping[str, NDArray[Any]], aliases: dict[str, str]) -> None:
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], tensors: Mapping[str, NDArray[Any]], aliases: dict[str, str]
+    ) -> None:
         super().__init__("the merged model", dict(specs))
         self.aliases, self._tensors = aliases, tensors
 
@@ -99,39 +101,44 @@ class FoldKernel(Kernel):
 
     inputs: tuple[Checkpoint, ...]
     coefficients: Coefficients
-    out: Mapping[str, Spec]
+    out: Mapping[str, TensorSpec]
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        base = slab.stored(0)
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        base = slab.read(0)
         for number in range(2, len(self.inputs)):
-            slab.digest_alike(number)
-        return [folded(slab, base, slab.spec(0), slab.stored(1), self.out[slab.key], self.coefficients)]
+            slab.read_for_digest(number)
+        return [fold_block(slab, base, slab.spec(0), slab.read(1), self.out[slab.key], self.coefficients)]
 
 
 @dataclass(frozen=True)
-class ThenFold(Around[Kernel]):
+class FoldAfterMerge(WrappedKernel[Kernel]):
     """A merge, and then its calibration: what another kernel makes of a slab, folded. Input 0 is the base."""
 
     coefficients: Coefficients
-    out: Mapping[str, Spec]
+    out: Mapping[str, TensorSpec]
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
         (merged,) = self.merge(slab)
         assert merged is not None
-        return [folded(slab, slab.stored(0), slab.spec(0), merged, self.out[slab.key], self.coefficients)]
+        return [fold_block(slab, slab.read(0), slab.spec(0), merged, self.out[slab.key], self.coefficients)]
 
 
-def folded(
-    slab: Slab, base: NDArray[Any], spec: Spec, merged: NDArray[Any], out: Spec, coefficients: Coefficients
+def fold_block(
+    slab: InputBlock,
+    base: NDArray[Any],
+    spec: TensorSpec,
+    merged: NDArray[Any],
+    out: TensorSpec,
+    coefficients: Coefficients,
 ) -> NDArray[Any]:
     """A slab's stored units, folded where its tensor has a coefficient; refuses what overflows."""
     xi = coefficients.get(slab.key)
-    if xi is None or (xi == 1).all() or not out.floating:
+    if xi is None or (xi == 1).all() or not out.is_mergeable:
         return merged
     wide = compute_dtype("F64" if "F64" in (spec.dtype, out.dtype) else out.dtype)
-    each = of_units(xi, spec, slab.start, slab.stop)
+    each = coefficient_per_unit(xi, spec, slab.start, slab.stop)
     made = fold_arrays(widen(base, spec.dtype, wide), widen(merged, out.dtype, wide), each)
     stored = narrow(made, out.dtype)
-    if not finite(stored, out.dtype):
+    if not is_finite(stored, out.dtype):
         raise MagMaxError(f"{slab.key}: the calibrated values overflow {out.dtype}; merge into a wider dtype")
     return stored

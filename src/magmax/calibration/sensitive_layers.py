@@ -12,10 +12,10 @@ from torch import nn
 
 from ..checkpoints import open_checkpoint
 from ..errors import MagMaxError
-from ..rules.transforms.sensitive_tensors import Drop, Sensitivity, worst
-from .foldable_layers import find_sites
-from .layer_measurement import evaluating
-from .rescale import fold_tensor, widened
+from ..rules.transforms.sensitive_tensors import ScoreDrop, Sensitivity, largest_drops
+from .foldable_layers import find_foldable_layers
+from .layer_measurement import evaluation_mode
+from .rescale import fold_tensor, read_widened
 
 Scores = Callable[[nn.Module], Sequence[float] | NDArray[np.floating[Any]]]
 """The metric of a model on each example of a proxy set, such as 1 where it is right; more is better."""
@@ -51,16 +51,22 @@ def find_sensitive(
     opened = open_checkpoint(base)
     parameters = dict(model.named_parameters())
     keys = {id(parameter): key for key, parameter in parameters.items()}
-    pieces = (p for site in find_sites(model)[0] for s in site.stages for part in s.parts for p in part.pieces.values())
+    pieces = (
+        p
+        for site in find_foldable_layers(model)[0]
+        for s in site.stages
+        for part in s.parts
+        for p in part.pieces.values()
+    )
     random = np.random.default_rng(seed)
-    drops: dict[str, Drop] = {}
-    with evaluating(model), torch.no_grad():
+    drops: dict[str, ScoreDrop] = {}
+    with evaluation_mode(model), torch.no_grad():
         before = _scored(scores, model)
         picks = random.integers(0, len(before), (draws, len(before)))
         for key in dict.fromkeys(keys[id(piece.parameter)] for piece in pieces):
             values, kept = parameters[key].data, parameters[key].detach().clone()
             wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-            start = torch.from_numpy(widened(opened, key)).reshape(values.shape).to(values.device, wide)
+            start = torch.from_numpy(read_widened(opened, key)).reshape(values.shape).to(values.device, wide)
             if torch.equal(values.to(wide), start):
                 continue
             try:
@@ -69,8 +75,8 @@ def find_sensitive(
             finally:
                 values.copy_(kept)
             low, high = np.quantile(lost[picks].mean(axis=1), [0.025, 0.975])
-            drops[key] = Drop(float(lost.mean()), float(high - low) / 2)
-    return Sensitivity(name, metric, factor, len(before), drops, worst(drops, count))
+            drops[key] = ScoreDrop(float(lost.mean()), float(high - low) / 2)
+    return Sensitivity(name, metric, factor, len(before), drops, largest_drops(drops, count))
 
 
 def _scored(scores: Scores, model: nn.Module, count: int | None = None) -> NDArray[np.float64]:

@@ -11,39 +11,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
-from ..merging.execution.execution_options import Settings
-from ..merging.matching import Mismatch, compare
-from ..merging.pipeline import Kernel, Pass, Slab
-from ..merging.reader import Reader
+from ..merging.execution.execution_options import ExecutionOptions
+from ..merging.matching import Mismatch, match_to_base
+from ..merging.pipeline import BlockPipeline, InputBlock, Kernel
+from ..merging.reader import BlockReader
 from ..rules import CalibrateWeights
-from ..rules.norms import measures
+from ..rules.norms import dot_products_and_norms
 from ..rules.transforms.calibrate_weights import is_calibrated
-from .calibration_report import Layer
-from .gram import Gram
+from .calibration_report import LayerReport
+from .gram import TaskVectorGram
 from .rescale import Coefficients
 
 Parts = dict[str, dict[int, NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
-class _Measured(Kernel):
+class _NormKernel(Kernel):
     """The `measures` of task vectors and merged vector, by tensor and the slab's first part: a row, or all of it."""
 
-    reader: Reader
+    reader: BlockReader
     sizes: Mapping[str, int]
     found: Parts = field(default_factory=dict)
 
     @property
-    def gathers(self) -> bool:
+    def holds_all_inputs(self) -> bool:
         return True
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
         if slab.key in self.sizes:
             base = self.reader.numbers(slab, 0)
             vectors = [self.reader.task_vector(slab, n, base) for n in [*range(2, len(self.reader.inputs)), 1]]
             size, length = self.sizes[slab.key], slab.stop - slab.start
             whole = slab.start % size == 0 and length % size == 0
-            made = measures(vectors, size if whole else length, angles=True)
+            made = dot_products_and_norms(vectors, size if whole else length, angles=True)
             self.found.setdefault(slab.key, {})[slab.start] = made
         return []
 
@@ -53,19 +53,19 @@ def measure_gram(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     names: Sequence[str],
-    settings: Settings | None = None,
+    execution: ExecutionOptions | None = None,
     mismatch: Mismatch = "strict",
-) -> Gram:
+) -> TaskVectorGram:
     """Lengths and angles of whole tensors; every input is read once, slab by slab.
 
     Raises:
         MagMaxError: models that do not fit the base, NaN or infinity.
     """
-    settings = settings or Settings()
+    execution = execution or ExecutionOptions()
     apart = _apart(base, [merged, *models], mismatch)
-    sizes = {key: spec.elements for key, spec in base.specs.items() if key not in apart and spec.elements}
-    found = _measured(base, merged, models, sizes, settings)
-    return Gram({key: found[key].sum(axis=0)[:, :-1] for key in sizes}, apart, list(names))
+    sizes = {key: spec.numel for key, spec in base.specs.items() if key not in apart and spec.numel}
+    found = _measured(base, merged, models, sizes, execution)
+    return TaskVectorGram({key: found[key].sum(axis=0)[:, :-1] for key in sizes}, apart, list(names))
 
 
 def calibrate_weights(
@@ -73,10 +73,10 @@ def calibrate_weights(
     merged: Checkpoint,
     models: Sequence[Checkpoint],
     transform: CalibrateWeights,
-    gram: Gram,
-    settings: Settings | None = None,
+    gram: TaskVectorGram,
+    execution: ExecutionOptions | None = None,
     mismatch: Mismatch = "strict",
-) -> tuple[Coefficients, list[Layer]]:
+) -> tuple[Coefficients, list[LayerReport]]:
     """xi of every matrix and convolution of a merged model, as `transform` has it at the end of a chain.
 
     It is the same function of the same vectors, m being the merged model less the base: what was scaled, and rounded
@@ -91,11 +91,11 @@ def calibrate_weights(
         if key not in apart and is_calibrated(key, spec.shape)
     }
     made: Coefficients = {}
-    layers: list[Layer] = []
-    for key, found in _measured(base, merged, models, sizes, settings or Settings()).items():
+    layers: list[LayerReport] = []
+    for key, found in _measured(base, merged, models, sizes, execution or ExecutionOptions()).items():
         raw, why = transform.coefficients(found), ""
         xi = raw
-        if transform.guarded(found.sum(axis=0)[:-1, [*range(len(models)), -1]]):
+        if transform.is_guarded(found.sum(axis=0)[:-1, [*range(len(models)), -1]]):
             xi, why = np.ones_like(raw), f"the task vectors are too much alike for the guard of {transform.guard:g}"
         elif transform.sensitive:
             sensitive = key in transform.sensitive
@@ -104,26 +104,30 @@ def calibrate_weights(
         made[key] = xi if rows else xi[0]
         norms, after = gram.norms([key]), float(np.sqrt((xi**2 * found[:, -1, -2]).sum()))
         told = {"weights": norms, "weight_after": after, "cosine": gram.cosine([key])}
-        layers.append(Layer(key, "weights", [key], float(xi.mean()), float(raw.mean()), why, **told))
+        layers.append(LayerReport(key, "weights", [key], float(xi.mean()), float(raw.mean()), why, **told))
     return made, layers
 
 
 def _apart(base: Checkpoint, others: Sequence[Checkpoint], mismatch: Mismatch) -> dict[str, str]:
-    match = compare(base, others, mismatch)
-    return {**match.carried, **{key: part.why for key, part in match.partly.items()}}
+    match = match_to_base(base, others, mismatch)
+    return {**match.unmerged, **{key: part.reason for key, part in match.partly_merged.items()}}
 
 
 def _measured(
-    base: Checkpoint, merged: Checkpoint, models: Sequence[Checkpoint], sizes: Mapping[str, int], settings: Settings
+    base: Checkpoint,
+    merged: Checkpoint,
+    models: Sequence[Checkpoint],
+    sizes: Mapping[str, int],
+    execution: ExecutionOptions,
 ) -> dict[str, NDArray[np.float64]]:
     """By tensor the measures of each of its parts, of so many elements each: shape (parts, T + 1, T + 2)."""
     inputs = [base, merged, *models]
-    kernel = _Measured(Reader(inputs), sizes)
-    Pass(inputs, [], kernel, settings.crew, digest=False).run(settings.progress)
+    kernel = _NormKernel(BlockReader(inputs), sizes)
+    BlockPipeline(inputs, [], kernel, execution.pool, digest=False).run(execution.progress)
     made: dict[str, NDArray[np.float64]] = {}
     for key, size in sizes.items():
         width = len(models) + 1
-        total = np.zeros((base.specs[key].elements // size, width, width + 1))
+        total = np.zeros((base.specs[key].numel // size, width, width + 1))
         for start, found in sorted(kernel.found.get(key, {}).items()):
             first = start // size
             total[first : first + len(found)] += found

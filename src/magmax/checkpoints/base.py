@@ -8,9 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .dtypes import Spec
+from .dtypes import TensorSpec
 
-PREFIX = "hf://"
+HUB_PREFIX = "hf://"
 
 
 class Checkpoint(ABC):
@@ -25,20 +25,20 @@ class Checkpoint(ABC):
         metadata: the header's own strings.
         notes: what a user should know of how it was read.
         origin: its id on the hub with the commit, as hf://..., or those of base+adapter; "" for what never was there.
-        relative: whether the floating tensors are task vectors, to be added to a base.
+        is_task_vector: whether the floating tensors are task vectors, to be added to a base.
     """
 
     label: str
     path: Path | None = None
     url: str = ""
-    specs: dict[str, Spec]
+    specs: dict[str, TensorSpec]
     aliases: dict[str, str]
     metadata: dict[str, str]
     notes: list[str]
     origin: str = ""
-    relative: bool = False
+    is_task_vector: bool = False
 
-    def __init__(self, label: str, specs: dict[str, Spec]) -> None:
+    def __init__(self, label: str, specs: dict[str, TensorSpec]) -> None:
         self.label, self.specs, self.aliases, self.metadata, self.notes = label, specs, {}, {}, []
 
     @abstractmethod
@@ -50,13 +50,13 @@ class Checkpoint(ABC):
         """Every file on this machine that the tensors and their names come from."""
 
     @property
-    def place(self) -> str:
+    def source(self) -> str:
         """What a name for it is made from: where it was downloaded from, its path, or its label."""
         last = self.origin.rpartition("+")[2]
-        return last if last.startswith(PREFIX) else str(self.path or self.url or self.label)
+        return last if last.startswith(HUB_PREFIX) else str(self.path or self.url or self.label)
 
     @property
-    def stored(self) -> bool:
+    def is_on_disk(self) -> bool:
         """Whether it is in files, here or elsewhere, and not in memory."""
         return self.path is not None or bool(self.url)
 
@@ -65,7 +65,7 @@ class Checkpoint(ABC):
         """How many of its bytes come from another machine, as far as tensors go."""
         return self.nbytes if self.url else 0
 
-    def folder(self) -> Path | None:
+    def small_files_folder(self) -> Path | None:
         """The folder on this machine with the small files that belong to the model, if it has any."""
         return self.path if self.path is not None and self.path.is_dir() else None
 
@@ -73,7 +73,7 @@ class Checkpoint(ABC):
         """One digest per file of `files()` of what can be known without reading tensors."""
         return ["" for _ in self.files()]
 
-    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         """File -> its size, its time or ETag, and the digest of its header: these tell that it is unchanged.
 
         Args:
@@ -85,21 +85,21 @@ class Checkpoint(ABC):
             found[str(path)] = [status.st_size, status.st_mtime_ns, header]
         return found
 
-    def hold(self, key: str, start: int, stop: int) -> int:
+    def prefetch(self, key: str, start: int, stop: int) -> int:
         """Begin to fetch units start..stop, which are to be read soon, and keep them until `release`.
 
         Returns the bytes of memory that are taken for it: none where files are on this machine, the default.
         """
         return 0
 
-    def release(self, key: str, start: int, stop: int) -> int:
+    def release_prefetched(self, key: str, start: int, stop: int) -> int:
         """Give up what `hold` kept, once for each time; returns the bytes of memory that this frees."""
         return 0
 
-    def spec(self, key: str) -> Spec:
-        return self.specs[self.resolve(key)]
+    def spec(self, key: str) -> TensorSpec:
+        return self.specs[self.resolve_alias(key)]
 
-    def resolve(self, key: str) -> str:
+    def resolve_alias(self, key: str) -> str:
         """The key under which a possibly tied tensor is stored."""
         return self.aliases.get(key, key)
 

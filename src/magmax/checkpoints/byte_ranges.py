@@ -26,7 +26,7 @@ class RangeFile:
         """In another process the file is opened again."""
         return type(self), (self.path.absolute(), self.label)
 
-    def fill(self, view: memoryview, offset: int, of: str = "") -> None:
+    def read_into(self, view: memoryview, offset: int, tensor_name: str = "") -> None:
         """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to."""
         while view:
             try:
@@ -39,7 +39,7 @@ class RangeFile:
                 )
             view, offset = view[count:], offset + count
 
-    def bytes(self, offset: int, length: int) -> bytes:
+    def read_bytes(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on. Raises MagMaxError where the file has not as many."""
         if not 0 <= offset <= offset + length <= self.size:
             raise MagMaxError(
@@ -47,5 +47,5 @@ class RangeFile:
                 "promised; it is truncated or corrupt: copy or download it again"
             )
         content = bytearray(length)
-        self.fill(memoryview(content), offset)
+        self.read_into(memoryview(content), offset)
         return bytes(content)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-BITS = {
+BITS_PER_ELEMENT = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
@@ -15,26 +15,26 @@ BITS = {
 }  # fmt: skip
 """Bits an element, for every type a safetensors file may name."""
 
-STORAGE = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+STORAGE_DTYPES = {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 """The floating types that can be merged, and the numpy type that holds each (bfloat16: its bits)."""
 
-LONG_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-BYTES = np.dtype("u1")
+FLOAT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+BYTE_DTYPE = np.dtype("u1")
 
 
-class Spec(NamedTuple):
-    """What a checkpoint's header says of one tensor: type (a key of `BITS`) and shape."""
+class TensorSpec(NamedTuple):
+    """What a checkpoint's header says of one tensor: type (a key of `BITS_PER_ELEMENT`) and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
-    def floating(self) -> bool:
+    def is_mergeable(self) -> bool:
         """Whether the tensor takes part in a merge; every other tensor is carried over byte by byte."""
-        return self.dtype in STORAGE
+        return self.dtype in STORAGE_DTYPES
 
     @property
-    def elements(self) -> int:
+    def numel(self) -> int:
         count = 1
         for length in self.shape:
             count *= length
@@ -42,16 +42,16 @@ class Spec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return (self.elements * BITS[self.dtype] + 7) // 8
+        return (self.numel * BITS_PER_ELEMENT[self.dtype] + 7) // 8
 
     @property
-    def storage(self) -> np.dtype[Any]:
+    def storage_dtype(self) -> np.dtype[Any]:
         """The numpy type of one unit on disk: an element of a floating tensor, a byte of any other."""
-        return STORAGE.get(self.dtype, BYTES)
+        return STORAGE_DTYPES.get(self.dtype, BYTE_DTYPE)
 
     @property
-    def units(self) -> int:
-        return self.elements if self.floating else self.nbytes
+    def num_units(self) -> int:
+        return self.numel if self.is_mergeable else self.nbytes
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -62,21 +62,21 @@ def compute_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(np.float64) if dtype == "F64" else np.dtype(np.float32)
 
 
-def widen(stored: NDArray[Any], dtype: str, compute: np.dtype[Any]) -> NDArray[Any]:
+def widen(raw: NDArray[Any], dtype: str, out_dtype: np.dtype[Any]) -> NDArray[Any]:
     """Stored units as numbers, exactly; may return `stored` itself. bfloat16 is the upper half of a float32."""
     if dtype != "BF16":
-        return stored.astype(compute, copy=False)
-    wide = np.empty(stored.shape, np.uint32)
-    np.copyto(wide, stored)
+        return raw.astype(out_dtype, copy=False)
+    wide = np.empty(raw.shape, np.uint32)
+    np.copyto(wide, raw)
     wide <<= 16
-    return wide.view(np.float32).astype(compute, copy=False)
+    return wide.view(np.float32).astype(out_dtype, copy=False)
 
 
 def narrow(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Numbers as stored units, rounded once to nearest, ties to even. May return `values` itself."""
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return values.astype(STORAGE[dtype], copy=False)
+            return values.astype(STORAGE_DTYPES[dtype], copy=False)
     if values.dtype == np.float64:
         values = _round_to_odd(values)
     bits = values.view(np.uint32)

@@ -27,10 +27,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = _locked(path)
-        while not _names(path, self._fd):  # its last holder deleted it just before we had the lock
+        self._fd = _open_locked(path)
+        while not _is_open_as(path, self._fd):  # its last holder deleted it just before we had the lock
             os.close(self._fd)
-            self._fd = _locked(path)
+            self._fd = _open_locked(path)
 
     def load(self) -> tuple[Any, list[Any]]:
         """(identity, parts) of the interrupted work; (None, []) where there is none. Cuts off a torn end."""
@@ -51,9 +51,9 @@ class Journal:
         os.ftruncate(self._fd, 0)
         self.append([identity])
 
-    def append(self, parts: Iterable[Any]) -> None:
+    def append(self, entries: Iterable[Any]) -> None:
         """Add finished parts; they are on disk when this returns. A failure adds none."""
-        lines = "".join(json.dumps(part, separators=(",", ":")) + "\n" for part in parts).encode()
+        lines = "".join(json.dumps(part, separators=(",", ":")) + "\n" for part in entries).encode()
         end = os.lseek(self._fd, 0, os.SEEK_END)
         try:
             while lines:
@@ -74,7 +74,7 @@ class Journal:
             self._fd = -1
 
 
-def _locked(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     """The file opened, or created, and locked by this process alone."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -89,7 +89,7 @@ def _locked(path: Path) -> int:
 
 
 @contextmanager
-def held(folder: Path) -> Generator[None]:
+def lock_folder(folder: Path) -> Generator[None]:
     """Keep every other process of ours from changing what is in a folder, if it is there."""
     if not folder.is_dir():
         yield
@@ -104,7 +104,7 @@ def held(folder: Path) -> Generator[None]:
         os.close(fd)
 
 
-def _names(path: Path, fd: int) -> bool:
+def _is_open_as(path: Path, fd: int) -> bool:
     """Whether `path` still is the file that is open as `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError, listed
+from ..errors import MagMaxError, list_problems
 from .base import Checkpoint
-from .dtypes import STORAGE, Spec
+from .dtypes import STORAGE_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-TORCH_NAMES = {
+TORCH_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
     "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -45,7 +45,7 @@ class StateDict(Checkpoint):
             except TypeError as error:
                 problems.append(f"{label}: {key} {error}")
                 continue
-            place = _place(tensor)
+            place = _memory_key(tensor)
             if place is not None and place in seen:
                 self.aliases[key] = seen[place]
                 continue
@@ -53,15 +53,15 @@ class StateDict(Checkpoint):
                 seen[place] = key
             self.specs[key], self._tensors[key] = spec, tensor
         if problems:
-            raise listed(f"{label} is not a state dict", problems)
+            raise list_problems(f"{label} is not a state dict", problems)
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
         tensor = self._tensors[key]
         if isinstance(tensor, np.ndarray):
             flat = np.ascontiguousarray(cast("NDArray[Any]", tensor)).reshape(-1)
-            return flat.view(spec.storage)[start:stop].copy()
-        return _torch_units(tensor, spec, start, stop)
+            return flat.view(spec.storage_dtype)[start:stop].copy()
+        return _read_torch(tensor, spec, start, stop)
 
     def files(self) -> list[Path]:
         return [] if self.path is None else [self.path]
@@ -73,22 +73,22 @@ class StateDict(Checkpoint):
                 f"{self.label}: is in memory, where other processes cannot read it; save it to a file, or take a "
                 "ThreadPoolExecutor"
             )
-        return open_pickle, (self.path.absolute(), self.label)
+        return open_state_dict_file, (self.path.absolute(), self.label)
 
 
-def spec_of(tensor: Any) -> Spec:
+def spec_of(tensor: Any) -> TensorSpec:
     """The spec of an array or tensor. Raises TypeError, saying what it is, for anything else."""
     if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
         raise TypeError(f"is a {type(tensor).__name__}, not a tensor")
     if getattr(tensor, "is_meta", False):
         raise TypeError("is on the meta device and has no values; load the model's weights first")
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in TORCH_NAMES or getattr(tensor, "is_sparse", False):
+    if name not in TORCH_DTYPES or getattr(tensor, "is_sparse", False):
         raise TypeError(f"has type {tensor.dtype}, which cannot be stored")
-    return Spec(TORCH_NAMES[name], tuple(int(n) for n in tensor.shape))
+    return TensorSpec(TORCH_DTYPES[name], tuple(int(n) for n in tensor.shape))
 
 
-def _place(tensor: Any) -> tuple[Any, ...] | None:
+def _memory_key(tensor: Any) -> tuple[Any, ...] | None:
     """Where in memory a torch tensor lies; equal places are tied tensors."""
     if not tensor.nbytes:
         return None
@@ -97,25 +97,25 @@ def _place(tensor: Any) -> tuple[Any, ...] | None:
     return str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
 
 
-def _torch_units(tensor: torch.Tensor, spec: Spec, start: int, stop: int) -> NDArray[Any]:
+def _read_torch(tensor: torch.Tensor, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:
     import torch
 
     flat = tensor.detach().reshape(-1)
     if spec.dtype == "BF16":
         return flat[start:stop].cpu().view(torch.uint16).numpy().copy()
-    if spec.floating:
+    if spec.is_mergeable:
         return flat[start:stop].cpu().numpy().copy()
     return flat.cpu().contiguous().view(torch.uint8).numpy()[start:stop].copy()
 
 
-def open_pickle(path: Path, label: str) -> StateDict:
+def open_state_dict_file(path: Path, label: str) -> StateDict:
     """A `.pt`, `.pth` or `.bin` state dict, mapped from disk; never runs code stored in the file."""
     try:
         import torch
     except ModuleNotFoundError as error:
         raise MagMaxError(f"{label}: reading {path.suffix} files needs torch: pip install 'magmax[torch]'") from error
     try:
-        loaded: Any = _load(torch, path)
+        loaded: Any = _torch_load(torch, path)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
         raise MagMaxError(
@@ -132,12 +132,12 @@ def open_pickle(path: Path, label: str) -> StateDict:
     if not isinstance(loaded, Mapping):
         raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
     tensors = cast("Mapping[str, Any]", loaded)
-    if not _as_long_as_promised(path, tensors):
+    if not _has_all_tensors(path, tensors):
         raise MagMaxError(f"{label}: holds no tensors of the lengths that it promises; it is corrupt: copy it again")
     return StateDict(tensors, label, path)
 
 
-def _as_long_as_promised(path: Path, tensors: Mapping[str, Any]) -> bool:
+def _has_all_tensors(path: Path, tensors: Mapping[str, Any]) -> bool:
     """Whether every storage has the length of a record of the archive: torch does not look where it maps a file."""
     if not zipfile.is_zipfile(path):
         return True
@@ -157,7 +157,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
-def _load(torch: Any, path: Path) -> Any:
+def _torch_load(torch: Any, path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -166,17 +166,17 @@ def _load(torch: Any, path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def as_tensor(stored: NDArray[Any], spec: Spec, like: Any) -> Any:
+def to_tensor(raw: NDArray[Any], spec: TensorSpec, like: Any) -> Any:
     """Stored units as an array or tensor of the kind, type and device of `like`."""
     if isinstance(like, np.ndarray):
         if spec.dtype == "BF16":
             raise MagMaxError("numpy has no bfloat16; give torch tensors, or choose another dtype")
-        kind = cast("np.dtype[Any]", stored.dtype if spec.dtype in STORAGE else like.dtype)
-        return stored.view(kind).reshape(spec.shape)
+        kind = cast("np.dtype[Any]", raw.dtype if spec.dtype in STORAGE_DTYPES else like.dtype)
+        return raw.view(kind).reshape(spec.shape)
     import torch
 
-    wanted = {name: key for key, name in TORCH_NAMES.items()}[spec.dtype]
-    if not spec.elements:
+    wanted = {name: key for key, name in TORCH_DTYPES.items()}[spec.dtype]
+    if not spec.numel:
         return torch.empty(spec.shape, dtype=getattr(torch, wanted), device=like.device)
-    flat: torch.Tensor = torch.from_numpy(stored)  # pyright: ignore[reportUnknownMemberType]
+    flat: torch.Tensor = torch.from_numpy(raw)  # pyright: ignore[reportUnknownMemberType]
     return flat.view(getattr(torch, wanted)).reshape(spec.shape).to(like.device)

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError
 from .base import Checkpoint
 from .byte_ranges import RangeFile
-from .dtypes import BITS, Spec
+from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .remote.remote_file import RemoteFile
 
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
-MOST_DIMENSIONS = 64
+MAX_DIMENSIONS = 64
 
 
 class SafetensorsFile(Checkpoint):
@@ -32,34 +32,38 @@ class SafetensorsFile(Checkpoint):
         else:
             self.path, self._file = source, RangeFile(source, self.label)
         self._size = self._file.size
-        header = self._header()
+        header = self._read_header()
         self._header_digest = xxhash.xxh3_128_hexdigest(header)
-        self._data = 8 + len(header)
+        self._data_start = 8 + len(header)
         self._offsets: dict[str, int] = {}
-        self._take(self._parse(header))
+        self._read_entries(self._parse_header(header))
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        storage = self.specs[key].storage
+        storage = self.specs[key].storage_dtype
         out = np.empty(stop - start, storage)
-        self._file.fill(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize, key)
+        self._file.read_into(out.view(np.uint8).data, self._offsets[key] + start * storage.itemsize, key)
         return out
 
-    def hold(self, key: str, start: int, stop: int) -> int:
-        return self._file.hold(*self._range(key, start, stop)) if isinstance(self._file, RemoteFile) else 0
+    def prefetch(self, key: str, start: int, stop: int) -> int:
+        return self._file.prefetch(*self._byte_range(key, start, stop)) if isinstance(self._file, RemoteFile) else 0
 
-    def release(self, key: str, start: int, stop: int) -> int:
-        return self._file.release(*self._range(key, start, stop)) if isinstance(self._file, RemoteFile) else 0
+    def release_prefetched(self, key: str, start: int, stop: int) -> int:
+        return (
+            self._file.release_prefetched(*self._byte_range(key, start, stop))
+            if isinstance(self._file, RemoteFile)
+            else 0
+        )
 
-    def _range(self, key: str, start: int, stop: int) -> tuple[int, int]:
+    def _byte_range(self, key: str, start: int, stop: int) -> tuple[int, int]:
         """The bytes of the file that hold these units, as far as the tensor has them."""
         spec = self.specs[key]
-        size, stop = spec.storage.itemsize, min(stop, spec.units)
+        size, stop = spec.storage_dtype.itemsize, min(stop, spec.num_units)
         return self._offsets[key] + min(start, stop) * size, self._offsets[key] + stop * size
 
-    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         if isinstance(self._file, RemoteFile):
-            return {self.url: [*(self._file.stamp_now() if again else self._file.stamp), self._header_digest]}
-        return super().fingerprints(again)
+            return {self.url: [*(self._file.read_stamp() if refresh else self._file.stamp), self._header_digest]}
+        return super().fingerprints(refresh)
 
     def files(self) -> list[Path]:
         return [] if self.path is None else [self.path]
@@ -67,93 +71,93 @@ class SafetensorsFile(Checkpoint):
     def header_digests(self) -> list[str]:
         return [self._header_digest]
 
-    def _header(self) -> bytes:
+    def _read_header(self) -> bytes:
         if self._size < 8:
-            raise self._bad(f"has {self._size} bytes, too few for a safetensors file")
+            raise self._error(f"has {self._size} bytes, too few for a safetensors file")
         prefix = bytearray(8)
-        self._file.fill(memoryview(prefix), 0)
+        self._file.read_into(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
         if length > HEADER_LIMIT or 8 + length > self._size:
-            raise self._bad(
+            raise self._error(
                 f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
                 "it is truncated or not a safetensors file"
             )
         header = bytearray(length)
-        self._file.fill(memoryview(header), 8)
+        self._file.read_into(memoryview(header), 8)
         return bytes(header)
 
-    def _parse(self, header: bytes) -> dict[str, Any]:
+    def _parse_header(self, header: bytes) -> dict[str, Any]:
         try:
-            parsed: Any = json.loads(header.decode(), object_pairs_hook=self._unique)
+            parsed: Any = json.loads(header.decode(), object_pairs_hook=self._check_unique)
         except MagMaxError:
             raise
         except (ValueError, RecursionError) as error:
-            raise self._bad(f"has a header that is not JSON ({error}); it is corrupt") from error
+            raise self._error(f"has a header that is not JSON ({error}); it is corrupt") from error
         if not isinstance(parsed, dict):
-            raise self._bad("has a header that is not a JSON object")
+            raise self._error("has a header that is not a JSON object")
         return cast("dict[str, Any]", parsed)
 
-    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _check_unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise self._bad("names a tensor twice in its header")
+            raise self._error("names a tensor twice in its header")
         "".join([*found, *(v for v in found.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
         return found
 
-    def _take(self, header: dict[str, Any]) -> None:
+    def _read_entries(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
         metadata: Any = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not is_string_map(metadata):
-            raise self._bad("has __metadata__ that is not a map of strings")
+            raise self._error("has __metadata__ that is not a map of strings")
         self.metadata = metadata
-        room = self._size - self._data
+        room = self._size - self._data_start
         ends: list[tuple[int, int, str]] = []
         for key, entry in header.items():
-            spec, begin, end = self._entry(key, entry)
+            spec, begin, end = self._parse_entry(key, entry)
             if not 0 <= begin <= end <= room:
-                raise self._bad(
+                raise self._error(
                     f"places {key} at bytes {begin:,} to {end:,}, but holds {room:,} bytes of data; "
                     "it is truncated or corrupt: copy or download it again"
                 )
             if end - begin != spec.nbytes:
-                raise self._bad(f"gives {key} {end - begin:,} bytes, but {spec} takes {spec.nbytes:,}")
-            self.specs[key], self._offsets[key] = spec, self._data + begin
+                raise self._error(f"gives {key} {end - begin:,} bytes, but {spec} takes {spec.nbytes:,}")
+            self.specs[key], self._offsets[key] = spec, self._data_start + begin
             ends.append((begin, end, key))
-        self._check_cover(sorted(ends), room)
+        self._check_contiguous(sorted(ends), room)
         self.aliases = {k: v for k, v in metadata.items() if v in self.specs and k not in self.specs}
 
-    def _entry(self, key: str, entry: Any) -> tuple[Spec, int, int]:
+    def _parse_entry(self, key: str, entry: Any) -> tuple[TensorSpec, int, int]:
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            raise self._bad(f"describes {key} without a dtype, a shape and two data_offsets") from error
+            raise self._error(f"describes {key} without a dtype, a shape and two data_offsets") from error
         lengths = cast("list[int]", shape) if isinstance(shape, list) else [-1]
-        whole = len(lengths) <= MOST_DIMENSIONS and all(
+        whole = len(lengths) <= MAX_DIMENSIONS and all(
             type(n) is int and 0 <= n < LENGTH_LIMIT for n in (*lengths, begin, end)
         )
         if not whole or not isinstance(dtype, str):
             told = reprlib.repr(cast("object", entry))
-            raise self._bad(f"describes {key} by a dtype, a shape or offsets that cannot be: {told}")
-        if dtype not in BITS:
-            raise self._bad(f"stores {key} as {dtype}, a type this version does not know")
-        spec = Spec(dtype, tuple(lengths))
-        if spec.elements >= LENGTH_LIMIT:
-            raise self._bad(f"describes {key} with more elements than any file can hold")
+            raise self._error(f"describes {key} by a dtype, a shape or offsets that cannot be: {told}")
+        if dtype not in BITS_PER_ELEMENT:
+            raise self._error(f"stores {key} as {dtype}, a type this version does not know")
+        spec = TensorSpec(dtype, tuple(lengths))
+        if spec.numel >= LENGTH_LIMIT:
+            raise self._error(f"describes {key} with more elements than any file can hold")
         return spec, begin, end
 
-    def _check_cover(self, ends: list[tuple[int, int, str]], room: int) -> None:
+    def _check_contiguous(self, ends: list[tuple[int, int, str]], data_bytes: int) -> None:
         at = 0
         for begin, end, key in ends:
             if begin != at:
                 word = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
-                raise self._bad(f"places {key} at byte {begin:,}, which {word}")
+                raise self._error(f"places {key} at byte {begin:,}, which {word}")
             at = end
-        if at != room:
-            raise self._bad(f"holds {room - at:,} bytes after its last tensor; it is corrupt")
+        if at != data_bytes:
+            raise self._error(f"holds {data_bytes - at:,} bytes after its last tensor; it is corrupt")
 
-    def _bad(self, what: str) -> MagMaxError:
-        return MagMaxError(f"{self.label}: the file {what}")
+    def _error(self, problem: str) -> MagMaxError:
+        return MagMaxError(f"{self.label}: the file {problem}")
 
 
 def is_string_map(value: Any) -> TypeGuard[dict[str, str]]:

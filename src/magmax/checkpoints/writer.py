@@ -16,20 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError
-from .dtypes import BITS, Spec
+from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .journal import fdatasync
-from .remote.upload import staged
+from .remote.upload import staging_path
 from .remote.urls import is_url
 
-SHARD_BYTES = 5_000_000_000
-PROVENANCE = "provenance.json"
-CONTENTS = ".magmax-contents"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+PROVENANCE_FILE = "provenance.json"
+CONTENTS_FILE = ".magmax-contents"
 """The names of all files of a folder output, by which files added since are told apart."""
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Target:
+class OutputPath:
     """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards.
 
     Attributes:
@@ -41,28 +41,28 @@ class Target:
     url: str = ""
 
     @classmethod
-    def of(cls, out: str | PathLike[str]) -> Target:
+    def parse(cls, out: str | PathLike[str]) -> OutputPath:
         """The target that a path or a URL names."""
         text = fspath(out)
-        return cls(staged(text), text) if is_url(text) else cls(Path(text))
+        return cls(staging_path(text), text) if is_url(text) else cls(Path(text))
 
     @property
-    def folder(self) -> bool:
+    def is_folder(self) -> bool:
         return self.path.suffix != ".safetensors"
 
     @property
-    def partial(self) -> Path:
+    def partial_path(self) -> Path:
         return self.path.with_name(self.path.name + ".partial")
 
     @property
-    def journal(self) -> Path:
+    def journal_path(self) -> Path:
         return self.path.with_name(self.path.name + ".journal")
 
     @property
-    def old(self) -> Path:
+    def replaced(self) -> Path:
         return self.path.with_name(self.path.name + ".magmax-old")
 
-    def problems(self, inputs: list[Path]) -> list[str]:
+    def find_problems(self, inputs: list[Path]) -> list[str]:
         """What forbids writing here, seen without writing: all of it."""
         path = self.path
         if path.name in ("", ".."):
@@ -73,41 +73,41 @@ class Target:
         if path.suffix in (".pt", ".pth", ".bin"):
             found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
         real, taken = path.resolve(), {p.resolve() for p in inputs}
-        if real in taken or (self.folder and any(real in p.parents for p in taken)):
+        if real in taken or (self.is_folder and any(real in p.parents for p in taken)):
             found.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
         elif inside := next((p for p in taken if p in real.parents), None):
             found.append(f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output")
-        if self.folder and path.is_dir() and (strangers := _strangers(path)):
+        if self.is_folder and path.is_dir() and (strangers := _foreign_files(path)):
             told = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
             found.append(f"{path}: holds files that magmax did not write ({told}); move them or choose another folder")
-        if self.folder != path.is_dir() and path.exists():
-            found.append(f"{path}: is a {'file' if self.folder else 'folder'}; choose another name")
-        above = nearest_folder(path)
+        if self.is_folder != path.is_dir() and path.exists():
+            found.append(f"{path}: is a {'file' if self.is_folder else 'folder'}; choose another name")
+        above = nearest_existing_folder(path)
         if not os.access(above, os.W_OK | os.X_OK):
             found.append(f"{above}: cannot be written to; choose another place for the output")
         return found
 
 
-def _strangers(folder: Path) -> list[str]:
+def _foreign_files(folder: Path) -> list[str]:
     """The files in a folder that are not part of an output put there before."""
-    listing = folder / CONTENTS
-    ours = {CONTENTS, *(listing.read_text().splitlines() if listing.is_file() else ())}
+    listing = folder / CONTENTS_FILE
+    ours = {CONTENTS_FILE, *(listing.read_text().splitlines() if listing.is_file() else ())}
     return sorted(
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and str(p.relative_to(folder)) not in ours
     )
 
 
-def nearest_folder(path: Path) -> Path:
+def nearest_existing_folder(path: Path) -> Path:
     """The deepest folder above `path` that exists."""
     return next(p for p in path.absolute().parents if p.is_dir())
 
 
-class Shard:
+class ShardFile:
     """One file being filled: its header first, then any range of any tensor, in any order, from any thread."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: dict[str, str]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
         self.path, self.specs = path, dict(specs)
-        self._header_bytes = _header(self.specs, metadata)
+        self._header_bytes = _build_header(self.specs, metadata)
         self._offsets: dict[str, int] = {}
         at = len(self._header_bytes)
         for key, spec in self.specs.items():
@@ -115,7 +115,7 @@ class Shard:
         self.size = at
         self._fd = -1
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether the file on disk is this shard, begun earlier."""
         try:
             with open(self.path, "rb") as file:
@@ -128,22 +128,22 @@ class Shard:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
         self._fd = os.open(self.path, flags, 0o666)
         if fresh:
-            self._put(memoryview(self._header_bytes), 0)
+            self._write_at(memoryview(self._header_bytes), 0)
             os.ftruncate(self._fd, self.size)
 
-    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
-        flat = np.ascontiguousarray(stored).view(np.uint8).data
-        self._put(flat, self._offsets[key] + start * stored.dtype.itemsize)
+    def write(self, key: str, start: int, raw: NDArray[Any]) -> None:
+        flat = np.ascontiguousarray(raw).view(np.uint8).data
+        self._write_at(flat, self._offsets[key] + start * raw.dtype.itemsize)
 
     def sync(self) -> None:
         fdatasync(self._fd)
 
-    def seal(self, metadata: dict[str, str]) -> None:
+    def finalize(self, metadata: dict[str, str]) -> None:
         """Put the final metadata into the place its draft reserved, and wait for the disk."""
-        header = _header(self.specs, metadata)
+        header = _build_header(self.specs, metadata)
         if len(header) != len(self._header_bytes):
             raise AssertionError("the final metadata must fill exactly the place reserved for it")
-        self._put(memoryview(header), 0)
+        self._write_at(memoryview(header), 0)
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -160,78 +160,78 @@ class Shard:
         self.open(fresh=False)
         weakref.finalize(self, os.close, self._fd)
 
-    def _put(self, view: memoryview, offset: int) -> None:
+    def _write_at(self, view: memoryview, offset: int) -> None:
         while view:
             count = os.pwrite(self._fd, view, offset)
             view, offset = view[count:], offset + count
 
 
-class Draft:
+class OutputDraft:
     """An output not yet visible under its name; `publish` makes it so in one step."""
 
     def __init__(
         self,
-        target: Target,
-        specs: Mapping[str, Spec],
+        output: OutputPath,
+        specs: Mapping[str, TensorSpec],
         metadata: dict[str, str],
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
         stem: str = "model",
     ) -> None:
-        self.target, self._stem = target, stem
-        self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS[item[1].dtype], item[0])))
-        groups = _shards(self.specs, shard_bytes) if target.folder else [list(self.specs)]
+        self.output, self._stem = output, stem
+        self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS_PER_ELEMENT[item[1].dtype], item[0])))
+        groups = _group_into_shards(self.specs, shard_bytes) if output.is_folder else [list(self.specs)]
         self._shards = [
-            Shard(self._place(number, len(groups)), {k: self.specs[k] for k in keys}, metadata)
+            ShardFile(self._shard_path(number, len(groups)), {k: self.specs[k] for k in keys}, metadata)
             for number, keys in enumerate(groups, start=1)
         ]
-        self._holder = {key: shard for shard in self._shards for key in shard.specs}
+        self._shard_of = {key: shard for shard in self._shards for key in shard.specs}
 
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self._shards)
 
-    def intact(self) -> bool:
-        return all(shard.intact() for shard in self._shards)
+    def is_intact(self) -> bool:
+        return all(shard.is_intact() for shard in self._shards)
 
     def open(self, fresh: bool) -> None:
         """Create the files, or with fresh=False take up those of an interrupted run."""
         if fresh:
-            remove(self.target.partial)
-            if self.target.folder:
-                self.target.partial.mkdir()
+            remove(self.output.partial_path)
+            if self.output.is_folder:
+                self.output.partial_path.mkdir()
         for shard in self._shards:
             shard.open(fresh)
 
-    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
-        self._holder[key].write(key, start, stored)
+    def write(self, key: str, start: int, raw: NDArray[Any]) -> None:
+        self._shard_of[key].write(key, start, raw)
 
     def sync(self) -> None:
         for shard in self._shards:
             shard.sync()
 
-    def publish(self, metadata: dict[str, str], companions: Mapping[str, bytes | Path]) -> None:
+    def publish(self, metadata: dict[str, str], extra_files: Mapping[str, bytes | Path]) -> None:
         """Seal every shard, add the files that belong beside them, and rename the whole into place."""
         for shard in self._shards:
-            shard.seal(metadata)
+            shard.finalize(metadata)
             shard.close()
-        partial, path = self.target.partial, self.target.path
-        if not self.target.folder:
+        partial, path = self.output.partial_path, self.output.path
+        if not self.output.is_folder:
             os.replace(partial, path)
             sync_folder(path.parent)
             return
         if len(self._shards) > 1:
-            companions = {**companions, INDEX: self._index()}
-        names = sorted([*companions, *(shard.path.name for shard in self._shards)])
-        companions = {**companions, CONTENTS: "".join(f"{name}\n" for name in names).encode()}
-        for name, content in companions.items():
-            _put_file(partial / name, content)
+            extra_files = {**extra_files, INDEX_FILE: self._index_json()}
+        names = sorted([*extra_files, *(shard.path.name for shard in self._shards)])
+        extra_files = {**extra_files, CONTENTS_FILE: "".join(f"{name}\n" for name in names).encode()}
+        for name, content in extra_files.items():
+            _write_file(partial / name, content)
         sync_folder(partial)
         if path.exists():
-            remove(self.target.old)
-            os.rename(path, self.target.old)
+            remove(self.output.replaced)
+            os.rename(path, self.output.replaced)
         os.rename(partial, path)
         sync_folder(path.parent)
-        remove(self.target.old)
+        remove(self.output.replaced)
 
     def close(self) -> None:
         for shard in self._shards:
@@ -239,21 +239,21 @@ class Draft:
 
     def discard(self) -> None:
         self.close()
-        remove(self.target.partial)
+        remove(self.output.partial_path)
 
-    def _place(self, number: int, count: int) -> Path:
-        if not self.target.folder:
-            return self.target.partial
+    def _shard_path(self, number: int, count: int) -> Path:
+        if not self.output.is_folder:
+            return self.output.partial_path
         part = "" if count == 1 else f"-{number:05}-of-{count:05}"
-        return self.target.partial / f"{self._stem}{part}.safetensors"
+        return self.output.partial_path / f"{self._stem}{part}.safetensors"
 
-    def _index(self) -> bytes:
-        where = {key: shard.path.name for key, shard in sorted(self._holder.items())}
+    def _index_json(self) -> bytes:
+        where = {key: shard.path.name for key, shard in sorted(self._shard_of.items())}
         total = sum(spec.nbytes for spec in self.specs.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
 
 
-def _header(specs: Mapping[str, Spec], metadata: dict[str, str]) -> bytes:
+def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> bytes:
     """A safetensors header for tensors laid out in the order of `specs`, padded to a multiple of 8 bytes."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     at = 0
@@ -265,7 +265,7 @@ def _header(specs: Mapping[str, Spec], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+def _group_into_shards(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
     """Tensor names grouped so that each group takes at most `limit` bytes, or is a single tensor."""
     groups: list[list[str]] = [[]]
     room = limit
@@ -278,7 +278,7 @@ def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
     return groups
 
 
-def _put_file(path: Path, content: bytes | Path) -> None:
+def _write_file(path: Path, content: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         if isinstance(content, Path):
@@ -294,7 +294,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     draft = path.with_name(path.name + ".partial")
     try:
-        _put_file(draft, content)
+        _write_file(draft, content)
         os.replace(draft, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .base import Checkpoint
 
 
-class Zeros(Checkpoint):
+class ZeroBase(Checkpoint):
     """Zeros where `like` has floating tensors, so that a task vector is a model's own weights; the rest is `like`'s.
 
     Ties, metadata and the files beside the weights are those of `like` too.
@@ -25,7 +25,7 @@ class Zeros(Checkpoint):
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
-        return np.zeros(stop - start, spec.storage) if spec.floating else self._like.read(key, start, stop)
+        return np.zeros(stop - start, spec.storage_dtype) if spec.is_mergeable else self._like.read(key, start, stop)
 
     def files(self) -> list[Path]:
         return self._like.files()
@@ -33,8 +33,8 @@ class Zeros(Checkpoint):
     def header_digests(self) -> list[str]:
         return self._like.header_digests()
 
-    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
-        return self._like.fingerprints(again)
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        return self._like.fingerprints(refresh)
 
-    def folder(self) -> Path | None:
-        return self._like.folder()
+    def small_files_folder(self) -> Path | None:
+        return self._like.small_files_folder()

@@ -27,8 +27,9 @@ app.command(continual.evaluate, name="eval")
 app.command(ui.ui)
 
 own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
-for verb in (recipes.ls, recipes.cp, recipes.check):
-    own.command(verb)
+own.command(recipes.list_recipes, name="ls")
+own.command(recipes.copy_recipe, name="cp")
+own.command(recipes.check)
 app.command(own)
 
 

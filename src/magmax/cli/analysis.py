@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ..errors import MagMaxError, nearest
+from ..errors import MagMaxError, nearest_hint
 from .common_options import Models, Threads
-from .console import print_table, shown_settings
+from .console import print_table, progress_options
 
 if TYPE_CHECKING:
     from ..analysis.method_comparison import Records
     from ..analysis.records import Study
-    from ..analysis.weight_studies import Tallies
+    from ..analysis.weight_studies import StatisticsByOrigin
 
 SHOWN_ROWS = 40
 
@@ -53,11 +53,11 @@ def study(
     as_json
         Print the records as JSON instead of a table.
     """
-    from ..analysis.accuracy_studies import SCORED
-    from ..analysis.weight_studies import STUDIES
+    from ..analysis.accuracy_studies import ACCURACY_STUDIES
+    from ..analysis.weight_studies import WEIGHT_STUDIES
 
-    if what not in (*STUDIES, *SCORED):
-        raise MagMaxError(f"there is no study {what!r}; {nearest(what, [*STUDIES, *SCORED])}")
+    if what not in (*WEIGHT_STUDIES, *ACCURACY_STUDIES):
+        raise MagMaxError(f"there is no study {what!r}; {nearest_hint(what, [*WEIGHT_STUDIES, *ACCURACY_STUDIES])}")
     if top is not None and (what != "conflicts" or not 0 < top <= 1):
         raise MagMaxError(f"--top is a fraction from 0 to 1 for the study conflicts, not {top} for {what}")
     found, cells = _studied(what, models, base, source, top, threads)
@@ -94,22 +94,22 @@ def report(
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
         raise MagMaxError(f"--out {out}: a report is one page; name a file that ends in .html")
-    from ..analysis.report.builder import run_page, weights_page
+    from ..analysis.report.builder import build_run_page, build_weights_page
 
     coefficients = None if calibration is None else coefficients_of(Path(calibration))
     if base is None and len(sources) == 1:
-        from ..analysis.run_folders import load_run
+        from ..analysis.run_folders import load_results
 
-        run = load_run(Path(sources[0]))
-        with shown_settings(_bytes(run.chains.values()), "reading checkpoints", threads, False) as settings:
-            tallies = run.tallies(None, threads, settings.progress)
-        page = run_page(run, tallies, coefficients)
+        run = load_results(Path(sources[0]))
+        with progress_options(_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
+            tallies = run.weight_statistics(None, threads, settings.progress)
+        page = build_run_page(run, tallies, coefficients)
     else:
         tallies = _tallies(sources, base, None, threads)
-        page = weights_page(tallies, Path(str(base)).name, coefficients)
+        page = build_weights_page(tallies, Path(str(base)).name, coefficients)
     page.write(path)
-    for each in page.advice:
-        print(f"{each.kind}: {each.headline}\n  {each.because}")
+    for each in page.recommendations:
+        print(f"{each.kind}: {each.headline}\n  {each.evidence}")
     print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
 
 
@@ -140,31 +140,31 @@ def _studied(
     what: str, models: Sequence[str], base: str | None, source: str | None, top: float | None, threads: int
 ) -> tuple[Study, Records]:
     """The study, and the benchmark's cells if it is of one."""
-    from ..analysis.accuracy_studies import SCORED, study_scored
-    from ..analysis.weight_studies import study_weights
+    from ..analysis.accuracy_studies import ACCURACY_STUDIES, run_accuracy_study
+    from ..analysis.weight_studies import run_weight_study
 
     if source is None:
-        if what in SCORED:
+        if what in ACCURACY_STUDIES:
             raise MagMaxError(f"{what} is read from accuracies; give a benchmark's results: --from FOLDER")
-        return study_weights(what, _tallies(models, base, top, threads), top), ()
+        return run_weight_study(what, _tallies(models, base, top, threads), top), ()
     if models or base:
         raise MagMaxError("give either models and their --base, or --from FOLDER, not both")
-    from ..analysis.run_folders import load_run
+    from ..analysis.run_folders import load_results
 
-    run = load_run(Path(source))
-    if what in SCORED:
-        return study_scored(what, run.cells), run.cells
-    if not run.chains:
+    run = load_results(Path(source))
+    if what in ACCURACY_STUDIES:
+        return run_accuracy_study(what, run.cells), run.cells
+    if not run.checkpoints:
         raise MagMaxError(
             f"{source}: has no checkpoints any more (magmax bench --discard deletes them); {what} needs them"
         )
-    with shown_settings(_bytes(run.chains.values()), "reading checkpoints", threads, False) as settings:
-        return study_weights(what, run.tallies(top, threads, settings.progress), top), run.cells
+    with progress_options(_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
+        return run_weight_study(what, run.weight_statistics(top, threads, settings.progress), top), run.cells
 
 
-def _tallies(models: Sequence[str], base: str | None, top: float | None, threads: int) -> Tallies:
-    from ..analysis.weight_statistics import tally
-    from ..analysis.weight_studies import Origin
+def _tallies(models: Sequence[str], base: str | None, top: float | None, threads: int) -> StatisticsByOrigin:
+    from ..analysis.weight_statistics import collect_weight_statistics
+    from ..analysis.weight_studies import ModelsOrigin
     from ..checkpoints import open_checkpoint
     from ..merging.model_names import default_names
 
@@ -172,10 +172,10 @@ def _tallies(models: Sequence[str], base: str | None, top: float | None, threads
         raise MagMaxError("give --base BASE and the fine-tuned models, or the folder of a benchmark or a training")
     start = open_checkpoint(base)
     others = [open_checkpoint(model, base=start) for model in models]
-    names = default_names([other.place for other in others])
+    names = default_names([other.source for other in others])
     total = start.nbytes * (1 + len(others))
-    with shown_settings(total, f"reading {len(others)} models", threads, False) as settings:
-        return {Origin(): tally(start, others, names, top, threads, settings.progress)}
+    with progress_options(total, f"reading {len(others)} models", threads, False) as settings:
+        return {ModelsOrigin(): collect_weight_statistics(start, others, names, top, threads, settings.progress)}
 
 
 def _bytes(chains: Any) -> int:
@@ -186,12 +186,12 @@ def _print(found: Study) -> None:
     """What was found in words, and the records; of many only the first."""
     for sentence in found.findings:
         print(sentence)
-    from ..analysis.records import plain
+    from ..analysis.records import json_safe
 
     def told(value: Any) -> str:
         return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    rows = [tuple(told(value) for value in plain(record).values()) for record in found.records[:SHOWN_ROWS]]
+    rows = [tuple(told(value) for value in json_safe(record).values()) for record in found.records[:SHOWN_ROWS]]
     if rows:
         print_table(list(found.records[0]), rows)
     if len(found.records) > SHOWN_ROWS:
@@ -200,13 +200,13 @@ def _print(found: Study) -> None:
 
 def _written(found: Study, cells: Records, folder: Path) -> list[Path]:
     """The records, the page and the drawings of a study, each as a file."""
-    from ..analysis.report.builder import figures_of
-    from ..analysis.report.html_page import single, standalone_svgs
+    from ..analysis.report.builder import build_figures
+    from ..analysis.report.html_page import standalone_svgs, study_page
     from ..checkpoints.writer import replace_file
 
-    figures = figures_of(found, cells)
+    figures = build_figures(found, cells)
     paths = found.write(folder)
-    paths.append(single(found, figures).write(folder / f"{found.kind}.html"))
+    paths.append(study_page(found, figures).write(folder / f"{found.kind}.html"))
     for figure in figures:
         for name, drawing in standalone_svgs(figure).items():
             paths.append(folder / f"{name}.svg")

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import DryRun, Restart, Threads
-from .console import print_outcome, print_preview, shown_settings
+from .console import print_preview, print_result, progress_options
 
 
 def calibrate(
@@ -87,7 +87,7 @@ def calibrate(
     from pathlib import Path
 
     from ..calibration.calibration_job import calibrate_job
-    from ..calibration.options import Calibrate, calibrating
+    from ..calibration.options import CalibrationOptions, prepare_calibration
     from ..calibration.plot import check_plot, draw
     from ..checkpoints import open_checkpoint
     from ..checkpoints.writer import replace_file
@@ -100,27 +100,27 @@ def calibrate(
             raise MagMaxError(f"{place}: there is no folder {Path(place).parent}; make it first")
     if n < 1 or max_tokens < 1 or seed < 0:
         raise MagMaxError(f"n and max_tokens are 1 or more, and seed 0 or more; not {n}, {max_tokens} and {seed}")
-    chosen = Calibrate(
+    chosen = CalibrationOptions(
         space=space, samples=samples, n=n, seed=seed, model=model, norm=norm, form=form, per=per, guard=guard,
         ratio=ratio, inputs=inputs, sensitive=sensitive, max_tokens=max_tokens, any_model=any_model,
     )  # fmt: skip
     opened = open_checkpoint(base)
     start = open_checkpoint(merged, base=opened)
     others = [open_checkpoint(path, base=opened) for path in models]
-    names = default_names([other.place for other in others])
-    ready = calibrating(chosen, opened, start, others, names)
+    names = default_names([other.source for other in others])
+    ready = prepare_calibration(chosen, opened, start, others, names)
     given = opened, start, others, Path(out)
     if dry_run:
-        print_preview(calibrate_job(*given, {}, chosen.told(), names), threads)
+        print_preview(calibrate_job(*given, {}, chosen.provenance(), names), threads)
         return
     total = 2 * (opened.nbytes + start.nbytes + sum(other.nbytes for other in others))
-    with shown_settings(total, f"calibrating {merged}", threads, restart) as settings:
-        found = ready.measured(settings)
-        outcome = calibrate_job(*given, found.coefficients, chosen.told(), names).run(settings)
+    with progress_options(total, f"calibrating {merged}", threads, restart) as settings:
+        found = ready.measure(settings)
+        outcome = calibrate_job(*given, found.coefficients, chosen.provenance(), names).run(settings)
     if report:
         replace_file(Path(report), found.report.as_json().encode())
     if plot:
         draw(found.report, Path(plot))
     for line in found.report.lines():
         print(line)
-    print_outcome(f"calibrated {len(found.coefficients)} tensors in {space} space", outcome)
+    print_result(f"calibrated {len(found.coefficients)} tensors in {space} space", outcome)

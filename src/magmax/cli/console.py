@@ -10,32 +10,32 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..merging.execution.execution_options import Settings
+    from ..merging.execution.execution_options import ExecutionOptions
     from ..merging.job import Job
-    from ..merging.result import Outcome
-    from ..recipes.request import Plan
+    from ..merging.result import MergeResult
+    from ..recipes.request import MergeRequest
 
 
-def say(text: str) -> None:
+def print_note(text: str) -> None:
     """A note to the user."""
     print(text, file=sys.stderr)
 
 
 @contextmanager
-def shown_settings(
+def progress_options(
     total: int, words: str, threads: int, restart: bool, scheduler: str | None = None, device: str | None = None
-) -> Generator[Settings]:
+) -> Generator[ExecutionOptions]:
     """Settings with the workers of a scheduler, if one is named; their progress is a bar on stderr, if that is a
     terminal."""
-    from ..merging.execution.execution_options import Settings
-    from ..merging.execution.executors import at_scheduler
+    from ..merging.execution.execution_options import ExecutionOptions
+    from ..merging.execution.executors import scheduler_executor
 
-    with at_scheduler(scheduler) as executor, _bar(total, words) as progress:
-        yield Settings(threads, restart, progress, say, executor, device=device)
+    with scheduler_executor(scheduler) as executor, _progress_bar(total, words) as progress:
+        yield ExecutionOptions(threads, restart, progress, print_note, executor, device=device)
 
 
 @contextmanager
-def _bar(total: int, words: str) -> Generator[Callable[[int], None]]:
+def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
     """What moves a bar on stderr, or nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
@@ -55,7 +55,7 @@ def _bar(total: int, words: str) -> Generator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def done_or_shown(
+def run_or_preview(
     job: Job,
     words: str,
     threads: int,
@@ -63,24 +63,24 @@ def done_or_shown(
     dry_run: bool,
     scheduler: str | None = None,
     device: str | None = None,
-) -> Outcome | None:
+) -> MergeResult | None:
     """Do the job under a bar of these words; or, on a dry run, print what it would cost."""
     if dry_run:
         print_preview(job, threads, scheduler)
         return None
-    with shown_settings(job.read_bytes, words, threads, restart, scheduler, device) as settings:
+    with progress_options(job.read_bytes, words, threads, restart, scheduler, device) as settings:
         return job.run(settings)
 
 
 def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     """The cost of a job; refuses one that could not run."""
     from ..merging.cost import preview, preview_of_workers
-    from ..merging.execution.executors import at_scheduler
+    from ..merging.execution.executors import scheduler_executor
 
     if problems := job.problems():
-        from ..errors import listed
+        from ..errors import list_problems
 
-        raise listed("this would stop the merge", problems)
+        raise list_problems("this would stop the merge", problems)
     cost = preview(job, threads)
     print(f"passes        {cost['passes']}")
     print(f"bytes to read {cost['read_bytes']:,}")
@@ -88,50 +88,52 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
     if cost["read_remotely"] or cost["write_remotely"]:
         print(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
     print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
-    whole = ", a tensor of every model" * job.kernel.whole
+    whole = ", a tensor of every model" * job.kernel.whole_tensor
     if scheduler is None:
-        print(f"peak memory   about {in_bytes(cost['peak_memory'])}{whole}")
+        print(f"peak memory   about {format_bytes(cost['peak_memory'])}{whole}")
     else:
-        with at_scheduler(scheduler) as executor:
+        with scheduler_executor(scheduler) as executor:
             workers = preview_of_workers(job, executor)
         for (threads, held), count in sorted(Counter(workers).items()):
-            print(f"workers       {count}, {threads} shares at once, peak memory about {in_bytes(held)} each{whole}")
+            print(
+                f"workers       {count}, {threads} shares at once, peak memory about {format_bytes(held)} each{whole}"
+            )
     print(f"time          {_times(job, threads)}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
-    print_carried(job)
+    print_unmerged(job)
     print("no problem found; nothing was written")
 
 
 def _times(job: Job, threads: int) -> str:
     """How long a job would take on some disks, and on none."""
-    from ..merging.cost import DISKS, cost_of
+    from ..merging.cost import DISKS, job_cost
 
-    cost = cost_of(job, threads)
+    cost = job_cost(job, threads)
     processors = cost.processor_seconds / cost.threads
-    told = ", ".join(f"{in_time(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
+    told = ", ".join(f"{format_seconds(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
     network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)
-    besides = f"{network}{'singular values, ' * job.kernel.whole}".removesuffix(", ").replace(", ", " and ")
+    besides = f"{network}{'singular values, ' * job.kernel.whole_tensor}".removesuffix(", ").replace(", ", " and ")
     limits = f"; beside {besides}" * bool(besides)
-    return f"about {told} MB/s of disk, {in_time(processors)} of {cost.threads} processors{limits}"
+    return f"about {told} MB/s of disk, {format_seconds(processors)} of {cost.threads} processors{limits}"
 
 
-def print_outcome(words: str, outcome: Outcome) -> None:
+def print_result(words: str, result: MergeResult) -> None:
     """What was written, and what it took."""
-    print_carried(outcome)
-    read, written = in_bytes(outcome.read_bytes - outcome.reused_bytes), in_bytes(outcome.written_bytes)
-    print(f"{words}: {outcome.path} ({outcome.seconds:.2f} s, {read} read, {written} written)")
+    print_unmerged(result)
+    read, written = format_bytes(result.read_bytes - result.reused_bytes), format_bytes(result.written_bytes)
+    print(f"{words}: {result.path} ({result.seconds:.2f} s, {read} read, {written} written)")
 
 
-def print_notes(plan: Plan) -> None:
+def print_notes(plan: MergeRequest) -> None:
     """What a recipe wants its user to know."""
     for note in plan.notes:
-        say(f"note: {note}")
+        print_note(f"note: {note}")
 
 
-def print_carried(work: Job | Outcome) -> None:
+def print_unmerged(work: Job | MergeResult) -> None:
     """The tensors that were not merged, or not as a whole, and why."""
-    for tensors, done in ((work.partly, "merged in part"), (work.carried, "not merged")):
+    for tensors, done in ((work.partly_merged, "merged in part"), (work.unmerged, "not merged")):
         if tensors:
             print(f"{len(tensors)} tensors were {done}:")
             for key, why in tensors.items():
@@ -155,7 +157,7 @@ def compact(content: Any) -> str:
     return json.dumps(content, separators=(", ", ": "))
 
 
-def in_time(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds in words, such as 16 min."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
@@ -163,7 +165,7 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def in_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A count of bytes in words, such as 352.9 MB."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):

@@ -54,14 +54,14 @@ def train(
 
     experiment = read_experiment(recipe, assignments)
     from ..continual.progress import bars
-    from ..continual.training.trainer import Training
+    from ..continual.training.trainer import ContinualTraining
     from ..recipes.recipe import parse_rule
 
     parsed, given = parse_rule(rule)
     factor = given if scaling_factor is None else scaling_factor
     named = rule if rule.isidentifier() else parsed.describe()
     chosen = experiment.seeds[0] if seed is None else seed
-    work = Training(experiment, Path(out), chain, named, chosen, factor, restart)
+    work = ContinualTraining(experiment, Path(out), chain, named, chosen, factor, restart)
     _threads(threads)
     team = _team()
     with bars() as new_bar:
@@ -99,9 +99,9 @@ def evaluate(
     as_json
         Print JSON instead of a table.
     """
-    from ..yaml_documents import is_override
+    from ..yaml_documents import is_assignment
 
-    paths = [word for word in models if not is_override(word) or os.path.exists(word)]
+    paths = [word for word in models if not is_assignment(word) or os.path.exists(word)]
     if not paths:
         raise MagMaxError("eval needs a recipe and at least one model")
     if missing := [path for path in paths if not Path(path).is_file()]:
@@ -161,23 +161,23 @@ def bench(
 
     experiment = read_experiment(recipe, assignments)
     from ..continual.benchmark import Benchmark, finished
-    from ..continual.evaluation.result_files import show, write_results
+    from ..continual.evaluation.result_files import print_results, write_results
     from ..continual.progress import bars
-    from ..merging.execution.executors import hired
+    from ..merging.execution.executors import job_executor
 
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
     folder = Path(out).resolve()
     if dry_run:
-        show(experiment, finished(experiment, folder))
+        print_results(experiment, finished(experiment, folder))
         return
     try:
-        with hired(jobs, scheduler) as executor, bars() as new_bar:
+        with job_executor(jobs, scheduler) as executor, bars() as new_bar:
             Benchmark(experiment, folder, executor, threads, discard, new_bar("Benchmark")).run()
     finally:
         records = finished(experiment, folder)
         files = write_results(experiment, records, Path(out)) if records else []
-    show(experiment, records)
+    print_results(experiment, records)
     print(", ".join(map(str, files)))
 
 

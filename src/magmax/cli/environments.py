@@ -11,7 +11,7 @@ from ..errors import MagMaxError
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
-    from ..preference.environments.environments_config import Study
+    from ..preference.environments.environments_config import EnvironmentsConfig
 
 
 def environments(
@@ -48,39 +48,41 @@ def environments(
     if jobs < 1 or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
     study, experiment = read_study(recipe, assignments)
-    from ..merging.execution.executors import hired
-    from ..preference.environments.environment_runs import Runs
+    from ..merging.execution.executors import job_executor
+    from ..preference.environments.environment_runs import EnvironmentRuns
     from ..preference.environments.environment_tables import write_report
 
-    with hired(jobs, scheduler) as executor, bars() as new_bar:
-        work = Runs(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
+    with job_executor(jobs, scheduler) as executor, bars() as new_bar:
+        work = EnvironmentRuns(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
         try:
             records = work.run()
         except BaseException:
             with suppress(MagMaxError, OSError, IndexError):  # of what is measured; why it stopped matters more
-                write_report(study, experiment, work.finished(), Path(out))
+                write_report(study, experiment, work.read_finished(), Path(out))
             raise
     files = write_report(study, experiment, records, Path(out))
     print(files[-1].read_text("utf-8"), end="")
     print(", ".join(map(str, files)))
 
 
-def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Study, Experiment]:
+def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[EnvironmentsConfig, Experiment]:
     """A study and the experiment that it names, with assignments such as draws=2 put in.
 
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
     """
     from ..continual.experiment_file import read_experiment
-    from ..yaml_documents import assigned, read_document, validated
+    from ..yaml_documents import assign, read_document, validate
 
     document = read_document(recipe)
     for word in assignments:
-        document = document._replace(content=assigned(document.content, word))
+        document = document._replace(content=assign(document.content, word))
     named = document.content.get("experiment")
     if not isinstance(named, str):
         raise MagMaxError(f"{recipe}: experiment is the recipe of magmax bench whose chains are merged, not {named!r}")
     experiment = read_experiment(str(Path(recipe).parent / named))
-    from ..preference.environments.environments_config import SHAPES, Study
+    from ..preference.environments.environments_config import SECTION_CONFIGS, EnvironmentsConfig
 
-    study = validated(Study, document, lambda parts: list(SHAPES.get(parts[0], Study).model_fields))
-    return study.checked(experiment), experiment
+    study = validate(
+        EnvironmentsConfig, document, lambda parts: list(SECTION_CONFIGS.get(parts[0], EnvironmentsConfig).model_fields)
+    )
+    return study.resolve(experiment), experiment

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from .common_options import DryRun, Restart, Threads
-from .console import compact, done_or_shown, in_bytes, print_json, print_outcome, print_table, shown_settings
+from .console import compact, format_bytes, print_json, print_result, print_table, progress_options, run_or_preview
 
 
 def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
@@ -38,15 +38,16 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
         )
         return
     rows = [
-        (key, s.dtype, "x".join(map(str, s.shape)) or "scalar", in_bytes(s.nbytes)) for key, s in opened.specs.items()
+        (key, s.dtype, "x".join(map(str, s.shape)) or "scalar", format_bytes(s.nbytes))
+        for key, s in opened.specs.items()
     ]
     print_table(["tensor", "dtype", "shape", "size"], rows)
     for key, kept in opened.aliases.items():
         print(f"{key} is tied to {kept}")
     for note in opened.notes:
         print(note)
-    elements = sum(s.elements for s in opened.specs.values())
-    print(f"{len(opened.specs)} tensors, {elements:,} elements, {in_bytes(opened.nbytes)}")
+    elements = sum(s.numel for s in opened.specs.values())
+    print(f"{len(opened.specs)} tensors, {elements:,} elements, {format_bytes(opened.nbytes)}")
     print("provenance: none" if origin is None else f"provenance: {origin['package']}, {compact(origin['recipe'])}")
     for source in (origin or {}).get("inputs", []):
         print(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
@@ -82,8 +83,8 @@ def convert(
     from ..merging.convert import convert_job
 
     job = convert_job(old, out, part, strip, inert)
-    if outcome := done_or_shown(job, f"converting {old}", threads, restart, dry_run):
-        print_outcome(f"converted {old}", outcome)
+    if outcome := run_or_preview(job, f"converting {old}", threads, restart, dry_run):
+        print_result(f"converted {old}", outcome)
 
 
 def diff(
@@ -114,15 +115,15 @@ def diff(
 
     start = open_checkpoint(base)
     end = open_checkpoint(model, base=start)
-    with shown_settings(2 * start.nbytes, "comparing", threads, False) as settings:
+    with progress_options(2 * start.nbytes, "comparing", threads, False) as settings:
         found = measure(start, end, threads, settings.progress)
     if as_json:
-        print_json({"norm": found.norm, "tensors": [asdict(m) for m in found.movements], "apart": found.apart})
+        print_json({"norm": found.norm, "tensors": [asdict(m) for m in found.movements], "apart": found.incomparable})
         return
     movers = sorted(found.movements, key=lambda m: -m.norm)[:top] if top else found.movements
     rows = [(m.key, f"{m.norm:.6g}", f"{m.relative:.3g}", f"{m.changed:.1%}") for m in movers]
     print_table(["tensor", "norm", "of the base's", "changed"], rows)
-    for reason in found.apart.values():
+    for reason in found.incomparable.values():
         print(f"not compared: {reason}")
     print(f"task vector: L2 norm {found.norm:.6g} over {len(found.movements)} tensors")
 
@@ -131,20 +132,20 @@ def rules() -> None:
     """List the merge rules and the transforms that can stand before or after them in a chain."""
     import dataclasses
 
-    from ..rules import After, Before, Rule, StreamingRule, all_parts
-    from ..rules.schedules import FORMS
+    from ..rules import MergedTransform, Rule, StreamingRule, TaskVectorTransform, all_components
+    from ..rules.schedules import ACCEPTED_FORMS
 
     rows: list[tuple[str, ...]] = []
-    for name, kind in all_parts().items():
+    for name, kind in all_components().items():
         part = kind()
         options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
-        place = "(after)" if isinstance(part, After) else "(transform)"
+        place = "(after)" if isinstance(part, MergedTransform) else "(transform)"
         factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else place
-        memory = "a block" if isinstance(part, Before | StreamingRule) else "a block a model"
-        memory = "a tensor a model" if isinstance(part, Rule) and part.whole else memory
-        passes = part.passes_told if isinstance(part, Rule) else str(part.passes)
+        memory = "a block" if isinstance(part, TaskVectorTransform | StreamingRule) else "a block a model"
+        memory = "a tensor a model" if isinstance(part, Rule) and part.whole_tensor else memory
+        passes = part.passes_in_words if isinstance(part, Rule) else str(part.passes)
         rows.append((name, options, factor, passes, memory, kind.paper))
     header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
     print_table(header, rows)
-    print(f"Options that are fractions or weights, and scaling_factor, can be {FORMS}")
+    print(f"Options that are fractions or weights, and scaling_factor, can be {ACCEPTED_FORMS}")
     print("Those of transforms, and weights, also a list of these, one for each model, or a map from model to number.")

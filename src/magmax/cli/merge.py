@@ -11,12 +11,12 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
-from .console import done_or_shown, print_notes, print_outcome, print_table, say, shown_settings
+from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..recipes.request import Plan
+    from ..recipes.request import MergeRequest
 
 
 def merge(
@@ -70,20 +70,20 @@ def merge(
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }
-    from ..merging.execution.execution_options import Settings
+    from ..merging.execution.execution_options import ExecutionOptions
 
     plan = _plan(models, flags)
     print_notes(plan)
     if device and plan.adapter_rank is not None:
-        say(f"adapters are merged by the processors alone, not on {device}")
-    job = plan.job(settings=Settings(threads, note=say, device=device))
-    outcome = done_or_shown(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
+        print_note(f"adapters are merged by the processors alone, not on {device}")
+    job = plan.job(execution=ExecutionOptions(threads, note=print_note, device=device))
+    outcome = run_or_preview(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
     if outcome is None:
         return
     for line in job.report():
         print(line)
     what = "models" if plan.adapter_rank is None else "adapters"
-    print_outcome(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
+    print_result(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
 
 
 def sweep(
@@ -112,13 +112,15 @@ def sweep(
     """
     from pathlib import Path
 
-    from ..merging.sweep import Sweep, factors
-    from ..recipes.recipe import load
+    from ..merging.sweep import FactorSweep, parse_factors
+    from ..recipes.recipe import load_recipe
 
     ranges = [a.partition("=")[2] for a in assignments if a.startswith(("scaling_factor=", "method.scaling_factor="))]
     if len(ranges) != 1:
         raise MagMaxError("a sweep needs one range, such as scaling_factor=0.1:1.0:0.1")
-    plan = load(recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))])
+    plan = load_recipe(
+        recipe, [a for a in assignments if not a.startswith(("scaling_factor=", "method.scaling_factor="))]
+    )
     print_notes(plan)
     if plan.calibrate:
         raise MagMaxError(
@@ -127,14 +129,14 @@ def sweep(
     where = out or plan.out
     if where is None:
         raise MagMaxError("the recipe names no out; say where the results go: --out PATH")
-    base, models, names = plan.opened()
-    chosen = factors(ranges[0])
+    base, models, names = plan.open_inputs()
+    chosen = parse_factors(ranges[0])
     rows: list[tuple[str, ...]] = []
     total = base.nbytes * (len(models) + 1) + 2 * base.nbytes * len(chosen)
     words = f"sweeping {len(chosen)} scaling factors"
-    with shown_settings(total, words, threads, restart, scheduler) as settings:
-        rule = plan.preferred(base, models, settings) if plan.target else plan.rule
-        work = Sweep(rule, base, models, names, Path(where), plan.options, chosen, settings)
+    with progress_options(total, words, threads, restart, scheduler) as settings:
+        rule = plan.rule_with_preference(base, models, settings) if plan.target else plan.rule
+        work = FactorSweep(rule, base, models, names, Path(where), plan.options, chosen, settings)
         if evaluate is not None and (there := [str(work.path(f)) for f in chosen if work.path(f).exists()]):
             raise MagMaxError(
                 f"{there[0]}: is there already, and would be deleted once it is scored; name another --out"
@@ -150,28 +152,28 @@ def sweep(
                 print_table(["scaling_factor", "score" if evaluate else "path"], rows)
 
 
-def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> Plan:
+def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> MergeRequest:
     """The recipe that the command line names or spells out; flags stand above the recipe."""
     import os
 
-    from ..checkpoints.lora.adapted_model import seen_from
+    from ..checkpoints.lora.adapted_model import relative_path
     from ..checkpoints.remote.urls import is_url
-    from ..recipes.recipe import build, load, merged_overrides
-    from ..yaml_documents import is_override
+    from ..recipes.recipe import apply_overrides, build_request, load_recipe
+    from ..yaml_documents import is_assignment
 
     given = {key: value for key, value in flags.items() if value is not None}
-    assigned = [w for w in words if is_override(w) and not os.path.exists(w)]
+    assigned = [w for w in words if is_assignment(w) and not os.path.exists(w)]
     paths = [w for w in words if w not in assigned]
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         here = os.path.dirname(paths[0])
         if "base" in given:
-            given["base"] = seen_from(here, given["base"])
+            given["base"] = relative_path(here, given["base"])
         if "out" in given and not is_url(given["out"]):
             given["out"] = os.path.relpath(given["out"], here or ".")
-        return load(paths[0], assigned, given)
+        return load_recipe(paths[0], assigned, given)
     if "base" not in given and "adapter_rank" not in given:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
-    return build(merged_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
+    return build_request(apply_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
 
 
 def _scored(command: str, path: Path, keep: bool) -> str:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
-from .console import in_bytes, print_outcome, print_preview, print_table, shown_settings
+from .console import format_bytes, print_preview, print_result, print_table, progress_options
 
 
 def tune(
@@ -84,7 +84,7 @@ def tune(
     from ..checkpoints import open_checkpoint
     from ..merging.merge_job import merge_job
     from ..preference.archive import Archive
-    from ..recipes.recipe import build
+    from ..recipes.recipe import build_request
 
     if (archive is None) == (not models) or (archive is None and base is None):
         raise MagMaxError("tune needs --base BASE and the models, or --archive ARCHIVE")
@@ -112,10 +112,10 @@ def tune(
         "mismatch": mismatch or "strict",
         "allow_nonfinite": allow_nonfinite,
     }
-    plan = build(content, "the command line", {}, "")
+    plan = build_request(content, "the command line", {}, "")
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))
-    with shown_settings(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
-        rule = plan.preferred(opened, inputs, settings)
+    with progress_options(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
+        rule = plan.rule_with_preference(opened, inputs, settings)
         told = dict(zip(plan.names, rule.shares, strict=True))
         given = dict(zip(plan.names, cast("Sequence[float]", rule.preference), strict=True))
         if kept:
@@ -127,9 +127,9 @@ def tune(
             return
         outcome = job.run(settings)
     if kept and save:
-        kept.store(save, given)
+        kept.save_preset(save, given)
     print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in told.items()))
-    print_outcome(f"tuned {len(inputs)} models", outcome)
+    print_result(f"tuned {len(inputs)} models", outcome)
 
 
 def archive(
@@ -160,7 +160,7 @@ def archive(
     opened = open_checkpoint(base)
     inputs = [open_checkpoint(model, base=opened) for model in models]
     size = opened.nbytes + sum(model.nbytes for model in inputs)
-    with shown_settings(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
+    with progress_options(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
         made = write_archive(
             opened,
             inputs,
@@ -169,10 +169,10 @@ def archive(
             top=top,
             bits=bits,
             base_given=base,
-            settings=settings,
+            execution=settings,
         )
     size = made.tensors.nbytes
-    print(f"archived {', '.join(made.tasks)}: {out} ({in_bytes(size)}, {size / opened.nbytes:.2f} times the base)")
+    print(f"archived {', '.join(made.tasks)}: {out} ({format_bytes(size)}, {size / opened.nbytes:.2f} times the base)")
 
 
 def presets(archive: str) -> None:

@@ -6,15 +6,15 @@ from ..errors import MagMaxError
 from .console import print_notes, print_preview, print_table
 
 
-def ls() -> None:
+def list_recipes() -> None:
     """List the shipped recipes."""
-    from ..recipes.recipe import shipped
+    from ..recipes.recipe import shipped_recipes
 
-    rows = [(path.stem, path.read_text().splitlines()[0].removeprefix("# ")) for path in shipped()]
+    rows = [(path.stem, path.read_text().splitlines()[0].removeprefix("# ")) for path in shipped_recipes()]
     print_table(["recipe", "what it does"], rows)
 
 
-def cp(name: str, to: str | None = None) -> None:
+def copy_recipe(name: str, to: str | None = None) -> None:
     """Copy a shipped recipe here, to be edited.
 
     Parameters
@@ -26,12 +26,12 @@ def cp(name: str, to: str | None = None) -> None:
     """
     from pathlib import Path
 
-    from ..recipes.recipe import shipped
-    from ..rules import nearest
+    from ..recipes.recipe import shipped_recipes
+    from ..rules import nearest_hint
 
-    known = {path.stem: path for path in shipped()}
+    known = {path.stem: path for path in shipped_recipes()}
     if name not in known:
-        raise MagMaxError(f"there is no recipe {name!r}; {nearest(name, list(known))}")
+        raise MagMaxError(f"there is no recipe {name!r}; {nearest_hint(name, list(known))}")
     target = Path(to or f"{name}.yaml")
     try:
         with target.open("x") as file:
@@ -53,8 +53,8 @@ def check(recipe: str, *assignments: str) -> None:
     assignments
         As in merge: scaling_factor=0.7, rule.k=2.
     """
-    from ..recipes.recipe import load
+    from ..recipes.recipe import load_recipe
 
-    plan = load(recipe, assignments)
+    plan = load_recipe(recipe, assignments)
     print_notes(plan)
     print_preview(plan.job(plan.out or f"{recipe}-merged"), 0)

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
-from .console import done_or_shown, print_outcome, print_table, shown_settings
+from .console import print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
     from ..merging.running.running_merge import Running
@@ -49,11 +49,11 @@ def absorb(
     mismatch
         From the start, what to do where a model's tensors are not the base's: as in merge.
     """
-    size = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=None).opened(model).nbytes
-    with shown_settings(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
-        running = _running(state, base, rule, winners=winners, mismatch=mismatch, settings=settings)
+    size = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
+    with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
+        running = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
         outcome = running.absorb(model, name, label)
-    print_outcome(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
+    print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
 
 
 def result(
@@ -85,12 +85,12 @@ def result(
         The output's floating type. The base's by default.
     """
 
-    from ..merging.output_options import Options
+    from ..merging.output_options import OutputOptions
 
     running = _running(state, base, None)
-    job = running.result_job(out, Options(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
-    if outcome := done_or_shown(job, "writing the result", threads, restart, dry_run, scheduler):
-        print_outcome(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
+    job = running.result_job(out, OutputOptions(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
+    if outcome := run_or_preview(job, "writing the result", threads, restart, dry_run, scheduler):
+        print_result(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
 
 
 def status(state: str) -> None:
@@ -158,6 +158,6 @@ def _running(state: str, base: str | None, rule: str | None, **options: Any) -> 
     from ..recipes.recipe import parse_rule
 
     new = not (Path(state) / "state.json").exists()
-    if new and "settings" not in options:
+    if new and "execution" not in options:
         raise MagMaxError(f"{state}: is not a running merge (it has no state.json); magmax absorb makes one")
     return Running(state, parse_rule(rule)[0] if rule else None, base, **options)

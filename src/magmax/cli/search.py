@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
 from .common_options import Scheduler
-from .console import print_table, say
+from .console import print_note, print_table
 
 if TYPE_CHECKING:
-    from ..search.runner import Tried
+    from ..search.runner import TrialRecord
 
 
 def search(
@@ -38,37 +38,37 @@ def search(
     """
     from pathlib import Path
 
-    from ..merging.execution.executors import hired
-    from ..merging.execution.pool import at_once
+    from ..merging.execution.executors import job_executor
+    from ..merging.execution.pool import worker_slots
     from ..search.config import load_search
     from ..search.runner import Search
-    from ..search.trial_results import best_of, front, tasks_of, write_search
+    from ..search.trial_results import best_of, pareto_front, tasks_of, write_search
 
     if (jobs is not None and jobs < 1) or threads < 1:
         raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
     given, trials = load_search(recipe, assignments)
     if not isinstance(trials.score, str) and trials.score[2] == "test":
-        say("note: scores are those on the test examples; what is chosen by them must not be reported on them")
-    with hired(jobs or 1, scheduler) as executor:
-        tried = Search(given, trials, Path(out), executor, jobs or at_once(executor), threads, _say_trial).run()
+        print_note("note: scores are those on the test examples; what is chosen by them must not be reported on them")
+    with job_executor(jobs or 1, scheduler) as executor:
+        tried = Search(given, trials, Path(out), executor, jobs or worker_slots(executor), threads, _say_trial).run()
     files = write_search(given, trials, tried, Path(out))
     tasks = tasks_of(given, tried)
-    shown = front(tried, tasks, given.direction) if len(tasks) > 1 else [best_of(given, tried)]
+    shown = pareto_front(tried, tasks, given.direction) if len(tasks) > 1 else [best_of(given, tried)]
     rows = [
-        (str(t.number), *map(_told, t.chosen.values()), *(f"{t.scores[task]:.6g}" for task in tasks)) for t in shown
+        (str(t.number), *map(_told, t.settings.values()), *(f"{t.scores[task]:.6g}" for task in tasks)) for t in shown
     ]
     if len(tasks) > 1:
         print(
             f"the Pareto front: {len(shown)} of {len(tried)} trials, each with what no other has on all tasks at once"
         )
-    print_table(["trial", *shown[0].chosen, *tasks], rows)
+    print_table(["trial", *shown[0].settings, *tasks], rows)
     print(f"best: trial {best_of(given, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
 
 
-def _say_trial(trial: Tried) -> None:
-    chosen = ", ".join(f"{name} {_told(value)}" for name, value in trial.chosen.items())
+def _say_trial(trial: TrialRecord) -> None:
+    chosen = ", ".join(f"{name} {_told(value)}" for name, value in trial.settings.items())
     came = ", ".join(f"{task} {score:.6g}" for task, score in trial.scores.items())
-    say(f"trial {trial.number}: {chosen}: {came or trial.refused}")
+    print_note(f"trial {trial.number}: {chosen}: {came or trial.refused}")
 
 
 def _told(value: object) -> str:

@@ -42,20 +42,20 @@ def ui(
         Do not open a browser.
     """
     try:
-        from ..ui.server import bound, serve
+        from ..ui.server import bind_socket, serve
         from ..ui.sources import open_source
-        from ..ui.view_model import Tuner
+        from ..ui.view_model import TunerModel
     except ImportError as error:
         raise MagMaxError(f"the page needs {error.name}, which is missing: pip install 'magmax[ui]'") from error
     from ..continual.progress import bars
 
     if examples < 1:
         raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
-    with bound(port) as at:
+    with bind_socket(port) as at:
         from ..continual.experiment_file import read_experiment
 
         told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
         source = open_source(Path(run), told, seed)
         with bars() as new_bar:
-            tuner = Tuner.open(source, examples, Path(samples) if samples else None, new_bar)
+            tuner = TunerModel.open(source, examples, Path(samples) if samples else None, new_bar)
         serve(tuner, at, not no_browser, partial(print, flush=True))

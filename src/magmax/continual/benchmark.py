@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .cells import cell_file, chain_folder, run_cell, run_chain
-from .experiment import ZERO_SHOT, Cell, Experiment, digest_of
-from .progress import Tell, silent
+from .experiment import ZERO_SHOT, BenchmarkCell, Experiment, digest_of
+from .progress import ProgressCallback, no_progress
 
 Record = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Benchmark:
     executor: Executor
     threads: int = 1
     discard: bool = False
-    tell: Tell = silent
+    progress: ProgressCallback = no_progress
     _waiting: dict[Future[str], Any] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> list[Record]:
@@ -42,11 +42,11 @@ class Benchmark:
 
         Raises what a job raised; cells that were finished stay.
         """
-        self.experiment.checked()
+        self.experiment.check()
         cells = self.experiment.cells()
         missing = [cell for cell in cells if read(self.experiment, self.out, cell) is None]
         done, total = 0, len(missing) + len(self.chains_of(missing))
-        self.tell(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
+        self.progress(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
         self.begin(missing)
         try:
             while self._waiting:
@@ -54,17 +54,17 @@ class Benchmark:
                     job, name = self._waiting.pop(future), future.result()
                     self.follow(job, missing)
                     done += 1
-                    self.tell(done, total, name)
+                    self.progress(done, total, name)
         finally:
             for future in self._waiting:
                 future.cancel()
         return finished(self.experiment, self.out)
 
-    def chains_of(self, cells: Sequence[Cell]) -> list[tuple[int, str]]:
+    def chains_of(self, cells: Sequence[BenchmarkCell]) -> list[tuple[int, str]]:
         """The seeds and names of the chains that these cells need, in their order."""
         return list(dict.fromkeys((cell.seed, cell.chain) for cell in cells if cell.chain != ZERO_SHOT))
 
-    def begin(self, missing: Sequence[Cell]) -> None:
+    def begin(self, missing: Sequence[BenchmarkCell]) -> None:
         """Submit all chains, and the cells that need none."""
         recipe, out = self.experiment.model_dump_json(), str(self.out)
         for seed, chain in self.chains_of(missing):
@@ -72,17 +72,17 @@ class Benchmark:
             self._waiting[future] = (seed, chain)
         self.submit([cell for cell in missing if cell.chain == ZERO_SHOT])
 
-    def submit(self, cells: Sequence[Cell]) -> None:
+    def submit(self, cells: Sequence[BenchmarkCell]) -> None:
         recipe, out = self.experiment.model_dump_json(), str(self.out)
         for cell in cells:
             self._waiting[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
 
-    def follow(self, job: Any, missing: Sequence[Cell]) -> None:
+    def follow(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
         """A finished chain's cells can be measured; a measured chain's checkpoints may go."""
-        if not isinstance(job, Cell):
+        if not isinstance(job, BenchmarkCell):
             self.submit([cell for cell in missing if (cell.seed, cell.chain) == job])
         elif self.discard and job.chain != ZERO_SHOT:
-            waiting = [other for other in self._waiting.values() if isinstance(other, Cell)]
+            waiting = [other for other in self._waiting.values() if isinstance(other, BenchmarkCell)]
             if not any((other.seed, other.chain) == (job.seed, job.chain) for other in waiting):
                 shutil.rmtree(chain_folder(self.out, self.experiment, job.seed, job.chain), ignore_errors=True)
 
@@ -92,7 +92,7 @@ def finished(experiment: Experiment, out: Path) -> list[Record]:
     return [record for cell in experiment.cells() if (record := read(experiment, out, cell)) is not None]
 
 
-def read(experiment: Experiment, out: Path, cell: Cell) -> Record | None:
+def read(experiment: Experiment, out: Path, cell: BenchmarkCell) -> Record | None:
     """The record of a cell, if one of the same recipe is there."""
     try:
         record = json.loads(cell_file(out, experiment, cell).read_text())

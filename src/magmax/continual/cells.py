@@ -19,20 +19,20 @@ import torch
 import xxhash
 
 from .._version import __version__
-from ..calibration import FeatureOptions, calibrate_features, unfolded
+from ..calibration import FeatureOptions, calibrate_features, calibration_hooks
 from ..checkpoints import open_checkpoint
 from ..errors import MagMaxError
-from ..merging.execution.execution_options import Settings
-from ..merging.in_memory import MergesInMemory, like
-from ..merging.output_options import Options
+from ..merging.execution.execution_options import ExecutionOptions
+from ..merging.in_memory import InMemoryMerges, restore_kind
+from ..merging.output_options import OutputOptions
 from ..rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
-from .context import Context, alone, context, device
+from .context import ExperimentContext, build_context, context_lock, device
 from .data.scenarios import Task
-from .evaluation.accuracy import Row
-from .experiment import APART, ZERO_SHOT, Cell, Experiment, calibration_options, digest_of, rule_name
+from .evaluation.accuracy import AccuracyRow
+from .experiment import FROM_BASE, ZERO_SHOT, BenchmarkCell, Experiment, calibration_options, digest_of, rule_name
 from .models.batch_norm import recalibrate
-from .training.external import take_in
-from .training.sequence import costs, fine_tune
+from .training.external import import_checkpoints
+from .training.sequence import fine_tune, training_costs
 from .training.weight_files import load_weights, write_bytes
 
 
@@ -41,7 +41,7 @@ def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Pa
     return out / "chains" / f"{chain}-seed{seed}-{digest_of(experiment.chain_recipe(seed, chain))[:8]}"
 
 
-def cell_file(out: Path, experiment: Experiment, cell: Cell) -> Path:
+def cell_file(out: Path, experiment: Experiment, cell: BenchmarkCell) -> Path:
     """Where a cell's record goes; another recipe has another file."""
     name = f"{cell.method.replace('/', '-')}-seed{cell.seed}-{digest_of(experiment.cell_recipe(cell))[:8]}.json"
     return out / "cells" / name
@@ -53,34 +53,36 @@ MEMORY = "memory.json"
 
 def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) -> str:
     """Train all checkpoints of a chain, or find them there; `recipe` is the experiment as JSON. Returns its name."""
-    with alone:
+    with context_lock:
         return _chain(Experiment.model_validate_json(recipe), Path(out), seed, chain, threads)
 
 
 def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: int) -> str:
     torch.set_num_threads(threads)
-    here = context(experiment, seed)
+    here = build_context(experiment, seed)
     folder = chain_folder(out, experiment, seed, chain)
     reset_peak()
     if chain == "given":
         models = experiment.chain_choices[chain]["models"]
-        take_in(models, [task.name for task in here.tasks], here.base, folder)
+        import_checkpoints(models, [task.name for task in here.tasks], here.base, folder)
     else:
-        fine_tune(here.encoder, here.head, here.train, here.tasks_of(chain), here.protocol(chain), folder, seed=seed)
+        fine_tune(
+            here.encoder, here.head, here.train, here.tasks_of(chain), here.training_method(chain), folder, seed=seed
+        )
     if not (folder / MEMORY).exists():
         write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
     return f"{chain}, seed {seed}"
 
 
-def run_cell(recipe: str, out: str, cell: Cell, threads: int = 1) -> str:
+def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
     """Measure a cell whose chain is trained, and write its record. Returns its name."""
-    with alone:
+    with context_lock:
         return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
 
 
-def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
+def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) -> str:
     torch.set_num_threads(threads)
-    here = context(experiment, cell.seed)
+    here = build_context(experiment, cell.seed)
     paths: list[Path] = []
     if cell.rule != ZERO_SHOT:
         folder = chain_folder(out, experiment, cell.seed, cell.chain)
@@ -88,7 +90,7 @@ def _cell(experiment: Experiment, out: Path, cell: Cell, threads: int) -> str:
         if missing := [str(path) for path in paths if not path.exists()]:
             raise MagMaxError(f"{missing[0]}: is missing; a Dask worker needs the folder --out on a shared file system")
     reset_peak()
-    measured = _Measured(here, cell, paths).record()
+    measured = _CellMeasurement(here, cell, paths).record()
     recipe_of_cell = experiment.cell_recipe(cell)
     record = {
         "seed": cell.seed,
@@ -116,22 +118,22 @@ def trained_in(paths: Sequence[Path]) -> int:
         return 0
 
 
-class _Measured:
+class _CellMeasurement:
     """One cell's measurement: the rows of R at the rule's own scaling factor and at the one chosen."""
 
-    def __init__(self, here: Context, cell: Cell, paths: Sequence[Path]) -> None:
-        self.here, self.cell, self.paths = here, cell, paths
+    def __init__(self, context: ExperimentContext, cell: BenchmarkCell, paths: Sequence[Path]) -> None:
+        self.here, self.cell, self.paths = context, cell, paths
         self.rule: Rule | None = with_seed(cell) if cell.merges else None
         self.name, self.options = calibration_options(cell.calibration) if cell.calibration else ("", {})
         if self.rule is not None and self.name in ("wsc", "dsc"):
             options = self.options if self.name == "wsc" else {"per": self.options["per"]}
             self.rule = chain(self.rule, CalibrateWeights(**options))
-        self.held: tuple[int, MergesInMemory] | None = None
+        self.held: tuple[int, InMemoryMerges] | None = None
         self.corrected: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.merging = self.evaluating = 0.0
 
     def record(self) -> dict[str, Any]:
-        default = self.rule.default_factor if self.rule else None
+        default = self.rule.default_scaling_factor if self.rule else None
         variants, search = [self.variant("default", default)], dict[str, float]()
         if self.cell.scaled:
             scores = {factor: self.validated(factor) for factor in self.here.experiment.factors}
@@ -141,7 +143,7 @@ class _Measured:
                 same = chosen == default
                 variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
             variants += [self.variant(f"factor {factor:g}", factor) for factor in self.here.experiment.sweep]
-        told = {} if self.cell.rule == ZERO_SHOT else costs(self.paths[0].parent)
+        told = {} if self.cell.rule == ZERO_SHOT else training_costs(self.paths[0].parent)
         training = sum(each["seconds"] for each in told.values())
         seconds = {"training": training, "merging": self.merging, "evaluating": self.evaluating}
         return {"variants": variants, "search": search, "seconds": {k: round(v, 3) for k, v in seconds.items()}}
@@ -166,7 +168,7 @@ class _Measured:
             return learned == len(self.here.tasks)
         return True
 
-    def measured(self, learned: int, factor: float | None) -> Row:
+    def measured(self, learned: int, factor: float | None) -> AccuracyRow:
         self.load(learned, factor)
         return self.timed(lambda: self.here.row(learned))
 
@@ -200,14 +202,17 @@ class _Measured:
     def merged(self, learned: int, factor: float | None) -> dict[str, torch.Tensor]:
         """The merge after so many tasks; one before scaling serves all factors."""
         assert self.rule is not None
-        options = Options(factor)
+        options = OutputOptions(factor)
         base = open_checkpoint(self.here.base, "theta_0")
         if self.held is None or self.held[0] != learned:
             models = [open_checkpoint(path, base=base) for path in self.paths[:learned]]
             again = bool(self.here.experiment.factors or self.here.experiment.sweep or self.cell.calibration)
             hold = again and not isinstance(self.rule, StreamingRule)  # these are quick, and small
-            self.held = learned, MergesInMemory(self.rule, base, models, options, Settings(threads=1), hold=hold)
-        return like(self.here.base, base, self.held[1].at(options.factor(self.rule)), options)
+            self.held = (
+                learned,
+                InMemoryMerges(self.rule, base, models, options, ExecutionOptions(threads=1), hold=hold),
+            )
+        return restore_kind(self.here.base, base, self.held[1].at(options.resolve_scaling_factor(self.rule)), options)
 
     def calibrate(self, learned: int, factor: float | None) -> None:
         """Calibrate what is in the encoder in feature space, on validation examples of each task learned so far."""
@@ -219,13 +224,13 @@ class _Measured:
             samples_of(self.here, self.here.tasks_of(self.cell.chain)[:learned], self.options["n"]),
             lambda model, items: encoder(items),
             FeatureOptions(self.options["norm"], self.options["ratio"], self.options["inputs"]),
-            settings=Settings(threads=1),
+            execution=ExecutionOptions(threads=1),
         )
         if not self.options.get("folded", True):
             encoder.model.load_state_dict(self.merged(learned, factor))
-            self.corrected = partial(unfolded, encoder.model, self.here.base, found)
+            self.corrected = partial(calibration_hooks, encoder.model, self.here.base, found)
 
-    def timed(self, work: Callable[[], Row]) -> Row:
+    def timed(self, work: Callable[[], AccuracyRow]) -> AccuracyRow:
         with self.corrected():
             began = time.perf_counter()
             found = work()
@@ -233,9 +238,9 @@ class _Measured:
         return found
 
 
-def samples_of(here: Context, tasks: Sequence[Task], count: int) -> list[list[Any]]:
+def samples_of(context: ExperimentContext, tasks: Sequence[Task], count: int) -> list[list[Any]]:
     """So many validation examples of each task, drawn by the seed: they are neither trained on nor scored."""
-    data, random = here.validation, np.random.default_rng(here.seed)
+    data, random = context.validation, np.random.default_rng(context.seed)
     found: list[list[Any]] = []
     for task in tasks:
         rows = random.permutation(task.rows(data.labels, data.domains))[:count]
@@ -243,7 +248,7 @@ def samples_of(here: Context, tasks: Sequence[Task], count: int) -> list[list[An
     return found
 
 
-def with_seed(cell: Cell) -> Rule:
+def with_seed(cell: BenchmarkCell) -> Rule:
     """The cell's rule; a random one by name alone is drawn from the cell's seed."""
     rule = rule_from(cell.rule)
     if isinstance(cell.rule, str) and hasattr(rule, "seed"):
@@ -251,28 +256,30 @@ def with_seed(cell: Cell) -> Rule:
     return rule
 
 
-def stored_bytes(here: Context, cell: Cell) -> int:
+def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
     """What a method must keep from one task to the next: weights, what its rule remembers, what its penalty does.
 
     The pre-trained model itself is not counted; a chain that goes on from its last weights keeps these, an
     independent one does not; a rule in constant memory keeps its slots, another one every checkpoint; EWC keeps F;
     replay its examples, and joint training all data (their items' bytes). A calibration needs every checkpoint.
     """
-    model = sum(tensor.nbytes for tensor in here.base.values())
-    trained = sum(p.numel() * p.element_size() for p in here.encoder.model.parameters() if p.requires_grad)
+    model = sum(tensor.nbytes for tensor in context.base.values())
+    trained = sum(p.numel() * p.element_size() for p in context.encoder.model.parameters() if p.requires_grad)
     if cell.rule == ZERO_SHOT:
         return 0
     if cell.chain == "joint":
-        return _bytes_of(here.train.items)
-    total = 0 if cell.chain in APART else model
+        return _bytes_of(context.train.items)
+    total = 0 if cell.chain in FROM_BASE else model
     total += trained if cell.chain.startswith("ewc") else 0
     if cell.chain == "replay":
-        kept = here.experiment.chain_choices["replay"]["per_class"] * len({c for t in here.tasks for c in t.classes})
-        total += _bytes_of(here.train.items) * kept // max(1, len(here.train))
+        kept = context.experiment.chain_choices["replay"]["per_class"] * len(
+            {c for t in context.tasks for c in t.classes}
+        )
+        total += _bytes_of(context.train.items) * kept // max(1, len(context.train))
     if cell.merges:
         rule = rule_from(cell.rule)
-        slots = rule.slots(len(here.tasks)) if isinstance(rule, StreamingRule) else len(here.tasks)
-        total += model * (slots if cell.calibration is None else len(here.tasks))
+        slots = rule.slots(len(context.tasks)) if isinstance(rule, StreamingRule) else len(context.tasks)
+        total += model * (slots if cell.calibration is None else len(context.tasks))
     return total
 
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .data.datasets import Dataset, Labelled
+from .data.datasets import Dataset, LabelledExamples
 from .data.scenarios import Task
-from .evaluation.accuracy import Row, logits_of, score
+from .evaluation.accuracy import AccuracyRow, logits_of, score
 from .experiment import Experiment
-from .models.text_encoder import Encoder, InBfloat16
-from .progress import NewBar, no_bars
+from .models.text_encoder import Bfloat16Encoder, Encoder
+from .progress import BarFactory, no_bars
 from .training.fit import FitSettings
 from .training.penalties import PENALTIES
-from .training.sequence import Protocol
+from .training.sequence import TrainingMethod
 
 
 @dataclass(frozen=True)
-class Context:
+class ExperimentContext:
     """One seed of an experiment. The encoder has the weights of whoever used it last; `base` are theta_0's.
 
     `classes` are the names of the classes.
@@ -36,13 +36,13 @@ class Context:
     encoder: Encoder
     head: Tensor
     base: dict[str, Tensor]
-    train: Labelled
-    validation: Labelled
-    test: Labelled
+    train: LabelledExamples
+    validation: LabelledExamples
+    test: LabelledExamples
     tasks: tuple[Task, ...]
     classes: Sequence[str]
 
-    def row(self, learned: int, data: Labelled | None = None) -> Row:
+    def row(self, learned: int, data: LabelledExamples | None = None) -> AccuracyRow:
         """The row of R of the encoder as it is, after so many tasks; on the data that the recipe says, or on others."""
         data = data or (self.test if self.experiment.measure_on == "test" else self.validation)
         logits = logits_of(self.encoder, self.head, data.items)
@@ -60,15 +60,15 @@ class Context:
         classes = tuple(dict.fromkeys(c for task in self.tasks for c in task.classes))
         return (Task("All tasks", classes),)
 
-    def protocol(self, chain: str) -> Protocol:
+    def training_method(self, chain: str) -> TrainingMethod:
         """How a chain trains."""
         options = self.experiment.chain_choices[chain]
         settings = FitSettings(**self.experiment.fit.model_dump())
         kept = {"save_every": self.experiment.save_every, "parallel": self.experiment.parallel}
         if chain == "joint":
             steps = options["steps"] or settings.steps * len(self.tasks)
-            return Protocol(replace(settings, steps=steps), **kept)
-        return Protocol(
+            return TrainingMethod(replace(settings, steps=steps), **kept)
+        return TrainingMethod(
             settings,
             start="base" if chain == "independent" else "previous",
             penalty=(lambda: PENALTIES[chain](**options)) if chain in PENALTIES else None,
@@ -78,7 +78,7 @@ class Context:
         )
 
 
-def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Context:
+def build_context(experiment: Experiment, seed: int, new_bar: BarFactory = no_bars) -> ExperimentContext:
     """Build what the recipe names; data, encoder and heads are kept for the next call with the same names.
 
     The head is made without the validation examples.
@@ -93,12 +93,12 @@ def context(experiment: Experiment, seed: int, new_bar: NewBar = no_bars) -> Con
         heads[of_head] = registry.build("head", experiment.head, encoder, rest)
     tasks = tuple(registry.build("scenario", experiment.scenario, dataset, seed))
     train, validation = hold_out(dataset.train, experiment.validation, seed)
-    used = InBfloat16(encoder) if experiment.precision == "bfloat16" else encoder
+    used = Bfloat16Encoder(encoder) if experiment.precision == "bfloat16" else encoder
     head, classes = heads[of_head], raw.classes
-    return Context(experiment, seed, used, head, base, train, validation, dataset.test, tasks, classes)
+    return ExperimentContext(experiment, seed, used, head, base, train, validation, dataset.test, tasks, classes)
 
 
-def hold_out(data: Labelled, per_class: int, seed: int) -> tuple[Labelled, Labelled]:
+def hold_out(data: LabelledExamples, per_class: int, seed: int) -> tuple[LabelledExamples, LabelledExamples]:
     """The data without, and only, so many random examples of each class (in each domain), at most half of them."""
     random = np.random.default_rng(seed)
     held = np.zeros(len(data), dtype=bool)
@@ -114,15 +114,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-alone = threading.Lock()
+context_lock = threading.Lock()
 """A process has one encoder, whose weights a job changes; the threads of a Dask worker take turns."""
 
-_kept: dict[str, Any] = {}
+_cache: dict[str, Any] = {}
 
 
-def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
+def _built(parts: str, new_bar: BarFactory) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
     """The data as they come, as the encoder takes them, the encoder, theta_0, and the heads made so far."""
-    if parts not in _kept:
+    if parts not in _cache:
         data, model = json.loads(parts)
         dataset: Dataset = registry.build("data", data)
         encoder: Encoder = registry.build("model", model)
@@ -133,6 +133,6 @@ def _built(parts: str, new_bar: NewBar) -> tuple[Dataset, Dataset, Encoder, dict
             test=replace(dataset.test, items=encoder.prepare(dataset.test.items, new_bar("Reading test data"))),
         )
         base = {key: tensor.detach().cpu().clone() for key, tensor in encoder.model.state_dict().items()}
-        _kept.clear()
-        _kept[parts] = dataset, ready, encoder, base, {}
-    return _kept[parts]
+        _cache.clear()
+        _cache[parts] = dataset, ready, encoder, base, {}
+    return _cache[parts]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import MagMaxError
-from ..rules import nearest, rule_from
+from ..rules import nearest_hint, rule_from
 from . import registry
 from .training.parallel import Parallel
 
@@ -49,16 +49,16 @@ ALLOWED: Mapping[str, Sequence[Any]] = {
 }
 """What an option in feature space may be."""
 
-UNMERGED = ("replay", "joint")
+REFERENCES = ("replay", "joint")
 """References that no merge is made of: replay keeps examples, joint sees all data at once."""
 
-APART = ("independent", "given")
+FROM_BASE = ("independent", "given")
 """Chains whose tasks all begin at theta_0, so that the last checkpoint knows the last task alone."""
 
 LAST, ZERO_SHOT = "last", "zero_shot"
 
 
-class Fit(BaseModel):
+class FitOptions(BaseModel):
     """`FitSettings`, as a recipe writes them; steps are those of one task."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -102,7 +102,7 @@ class Experiment(BaseModel):
     model: Choice
     head: Choice
     scenario: Choice
-    fit: Fit
+    fit: FitOptions
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     chains: list[Choice] = ["sequential", "independent", "joint"]
     rules: list[Choice | list[Any]] = ["average", "task_arithmetic", "ties", "random_mix", "magmax"]
@@ -125,7 +125,7 @@ class Experiment(BaseModel):
             raise ValueError("seeds are different whole numbers from 0 on")
         return seeds
 
-    def checked(self) -> Experiment:
+    def check(self) -> Experiment:
         """Itself. Raises MagMaxError for names and options that are none, and factors without validation examples."""
         for kind, table in registry.TABLES.items():
             registry.find(kind, table, registry.split(kind, getattr(self, kind))[0])
@@ -170,23 +170,23 @@ class Experiment(BaseModel):
             "chain": {chain: self.chain_choices.get(chain, {})},
         }
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[BenchmarkCell]:
         """Everything that there is to measure: one cell for each seed, chain and rule, zero-shot first."""
-        found: list[Cell] = []
+        found: list[BenchmarkCell] = []
         for seed in self.seeds:
-            found.append(Cell(seed=seed, chain=ZERO_SHOT, rule=ZERO_SHOT))
+            found.append(BenchmarkCell(seed=seed, chain=ZERO_SHOT, rule=ZERO_SHOT))
             for chain in self.chain_choices:
-                if chain not in APART:
-                    found.append(Cell(seed=seed, chain=chain, rule=LAST))
-                if chain not in UNMERGED:
+                if chain not in FROM_BASE:
+                    found.append(BenchmarkCell(seed=seed, chain=chain, rule=LAST))
+                if chain not in REFERENCES:
                     found += [
-                        Cell(seed=seed, chain=chain, rule=rule, calibration=calibration)
+                        BenchmarkCell(seed=seed, chain=chain, rule=rule, calibration=calibration)
                         for rule in self.rules
                         for calibration in (None, *self.calibrations)
                     ]
         return found
 
-    def cell_recipe(self, cell: Cell) -> dict[str, Any]:
+    def cell_recipe(self, cell: BenchmarkCell) -> dict[str, Any]:
         """All that decides a cell's record."""
         measured = {key: getattr(self, key) for key in ("among", "rows", "measure_on")}
         factors: dict[str, Any] = {"factors": self.factors, "sweep": self.sweep} if cell.scaled else {}
@@ -199,7 +199,7 @@ class Experiment(BaseModel):
         return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
 
 
-class Cell(BaseModel):
+class BenchmarkCell(BaseModel):
     """One measurement: a rule applied to the checkpoints of one chain of one seed, and calibrated or not."""
 
     model_config = ConfigDict(frozen=True)
@@ -235,24 +235,24 @@ def rule_name(rule: Choice | list[Any]) -> str:
     return f"{name}({told})" if told else name
 
 
-def _chosen(
+def _known_options(
     kind: str, table: Mapping[str, Mapping[str, Any]], choice: Choice
 ) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
     """A choice's name, the options given, and all that are known, with defaults; refuses what is none."""
     name, given = registry.split(kind, choice)
     if name not in table:
-        raise MagMaxError(f"{kind}: there is no {name!r}; {nearest(name, list(table))}")
+        raise MagMaxError(f"{kind}: there is no {name!r}; {nearest_hint(name, list(table))}")
     known = table[name]
     for option in given:
         if option not in known:
-            hint = nearest(option, list(known)) if known else "it takes none"
+            hint = nearest_hint(option, list(known)) if known else "it takes none"
             raise MagMaxError(f"{kind}: {name} has no option {option!r}; {hint}")
     return name, given, known
 
 
 def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
     """A chain's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given, known = _chosen("chains", CHAINS, chain)
+    name, given, known = _known_options("chains", CHAINS, chain)
     for option, value in given.items():
         if name == "given":
             if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
@@ -264,7 +264,7 @@ def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
 
 def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
     """A calibration's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given, known = _chosen("calibrations", CALIBRATIONS, calibration)
+    name, given, known = _known_options("calibrations", CALIBRATIONS, calibration)
     for option, value in given.items():
         if option == "n" and (type(value) is not int or value < 1):
             raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
-from ..yaml_documents import assigned, read_document, validated
+from ..yaml_documents import assign, read_document, validate
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -20,14 +20,14 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     try:
         import torch  # noqa: F401
 
-        from .experiment import Experiment, Fit
+        from .experiment import Experiment, FitOptions
     except ImportError as error:
         raise MagMaxError(f"learning needs {error.name}, which is missing: pip install 'magmax[train]'") from error
     document = read_document(file)
     for word in assignments:
-        document = document._replace(content=assigned(document.content, word))
+        document = document._replace(content=assign(document.content, word))
 
     def known(parts: Sequence[str]) -> list[str]:
-        return list((Experiment if len(parts) == 1 else Fit).model_fields)
+        return list((Experiment if len(parts) == 1 else FitOptions).model_fields)
 
-    return validated(Experiment, document, known).checked()
+    return validate(Experiment, document, known).check()

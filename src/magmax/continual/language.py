@@ -13,19 +13,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from ..errors import MagMaxError
-from ..rules import nearest
-from .data.datasets import NEWSGROUPS, Labelled, read_newsgroups
+from ..rules import nearest_hint
+from .data.datasets import NEWSGROUPS, LabelledExamples, read_newsgroups
 from .data.downloads import fetch
 from .data.texts import DOMAINS, REUTERS, SENTIMENTS, read_reuters, read_sentiments
 
-BEGIN = "<s>"
+BOS_TOKEN = "<s>"
 """The token that every window begins with."""
 JOINED = 8
 """Neighbouring texts that go to the same part together: the sentences of one review or editorial are neighbours."""
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TextCorpus:
     """The texts of a domain: to train on, to choose numbers on, and to measure on; none stands in two of them."""
 
     train: Sequence[str]
@@ -33,19 +33,19 @@ class Corpus:
     test: Sequence[str]
 
 
-def newsgroup_texts() -> Corpus:
+def newsgroup_texts() -> TextCorpus:
     """Messages in lower case without punctuation."""
     train, test = read_newsgroups(fetch(NEWSGROUPS))
-    return parted(train.items, test.items)
+    return split_validation(train.items, test.items)
 
 
-def newswire_texts() -> Corpus:
+def newswire_texts() -> TextCorpus:
     """Newswire stories in lower case without punctuation."""
     train, test = read_reuters(fetch(REUTERS))
-    return parted(train.items, test.items)
+    return split_validation(train.items, test.items)
 
 
-def sentiment_texts(domain: str) -> Corpus:
+def sentiment_texts(domain: str) -> TextCorpus:
     """Sentences of tweets, product reviews, film reviews or editorials, whatever their rating."""
     number = DOMAINS.index(domain)
     train, test = (
@@ -56,28 +56,28 @@ def sentiment_texts(domain: str) -> Corpus:
         ]
         for data in read_sentiments(fetch(SENTIMENTS), least=0.0)
     )
-    return parted(train, test)
+    return split_validation(train, test)
 
 
-CORPORA: dict[str, Callable[[], Corpus]] = {
+CORPORA: dict[str, Callable[[], TextCorpus]] = {
     "newsgroups": newsgroup_texts,
     "newswire": newswire_texts,
     **{domain: lambda domain=domain: sentiment_texts(domain) for domain in DOMAINS},
 }
 
 
-def corpus(name: str) -> Corpus:
+def corpus(name: str) -> TextCorpus:
     """The texts of a domain by its name. Raises MagMaxError for a name that is none."""
     if name not in CORPORA:
-        raise MagMaxError(f"there are no texts {name!r}; {nearest(name, list(CORPORA))}")
+        raise MagMaxError(f"there are no texts {name!r}; {nearest_hint(name, list(CORPORA))}")
     return CORPORA[name]()
 
 
-def parted(train: Sequence[str], test: Sequence[str], share: int = 10) -> Corpus:
+def split_validation(train: Sequence[str], test: Sequence[str], share: int = 10) -> TextCorpus:
     """One part in `share` of the training texts, always the same, is set aside for choosing numbers on."""
     aside = [place // JOINED % share == share - 1 for place in range(len(train))]
     kept = [text for text, out in zip(train, aside, strict=True) if not out]
-    return Corpus(kept, [text for text, out in zip(train, aside, strict=True) if out], test)
+    return TextCorpus(kept, [text for text, out in zip(train, aside, strict=True) if out], test)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
@@ -87,13 +87,13 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[BEGIN], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[BOS_TOKEN], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, most: int | None = None) -> Labelled:
+def windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, most: int | None = None) -> LabelledExamples:
     """The texts, a line each, cut into windows of BEGIN and `length` tokens; what is left at the end is dropped.
 
     Items of shape (length + 1,), the labels all 0. Of more than `most`, so many at equal distances are taken.
@@ -107,11 +107,11 @@ def windows(tokenizer: Tokenizer, texts: Sequence[str], length: int, most: int |
     cut = tokens[: count * length].astype(np.int64).reshape(count, length)
     if most is not None and count > most:
         cut = cut[np.arange(most) * count // most]
-    begin = np.full((len(cut), 1), tokenizer.token_to_id(BEGIN))
-    return Labelled(list(np.hstack([begin, cut])), np.zeros(len(cut), np.int64))
+    begin = np.full((len(cut), 1), tokenizer.token_to_id(BOS_TOKEN))
+    return LabelledExamples(list(np.hstack([begin, cut])), np.zeros(len(cut), np.int64))
 
 
-def bytes_of(tokenizer: Tokenizer, data: Labelled) -> int:
+def bytes_of(tokenizer: Tokenizer, data: LabelledExamples) -> int:
     """The bytes that windows stand for: a token of bytes is written with one letter for each of them."""
     sizes = np.zeros(tokenizer.get_vocab_size(), np.int64)
     for letters, number in tokenizer.get_vocab().items():
@@ -138,7 +138,7 @@ def llama(vocabulary: int, width: int, layers: int, heads: int, length: int, see
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextTokenLoss:
     """The mean cross-entropy in nats of each token after those before it in its window: what `fit` minimises."""
 
     model: nn.Module
@@ -154,7 +154,7 @@ class NextToken:
 
 
 @torch.inference_mode()
-def perplexity_per_byte(loss: NextToken, tokenizer: Tokenizer, data: Labelled, batch: int = 32) -> float:
+def perplexity_per_byte(loss: NextTokenLoss, tokenizer: Tokenizer, data: LabelledExamples, batch: int = 32) -> float:
     """exp(nats / bytes) over all windows: what two models of different tokens can be compared by; 2 is 1 bit a byte."""
     nats = 0.0
     where = next(loss.model.parameters()).device

@@ -8,27 +8,27 @@ from contextlib import contextmanager
 from typing import Protocol
 
 
-class Tell(Protocol):
+class ProgressCallback(Protocol):
     """What a working function calls now and then: so many of so many are done, and a short note."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
-NewBar = Callable[[str], Tell]
+BarFactory = Callable[[str], ProgressCallback]
 """Opens a bar with this title and returns what moves it."""
 
 
-def silent(done: int, total: int, note: str = "") -> None:
+def no_progress(done: int, total: int, note: str = "") -> None:
     """Draws nothing."""
 
 
-def no_bars(title: str) -> Tell:
+def no_bars(title: str) -> ProgressCallback:
     """Opens nothing."""
-    return silent
+    return no_progress
 
 
 @contextmanager
-def bars() -> Iterator[NewBar]:
+def bars() -> Iterator[BarFactory]:
     """Bars on stderr with the time left; where stderr is no terminal, a line for each finished one."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,7 +45,7 @@ def bars() -> Iterator[NewBar]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
-        def new_bar(title: str) -> Tell:
+        def new_bar(title: str) -> ProgressCallback:
             began = time.monotonic()
             bar = progress.add_task(title, total=None, note="")
 

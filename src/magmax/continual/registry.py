@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import MagMaxError
-from ..rules import nearest
+from ..rules import nearest_hint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ DATA: dict[str, str | Callable[..., Dataset]] = {
     "hub": f"{HERE}.data.hub_datasets:hub",
     "images": f"{HERE}.data.hub_datasets:images",
     "pool": f"{HERE}.data.hub_datasets:pool",
-    "joined": f"{HERE}.data.combine:joined",
+    "joined": f"{HERE}.data.combine:joined_datasets",
     "long_tail": f"{HERE}.data.combine:long_tail",
 }
 """name -> (**options) -> Dataset: raw items; the same for every seed of a benchmark."""
@@ -76,7 +76,7 @@ def build(kind: str, choice: Choice, *given: Any) -> Any:
     known = list(inspect.signature(builder).parameters)[len(given) :]
     for option in options:
         if option not in known:
-            hint = nearest(option, known) if known else "it takes none"
+            hint = nearest_hint(option, known) if known else "it takes none"
             raise MagMaxError(f"{kind}: {name} has no option {option!r}; {hint}")
     try:
         inspect.signature(builder).bind(*given, **options)
@@ -101,7 +101,7 @@ def find(kind: str, table: Mapping[str, Any], name: str) -> Callable[..., Any]:
     found = table.get(name, name if ":" in name else None)
     if found is None:
         raise MagMaxError(
-            f"{kind}: there is no {name!r}; {nearest(name, list(table))}, or name a package.module:function"
+            f"{kind}: there is no {name!r}; {nearest_hint(name, list(table))}, or name a package.module:function"
         )
     if not isinstance(found, str):
         return found

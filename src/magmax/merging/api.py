@@ -13,11 +13,11 @@ from ..checkpoints import open_checkpoint
 from ..checkpoints.remote.urls import is_url
 from ..errors import MagMaxError
 from ..rules import Number, Rule, as_rule
-from .execution.execution_options import Settings
-from .in_memory import like, merge_in_memory
+from .execution.execution_options import ExecutionOptions
+from .in_memory import merge_in_memory, restore_kind
 from .matching import Mismatch
 from .merge_job import merge_job
-from .output_options import Options
+from .output_options import OutputOptions
 
 
 def merge(
@@ -30,7 +30,7 @@ def merge(
     dtype: str | None = None,
     mismatch: Mismatch = "strict",
     allow_nonfinite: bool = False,
-    settings: Settings | None = None,
+    execution: ExecutionOptions | None = None,
     executor: Executor | None = None,
 ) -> Any:
     """base + scaling_factor * rule(task vectors of `models`).
@@ -42,11 +42,11 @@ def merge(
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
         out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
-        mismatch: what to do where models do not fit the base; see `Options`.
+        mismatch: what to do where models do not fit the base; see `OutputOptions`.
         allow_nonfinite: merge NaN and infinity too.
-        settings: threads, progress, restart; see `Settings`.
+        settings: threads, progress, restart; see `ExecutionOptions`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
-            processes need the inputs, and the folder of `out`, at the same paths. See `Settings`.
+            processes need the inputs, and the folder of `out`, at the same paths. See `ExecutionOptions`.
 
     Returns:
         With `out`, its path or URL. Without, the merged model of the same kind as `base`: a new state dict, or a deep
@@ -58,16 +58,16 @@ def merge(
     if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
     rule = as_rule(rule)
-    settings = settings or Settings()
-    settings = replace(settings, executor=executor or settings.executor)
-    options = Options(scaling_factor, dtype, mismatch, allow_nonfinite)
+    execution = execution or ExecutionOptions()
+    execution = replace(execution, executor=executor or execution.executor)
+    options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
     if out is not None:
-        merge_job(rule, opened, others, out, options).run(settings)
+        merge_job(rule, opened, others, out, options).run(execution)
         return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
-    if opened.stored:
+    if opened.is_on_disk:
         raise MagMaxError("merging files needs `out`, the path of the result")
-    tensors = merge_in_memory(rule.for_models([m.label for m in others]), opened, others, options, settings)
-    return like(base, opened, tensors, options)
+    tensors = merge_in_memory(rule.for_models([m.label for m in others]), opened, others, options, execution)
+    return restore_kind(base, opened, tensors, options)

@@ -10,16 +10,16 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
-from ..checkpoints.lora.adapted_model import base_and_adapter
-from ..checkpoints.remote.hub import locate
+from ..checkpoints.lora.adapted_model import split_base_and_adapter
+from ..checkpoints.remote.hub import locate_model
 from ..checkpoints.torch.pickled_models import PickledModel
-from ..checkpoints.writer import Target
+from ..checkpoints.writer import OutputPath
 from ..errors import MagMaxError
 from .job import Job, provenance_file
-from .merge_job import kept_metadata
-from .model_files import companions
+from .merge_job import base_metadata
+from .model_files import model_files
 from .model_names import default_names
-from .pipeline import Kernel, Slab
+from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
 
 SAFETENSORS = (".safetensors", ".json")
@@ -29,8 +29,8 @@ SAFETENSORS = (".safetensors", ".json")
 class CopyKernel(Kernel):
     """Every slab as it is."""
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        return [slab.stored(0)]
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        return [slab.read(0)]
 
 
 def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequence[str] = ()) -> Job:
@@ -44,7 +44,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     Raises:
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
-    found = None if base_and_adapter(old) else locate(old)
+    found = None if split_base_and_adapter(old) else locate_model(old)
     if found and found.path.is_file() and found.path.suffix not in SAFETENSORS:
         source = PickledModel(found.path, found.label, part, strip, inert)
         source.origin = found.origin
@@ -54,17 +54,17 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         source = open_checkpoint(old)
 
     def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-        folder = source.folder()
-        return {**(companions(folder, None) if folder else {}), **provenance_file(provenance, digests)}
+        folder = source.small_files_folder()
+        return {**(model_files(folder, None) if folder else {}), **provenance_file(provenance, digests)}
 
     return Job(
-        target=Target.of(out),
+        target=OutputPath.parse(out),
         inputs=[source],
-        names=default_names([source.place]),
+        names=default_names([source.source]),
         recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},
         specs=source.specs,
         kernel=CopyKernel(),
-        carried={},
-        metadata=kept_metadata(source),
-        companions=beside,
+        unmerged={},
+        metadata=base_metadata(source),
+        small_files=beside,
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ..checkpoints.blocks import SLAB
-from .execution.executors import Cluster
-from .execution.pool import Crew, cores
-from .execution.shared_files import Ground
+from ..checkpoints.blocks import BLOCK_ELEMENTS
+from .execution.executors import DaskCluster
+from .execution.pool import WorkerPool, available_cores
+from .execution.shared_files import SharedFiles
 from .job import Job
-from .pipeline import BYTES_AHEAD
+from .pipeline import PREFETCH_BYTES
 
 ARRAYS_A_THREAD = 10
 ARRAYS_A_DECOMPOSITION = 16
@@ -30,7 +30,7 @@ DISKS = (200, 1_000, 5_000)
 
 
 @dataclass(frozen=True)
-class Cost:
+class JobCost:
     """What a job moves.
 
     t = max(disk_bytes / disk speed, elements * ELEMENT_NS / threads), for reading, computing and writing overlap.
@@ -53,26 +53,26 @@ class Cost:
     def seconds(self, mb_s: float) -> float:
         """Seconds on a disk that reads or writes so many MB (10^6 bytes) a second, with nothing in the page cache.
 
-        >>> Cost(disk_bytes=7 * 140 * 10**9, elements=7 * 70 * 10**9, threads=2).seconds(1_000)
+        >>> JobCost(disk_bytes=7 * 140 * 10**9, elements=7 * 70 * 10**9, threads=2).seconds(1_000)
         980.0
         """
         return max(self.disk_bytes / (mb_s * 1e6), self.processor_seconds / self.threads)
 
 
-def cost_of(job: Job, threads: int = 0) -> Cost:
+def job_cost(job: Job, threads: int = 0) -> JobCost:
     """What a job moves, and so how long it takes; the decompositions of rules that need these are left out."""
     passes = 1 + job.extra_passes
     read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in job.inputs)
-    elements = sum(spec.elements for checkpoint in job.inputs for spec in checkpoint.specs.values())
-    written = sum(spec.nbytes for spec in job.specs.values()), sum(s.elements for s in job.specs.values())
-    return Cost(passes * read + written[0], passes * elements + written[1], _threads(job, threads))
+    elements = sum(spec.numel for checkpoint in job.inputs for spec in checkpoint.specs.values())
+    written = sum(spec.nbytes for spec in job.specs.values()), sum(s.numel for s in job.specs.values())
+    return JobCost(passes * read + written[0], passes * elements + written[1], _threads(job, threads))
 
 
 def preview(job: Job, threads: int = 0) -> dict[str, int]:
     """Passes, bytes to read and write, disk needed and free, peak memory."""
     size, threads = job.draft().size, _threads(job, threads)
     remote = sum(checkpoint.remote_bytes for checkpoint in job.inputs)
-    memory = job.memory + threads * job.memory_a_thread + min(remote, BYTES_AHEAD)
+    memory = job.memory + threads * job.memory_per_thread + min(remote, PREFETCH_BYTES)
     return {
         "passes": 1 + job.extra_passes,
         "read_bytes": job.read_bytes,
@@ -90,23 +90,23 @@ def preview_of_workers(job: Job, executor: Executor | None) -> list[tuple[int, i
 
     Raises UnfinishedError if there is none, or one that does not see the inputs.
     """
-    cluster = Cluster.of(executor)
+    cluster = DaskCluster.of(executor)
     if cluster is None:
         return []
-    Crew(executor=executor, ground=Ground.of(job.inputs)).muster()
+    WorkerPool(executor=executor, shared_files=SharedFiles.of(job.inputs)).check_workers()
     fixed = IMPORTS_BYTES + DASK_BYTES
-    return [(n, fixed + _arrays(job, n) + n * job.memory_a_thread) for n in cluster.threads().values()]
+    return [(n, fixed + _arrays(job, n) + n * job.memory_per_thread) for n in cluster.threads().values()]
 
 
 def _threads(job: Job, threads: int) -> int:
-    return 1 if job.kernel.whole else threads or cores()
+    return 1 if job.kernel.whole_tensor else threads or available_cores()
 
 
 def _arrays(job: Job, threads: int) -> int:
     """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
     specs = [*job.specs.values(), *job.inputs[0].specs.values()]
-    widest = max([4, *(spec.storage.itemsize for spec in specs)])
-    if job.kernel.whole:
-        largest = max((spec.elements for spec in specs), default=0)
+    widest = max([4, *(spec.storage_dtype.itemsize for spec in specs)])
+    if job.kernel.whole_tensor:
+        largest = max((spec.numel for spec in specs), default=0)
         return largest * (widest * (1 + len(job.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
-    return threads * (ARRAYS_A_THREAD + 2 * len(job.inputs) * job.kernel.gathers) * SLAB * widest
+    return threads * (ARRAYS_A_THREAD + 2 * len(job.inputs) * job.kernel.holds_all_inputs) * BLOCK_ELEMENTS * widest

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.blocks import checkpoint_digest, chunks, tensor_digest
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.blocks import checkpoint_digest, iter_chunks, tensor_digest
 
 
-class Ledger:
+class DigestCollector:
     """Slab digests of several streams (the inputs of a pass, then its outputs), joined into a digest per tensor.
 
     A tensor's slab digests are held only until its last chunk is in.
     """
 
-    def __init__(self, specs: Mapping[str, Spec], streams: int, whole: bool = False) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], streams: int, whole: bool = False) -> None:
         self._specs = specs
-        self._missing = {key: sum(1 for _ in chunks(key, spec, whole)) for key, spec in specs.items()}
+        self._missing = {key: sum(1 for _ in iter_chunks(key, spec, whole)) for key, spec in specs.items()}
         self._parts: dict[str, dict[int, Sequence[bytes]]] = {}
         self.tensors: list[dict[str, str]] = [{} for _ in range(streams)]
 

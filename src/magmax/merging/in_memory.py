@@ -10,26 +10,26 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.memory import as_tensor
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.memory import to_tensor
 from ..rules import Number, Rule
-from ..rules.compose import holding
-from .execution.execution_options import Settings
-from .job import prepared
+from ..rules.compose import with_cache
+from .execution.execution_options import ExecutionOptions
+from .job import prepare_kernel
 from .kernel import MergeKernel
 from .merge_job import match_models, merge_kernel
-from .output_options import Options
-from .pipeline import Pass
+from .output_options import OutputOptions
+from .pipeline import BlockPipeline
 
 
 def merge_in_memory(
-    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, settings: Settings
+    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, execution: ExecutionOptions
 ) -> dict[str, NDArray[Any]]:
     """The merged tensors as stored units, flat, by the base's own keys."""
-    return MergesInMemory(rule, base, models, options, settings).at(options.factor(rule))
+    return InMemoryMerges(rule, base, models, options, execution).at(options.resolve_scaling_factor(rule))
 
 
-class MergesInMemory:
+class InMemoryMerges:
     """Merges of the same models at one scaling factor after another.
 
     The rule asks the models once. With `hold`, what it merged before scaling stays in memory and serves all factors.
@@ -40,44 +40,44 @@ class MergesInMemory:
         rule: Rule,
         base: Checkpoint,
         models: Sequence[Checkpoint],
-        options: Options,
-        settings: Settings,
+        options: OutputOptions,
+        execution: ExecutionOptions,
         *,
         hold: bool = False,
     ) -> None:
-        rule = holding(rule) if hold and settings.executor is None else rule
+        rule = with_cache(rule) if hold and execution.executor is None else rule
         kernel = merge_kernel(rule, base, models, options, match_models(rule, base, models, options))
-        self.kernel = cast("MergeKernel", prepared(kernel, settings))
-        self.inputs, self.settings = [base, *models], settings
+        self.kernel = cast("MergeKernel", prepare_kernel(kernel, execution))
+        self.inputs, self.settings = [base, *models], execution
 
     def at(self, factor: Number) -> dict[str, NDArray[Any]]:
         """The merged tensors as stored units, flat, by the base's own keys."""
         memory = MemorySink(self.kernel.out)
         scaled = replace(self.kernel, scaling_factor=factor)
-        Pass(self.inputs, [memory], scaled, self.settings.crew, digest=False).run(self.settings.progress)
+        BlockPipeline(self.inputs, [memory], scaled, self.settings.pool, digest=False).run(self.settings.progress)
         return memory.tensors
 
 
 class MemorySink:
     """Flat arrays to be filled by a pass."""
 
-    def __init__(self, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self.specs = specs
-        self.tensors = {key: np.empty(spec.units, spec.storage) for key, spec in specs.items()}
+        self.tensors = {key: np.empty(spec.num_units, spec.storage_dtype) for key, spec in specs.items()}
 
-    def write(self, key: str, start: int, stored: NDArray[Any]) -> None:
-        self.tensors[key][start : start + len(stored)] = stored
+    def write(self, key: str, start: int, raw: NDArray[Any]) -> None:
+        self.tensors[key][start : start + len(raw)] = raw
 
     def sync(self) -> None:
         """Nothing to wait for."""
 
 
-def like(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: Options) -> Any:
+def restore_kind(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: OutputOptions) -> Any:
     """The merged tensors in the shape of the thing that was given as the base."""
     original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
     specs = options.out_specs(opened)
-    made = {key: as_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
-    merged = {key: made[opened.resolve(key)] for key in original}
+    made = {key: to_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
+    merged = {key: made[opened.resolve_alias(key)] for key in original}
     if isinstance(base, Mapping):
         return merged
     result = copy.deepcopy(base)

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
-from .execution.pool import Crew
-from .matching import compare
-from .pipeline import Kernel, Pass, Progress, Slab
+from .execution.pool import WorkerPool
+from .matching import match_to_base
+from .pipeline import BlockPipeline, InputBlock, Kernel, Progress
 from .provenance import read_provenance
-from .reader import Reader
+from .reader import BlockReader
 
 
 @dataclass(frozen=True)
-class Movement:
+class TensorMovement:
     """How one tensor moved: the L2 norm of its task vector, of the base, and the share of elements that changed."""
 
     key: str
@@ -35,11 +35,11 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ModelDifference:
     """A model against its base: each merged tensor's movement, and what cannot be compared, key -> why."""
 
-    movements: Sequence[Movement]
-    apart: dict[str, str]
+    movements: Sequence[TensorMovement]
+    incomparable: dict[str, str]
 
     @property
     def norm(self) -> float:
@@ -47,14 +47,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Measure(Kernel):
+class MovementKernel(Kernel):
     """Sums of squares of the task vector and of the base, and counts of changes, slab by slab."""
 
-    reader: Reader
+    reader: BlockReader
     apart: Mapping[str, str]
     sums: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict[str, list[tuple[float, float, int]]])
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
         if slab.key not in self.apart:
             start = self.reader.numbers(slab, 0).astype("f8")
             vector = self.reader.numbers(slab, 1) - start
@@ -63,19 +63,19 @@ class Measure(Kernel):
         return []
 
 
-def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> Difference:
+def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> ModelDifference:
     """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
-    apart = dict(compare(base, [model], "base").carried)
-    kernel = Measure(Reader([base, model], allow_nonfinite=True), apart)
-    Pass([base, model], [], kernel, Crew(threads), digest=False).run(progress)
+    apart = dict(match_to_base(base, [model], "base").unmerged)
+    kernel = MovementKernel(BlockReader([base, model], allow_nonfinite=True), apart)
+    BlockPipeline([base, model], [], kernel, WorkerPool(threads), digest=False).run(progress)
     sums = kernel.sums
     movements = [
-        Movement(
+        TensorMovement(
             key=key,
-            elements=base.specs[key].elements,
+            elements=base.specs[key].numel,
             norm=math.sqrt(math.fsum(part[0] for part in parts)),
             base_norm=math.sqrt(math.fsum(part[1] for part in parts)),
-            changed=sum(part[2] for part in parts) / base.specs[key].elements,
+            changed=sum(part[2] for part in parts) / base.specs[key].numel,
         )
         for key, parts in sums.items()
     ]
@@ -83,7 +83,7 @@ def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progre
     extra = {
         key: f"{model.label}: has a tensor {key} that {base.label} has not" for key in model.specs if key not in order
     }
-    return Difference(sorted(movements, key=lambda m: order[m.key]), {**apart, **extra})
+    return ModelDifference(sorted(movements, key=lambda m: order[m.key]), {**apart, **extra})
 
 
 def provenance_of(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -13,54 +13,64 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoints import Checkpoint, Spec
+from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.blocks import checkpoint_digest
 from ..checkpoints.journal import Journal
 from ..checkpoints.remote.upload import Upload
-from ..checkpoints.remote.urls import changed, shown
-from ..checkpoints.writer import PROVENANCE, SHARD_BYTES, Draft, Target, nearest_folder, remove, replace_file
-from ..errors import MagMaxError, UnfinishedError, listed
-from .digests import Ledger
-from .execution.execution_options import Settings
-from .execution.shared_files import Ground
-from .pipeline import Kernel, Pass, Progress, Sink
+from ..checkpoints.remote.urls import changed_file_error, display_url
+from ..checkpoints.writer import (
+    DEFAULT_SHARD_BYTES,
+    PROVENANCE_FILE,
+    OutputDraft,
+    OutputPath,
+    nearest_existing_folder,
+    remove,
+    replace_file,
+)
+from ..errors import MagMaxError, UnfinishedError, list_problems
+from .digests import DigestCollector
+from .execution.execution_options import ExecutionOptions
+from .execution.shared_files import SharedFiles
+from .pipeline import BlockPipeline, Kernel, Progress, TensorSink
 from .provenance import Provenance
-from .result import Outcome
+from .result import MergeResult
 
 
-class Work(Protocol):
+class JobRunner(Protocol):
     """What reads the inputs of a job and fills its sinks, and notes in the journal what is done."""
 
     @property
-    def sinks(self) -> Sequence[Sink]: ...
+    def sinks(self) -> Sequence[TensorSink]: ...
 
     @property
     def reused(self) -> int:
         """Bytes that an interrupted run has read already."""
         ...
 
-    def run(self, progress: Progress) -> Ledger: ...
+    def run(self, progress: Progress) -> DigestCollector: ...
 
 
-Worker = Callable[["Job", Sequence[Sink], Journal, Settings, Sequence[Any]], Work]
+Worker = Callable[["Job", Sequence[TensorSink], Journal, ExecutionOptions, Sequence[Any]], JobRunner]
 
 
-def slab_by_slab(job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]) -> Work:
+def block_pipeline(
+    job: Job, sinks: Sequence[TensorSink], journal: Journal, execution: ExecutionOptions, parts: Sequence[Any]
+) -> JobRunner:
     """The pass of the job's kernel over all inputs."""
-    return Pass(job.inputs, sinks, prepared(job.kernel, settings), settings.crew, True, journal, parts)
+    return BlockPipeline(job.inputs, sinks, prepare_kernel(job.kernel, execution), execution.pool, True, journal, parts)
 
 
-def prepared(kernel: Kernel, settings: Settings) -> Kernel:
+def prepare_kernel(kernel: Kernel, execution: ExecutionOptions) -> Kernel:
     """The kernel, once it has found out what it must know, where the settings will have it work."""
-    kernel = kernel.prepared(settings.crew, settings.progress)
+    kernel = kernel.prepare(execution.pool, execution.progress)
     notes = [kernel.note()]
-    if settings.device is not None:
+    if execution.device is not None:
         from .execution.cuda import on_device
 
-        kernel, words = on_device(kernel, settings.device)
+        kernel, words = on_device(kernel, execution.device)
         notes.append(words)
     for words in filter(None, notes):
-        settings.note(words)
+        execution.note(words)
     return kernel
 
 
@@ -71,38 +81,38 @@ class Job:
     Attributes:
         inputs: the base and then the rest; `names` are what provenance calls them.
         specs: the tensors to be written.
-        carried, partly: the tensors that are not merged, or not as a whole, and why.
+        unmerged, partly_merged: the tensors that are not merged, or not as a whole, and why.
         sinks: gives the kernel's sinks, which lead into the draft.
-        companions: given the provenance and the digest of each output tensor, the files to put beside a folder output.
+        small_files: given the provenance and the digest of each output tensor, the files to put beside a folder output.
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
         stem: how the names of a folder's weight files begin.
         worker: what reads the inputs and fills the sinks.
         memory: bytes that the questions and the worker take beside the slabs.
-        memory_a_thread: more such bytes, for each thread.
+        memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
     """
 
-    target: Target
+    target: OutputPath
     inputs: Sequence[Checkpoint]
     names: Sequence[str]
     recipe: Mapping[str, Any]
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, TensorSpec]
     kernel: Kernel
-    carried: Mapping[str, str] = field(default_factory=dict[str, str])
-    partly: Mapping[str, str] = field(default_factory=dict[str, str])
+    unmerged: Mapping[str, str] = field(default_factory=dict[str, str])
+    partly_merged: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    sinks: Callable[[Draft], Sequence[Sink]] = lambda draft: [draft]
-    companions: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
+    sinks: Callable[[OutputDraft], Sequence[TensorSink]] = lambda draft: [draft]
+    small_files: Callable[[Provenance, Mapping[str, str]], Mapping[str, bytes | Path]] = lambda provenance, digests: {}
     check: Callable[[Sequence[str]], None] = lambda digests: None
     origin: Provenance | None = None
     extra_passes: int = 0
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = DEFAULT_SHARD_BYTES
     stem: str = "model"
-    worker: Worker = slab_by_slab
+    worker: Worker = block_pipeline
     memory: int = 0
-    memory_a_thread: int = 0
+    memory_per_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
 
     @property
@@ -113,28 +123,36 @@ class Job:
     @property
     def disk_needed(self) -> int:
         """Bytes of disk that the output takes beyond what an unfinished one has taken."""
-        return self.draft().size - _allocated(self.target.partial)
+        return self.draft().size - _allocated(self.target.partial_path)
 
     @property
     def disk_free(self) -> int:
         """Bytes of disk that are free where the output goes."""
-        return shutil.disk_usage(nearest_folder(self.target.path)).free
+        return shutil.disk_usage(nearest_existing_folder(self.target.path)).free
 
-    def draft(self) -> Draft:
-        return Draft(self.target, self.specs, self._metadata(self._provenance().draft()), self.shard_bytes, self.stem)
+    def draft(self) -> OutputDraft:
+        return OutputDraft(
+            self.target,
+            self.specs,
+            self._metadata(self._provenance().with_blank_digests()),
+            self.shard_bytes,
+            self.stem,
+        )
 
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
-        found = self.target.problems([path for c in self.inputs for path in [c.path, *c.files()] if path is not None])
+        found = self.target.find_problems(
+            [path for c in self.inputs for path in [c.path, *c.files()] if path is not None]
+        )
         if self.target.url:
-            found += Upload(self.target.url).problems(self.target.folder, [c.url for c in self.inputs if c.url])
+            found += Upload(self.target.url).find_problems(self.target.is_folder, [c.url for c in self.inputs if c.url])
         if not found:
             needed, free = self.disk_needed, self.disk_free
             if needed > free:
                 found.append(f"{self.target.path}: needs {needed:,} bytes of disk, but {free:,} are free")
         return found
 
-    def run(self, settings: Settings | None = None) -> Outcome:
+    def run(self, execution: ExecutionOptions | None = None) -> MergeResult:
         """Do the work and publish the output.
 
         Raises:
@@ -142,24 +160,24 @@ class Job:
                 are lost (`UnfinishedError`). After the last two, what was finished stays beside the output and the
                 same job takes it up again.
         """
-        settings = settings or Settings()
+        execution = execution or ExecutionOptions()
         if not self.target.url:
-            return self._made(settings)
+            return self._make(execution)
         if problems := self.problems():
-            raise listed(f"{shown(self.target.url)} cannot be written", problems)
+            raise list_problems(f"{display_url(self.target.url)} cannot be written", problems)
         self.target.path.parent.mkdir(parents=True, exist_ok=True)
-        return sent(self.target, self._identity(), lambda: self._made(settings), settings.note)
+        return run_and_upload(self.target, self._identity(), lambda: self._make(execution), execution.note)
 
-    def _made(self, settings: Settings) -> Outcome:
+    def _make(self, execution: ExecutionOptions) -> MergeResult:
         """The work done and the output published on this machine."""
         try:
             if problems := self.problems():
-                raise listed(f"{self.target.path} cannot be written", problems)
+                raise list_problems(f"{self.target.path} cannot be written", problems)
             self.target.path.parent.mkdir(parents=True, exist_ok=True)
-            journal = Journal(self.target.journal)
+            journal = Journal(self.target.journal_path)
             draft = self.draft()
             try:
-                return self._run(draft, journal, settings)
+                return self._run(draft, journal, execution)
             except MagMaxError as error:
                 if not (isinstance(error, UnfinishedError) and journal.load()[1]):
                     draft.discard()
@@ -169,64 +187,72 @@ class Job:
                 draft.close()
                 journal.close()
         except OSError as error:
-            raise explained(error, self.target.path, "it resumes where it stopped") from error
+            raise explain_os_error(error, self.target.path, "it resumes where it stopped") from error
 
-    def _run(self, draft: Draft, journal: Journal, settings: Settings) -> Outcome:
+    def _run(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
         for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
-            settings.note(said)
-        parts = self._resumable(draft, journal, settings)
+            execution.note(said)
+        parts = self._resumable(draft, journal, execution)
         if not parts:
             journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
-        with self._staffed(settings) as settings:
-            work = self.worker(self, self.sinks(draft), journal, settings, parts)
+        with self._with_checked_workers(execution) as execution:
+            work = self.worker(self, self.sinks(draft), journal, execution, parts)
             reused = work.reused
             if reused:
-                settings.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
-            ledger = work.run(settings.progress)
+                execution.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
+            ledger = work.run(execution.progress)
         outputs = ledger.tensors[len(self.inputs) :]
         digests = ledger.digests(self.inputs)
         self._check_unchanged()
         self.check(digests)
         provenance = self._provenance(digests)
-        draft.publish(self._metadata(provenance), self.companions(provenance, outputs[0]))
+        draft.publish(self._metadata(provenance), self.small_files(provenance, outputs[0]))
         journal.remove()
         made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
-        return Outcome(
-            self.target.path, seconds, self.read_bytes, draft.size, reused, self.carried, self.partly, digests, made
+        return MergeResult(
+            self.target.path,
+            seconds,
+            self.read_bytes,
+            draft.size,
+            reused,
+            self.unmerged,
+            self.partly_merged,
+            digests,
+            made,
         )
 
     @contextmanager
-    def _staffed(self, settings: Settings) -> Generator[Settings]:
+    def _with_checked_workers(self, execution: ExecutionOptions) -> Generator[ExecutionOptions]:
         """The settings with workers that see what they must, where these are in other processes."""
-        if settings.executor is None or isinstance(settings.executor, ThreadPoolExecutor):
-            yield settings
+        if execution.executor is None or isinstance(execution.executor, ThreadPoolExecutor):
+            yield execution
             return
-        with Ground.of(self.inputs).staked(self.target) as ground:
-            settings = replace(settings, ground=ground)
-            settings.crew.muster()
-            yield settings
+        with SharedFiles.of(self.inputs).with_probe(self.target) as ground:
+            execution = replace(execution, shared_files=ground)
+            execution.pool.check_workers()
+            yield execution
 
-    def _resumable(self, draft: Draft, journal: Journal, settings: Settings) -> list[Any]:
+    def _resumable(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""
         identity, parts = journal.load()
-        if identity is None or not parts or settings.restart:
+        if identity is None or not parts or execution.restart:
             return []
-        if not all(c.stored for c in self.inputs):
-            settings.note("starting afresh: inputs in memory cannot be recognised")
+        if not all(c.is_on_disk for c in self.inputs):
+            execution.note("starting afresh: inputs in memory cannot be recognised")
             return []
         ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
         changed = [name for name, now in ours.items() if identity.get(name) != now]
         if changed or len(identity) != len(ours):
-            settings.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
+            execution.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
             return []
-        return parts if draft.intact() else []
+        return parts if draft.is_intact() else []
 
     def _identity(self) -> dict[str, Any]:
         """What must be unchanged for finished chunks to be of use."""
-        identity: dict[str, Any] = {"the recipe": self._provenance().draft().as_dict()}
+        identity: dict[str, Any] = {"the recipe": self._provenance().with_blank_digests().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
         found = [checkpoint.fingerprints() for checkpoint in self.inputs]
         identity["the order of the inputs"] = [list(stamps) for stamps in found]
@@ -236,10 +262,10 @@ class Job:
         """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
         for checkpoint in self.inputs:
             if checkpoint.url:
-                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(again=True)
+                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(refresh=True)
                 for name in before:
                     if before[name] != now[name]:
-                        raise changed(name)
+                        raise changed_file_error(name)
 
     def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]
@@ -249,10 +275,10 @@ class Job:
         return {"format": "pt", **self.metadata, **provenance.metadata()}
 
 
-def explained(error: OSError, out: Path, again: str) -> MagMaxError:
+def explain_os_error(error: OSError, out: Path, again: str) -> MagMaxError:
     """What the operating system refused while `out` was made; `again` says what the same command then does."""
     if error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(nearest_folder(out)).free
+        free = shutil.disk_usage(nearest_existing_folder(out)).free
         return MagMaxError(
             f"{out}: no space left ({free:,} bytes free); free some and run the same command again: {again}"
         )
@@ -273,29 +299,29 @@ def provenance_file(
 ) -> dict[str, bytes | Path]:
     """The provenance file of a folder output, with more to tell if there is."""
     content = {**provenance.as_dict(), **(more or {}), "tensors": dict(sorted(digests.items()))}
-    return {PROVENANCE: json.dumps(content, indent=2).encode() + b"\n"}
+    return {PROVENANCE_FILE: json.dumps(content, indent=2).encode() + b"\n"}
 
 
-def sent(
-    target: Target,
+def run_and_upload(
+    target: OutputPath,
     identity: Mapping[str, Any],
-    make: Callable[[], Outcome],
+    make: Callable[[], MergeResult],
     note: Callable[[str], None],
-) -> Outcome:
+) -> MergeResult:
     """The outcome of `make`, uploaded; what an interrupted upload left here is uploaded without making it again.
 
     That is, while `identity` is unchanged.
     """
     upload = Upload(target.url)
-    upload.begin(target.folder)
+    upload.write_marker(target.is_folder)
     ready = target.path.with_name(target.path.name + ".ready")
-    outcome = _left(ready, target.path, json.loads(json.dumps(identity)))
+    outcome = _unfinished_upload(ready, target.path, json.loads(json.dumps(identity)))
     if outcome is None:
         try:
             outcome = make()
         except MagMaxError as error:
             if not isinstance(error, UnfinishedError):
-                upload.give_up(target.folder)
+                upload.abandon(target.is_folder)
             raise
         told = {**asdict(outcome), "path": ""}
         replace_file(ready, json.dumps({"identity": identity, "outcome": told}).encode())
@@ -305,12 +331,12 @@ def sent(
     ready.unlink()
     remove(target.path)
     target.path.parent.rmdir()
-    return replace(outcome, path=upload.name)
+    return replace(outcome, path=upload.label)
 
 
-def _left(ready: Path, made: Path, identity: Any) -> Outcome | None:
+def _unfinished_upload(ready: Path, made: Path, identity: Any) -> MergeResult | None:
     try:
         told = json.loads(ready.read_text())
     except (OSError, ValueError):
         return None
-    return Outcome(**told["outcome"]) if told["identity"] == identity and made.exists() else None
+    return MergeResult(**told["outcome"]) if told["identity"] == identity and made.exists() else None

@@ -10,17 +10,17 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Spec
+from ..checkpoints import TensorSpec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
-from ..rules import Address, Block, Number, Rule, StreamingRule, places
-from ..rules.compose import Held
-from ..rules.schedules import at
-from ..rules.statistics import Answer
-from .execution.pool import Crew
-from .pipeline import Kernel, Progress, Slab
-from .reader import Reader, finite
-from .statistics_pass import ask
+from ..rules import Address, Block, Number, Rule, StreamingRule, tensor_positions
+from ..rules.compose import CachedRule
+from ..rules.schedules import resolve
+from ..rules.statistics import Statistics
+from .execution.pool import WorkerPool
+from .pipeline import InputBlock, Kernel, Progress
+from .reader import BlockReader, is_finite
+from .statistics_pass import collect_statistics
 
 AnyRule = TypeVar("AnyRule", bound=Rule)
 
@@ -31,85 +31,88 @@ class MergeKernel(Kernel):
 
     Attributes:
         out: the specs of what is written.
-        carried: tensors copied from the base as they are, and why.
+        unmerged: tensors copied from the base as they are, and why.
         extents: of tensors that are merged in part, how many leading elements are; the rest is the base's as it is.
-        answers: what the rule asked, by tensor; under None what it asked of the whole model.
+        statistics: what the rule asked, by tensor; under None what it asked of the whole model.
     """
 
-    reader: Reader
+    reader: BlockReader
     rule: Rule
     tasks: int
     scaling_factor: Number
-    out: Mapping[str, Spec]
-    carried: Mapping[str, str]
+    out: Mapping[str, TensorSpec]
+    unmerged: Mapping[str, str]
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
-    answers: Mapping[str | None, Answer] = field(default_factory=dict[str | None, Any])
+    statistics: Mapping[str | None, Statistics] = field(default_factory=dict[str | None, Any])
 
     @cached_property
     def rules(self) -> Mapping[str, Rule]:
         """The rule as it is for each tensor."""
-        found = placed(self.rule, self.reader.inputs[0].specs)
-        if not self.rule.needs_factor:
+        found = rules_by_tensor(self.rule, self.reader.inputs[0].specs)
+        if not self.rule.needs_scaling_factor:
             return found
-        return {key: rule.scaled_by(self.factors[key]) for key, rule in found.items()}
+        return {key: rule.for_scaling_factor(self.factors[key]) for key, rule in found.items()}
 
     @cached_property
     def factors(self) -> Mapping[str, float]:
         """The scaling factor of each tensor."""
-        return {key: at(self.scaling_factor, place) for key, place in places(self.reader.inputs[0].specs).items()}
+        return {
+            key: resolve(self.scaling_factor, place)
+            for key, place in tensor_positions(self.reader.inputs[0].specs).items()
+        }
 
-    def check_placed(self) -> None:
+    def check_rules(self) -> None:
         """Raise MagMaxError if the rule names a tensor that is not there, or cannot merge with its numbers for one."""
         self.rule.check_names(self.rules)
-        for key, rule in self.rules.items() if self.rule.varies else ():
+        for key, rule in self.rules.items() if self.rule.varies_by_tensor else ():
             try:
                 rule.check(self.tasks)
             except MagMaxError as error:
                 raise MagMaxError(f"{key}: {error}") from error
 
     @property
-    def whole(self) -> bool:
-        return self.rule.whole
+    def whole_tensor(self) -> bool:
+        return self.rule.whole_tensor
 
     @property
-    def gathers(self) -> bool:
+    def holds_all_inputs(self) -> bool:
         return not isinstance(self.rule, StreamingRule)
 
-    def prepared(self, crew: Crew, progress: Progress) -> Self:
+    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        answers = ask(self.rule, self.rules, self.reader, self._elements(), crew, progress)
-        return replace(self, answers=answers.found, reader=answers.reader)
+        answers = collect_statistics(self.rule, self.rules, self.reader, self._elements(), crew, progress)
+        return replace(self, statistics=answers.found, reader=answers.reader)
 
     def note(self) -> str:
-        return self.rule.explain(list(self.answers.values()))
+        return self.rule.summarize(list(self.statistics.values()))
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        if slab.key in self.carried:
-            return [self.carry(slab)]
-        return [self.joined(slab, self.task_vector)]
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        if slab.key in self.unmerged:
+            return [self.copy_unmerged(slab)]
+        return [self.join(slab, self.task_vector)]
 
-    def joined(self, slab: Slab, vector: Callable[[Slab, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+    def join(self, slab: InputBlock, vector: Callable[[InputBlock, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
         """The slab with `vector`, given what is merged of it and the base there, scaled and added to the base."""
-        head, stored, tail = self.parted(slab)
+        head, stored, tail = self.split(slab)
         if head.start == head.stop:
-            return self.kept(slab, tail)
-        base = self.reader.widened(head, 0, stored)
-        merged = self.scaled(head, base, vector(head, base))
-        return np.concatenate([merged, self.kept(slab, tail)]) if len(tail) else merged
+            return self.base_units(slab, tail)
+        base = self.reader.widen(head, 0, stored)
+        merged = self.scale(head, base, vector(head, base))
+        return np.concatenate([merged, self.base_units(slab, tail)]) if len(tail) else merged
 
-    def parted(self, slab: Slab) -> tuple[Slab, NDArray[Any], NDArray[Any]]:
+    def split(self, slab: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
         """What is merged of the slab, the base's units there, and those beyond."""
-        head, stored = slab.until(self.extents.get(slab.key, slab.stop)), slab.stored(0)
+        head, stored = slab.until(self.extents.get(slab.key, slab.stop)), slab.read(0)
         count = head.stop - head.start
         return head, stored[:count], stored[count:]
 
-    def task_vector(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
+    def task_vector(self, slab: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
         """The rule's merge of the models' task vectors, unscaled."""
         where = Address(slab.key, slab.start)
         rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
-        if isinstance(rule, Held) and (known := rule.recalled(where, slab.stop - slab.start)) is not None:
+        if isinstance(rule, CachedRule) and (known := rule.cached_block(where, slab.stop - slab.start)) is not None:
             return known
         if isinstance(rule, StreamingRule):
             state = ()
@@ -117,45 +120,45 @@ class MergeKernel(Kernel):
                 state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
             return rule.finish(state, self.tasks)
         vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
-        block = Block(where, vectors, base, slab.shape if rule.whole else None)
-        return rule.merge(block, self.answers.get(slab.key, self.answers.get(None)))
+        block = Block(where, vectors, base, slab.shape if rule.whole_tensor else None)
+        return rule.merge(block, self.statistics.get(slab.key, self.statistics.get(None)))
 
-    def scaled(self, slab: Slab, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
+    def scale(self, slab: InputBlock, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
         with np.errstate(over="ignore", invalid="ignore"):
             merged *= merged.dtype.type(self.factors[slab.key])
             merged += base
         return self._stored(slab, merged)
 
-    def carry(self, slab: Slab) -> NDArray[Any]:
+    def copy_unmerged(self, slab: InputBlock) -> NDArray[Any]:
         """The base's own tensor; the models' are read where they can be, for their digests alone."""
-        base = slab.stored(0)
+        base = slab.read(0)
         for task in range(1, self.tasks + 1):
-            slab.digest_alike(task)
-        return self.kept(slab, base)
+            slab.read_for_digest(task)
+        return self.base_units(slab, base)
 
     def _elements(self) -> dict[str, int]:
         """How many elements of each tensor are merged."""
         specs = self.reader.inputs[0].specs
-        return {key: self.extents.get(key, s.elements) for key, s in specs.items() if key not in self.carried}
+        return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in self.unmerged}
 
-    def kept(self, slab: Slab, base: NDArray[Any]) -> NDArray[Any]:
+    def base_units(self, slab: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
         """The base's own units in the output's type."""
         spec = slab.spec(0)
-        if not spec.floating or self.out[slab.key].dtype == spec.dtype:
+        if not spec.is_mergeable or self.out[slab.key].dtype == spec.dtype:
             return base
-        if not self.reader.allow_nonfinite and not finite(base, spec.dtype):
+        if not self.reader.allow_nonfinite and not is_finite(base, spec.dtype):
             raise MagMaxError(
                 f"{slab.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
                 f"{self.out[slab.key].dtype}; mend the base, or let them through with --allow-nonfinite"
             )
         return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))
 
-    def _stored(self, slab: Slab, values: NDArray[Any]) -> NDArray[Any]:
+    def _stored(self, slab: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
         dtype = self.out[slab.key].dtype
         stored = narrow(values, dtype)
-        if not self.reader.allow_nonfinite and not finite(stored, dtype):
+        if not self.reader.allow_nonfinite and not is_finite(stored, dtype):
             if np.isfinite(values).all():
                 raise MagMaxError(f"{slab.key}: the merged values overflow {dtype}; choose a wider dtype")
             raise MagMaxError(
@@ -164,12 +167,12 @@ class MergeKernel(Kernel):
         return stored
 
 
-def placed(rule: AnyRule, names: Iterable[str]) -> dict[str, AnyRule]:
+def rules_by_tensor(rule: AnyRule, names: Iterable[str]) -> dict[str, AnyRule]:
     """The rule as it is for each of a model's tensors, its numbers resolved."""
     found: dict[str, AnyRule] = {}
-    for name, place in places(names).items():
+    for name, place in tensor_positions(names).items():
         try:
-            found[name] = rule.at(place)
+            found[name] = rule.for_tensor(place)
         except MagMaxError as error:
             raise MagMaxError(f"{name}: {error}") from error
     return found

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.zero_base import Zeros
-from ..errors import MagMaxError, listed
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.zero_base import ZeroBase
+from ..errors import MagMaxError, list_problems
 
 Mismatch = Literal["strict", "base", "intersect"]
 """What to do where a model's tensors are not the base's: refuse; keep the base's tensor; or, where they differ in their
 number of rows alone, merge the leading rows that the base and all models have, and keep the base's other rows."""
 
 
-class Part(NamedTuple):
+class RowRange(NamedTuple):
     """The leading rows of a tensor that are merged: how many of the base's, how many elements they are, and why."""
 
     rows: int
     of: int
     elements: int
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,31 @@ class Match:
     """How models fit a base.
 
     Attributes:
-        carried: the tensors that are not merged, key -> why; those of the base are carried over as they are.
-        partly: the tensors of which only leading rows are merged.
-        mismatched: the keys among `carried` that are there because a model differs from the base.
+        unmerged: the tensors that are not merged, key -> why; those of the base are carried over as they are.
+        partly_merged: the tensors of which only leading rows are merged.
+        mismatched: the keys among `unmerged` that are there because a model differs from the base.
     """
 
-    carried: Mapping[str, str]
-    partly: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    unmerged: Mapping[str, str]
+    partly_merged: Mapping[str, RowRange] = field(default_factory=dict[str, RowRange])
     mismatched: Sequence[str] = ()
 
     @property
     def extents(self) -> dict[str, int]:
         """Of each tensor that is merged in part, how many elements are."""
-        return {key: part.elements for key, part in self.partly.items()}
+        return {key: part.elements for key, part in self.partly_merged.items()}
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What provenance tells of tensors that are not merged as a whole, without any path."""
         told: dict[str, Any] = {}
-        if self.partly:
-            told["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly.items())}
+        if self.partly_merged:
+            told["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly_merged.items())}
         if self.mismatched:
             told["not_merged"] = sorted(self.mismatched)
         return told
 
 
-def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> Match:
+def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> Match:
     """Find what of the base can be merged with all models.
 
     Raises:
@@ -63,23 +63,23 @@ def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch =
     """
     if mismatch not in get_args(Mismatch):
         raise MagMaxError(f"mismatch must be one of {', '.join(get_args(Mismatch))}, not {mismatch!r}")
-    carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.floating}
+    carried = {key: f"{spec.dtype} is not merged" for key, spec in base.specs.items() if not spec.is_mergeable}
     problems: dict[str, str] = {}
     everyones: list[str] = []
     rows: dict[str, dict[str, int]] = {}
     for model in models:
         for key, problem in _differences(base, model).items():
             everyones.append(problem)
-            theirs = model.specs.get(model.resolve(key))
-            if mismatch == "intersect" and key in base.specs and _in_rows_alone(base.specs[key], theirs):
+            theirs = model.specs.get(model.resolve_alias(key))
+            if mismatch == "intersect" and key in base.specs and _differ_in_rows_only(base.specs[key], theirs):
                 rows.setdefault(key, {})[model.label] = theirs.shape[0] if theirs else 0
             else:
                 problems[key] = problem
     if everyones and mismatch == "strict":
         everyones.append("to keep the base's tensor wherever a model has no match: --mismatch base")
         everyones.append("to merge the rows that all have, where only the number of rows differs: --mismatch intersect")
-        raise listed(f"the models do not match {base.label}", everyones)
-    partly: dict[str, Part] = {}
+        raise list_problems(f"the models do not match {base.label}", everyones)
+    partly: dict[str, RowRange] = {}
     for key, found in rows.items():
         part = _part(base.specs[key], found)
         if key in problems:
@@ -87,7 +87,7 @@ def compare(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch =
         if part.rows:
             partly[key] = part
         else:
-            problems[key] = part.why
+            problems[key] = part.reason
     return Match(carried | problems, partly, list(problems))
 
 
@@ -96,11 +96,11 @@ def extents_of(base: Checkpoint, match: Match) -> dict[str, int]:
     return {**{key: 0 for key in match.mismatched if key in base.specs}, **match.extents}
 
 
-def narrowed(base: Checkpoint, match: Match, before: Mapping[str, int]) -> Match:
+def narrow_match(base: Checkpoint, match: Match, before: Mapping[str, int]) -> Match:
     """A match of one more model, without what the models before it have not."""
-    carried, partly, mismatched = dict(match.carried), dict(match.partly), list(match.mismatched)
+    carried, partly, mismatched = dict(match.unmerged), dict(match.partly_merged), list(match.mismatched)
     for key, count in before.items():
-        if key not in base.specs or count > base.specs[key].elements:
+        if key not in base.specs or count > base.specs[key].numel:
             raise MagMaxError(f"the state merges {count} elements of {key}, which {base.label} has not; it is damaged")
         if key in mismatched:
             continue
@@ -110,39 +110,39 @@ def narrowed(base: Checkpoint, match: Match, before: Mapping[str, int]) -> Match
             mismatched.append(key)
         elif key not in partly or count < partly[key].elements:
             spec = base.specs[key]
-            rows = count * spec.shape[0] // spec.elements
+            rows = count * spec.shape[0] // spec.numel
             why = f"{rows} of {spec.shape[0]} rows merged, the others kept from the base (so many had a model before)"
-            partly[key] = Part(rows, spec.shape[0], count, why)
+            partly[key] = RowRange(rows, spec.shape[0], count, why)
     return Match(carried, partly, mismatched)
 
 
-def _in_rows_alone(ours: Spec, theirs: Spec | None) -> bool:
+def _differ_in_rows_only(ours: TensorSpec, theirs: TensorSpec | None) -> bool:
     """Whether two tensors differ in the length of their first dimension and in nothing else that matters."""
     if theirs is None or not ours.shape or not theirs.shape or ours.shape[1:] != theirs.shape[1:]:
         return False
-    return ours.floating and theirs.floating and not theirs.dtype == "F64" != ours.dtype
+    return ours.is_mergeable and theirs.is_mergeable and not theirs.dtype == "F64" != ours.dtype
 
 
-def _part(ours: Spec, found: Mapping[str, int]) -> Part:
+def _part(ours: TensorSpec, found: Mapping[str, int]) -> RowRange:
     """The rows that the base and all models have; models that are not in `found` have as many as the base."""
     of = ours.shape[0]
     rows = min(of, *found.values())
     theirs = ", ".join(f"{label} has {count}" for label, count in found.items())
     why = f"{rows} of {of} rows merged, the other {of - rows} kept from the base ({theirs})"
-    return Part(rows, of, rows * (ours.elements // of) if of else 0, why)
+    return RowRange(rows, of, rows * (ours.numel // of) if of else 0, why)
 
 
 def _differences(base: Checkpoint, model: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     for key, ours in base.specs.items():
-        theirs = model.specs.get(model.resolve(key))
+        theirs = model.specs.get(model.resolve_alias(key))
         if theirs is None:
             found[key] = f"{model.label}: has no tensor {key}, which is {ours} in {base.label}"
         elif theirs.shape != ours.shape:
             found[key] = f"{model.label}: {key} has shape {list(theirs.shape)}, but {list(ours.shape)} in {base.label}"
-        elif theirs.floating != ours.floating:
+        elif theirs.is_mergeable != ours.is_mergeable:
             found[key] = f"{model.label}: {key} is {theirs.dtype}, but {ours.dtype} in {base.label}"
-        elif theirs.dtype == "F64" != ours.dtype and ours.floating:
+        elif theirs.dtype == "F64" != ours.dtype and ours.is_mergeable:
             found[key] = f"{model.label}: {key} is F64, wider than {ours.dtype} in {base.label}; convert one of them"
     for key, theirs in model.specs.items():
         if key in base.aliases:
@@ -156,7 +156,7 @@ def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise MagMaxError if two checkpoints are one file or folder; zeros take no numbers from theirs."""
     seen: dict[Path | str, str] = {}
     for checkpoint in checkpoints:
-        if not checkpoint.stored or isinstance(checkpoint, Zeros):
+        if not checkpoint.is_on_disk or isinstance(checkpoint, ZeroBase):
             continue
         real = checkpoint.path.resolve() if checkpoint.path is not None else checkpoint.url
         if real in seen:
@@ -164,7 +164,7 @@ def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:
         seen[real] = checkpoint.label
 
 
-def refuse_twins(models: Sequence[Checkpoint], digests: Sequence[str]) -> None:
+def refuse_equal_models(models: Sequence[Checkpoint], digests: Sequence[str]) -> None:
     """Raise MagMaxError if two models hold the same tensors, wherever they are."""
     seen: dict[str, str] = {}
     for model, digest in zip(models, digests, strict=True):

@@ -7,21 +7,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.dtypes import LONG_NAMES
-from ..checkpoints.writer import Target
-from ..checkpoints.zero_base import Zeros
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.dtypes import FLOAT_DTYPES
+from ..checkpoints.writer import OutputPath
+from ..checkpoints.zero_base import ZeroBase
 from ..rules import Rule
-from ..rules.schedules import written
+from ..rules.schedules import to_config
 from ..rules.statistics import Span
 from .job import Job, provenance_file
 from .kernel import MergeKernel
-from .matching import Match, compare, refuse_same_path, refuse_twins
-from .model_files import companions
+from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
+from .model_files import model_files
 from .model_names import default_names
-from .output_options import Options
+from .output_options import OutputOptions
 from .provenance import METADATA_KEY, Provenance, model_card
-from .reader import Reader
+from .reader import BlockReader
 
 
 def merge_job(
@@ -29,57 +29,57 @@ def merge_job(
     base: Checkpoint,
     models: Sequence[Checkpoint],
     out: str | PathLike[str],
-    options: Options,
+    options: OutputOptions,
     names: Sequence[str] | None = None,
 ) -> Job:
     """The work of merging into a file or folder. Raises MagMaxError for models that do not fit the base."""
-    names = names or default_names([m.place for m in models])
+    names = names or default_names([m.source for m in models])
     rule = rule.for_models(names)
     match = match_models(rule, base, models, options)
     kernel = merge_kernel(rule, base, models, options, match)
-    apart = rule.questions_span is Span.TENSOR
+    apart = rule.statistics_span is Span.TENSOR
 
     return Job(
-        target=Target.of(out),
+        target=OutputPath.parse(out),
         inputs=[base, *models],
-        names=["zeros" if isinstance(base, Zeros) else "base", *names],
-        recipe={**recipe_of(rule, options), **match.told()},
+        names=["zeros" if isinstance(base, ZeroBase) else "base", *names],
+        recipe={**provenance_recipe(rule, options), **match.describe()},
         specs=kernel.out,
         kernel=kernel,
-        carried=match.carried,
-        partly={key: part.why for key, part in match.partly.items()},
-        metadata=kept_metadata(base),
-        companions=beside(base, kernel.out, options, match),
-        check=lambda digests: refuse_twins(models, digests[1:]),
+        unmerged=match.unmerged,
+        partly_merged={key: part.reason for key, part in match.partly_merged.items()},
+        metadata=base_metadata(base),
+        small_files=small_files(base, kernel.out, options, match),
+        check=lambda digests: refuse_equal_models(models, digests[1:]),
         extra_passes=rule.passes,
         memory=0 if apart else rule.memory,
-        memory_a_thread=rule.memory if apart else 0,
+        memory_per_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
     )
 
 
-def beside(
-    base: Checkpoint, out: Mapping[str, Spec], options: Options, match: Match
+def small_files(
+    base: Checkpoint, out: Mapping[str, TensorSpec], options: OutputOptions, match: Match
 ) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
     """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
-    wanted = LONG_NAMES[options.dtype] if options.dtype else None
+    wanted = FLOAT_DTYPES[options.dtype] if options.dtype else None
 
     def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-        dtypes = sorted({s.dtype for s in out.values() if s.floating})
-        partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly.items()}
-        card = model_card(provenance, dtypes, match.carried, partly).encode()
-        folder = base.folder()
-        copied = companions(folder, wanted) if folder else {}
+        dtypes = sorted({s.dtype for s in out.values() if s.is_mergeable})
+        partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly_merged.items()}
+        card = model_card(provenance, dtypes, match.unmerged, partly).encode()
+        folder = base.small_files_folder()
+        copied = model_files(folder, wanted) if folder else {}
         return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
     return files
 
 
-def recipe_of(rule: Rule, options: Options) -> dict[str, Any]:
+def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
     """What provenance tells of a merge."""
     told = {
         "rule": rule.describe(),
-        "scaling_factor": written(options.factor(rule)),
+        "scaling_factor": to_config(options.resolve_scaling_factor(rule)),
         "dtype": options.dtype or "as the base",
     }
     if options.mismatch != "strict":
@@ -89,32 +89,32 @@ def recipe_of(rule: Rule, options: Options) -> dict[str, Any]:
     return told
 
 
-def kept_metadata(base: Checkpoint) -> dict[str, str]:
+def base_metadata(base: Checkpoint) -> dict[str, str]:
     """The base's own metadata, and which names share a tensor, as safetensors' save_model notes it."""
     kept = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
     return kept | base.aliases
 
 
-def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options) -> Match:
+def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions) -> Match:
     """Match the models to the base; refuse a rule that cannot merge so many and one file named twice."""
     rule.check(len(models))
     refuse_same_path([base, *models])
-    return compare(base, models, options.mismatch)
+    return match_to_base(base, models, options.mismatch)
 
 
 def merge_kernel(
-    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: Options, match: Match
+    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, match: Match
 ) -> MergeKernel:
     """Build the kernel that merges blocks of these inputs."""
-    reader = Reader([base, *models], options.allow_nonfinite)
+    reader = BlockReader([base, *models], options.allow_nonfinite)
     kernel = MergeKernel(
         rule=rule,
         tasks=len(models),
         reader=reader,
-        scaling_factor=options.factor(rule),
+        scaling_factor=options.resolve_scaling_factor(rule),
         out=options.out_specs(base),
-        carried=match.carried,
+        unmerged=match.unmerged,
         extents=match.extents,
     )
-    kernel.check_placed()
+    kernel.check_rules()
     return kernel

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.folder import COMPANIONS
-from ..checkpoints.lora.peft import CONFIG
+from ..checkpoints.folder import SMALL_FILE_ENDINGS
+from ..checkpoints.lora.peft import ADAPTER_CONFIG
 
 LARGEST = 200_000_000
 PARTS = {"additional_chat_templates", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor", "scheduler"}
@@ -15,12 +15,12 @@ PARTS = {"additional_chat_templates", "tokenizer", "tokenizer_2", "feature_extra
 NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def companions(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
+def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
     """Name -> content or source of each file to copy from the base's folder; config.json gets `dtype`, if given."""
     found: dict[str, bytes | Path] = {}
     for path in sorted(path for place in [folder, *_parts(folder)] for path in place.iterdir()):
-        other = path.name in ("provenance.json", CONFIG) or path.name.endswith(".index.json")
-        skipped = other or path.name.startswith(".") or path.suffix not in COMPANIONS
+        other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
+        skipped = other or path.name.startswith(".") or path.suffix not in SMALL_FILE_ENDINGS
         if path.is_file() and not skipped and path.stat().st_size <= LARGEST:
             found[str(path.relative_to(folder))] = path
     if dtype and "config.json" in found:

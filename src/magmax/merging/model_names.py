@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.base import PREFIX
+from ..checkpoints.base import HUB_PREFIX
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -16,10 +16,10 @@ COMMON_NAMES = {"model", "pytorch_model", "adapter_model", "diffusion_pytorch_mo
 
 def default_names(paths: Sequence[str]) -> list[str]:
     """For each path the first part that tells it from the others, without its suffix; for a model of the hub its id."""
-    local = [path for path in paths if not path.startswith(PREFIX)]
+    local = [path for path in paths if not path.startswith(HUB_PREFIX)]
     if len(local) < len(paths):
         told = iter(default_names(local)) if local else iter(())
-        return [path.removeprefix(PREFIX) if path.startswith(PREFIX) else next(told) for path in paths]
+        return [path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else next(told) for path in paths]
     parts = [Path(path).parts or ("",) for path in paths]
     if len(paths) == 1:
         names = [_plain(part) for part in reversed(parts[0])]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.dtypes import LONG_NAMES
-from ..checkpoints.writer import SHARD_BYTES
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.dtypes import FLOAT_DTYPES
+from ..checkpoints.writer import DEFAULT_SHARD_BYTES
 from ..errors import MagMaxError
-from ..rules import Filters, Layers, Number, Rule, nearest
-from ..rules.schedules import Value, need
+from ..rules import Filters, Layers, Number, Rule, nearest_hint
+from ..rules.schedules import Schedule, validate_range
 from .matching import Mismatch
 
 
 @dataclass(frozen=True)
-class Options:
+class OutputOptions:
     """What a merge computes, beyond its rule.
 
     Attributes:
@@ -32,25 +32,25 @@ class Options:
     dtype: str | None = None
     mismatch: Mismatch = "strict"
     allow_nonfinite: bool = False
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int = DEFAULT_SHARD_BYTES
 
-    def out_specs(self, base: Checkpoint) -> dict[str, Spec]:
+    def out_specs(self, base: Checkpoint) -> dict[str, TensorSpec]:
         """The output's tensors. Raises MagMaxError for a dtype that is none."""
         if self.dtype is None:
             return dict(base.specs)
-        if self.dtype not in LONG_NAMES:
-            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest(self.dtype, list(LONG_NAMES))}")
-        wanted = LONG_NAMES[self.dtype]
-        return {key: Spec(wanted, s.shape) if s.floating else s for key, s in base.specs.items()}
+        if self.dtype not in FLOAT_DTYPES:
+            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest_hint(self.dtype, list(FLOAT_DTYPES))}")
+        wanted = FLOAT_DTYPES[self.dtype]
+        return {key: TensorSpec(wanted, s.shape) if s.is_mergeable else s for key, s in base.specs.items()}
 
-    def factor(self, rule: Rule) -> Number:
+    def resolve_scaling_factor(self, rule: Rule) -> Number:
         if isinstance(self.scaling_factor, Layers | Filters):
-            need("a merge", "scaling_factor", self.scaling_factor)
+            validate_range("a merge", "scaling_factor", self.scaling_factor)
             return self.scaling_factor
-        if isinstance(self.scaling_factor, Value):
+        if isinstance(self.scaling_factor, Schedule):
             raise MagMaxError("scaling_factor is one for all models; give the rule weights")
         try:
-            factor = rule.default_factor if self.scaling_factor is None else float(self.scaling_factor)
+            factor = rule.default_scaling_factor if self.scaling_factor is None else float(self.scaling_factor)
         except OverflowError:
             factor = math.inf
         if not math.isfinite(factor):

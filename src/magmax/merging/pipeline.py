@@ -17,28 +17,28 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.blocks import Chunk, chunks, slab_digests
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.blocks import Chunk, block_digests, iter_chunks
 from ..checkpoints.journal import Journal
-from ..checkpoints.prefixed import Sink
-from .digests import Ledger
-from .execution.pool import Crew, Task
+from ..checkpoints.prefixed import TensorSink
+from .digests import DigestCollector
+from .execution.pool import ShareTask, WorkerPool
 
 JOURNAL_SECONDS = 2.0
 SYNC_BYTES = 64_000_000
 """How much is written before the disk is told to take it: waiting for it then overlaps with work on what follows."""
 CHUNKS_AHEAD = 64
-HELD_BYTES = 24 << 20
+KEPT_FREE_BYTES = 24 << 20
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """What mallopt of the C library calls them."""
-BYTES_AHEAD = 256_000_000
+PREFETCH_BYTES = 256_000_000
 """The most memory that is filled ahead of the work with what comes from other machines."""
 
 Progress = Callable[[int], None]
 """Called with a number of bytes read since the last call."""
 
 
-class Slab:
+class InputBlock:
     """One slab of one tensor, several neighbouring ones, or the beginning of these, as a kernel sees it.
 
     `cuts` are the slabs themselves.
@@ -50,7 +50,7 @@ class Slab:
         self._inputs, self._digest = inputs, digest
         self.digests: dict[int, bytes] = {}
 
-    def spec(self, number: int) -> Spec:
+    def spec(self, number: int) -> TensorSpec:
         return self._inputs[number].spec(self.key)
 
     @property
@@ -60,15 +60,15 @@ class Slab:
         row = math.prod(shape[1:])
         return ((self.stop - self.start) // row, *shape[1:]) if shape and row else shape
 
-    def stored(self, number: int) -> NDArray[Any]:
+    def read(self, number: int) -> NDArray[Any]:
         """The slab's units in input `number`, digested as they are read; the caller may overwrite them."""
         checkpoint = self._inputs[number]
-        units = checkpoint.read(checkpoint.resolve(self.key), self.start, self.stop)
+        units = checkpoint.read(checkpoint.resolve_alias(self.key), self.start, self.stop)
         if self._digest:
-            self.digests[number] = slab_digests(units, self.cuts)
+            self.digests[number] = block_digests(units, self.cuts)
         return units
 
-    def until(self, limit: int) -> Slab:
+    def until(self, limit: int) -> InputBlock:
         """The part of the slab before an offset in the tensor, which may be nothing; digests go to the whole slab."""
         if limit >= self.stop:
             return self
@@ -76,31 +76,31 @@ class Slab:
         head.stop = max(self.start, limit)
         return head
 
-    def digest_alike(self, number: int) -> None:
+    def read_for_digest(self, number: int) -> None:
         """Read input `number` for its digest alone, if its tensor has the base's type and shape."""
         checkpoint = self._inputs[number]
-        if checkpoint.specs.get(checkpoint.resolve(self.key)) == self.spec(0):
-            self.stored(number)
+        if checkpoint.specs.get(checkpoint.resolve_alias(self.key)) == self.spec(0):
+            self.read(number)
 
 
 class Kernel(ABC):
     """What a pass does to each slab."""
 
     @property
-    def whole(self) -> bool:
+    def whole_tensor(self) -> bool:
         """Whether it gets each tensor as one slab; a pass then works on one tensor at a time, whatever its threads."""
         return False
 
     @property
-    def gathers(self) -> bool:
+    def holds_all_inputs(self) -> bool:
         """Whether it holds a slab of every input at once."""
         return False
 
     @abstractmethod
-    def __call__(self, slab: Slab) -> Sequence[NDArray[Any] | None]:
+    def __call__(self, slab: InputBlock) -> Sequence[NDArray[Any] | None]:
         """Read what is needed of the slab; return the stored units for each sink, or None to leave that sink alone."""
 
-    def prepared(self, crew: Crew, progress: Progress) -> Self:
+    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
         """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
         return self
 
@@ -113,94 +113,94 @@ Inner = TypeVar("Inner", bound=Kernel)
 
 
 @dataclass(frozen=True)
-class Around(Kernel, Generic[Inner]):
+class WrappedKernel(Kernel, Generic[Inner]):
     """A kernel that makes something of what a merge's kernel does, and needs what that needs."""
 
     merge: Inner
 
     @property
-    def whole(self) -> bool:
-        return self.merge.whole
+    def whole_tensor(self) -> bool:
+        return self.merge.whole_tensor
 
     @property
-    def gathers(self) -> bool:
-        return self.merge.gathers
+    def holds_all_inputs(self) -> bool:
+        return self.merge.holds_all_inputs
 
-    def prepared(self, crew: Crew, progress: Progress) -> Self:
-        return replace(self, merge=self.merge.prepared(crew, progress))
+    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepare(crew, progress))
 
     def note(self) -> str:
         return self.merge.note()
 
 
 @dataclass(frozen=True)
-class Filling(Task):
+class ChunkTask(ShareTask):
     """The work of a pass: chunk by chunk, from the inputs into the sinks."""
 
     inputs: Sequence[Checkpoint]
-    sinks: Sequence[Sink]
+    sinks: Sequence[TensorSink]
     kernel: Kernel
     digest: bool
 
     @property
-    def alone(self) -> bool:
-        return self.kernel.whole
+    def is_exclusive(self) -> bool:
+        return self.kernel.whole_tensor
 
     def __call__(self, items: Sequence[Chunk]) -> list[list[bytes]]:
         """The digests of each chunk, once what was written is on disk."""
-        hold_freed_memory()
-        made = [self.chunk(chunk)[1] for chunk in items]
+        keep_freed_memory()
+        made = [self.process(chunk)[1] for chunk in items]
         for sink in self.sinks:
             sink.sync()
         return made
 
-    def chunk(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
+    def process(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
         """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
         joined = [b""] * (len(self.inputs) + len(self.sinks))
-        for cuts in cut(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole):
-            slab = Slab(self.inputs, chunk.key, cuts, self.digest)
+        for cuts in blocks_of_chunk(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole_tensor):
+            slab = InputBlock(self.inputs, chunk.key, cuts, self.digest)
             made = self.kernel(slab)
             for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
                 if stored is not None:
                     sink.write(chunk.key, slab.start, stored)
                     if self.digest:
-                        slab.digests[number] = slab_digests(stored, cuts)
+                        slab.digests[number] = block_digests(stored, cuts)
             for number, digest in slab.digests.items():
                 joined[number] += digest
         return chunk, joined
 
 
 @dataclass(frozen=True)
-class Pass:
+class BlockPipeline:
     """A pass over `inputs`, of which the first names the tensors, into `sinks`.
 
     Attributes:
-        crew: who works on the chunks.
+        pool: who works on the chunks.
         digest: whether everything read and written is digested.
         journal: where finished chunks are noted every few seconds.
         parts: the journal's chunks of an interrupted run, not to be done again.
     """
 
     inputs: Sequence[Checkpoint]
-    sinks: Sequence[Sink]
+    sinks: Sequence[TensorSink]
     kernel: Kernel
-    crew: Crew = field(default_factory=Crew)
+    pool: WorkerPool = field(default_factory=WorkerPool)
     digest: bool = True
     journal: Journal | None = None
     parts: Sequence[Any] = ()
 
-    def run(self, progress: Progress) -> Ledger:
+    def run(self, progress: Progress) -> DigestCollector:
         """Do every chunk that is not done yet; the first error of any worker stops them all and is raised."""
         specs = self.inputs[0].specs
-        whole = self.kernel.whole
-        ledger = Ledger(specs, len(self.inputs) + len(self.sinks), whole)
+        whole = self.kernel.whole_tensor
+        ledger = DigestCollector(specs, len(self.inputs) + len(self.sinks), whole)
         done = set[tuple[str, int]]()
         for key, start, stop, digests in self.parts:
             ledger.add(key, start, [bytes.fromhex(d) for d in digests])
             done.add((key, start))
             progress(self.cost(key, start, stop))
-        hold_freed_memory()
-        todo = (c for key, spec in specs.items() for c in chunks(key, spec, whole) if (c.key, c.start) not in done)
+        keep_freed_memory()
+        todo = (c for key, spec in specs.items() for c in iter_chunks(key, spec, whole) if (c.key, c.start) not in done)
         pending: list[Any] = []
         saved, unsaved = time.monotonic(), 0
         results = self._results(todo)
@@ -228,7 +228,7 @@ class Pass:
 
     def cost(self, key: str, start: int, stop: int) -> int:
         """Bytes that a chunk reads: what progress counts."""
-        return (stop - start) * self.inputs[0].specs[key].storage.itemsize * len(self.inputs)
+        return (stop - start) * self.inputs[0].specs[key].storage_dtype.itemsize * len(self.inputs)
 
     def _save(self, pending: list[Any]) -> None:
         """Note finished chunks, once what they wrote is on disk."""
@@ -240,37 +240,37 @@ class Pass:
 
     def _results(self, todo: Iterable[Chunk]) -> Generator[tuple[Chunk, list[bytes]]]:
         """Each chunk with its digests, as they come."""
-        work = Filling(self.inputs, self.sinks, self.kernel, self.digest)
-        if self.crew.executor is None:
-            threads = 1 if self.kernel.whole else self.crew.count
-            yield from in_threads(work.chunk, todo, threads, Ahead(self.inputs))
+        work = ChunkTask(self.inputs, self.sinks, self.kernel, self.digest)
+        if self.pool.executor is None:
+            threads = 1 if self.kernel.whole_tensor else self.pool.count
+            yield from run_in_threads(work.process, todo, threads, Prefetcher(self.inputs))
             return
-        for share, made in self.crew.shares(work, todo, lambda chunk: self.cost(*chunk)):
+        for share, made in self.pool.map_shares(work, todo, lambda chunk: self.cost(*chunk)):
             yield from zip(share, made, strict=True)
 
 
-def cut(chunk: Chunk, spec: Spec, whole: bool) -> list[list[tuple[int, int]]]:
+def blocks_of_chunk(chunk: Chunk, spec: TensorSpec, whole: bool) -> list[list[tuple[int, int]]]:
     """The slabs of a chunk, each by itself, or together as one."""
-    slabs = list(chunk.slabs(spec))
+    slabs = list(chunk.blocks(spec))
     return [slabs] if whole else [[slab] for slab in slabs]
 
 
-def hold_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have the C library keep freed blocks of up to 24 MB for the next use, instead of returning them to the kernel.
 
     glibc raises its threshold to the largest block it has seen freed. Below the threshold a slab's temporary arrays are
     reused; above it each would be mapped, zeroed and unmapped again, which takes four times as long as the arithmetic.
     Where the environment fixes a threshold for returning memory, as Dask's nannies do, glibc raises neither by itself.
     """
-    np.empty(HELD_BYTES, np.uint8)
+    np.empty(KEPT_FREE_BYTES, np.uint8)
     if "MALLOC_TRIM_THRESHOLD_" in os.environ:
         with suppress(AttributeError, OSError):
             for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-                ctypes.CDLL(None).mallopt(threshold, HELD_BYTES)
+                ctypes.CDLL(None).mallopt(threshold, KEPT_FREE_BYTES)
 
 
-class Ahead:
-    """What is fetched from other machines before its turn: chunk after chunk, as far as `BYTES_AHEAD` goes."""
+class Prefetcher:
+    """What is fetched from other machines before its turn: chunk after chunk, as far as `PREFETCH_BYTES` goes."""
 
     def __init__(self, inputs: Sequence[Checkpoint]) -> None:
         self._inputs = [checkpoint for checkpoint in inputs if checkpoint.url]
@@ -278,29 +278,29 @@ class Ahead:
         self._bytes = 0
 
     @property
-    def full(self) -> bool:
-        return self._bytes >= BYTES_AHEAD
+    def is_full(self) -> bool:
+        return self._bytes >= PREFETCH_BYTES
 
     def begin(self, chunk: Chunk) -> None:
         """Have every input that has the chunk fetch it, while there is room."""
         holders = self._held[chunk] = list[Checkpoint]()
         for checkpoint in self._inputs:
-            key = checkpoint.resolve(chunk.key)
-            if key in checkpoint.specs and not self.full:
-                self._bytes += checkpoint.hold(key, chunk.start, chunk.stop)
+            key = checkpoint.resolve_alias(chunk.key)
+            if key in checkpoint.specs and not self.is_full:
+                self._bytes += checkpoint.prefetch(key, chunk.start, chunk.stop)
                 holders.append(checkpoint)
 
     def end(self, chunk: Chunk) -> None:
         """Give up what was fetched for a chunk."""
         for checkpoint in self._held.pop(chunk):
-            self._bytes -= checkpoint.release(checkpoint.resolve(chunk.key), chunk.start, chunk.stop)
+            self._bytes -= checkpoint.release_prefetched(checkpoint.resolve_alias(chunk.key), chunk.start, chunk.stop)
 
 
-def in_threads(
-    work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int, ahead: Ahead | None = None
+def run_in_threads(
+    work: Callable[[Chunk], Any], todo: Iterable[Chunk], threads: int, ahead: Prefetcher | None = None
 ) -> Generator[Any]:
     """Results of `work` as they come, with a bounded number under way; closing it waits for those that run."""
-    ahead = ahead or Ahead(())
+    ahead = ahead or Prefetcher(())
     waiting: dict[Future[Any], Chunk] = {}
 
     def some() -> list[Any]:
@@ -312,7 +312,7 @@ def in_threads(
     with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
         try:
             for chunk in todo:
-                while len(waiting) >= (threads if ahead.full else threads + CHUNKS_AHEAD):
+                while len(waiting) >= (threads if ahead.is_full else threads + CHUNKS_AHEAD):
                     yield from some()
                 ahead.begin(chunk)
                 waiting[pool.submit(work, chunk)] = chunk

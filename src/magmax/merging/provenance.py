@@ -40,7 +40,7 @@ class Provenance:
         """As it stands in a safetensors header; its length does not depend on the digests."""
         return {METADATA_KEY: json.dumps(self.as_dict(), separators=(",", ":"))}
 
-    def draft(self) -> Provenance:
+    def with_blank_digests(self) -> Provenance:
         """The same, with zeros for the digests that are not known before the inputs are read."""
         return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names), self.origins)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MergeResult:
     """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
 
     path: Path | str
@@ -16,7 +16,7 @@ class Outcome:
     read_bytes: int
     written_bytes: int
     reused_bytes: int
-    carried: Mapping[str, str]
-    partly: Mapping[str, str]
+    unmerged: Mapping[str, str]
+    partly_merged: Mapping[str, str]
     input_digests: Sequence[str]
     sink_digests: Sequence[str]

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from ..checkpoints.blocks import Chunk, chunks
+from ..checkpoints.blocks import Chunk, iter_chunks
 from ..rules import Address, Block, Rule
-from ..rules.statistics import Answer, Counts, Fold, Plan, Scope, Span, carried_out
-from .execution.pool import Crew, Task
-from .pipeline import Ahead, Progress, Slab, cut, hold_freed_memory, in_threads
-from .reader import Reader
+from ..rules.statistics import Counts, Reduction, Scope, Span, Statistics, StatisticsRequest, run_request
+from .execution.pool import ShareTask, WorkerPool
+from .pipeline import InputBlock, Prefetcher, Progress, blocks_of_chunk, keep_freed_memory, run_in_threads
+from .reader import BlockReader
 
 RESULT_SHARE = 64
 """How many times the bytes of its counts a share of the work reads, at least."""
 
 
-class Answers(NamedTuple):
+class CollectedStatistics(NamedTuple):
     """What a rule asked.
 
     Attributes:
@@ -30,93 +30,93 @@ class Answers(NamedTuple):
         reader: the reader, which need not check again what was read to answer.
     """
 
-    found: Mapping[str | None, Answer]
-    reader: Reader
+    found: Mapping[str | None, Statistics]
+    reader: BlockReader
 
 
-def ask(
+def collect_statistics(
     rule: Rule,
     placed: Mapping[str, Rule],
-    reader: Reader,
+    reader: BlockReader,
     elements: Mapping[str, int],
-    crew: Crew,
+    crew: WorkerPool,
     progress: Progress,
-) -> Answers:
+) -> CollectedStatistics:
     """Carry out the plan over all models: the rule's, or a tensor's of the rule as `placed`.
 
     Args:
         elements: of each tensor to be merged, how many leading elements are.
     """
-    hold_freed_memory()
-    if rule.questions_span is Span.MODEL:
-        questions = Questions(reader, elements, crew, progress, rule.whole)
-        return Answers({None: questions.answer(rule.plan(questions.scope))}, questions.reader)
-    asking = AskingTensors(placed, reader, elements, rule.whole)
+    keep_freed_memory()
+    if rule.statistics_span is Span.MODEL:
+        questions = StatisticsRunner(reader, elements, crew, progress, rule.whole_tensor)
+        return CollectedStatistics({None: questions.answer(rule.statistics(questions.scope))}, questions.reader)
+    asking = TensorStatisticsTask(placed, reader, elements, rule.whole_tensor)
     asked = [key for key, count in elements.items() if count]
-    found: dict[str | None, Answer] = {}
+    found: dict[str | None, Statistics] = {}
     checked = True
     for key, reply in _replies(asking, asked, crew, progress):
         found[key] = reply.answer
         checked &= reply.checked
-    return Answers({key: found[key] for key in asked}, replace(reader, checked=checked))
+    return CollectedStatistics({key: found[key] for key in asked}, replace(reader, finiteness_checked=checked))
 
 
-class Reply(NamedTuple):
+class TensorStatistics(NamedTuple):
     """What came of the questions about one tensor: the answer, whether all of it was read, and bytes read."""
 
-    answer: Answer
+    answer: Statistics
     checked: bool
     read: int
 
 
 @dataclass(frozen=True)
-class AskingTensors(Task):
+class TensorStatisticsTask(ShareTask):
     """The questions of a rule about each tensor by itself."""
 
-    placed: Mapping[str, Rule]
-    reader: Reader
+    rules: Mapping[str, Rule]
+    reader: BlockReader
     elements: Mapping[str, int]
     whole: bool
 
     @property
-    def alone(self) -> bool:
+    def is_exclusive(self) -> bool:
         return self.whole
 
-    def __call__(self, items: Sequence[str]) -> list[Reply]:
-        hold_freed_memory()
+    def __call__(self, items: Sequence[str]) -> list[TensorStatistics]:
+        keep_freed_memory()
         return [self.tensor(key, lambda _: None) for key in items]
 
-    def tensor(self, key: str, progress: Progress) -> Reply:
+    def tensor(self, key: str, progress: Progress) -> TensorStatistics:
         spec = self.reader.inputs[0].specs[key]
         count = self.elements[key]
-        row = spec.elements // spec.shape[0] if len(spec.shape) > 1 else count
+        row = spec.numel // spec.shape[0] if len(spec.shape) > 1 else count
         read: list[int] = []
 
         def counted(size: int) -> None:
             read.append(size)
             progress(size)
 
-        questions = Questions(self.reader, {key: count}, Crew(1), counted, self.whole)
-        answer = questions.answer(self.placed[key].plan(replace(questions.scope, row=row)))
-        return Reply(answer, questions.reader.checked, sum(read))
+        questions = StatisticsRunner(self.reader, {key: count}, WorkerPool(1), counted, self.whole)
+        answer = questions.answer(self.rules[key].statistics(replace(questions.scope, row_elements=row)))
+        return TensorStatistics(answer, questions.reader.finiteness_checked, sum(read))
 
 
 def _replies(
-    asking: AskingTensors, asked: Sequence[str], crew: Crew, progress: Progress
-) -> Iterator[tuple[str, Reply]]:
+    asking: TensorStatisticsTask, asked: Sequence[str], crew: WorkerPool, progress: Progress
+) -> Iterator[tuple[str, TensorStatistics]]:
     """The reply about each tensor, as they come."""
     if crew.executor is None:
         with ThreadPoolExecutor(1 if asking.whole else crew.count) as pool:
             yield from zip(asked, pool.map(partial(asking.tensor, progress=progress), asked), strict=True)
         return
     inputs = asking.reader.inputs
-    for share, replies in crew.shares(asking, asked, lambda key: len(inputs) * inputs[0].specs[key].nbytes):
+    for share, replies in crew.map_shares(asking, asked, lambda key: len(inputs) * inputs[0].specs[key].nbytes):
         progress(sum(reply.read for reply in replies))
         yield from zip(share, replies, strict=True)
 
 
 @dataclass(frozen=True)
-class Counting(Task):
+class ReductionTask(ShareTask):
     """One question, to be put to blocks: slabs, or whole tensors where the rule merges these, so that what is asked
     and what is merged agree.
 
@@ -124,117 +124,122 @@ class Counting(Task):
         elements: of each tensor, how many leading elements are merged.
     """
 
-    reader: Reader
-    fold: Fold
+    reader: BlockReader
+    reduction: Reduction
     elements: Mapping[str, int]
     whole: bool
 
     @property
-    def alone(self) -> bool:
+    def is_exclusive(self) -> bool:
         return self.whole
 
     def __call__(self, items: Sequence[Chunk]) -> Counts | dict[Address, Counts]:
-        hold_freed_memory()
-        if self.fold.apart:
+        keep_freed_memory()
+        if self.reduction.per_block:
             return {at: counts for chunk in items for at, counts in self.apart(chunk)}
-        total = self.fold.zeros()
+        total = self.reduction.initial()
         for chunk in items:
             self.summed(chunk, total)
         return total
 
     def summed(self, chunk: Chunk, into: Counts) -> None:
         for block in self._blocks(chunk):
-            self.fold.count(block, into)
+            self.reduction.update(block, into)
 
     def apart(self, chunk: Chunk) -> Iterator[tuple[Address, Counts]]:
         for block in self._blocks(chunk):
-            counts = self.fold.zeros()
-            self.fold.count(block, counts)
-            yield block.at, counts
+            counts = self.reduction.initial()
+            self.reduction.update(block, counts)
+            yield block.address, counts
 
     def cost(self, chunk: Chunk) -> int:
         """Bytes that a chunk reads, where the fold looks at all of it."""
         inputs = self.reader.inputs
-        return (chunk.stop - chunk.start) * inputs[0].specs[chunk.key].storage.itemsize * len(inputs)
+        return (chunk.stop - chunk.start) * inputs[0].specs[chunk.key].storage_dtype.itemsize * len(inputs)
 
     def _blocks(self, chunk: Chunk) -> Iterator[Block]:
-        inputs, fold = self.reader.inputs, self.fold
-        for cuts in cut(chunk, inputs[0].specs[chunk.key], self.whole):
+        inputs, fold = self.reader.inputs, self.reduction
+        for cuts in blocks_of_chunk(chunk, inputs[0].specs[chunk.key], self.whole):
             start, stop = cuts[0][0], min(cuts[-1][1], self.elements[chunk.key])
             if stop <= start:
                 break
-            if fold.only is not None and Address(chunk.key, start) not in fold.only:
+            if fold.addresses is not None and Address(chunk.key, start) not in fold.addresses:
                 continue
-            end = min(stop, start + fold.sample) if fold.sample else stop
-            slab = Slab(inputs, chunk.key, [(start, end)], digest=False)
+            end = min(stop, start + fold.sampled) if fold.sampled else stop
+            slab = InputBlock(inputs, chunk.key, [(start, end)], digest=False)
             base = self.reader.numbers(slab, 0)
             deltas = [self.reader.task_vector(slab, task, base) for task in range(1, len(inputs))]
             shape = slab.shape if self.whole and end == stop else None
             yield Block(Address(chunk.key, start), deltas, base, shape)
 
 
-class Questions:
+class StatisticsRunner:
     """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
 
     def __init__(
-        self, reader: Reader, elements: Mapping[str, int], crew: Crew, progress: Progress, whole: bool = False
+        self,
+        reader: BlockReader,
+        elements: Mapping[str, int],
+        crew: WorkerPool,
+        progress: Progress,
+        whole: bool = False,
     ) -> None:
         self.reader, self._crew, self._progress = reader, crew, progress
         self._whole = whole
         self._elements, specs = elements, reader.inputs[0].specs
         self._specs = {key: specs[key] for key in elements}
         wide = any(spec.dtype == "F64" for spec in self._specs.values())
-        shapes = {key: _trimmed(spec.shape, elements[key]) for key, spec in self._specs.items()}
+        shapes = {key: _leading_shape(spec.shape, elements[key]) for key, spec in self._specs.items()}
         self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide, shapes=shapes)
 
-    def answer(self, plan: Plan) -> Answer:
+    def answer(self, plan: StatisticsRequest) -> Statistics:
         """Ask each question in turn, and return what the plan makes of the replies."""
-        return carried_out(plan, self._asked)
+        return run_request(plan, self._asked)
 
-    def _asked(self, fold: Fold) -> Counts | dict[Address, Counts]:
-        counting = Counting(self.reader, fold, self._elements, self._whole)
+    def _asked(self, fold: Reduction) -> Counts | dict[Address, Counts]:
+        counting = ReductionTask(self.reader, fold, self._elements, self._whole)
         if self._crew.executor is not None:
             reply = self._sent(counting)
         else:
-            reply = self._apart(counting) if fold.apart else self._summed(counting)
-        if _sees_all(fold):
-            self.reader = replace(self.reader, checked=True)
+            reply = self._apart(counting) if fold.per_block else self._summed(counting)
+        if _reads_everything(fold):
+            self.reader = replace(self.reader, finiteness_checked=True)
         return reply
 
-    def _sent(self, counting: Counting) -> Counts | dict[Address, Counts]:
+    def _sent(self, counting: ReductionTask) -> Counts | dict[Address, Counts]:
         """The shares' own counts; integers can be added in any order."""
-        fold = counting.fold
+        fold = counting.reduction
         found: dict[Address, Counts] = {}
-        total = fold.zeros()
-        least = 0 if fold.apart else RESULT_SHARE * total.nbytes
-        for share, reply in self._crew.shares(counting, self._chunks(), counting.cost, least):
-            if fold.apart:
+        total = fold.initial()
+        least = 0 if fold.per_block else RESULT_SHARE * total.nbytes
+        for share, reply in self._crew.map_shares(counting, self._chunks(), counting.cost, least):
+            if fold.per_block:
                 found |= reply
             else:
                 total += reply
-            if _sees_all(fold):
+            if _reads_everything(fold):
                 self._progress(sum(map(counting.cost, share)))
-        return found if fold.apart else total
+        return found if fold.per_block else total
 
-    def _summed(self, counting: Counting) -> Counts:
+    def _summed(self, counting: ReductionTask) -> Counts:
         """Each thread counts for itself; integers can be added in any order."""
         own = threading.local()
         everyones: list[Counts] = []
 
         def work(chunk: Chunk) -> Chunk:
             if not hasattr(own, "counts"):
-                own.counts = counting.fold.zeros()
+                own.counts = counting.reduction.initial()
                 everyones.append(own.counts)
             counting.summed(chunk, own.counts)
             return chunk
 
         self._each(work, counting)
-        total = counting.fold.zeros()
+        total = counting.reduction.initial()
         for counts in everyones:
             total += counts
         return total
 
-    def _apart(self, counting: Counting) -> dict[Address, Counts]:
+    def _apart(self, counting: ReductionTask) -> dict[Address, Counts]:
         found: dict[Address, Counts] = {}
 
         def work(chunk: Chunk) -> Chunk:
@@ -244,25 +249,25 @@ class Questions:
         self._each(work, counting)
         return found
 
-    def _each(self, work: Callable[[Chunk], Chunk], counting: Counting) -> None:
+    def _each(self, work: Callable[[Chunk], Chunk], counting: ReductionTask) -> None:
         threads = 1 if self._whole else self._crew.count
         one_by_one = (work(chunk) for chunk in self._chunks())
-        ahead = Ahead(self.reader.inputs if _sees_all(counting.fold) else ())
+        ahead = Prefetcher(self.reader.inputs if _reads_everything(counting.reduction) else ())
         alone = threads == 1 and not any(checkpoint.url for checkpoint in self.reader.inputs)
-        with closing(one_by_one if alone else in_threads(work, self._chunks(), threads, ahead)) as done:
+        with closing(one_by_one if alone else run_in_threads(work, self._chunks(), threads, ahead)) as done:
             for chunk in done:
-                if _sees_all(counting.fold):
+                if _reads_everything(counting.reduction):
                     self._progress(counting.cost(chunk))
 
     def _chunks(self) -> Iterator[Chunk]:
-        return (chunk for key, spec in self._specs.items() for chunk in chunks(key, spec, self._whole))
+        return (chunk for key, spec in self._specs.items() for chunk in iter_chunks(key, spec, self._whole))
 
 
-def _sees_all(fold: Fold) -> bool:
-    return not fold.sample and fold.only is None
+def _reads_everything(fold: Reduction) -> bool:
+    return not fold.sampled and fold.addresses is None
 
 
-def _trimmed(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+def _leading_shape(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
     """The shape of the leading rows that have so many elements."""
     row = math.prod(shape[1:])
     return (elements // row, *shape[1:]) if shape and row else shape

@@ -11,35 +11,35 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec, open_checkpoint
-from ..checkpoints.dtypes import LONG_NAMES, compute_dtype
-from ..checkpoints.writer import Target, remove
-from ..errors import MagMaxError, listed
+from ..checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from ..checkpoints.dtypes import FLOAT_DTYPES, compute_dtype
+from ..checkpoints.writer import OutputPath, remove
+from ..errors import MagMaxError, list_problems
 from ..rules import Rule
-from .execution.execution_options import Settings
+from .execution.execution_options import ExecutionOptions
 from .job import Job
 from .kernel import MergeKernel
 from .merge_job import merge_job
-from .output_options import Options
-from .pipeline import Around, Kernel, Slab
+from .output_options import OutputOptions
+from .pipeline import InputBlock, Kernel, WrappedKernel
 from .provenance import Provenance
-from .result import Outcome
+from .result import MergeResult
 
 MOST_FACTORS = 10_000
 
 
 @dataclass(frozen=True)
-class VectorKernel(Around[MergeKernel]):
+class TaskVectorKernel(WrappedKernel[MergeKernel]):
     """The merged task vector itself, unscaled, in the type it is computed in."""
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
-        if slab.key in self.merge.carried:
-            self.merge.carry(slab)
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
+        if slab.key in self.merge.unmerged:
+            self.merge.copy_unmerged(slab)
             return [None]
-        head, stored, _ = self.merge.parted(slab)
+        head, stored, _ = self.merge.split(slab)
         if head.start == head.stop:
             return [None]
-        return [self.merge.task_vector(head, self.merge.reader.widened(head, 0, stored))]
+        return [self.merge.task_vector(head, self.merge.reader.widen(head, 0, stored))]
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class ScaleKernel(Kernel):
 
     merge: MergeKernel
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        if slab.key in self.merge.carried:
-            return [self.merge.carry(slab)]
-        return [self.merge.joined(slab, lambda head, _: self.merge.reader.numbers(head, 1))]
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        if slab.key in self.merge.unmerged:
+            return [self.merge.copy_unmerged(slab)]
+        return [self.merge.join(slab, lambda head, _: self.merge.reader.numbers(head, 1))]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class FactorSweep:
     """A merge to be written at several scaling factors; each file equals, byte for byte, a merge at that factor."""
 
     rule: Rule
@@ -63,17 +63,17 @@ class Sweep:
     models: Sequence[Checkpoint]
     names: Sequence[str]
     out: Path
-    options: Options
+    options: OutputOptions
     factors: Sequence[float]
-    settings: Settings
+    execution: ExecutionOptions
 
     def path(self, factor: float) -> Path:
         """Where the result at a factor goes: OUT with the factor put before its suffix."""
-        suffix = ".safetensors" if not Target(self.out).folder else ""
+        suffix = ".safetensors" if not OutputPath(self.out).is_folder else ""
         return self.out.with_name(f"{self.out.name.removesuffix(suffix)}-{factor:g}{suffix}")
 
     @contextmanager
-    def merged(self) -> Generator[Scaler]:
+    def merged(self) -> Generator[SweepWriter]:
         """Merge once; the merged task vector lies beside the outputs until the block is left.
 
         A rule whose result depends on the factor merges at each.
@@ -82,35 +82,35 @@ class Sweep:
         jobs = (self.job(self.path(factor), self.options) for factor in self.factors)
         problems = [problem for job in jobs for problem in job.problems()]
         if problems:
-            raise listed("the results cannot be written", problems)
-        if self.rule.needs_factor:  # there is no one merged task vector to be scaled
-            yield Scaler(self)
+            raise list_problems("the results cannot be written", problems)
+        if self.rule.needs_scaling_factor:  # there is no one merged task vector to be scaled
+            yield SweepWriter(self)
             return
         vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
         specs = {
-            key: Spec(LONG_NAMES[compute_dtype(spec.dtype).name], spec.shape)
+            key: TensorSpec(FLOAT_DTYPES[compute_dtype(spec.dtype).name], spec.shape)
             for key, spec in self.base.specs.items()
-            if key not in whole.carried
+            if key not in whole.unmerged
         }
-        kernel = VectorKernel(_merge_kernel(whole))
-        job = replace(whole, target=Target(vector), specs=specs, kernel=kernel, companions=_none)
-        outcome = job.run(self.settings)
+        kernel = TaskVectorKernel(_merge_kernel(whole))
+        job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_none)
+        outcome = job.run(self.execution)
         try:
-            yield Scaler(self, (outcome, open_checkpoint(vector)))
+            yield SweepWriter(self, (outcome, open_checkpoint(vector)))
         finally:
             remove(vector)
 
-    def job(self, out: Path, options: Options) -> Job:
+    def job(self, out: Path, options: OutputOptions) -> Job:
         """The whole merge, as if it were the only one."""
         return merge_job(self.rule, self.base, self.models, out, options, self.names)
 
 
 @dataclass(frozen=True)
-class Scaler:
+class SweepWriter:
     """Writes the result at one factor after another."""
 
-    sweep: Sweep
-    once: tuple[Outcome, Checkpoint] | None = None
+    sweep: FactorSweep
+    once: tuple[MergeResult, Checkpoint] | None = None
     """What came of merging once, and the merged task vector."""
 
     def write(self, factor: float) -> Path:
@@ -119,7 +119,7 @@ class Scaler:
         options = replace(sweep.options, scaling_factor=factor)
         whole = sweep.job(sweep.path(factor), options)
         if self.once is None:
-            return Path(whole.run(sweep.settings).path)
+            return Path(whole.run(sweep.execution).path)
         outcome, vector = self.once
         inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
@@ -128,7 +128,7 @@ class Scaler:
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,
         )  # fmt: skip
-        return Path(job.run(sweep.settings).path)
+        return Path(job.run(sweep.execution).path)
 
 
 def _merge_kernel(job: Job) -> MergeKernel:
@@ -144,7 +144,7 @@ def _unchecked(digests: Sequence[str]) -> None:
     """The inputs were checked when they were merged."""
 
 
-def factors(text: str) -> list[float]:
+def parse_factors(text: str) -> list[float]:
     """The numbers of "first:last:step" (both ends included) or of "a,b,c"."""
     try:
         if ":" not in text:

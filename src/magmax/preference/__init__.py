@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .candidates import Choice, choose, tempered
-from .estimators import from_labels, from_samples, schedule, uniform
-from .natural_shares import own_shares
+from .candidates import PreferenceChoice, apply_temperature, choose_preference
+from .estimators import from_labels, from_samples, geometric_weights, uniform_weights
+from .natural_shares import natural_shares
 
-__all__ = ["Choice", "choose", "from_labels", "from_samples", "own_shares", "schedule", "tempered", "uniform"]
+__all__ = [
+    "PreferenceChoice",
+    "apply_temperature",
+    "choose_preference",
+    "from_labels",
+    "from_samples",
+    "geometric_weights",
+    "natural_shares",
+    "uniform_weights",
+]

@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec, open_checkpoint
+from ..checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from ..checkpoints.dtypes import widen
-from ..checkpoints.journal import held
-from ..checkpoints.lora.adapted_model import path_back
+from ..checkpoints.journal import lock_folder
+from ..checkpoints.lora.adapted_model import resolve_portable_path
 from ..checkpoints.writer import replace_file
-from ..errors import MagMaxError, listed, nearest
+from ..errors import MagMaxError, list_problems, nearest_hint
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
-from ..merging.output_options import Options
+from ..merging.output_options import OutputOptions
 from ..rules import Rule
-from ..rules.tunable.quotas import weights_of
+from ..rules.tunable.quotas import parse_weights
 
 FORMAT = 1
 BLOCK = 1024
@@ -45,7 +45,7 @@ PARTS = ("kept", "starts", "values", "scales")
 Presets = dict[str, dict[str, float]]
 
 
-class About:
+class ArchiveInfo:
     """What `archive.json` says. Raises MagMaxError, in words of the reason alone, for what says no such thing."""
 
     def __init__(self, told: Any) -> None:
@@ -65,13 +65,13 @@ class About:
         self.told = told
 
     @classmethod
-    def of(cls, folder: Path) -> About:
+    def of(cls, folder: Path) -> ArchiveInfo:
         try:
             return cls(json.loads((folder / FILE).read_text("utf-8")))
         except (OSError, RecursionError, ValueError) as error:
             raise MagMaxError(str(error)) from error
 
-    def same_models(self, other: About) -> bool:
+    def same_models(self, other: ArchiveInfo) -> bool:
         """Whether both are of the same models, as far as they say."""
         return (self.tasks, self.models, self.base_digest) == (other.tasks, other.models, other.base_digest)
 
@@ -82,7 +82,7 @@ class Archive:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._about = About.of(folder)
+            self._about = ArchiveInfo.of(folder)
         except MagMaxError as error:
             raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive makes one") from error
         self.tasks, self.top, self.bits = self._about.tasks, self._about.top, self._about.bits
@@ -93,13 +93,13 @@ class Archive:
         """The base: the one given, or where it was when the archive was made."""
         if given is None and self._about.base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        return open_checkpoint(given or path_back(self.folder, self._about.base_path))
+        return open_checkpoint(given or resolve_portable_path(self.folder, self._about.base_path))
 
-    def models(self, base: Checkpoint) -> list[ArchivedTask]:
+    def models(self, base: Checkpoint) -> list[ArchivedTaskVector]:
         """Each task's vector, as far as it was kept."""
-        return [ArchivedTask(self, task, name, base) for task, name in enumerate(self.tasks)]
+        return [ArchivedTaskVector(self, task, name, base) for task, name in enumerate(self.tasks)]
 
-    def job(self, rule: Rule, out: Path, options: Options, base: str | None = None) -> Job:
+    def job(self, rule: Rule, out: Path, options: OutputOptions, base: str | None = None) -> Job:
         """The work of merging what was kept, into a file or folder outside the archive's."""
         self.refuse_inside(out)
         opened = self.base(base)
@@ -118,19 +118,19 @@ class Archive:
 
     def preset(self, name: str) -> dict[str, float]:
         if name not in self.presets:
-            raise MagMaxError(f"{self.folder}: has no preset {name!r}; {nearest(name, list(self.presets))}")
+            raise MagMaxError(f"{self.folder}: has no preset {name!r}; {nearest_hint(name, list(self.presets))}")
         return self.presets[name]
 
-    def store(self, name: str, preference: Mapping[str, float]) -> None:
+    def save_preset(self, name: str, preference: Mapping[str, float]) -> None:
         """Remember a preference under a name, beside those that others have stored meanwhile.
 
         Raises MagMaxError for weights that are none, and where the archive was made anew from other models.
         """
-        weights_of(preference)
+        parse_weights(preference)
         for task in preference:
             if task not in self.tasks:
-                raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest(task, self.tasks)}")
-        with held(self.folder):
+                raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest_hint(task, self.tasks)}")
+        with lock_folder(self.folder):
             now = Archive(self.folder)._about
             if not now.same_models(self._about):
                 raise MagMaxError(f"{self.folder}: now holds other models; preset {name!r} is not stored: tune again")
@@ -139,14 +139,14 @@ class Archive:
         self.presets = now.presets
 
 
-class ArchivedTask(Checkpoint):
+class ArchivedTaskVector(Checkpoint):
     """A task vector as an archive keeps it; tensors that are not merged are read from the base."""
 
     relative = True
 
     def __init__(self, archive: Archive, task: int, name: str, base: Checkpoint) -> None:
         specs = {
-            key: Spec("F64" if spec.dtype == "F64" else "F32", spec.shape) if spec.floating else spec
+            key: TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape) if spec.is_mergeable else spec
             for key, spec in base.specs.items()
         }
         super().__init__(name, specs)
@@ -156,18 +156,18 @@ class ArchivedTask(Checkpoint):
         problems = [
             f"{archive.folder}: holds nothing of {key}, {spec}, with top {archive.top:g} and {archive.bits} bits"
             for key, spec in base.specs.items()
-            if spec.floating and spec.elements and not self._fits(key, spec)
+            if spec.is_mergeable and spec.numel and not self._fits(key, spec)
         ]
         if problems:
-            raise listed(f"{archive.folder} does not fit {base.label}", problems)
+            raise list_problems(f"{archive.folder} does not fit {base.label}", problems)
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        if not self.specs[key].floating:
+        if not self.specs[key].is_mergeable:
             return self._base.read(key, start, stop)
         if start == stop:
-            return np.zeros(0, self.specs[key].storage)
+            return np.zeros(0, self.specs[key].storage_dtype)
         first, last = start // BLOCK, -(-stop // BLOCK)
-        end = min(last * BLOCK, self.specs[key].elements)
+        end = min(last * BLOCK, self.specs[key].numel)
         places, total = np.arange(first * BLOCK, end), end - first * BLOCK
         value = first * BLOCK
         if self._sparse:
@@ -179,9 +179,9 @@ class ArchivedTask(Checkpoint):
                     "make the archive anew, or copy it again"
                 )
         stored = self._values(key, value, value + len(places))
-        dense = np.zeros(total, self.specs[key].storage)
+        dense = np.zeros(total, self.specs[key].storage_dtype)
         if self._bits == 8:
-            kind = self._tensors.specs[f"{self._task}/scales/{key}"].storage
+            kind = self._tensors.specs[f"{self._task}/scales/{key}"].storage_dtype
             scales = self._part("scales", key, kind.itemsize * first, kind.itemsize * last).view(kind)
             dense[places - first * BLOCK] = stored * scales[places // BLOCK - first].astype(dense.dtype)
         else:
@@ -194,36 +194,33 @@ class ArchivedTask(Checkpoint):
     def header_digests(self) -> list[str]:
         return self._tensors.header_digests()
 
-    def _fits(self, key: str, spec: Spec) -> bool:
+    def _fits(self, key: str, spec: TensorSpec) -> bool:
         found = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
-        kind, blocks = self.specs[key].dtype, -(-spec.elements // BLOCK)
+        kind, blocks = self.specs[key].dtype, -(-spec.numel // BLOCK)
         values = found.pop("values")
         wanted = {
-            "kept": Spec("U8", (-(-spec.elements // 8),)) if self._sparse else None,
-            "starts": Spec("I64", (blocks,)) if self._sparse else None,
-            "scales": Spec(kind, (blocks,)) if self._bits == 8 else None,
+            "kept": TensorSpec("U8", (-(-spec.numel // 8),)) if self._sparse else None,
+            "starts": TensorSpec("I64", (blocks,)) if self._sparse else None,
+            "scales": TensorSpec(kind, (blocks,)) if self._bits == 8 else None,
         }
         if values is None or found != wanted or values.dtype != {8: "I8", 16: "BF16"}.get(self._bits, kind):
             return False
-        return (
-            len(values.shape) == 1
-            and values.elements <= spec.elements <= values.elements + spec.elements * self._sparse
-        )
+        return len(values.shape) == 1 and values.numel <= spec.numel <= values.numel + spec.numel * self._sparse
 
     def _values(self, key: str, start: int, stop: int) -> NDArray[Any]:
         name = f"{self._task}/values/{key}"
         stored = self._tensors.read(name, start, stop)
         dtype = self._tensors.specs[name].dtype
-        return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage)
+        return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage_dtype)
 
     def _start(self, key: str, block: int) -> int:
         """How many entries are kept before a block, or in all."""
-        if block * BLOCK >= self.specs[key].elements:
-            return self._tensors.specs[f"{self._task}/values/{key}"].elements
+        if block * BLOCK >= self.specs[key].numel:
+            return self._tensors.specs[f"{self._task}/values/{key}"].numel
         return int(self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")[0])
 
     def _part(self, kind: str, key: str, start: int, stop: int) -> NDArray[Any]:
         """Bytes of one of the task's tensors."""
         name = f"{self._task}/{kind}/{key}"
-        unit = self._tensors.specs[name].storage.itemsize
+        unit = self._tensors.specs[name].storage_dtype.itemsize
         return self._tensors.read(name, start // unit, stop // unit).view(np.uint8)

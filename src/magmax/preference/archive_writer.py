@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import Checkpoint, Spec
-from ..checkpoints.blocks import Chunk, checkpoint_digest, slab_digest, slabs, tensor_digest
+from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.blocks import Chunk, block_digest, canonical_blocks, checkpoint_digest, tensor_digest
 from ..checkpoints.dtypes import compute_dtype, narrow
-from ..checkpoints.journal import held
-from ..checkpoints.lora.adapted_model import path_from
-from ..checkpoints.writer import Draft, Target
-from ..errors import MagMaxError, listed
-from ..merging.execution.execution_options import Settings
-from ..merging.job import explained
-from ..merging.matching import compare, refuse_same_path, refuse_twins
-from ..merging.pipeline import Slab, hold_freed_memory, in_threads
-from ..merging.reader import Reader
-from ..merging.statistics_pass import Questions
+from ..checkpoints.journal import lock_folder
+from ..checkpoints.lora.adapted_model import portable_path
+from ..checkpoints.writer import OutputDraft, OutputPath
+from ..errors import MagMaxError, list_problems
+from ..merging.execution.execution_options import ExecutionOptions
+from ..merging.job import explain_os_error
+from ..merging.matching import match_to_base, refuse_equal_models, refuse_same_path
+from ..merging.pipeline import InputBlock, keep_freed_memory, run_in_threads
+from ..merging.reader import BlockReader
+from ..merging.statistics_pass import StatisticsRunner
 from ..rules import Prune
-from .archive import BLOCK, FILE, FORMAT, About, Archive, Presets
+from .archive import BLOCK, FILE, FORMAT, Archive, ArchiveInfo, Presets
 
 LEVELS = 127
 PIECE = 256 * BLOCK
 LARGEST_BF16 = (2 - 2**-7) * 2.0**127
 
 
-class Kept(NamedTuple):
+class KeptEntries(NamedTuple):
     """Which entries of one task vector are kept: those of at least this magnitude, or all."""
 
     least: int | None
     wide: bool
 
-    def where(self, vector: NDArray[Any]) -> NDArray[np.bool_]:
+    def mask(self, vector: NDArray[Any]) -> NDArray[np.bool_]:
         if self.least is None:
             return np.ones(len(vector), np.bool_)
         codes = np.abs(vector.astype(np.float64) if self.wide else vector)
@@ -47,70 +47,72 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Writing:
+class ArchiveWriter:
     """An archive being made."""
 
-    reader: Reader
+    reader: BlockReader
     keys: Sequence[str]
-    kept: Sequence[Kept]
+    kept: Sequence[KeptEntries]
     bits: int
     threads: int
 
     def vectors(self, chunk: Chunk) -> list[NDArray[Any]]:
-        slab = Slab(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
+        slab = InputBlock(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
         base = self.reader.numbers(slab, 0)
         return [self.reader.task_vector(slab, task, base) for task in range(1, len(self.reader.inputs))]
 
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
         """How many entries of each task are kept in each block."""
         edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
-        masks = [kept.where(vector) for kept, vector in zip(self.kept, self.vectors(chunk), strict=True)]
+        masks = [kept.mask(vector) for kept, vector in zip(self.kept, self.vectors(chunk), strict=True)]
         return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
 
-    def starts(self, settings: Settings) -> dict[tuple[int, str], NDArray[np.int64]]:
+    def starts(self, execution: ExecutionOptions) -> dict[tuple[int, str], NDArray[np.int64]]:
         """How many entries of a task's tensor are kept before each block, and in all."""
         found: dict[tuple[int, str], NDArray[np.int64]] = {
-            (task, key): np.zeros(1 + -(-self.spec(key).elements // BLOCK), np.int64)
+            (task, key): np.zeros(1 + -(-self.spec(key).numel // BLOCK), np.int64)
             for task in range(len(self.kept))
             for key in self.keys
         }
-        with closing(in_threads(self.counts, self.pieces(), self.threads)) as done:
+        with closing(run_in_threads(self.counts, self.pieces(), self.threads)) as done:
             for chunk, counts in done:
                 first = 1 + chunk.start // BLOCK
                 for task, count in enumerate(counts):
                     found[task, chunk.key][first : first + len(count)] = count
-                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+                execution.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
         return {place: np.cumsum(counts) for place, counts in found.items()}
 
-    def specs(self, starts: Mapping[tuple[int, str], NDArray[np.int64]]) -> dict[str, Spec]:
+    def specs(self, starts: Mapping[tuple[int, str], NDArray[np.int64]]) -> dict[str, TensorSpec]:
         """The archive's tensors."""
-        found: dict[str, Spec] = {}
+        found: dict[str, TensorSpec] = {}
         for (task, key), counts in starts.items():
             blocks, total = len(counts) - 1, int(counts[-1])
             wide = compute_dtype(self.spec(key).dtype) == np.float64
-            found[f"{task}/values/{key}"] = Spec(
+            found[f"{task}/values/{key}"] = TensorSpec(
                 {8: "I8", 16: "BF16"}.get(self.bits, "F64" if wide else "F32"), (total,)
             )
             if self.kept[task].least is not None:
-                found[f"{task}/kept/{key}"] = Spec("U8", (-(-self.spec(key).elements // 8),))
-                found[f"{task}/starts/{key}"] = Spec("I64", (blocks,))
+                found[f"{task}/kept/{key}"] = TensorSpec("U8", (-(-self.spec(key).numel // 8),))
+                found[f"{task}/starts/{key}"] = TensorSpec("I64", (blocks,))
             if self.bits == 8:
-                found[f"{task}/scales/{key}"] = Spec("F64" if wide else "F32", (blocks,))
+                found[f"{task}/scales/{key}"] = TensorSpec("F64" if wide else "F32", (blocks,))
         return found
 
-    def write(self, draft: Draft, starts: Mapping[tuple[int, str], NDArray[np.int64]], settings: Settings) -> None:
+    def write(
+        self, draft: OutputDraft, starts: Mapping[tuple[int, str], NDArray[np.int64]], execution: ExecutionOptions
+    ) -> None:
         def work(chunk: Chunk) -> Chunk:
             for task, vector in enumerate(self.vectors(chunk)):
                 self.put(draft, chunk, task, vector, starts[task, chunk.key])
             return chunk
 
-        with closing(in_threads(work, self.pieces(), self.threads)) as done:
+        with closing(run_in_threads(work, self.pieces(), self.threads)) as done:
             for chunk in done:
-                settings.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
+                execution.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
 
-    def put(self, draft: Draft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]) -> None:
+    def put(self, draft: OutputDraft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]) -> None:
         """Write one task's part of a chunk."""
-        mask, first = self.kept[task].where(vector), chunk.start // BLOCK
+        mask, first = self.kept[task].mask(vector), chunk.start // BLOCK
         values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // BLOCK)])
         if self.kept[task].least is not None:
             draft.write(f"{task}/kept/{chunk.key}", chunk.start // 8, np.packbits(mask))
@@ -137,10 +139,10 @@ class Writing:
     def pieces(self) -> Iterator[Chunk]:
         """Every tensor in parts of a whole number of blocks."""
         for key in self.keys:
-            for start in range(0, self.spec(key).elements, PIECE):
-                yield Chunk(key, start, min(start + PIECE, self.spec(key).elements))
+            for start in range(0, self.spec(key).numel, PIECE):
+                yield Chunk(key, start, min(start + PIECE, self.spec(key).numel))
 
-    def spec(self, key: str) -> Spec:
+    def spec(self, key: str) -> TensorSpec:
         return self.reader.inputs[0].specs[key]
 
 
@@ -153,7 +155,7 @@ def write_archive(
     top: float = 0.3,
     bits: int = 8,
     base_given: object = None,
-    settings: Settings | None = None,
+    execution: ExecutionOptions | None = None,
 ) -> Archive:
     """Store what tuning needs of each model's task vector. An archive that was there keeps its presets.
 
@@ -167,7 +169,7 @@ def write_archive(
             for the bits, options out of range, a place that cannot be written or that holds presets for other models,
             no space left.
     """
-    settings = settings or Settings()
+    execution = execution or ExecutionOptions()
     if not 0 < top <= 1:
         raise MagMaxError(f"an archive needs top above 0 and at most 1, not {top}")
     if bits not in (8, 16, 32):
@@ -178,39 +180,39 @@ def write_archive(
         )
     if out.suffix == ".safetensors":
         raise MagMaxError(f"{out}: an archive is a folder; name one without .safetensors")
-    target, inputs = Target(out), [base, *models]
+    target, inputs = OutputPath(out), [base, *models]
     refuse_same_path(inputs)
-    if problems := target.problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
-        raise listed(f"{out} cannot be written", problems)
+    if problems := target.find_problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
+        raise list_problems(f"{out} cannot be written", problems)
     _presets(out, names)
-    carried = compare(base, models).carried
-    keys = [key for key, spec in base.specs.items() if key not in carried and spec.elements]
+    carried = match_to_base(base, models).unmerged
+    keys = [key for key, spec in base.specs.items() if key not in carried and spec.numel]
     digests = [_digest(model) for model in models]
-    refuse_twins(models, digests)
-    hold_freed_memory()
-    kept, reader = _kept(Reader(inputs), keys, top, settings)
-    writing = Writing(reader, keys, kept, bits, settings.crew.count)
-    starts = writing.starts(settings)
+    refuse_equal_models(models, digests)
+    keep_freed_memory()
+    kept, reader = _kept(BlockReader(inputs), keys, top, execution)
+    writing = ArchiveWriter(reader, keys, kept, bits, execution.pool.count)
+    starts = writing.starts(execution)
     about = {
         "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,
-        "base": {"path": path_from(out, base_given, base), "digest": _digest(base)},
+        "base": {"path": portable_path(out, base_given, base), "digest": _digest(base)},
     }  # fmt: skip
-    draft = Draft(target, writing.specs(starts), {})
+    draft = OutputDraft(target, writing.specs(starts), {})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         draft.open(fresh=True)
-        writing.write(draft, starts, settings)
-        with held(out):
+        writing.write(draft, starts, execution)
+        with lock_folder(out):
             presets = _presets(out, names)  # again: others may have stored some meanwhile
             draft.publish({}, {FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})
     except OSError as error:
         draft.discard()
-        raise explained(error, out, "it begins anew") from error
+        raise explain_os_error(error, out, "it begins anew") from error
     except BaseException:
         draft.discard()
         raise
     if presets:
-        settings.note(f"{out}: replaced; presets kept: {len(presets)}")
+        execution.note(f"{out}: replaced; presets kept: {len(presets)}")
     return Archive(out)
 
 
@@ -219,7 +221,7 @@ def _presets(out: Path, names: Sequence[str]) -> Presets:
     if not (out / FILE).exists():
         return {}
     try:
-        old = About.of(out)
+        old = ArchiveInfo.of(out)
     except MagMaxError as error:
         raise MagMaxError(
             f"{out / FILE}: cannot be read ({error}), and may hold presets; name another folder, or remove {out}"
@@ -232,21 +234,23 @@ def _presets(out: Path, names: Sequence[str]) -> Presets:
     return old.presets
 
 
-def _kept(reader: Reader, keys: Sequence[str], top: float, settings: Settings) -> tuple[list[Kept], Reader]:
+def _kept(
+    reader: BlockReader, keys: Sequence[str], top: float, execution: ExecutionOptions
+) -> tuple[list[KeptEntries], BlockReader]:
     """Each task's threshold, found over the whole model."""
-    elements = {key: reader.inputs[0].specs[key].elements for key in keys}
-    questions = Questions(reader, elements, settings.crew, settings.progress)
+    elements = {key: reader.inputs[0].specs[key].numel for key in keys}
+    questions = StatisticsRunner(reader, elements, execution.pool, execution.progress)
     scope = questions.scope
     if top == 1:
-        return [Kept(None, scope.wide)] * scope.tasks, reader
-    cuts = questions.answer(Prune(keep=top).plan(scope))
-    return [Kept(cut.code, scope.wide) for cut in cuts], questions.reader
+        return [KeptEntries(None, scope.float64)] * scope.tasks, reader
+    cuts = questions.answer(Prune(keep=top).statistics(scope))
+    return [KeptEntries(cut.code, scope.float64) for cut in cuts], questions.reader
 
 
 def _digest(checkpoint: Checkpoint) -> str:
     """The digest that a merge notes of an input."""
     tensors: dict[str, str] = {}
     for key, spec in checkpoint.specs.items():
-        if cuts := slabs(key, spec):
-            tensors[key] = tensor_digest(b"".join(slab_digest(checkpoint.read(key, *cut)) for cut in cuts))
+        if cuts := canonical_blocks(key, spec):
+            tensors[key] = tensor_digest(b"".join(block_digest(checkpoint.read(key, *cut)) for cut in cuts))
     return checkpoint_digest(checkpoint.specs, tensors)

@@ -14,11 +14,11 @@ from ..errors import MagMaxError
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 
 Weights = Sequence[float]
-Places = Sequence[int]
+SampleIndices = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Trial:
+class PreferenceTrial:
     """A candidate: where it comes from, its weights, its mean score, and that less its pull."""
 
     source: str
@@ -29,19 +29,19 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PreferenceChoice:
     """What was tried, and the best of it."""
 
-    trials: Sequence[Trial]
-    best: Trial
+    candidates: Sequence[PreferenceTrial]
+    best: PreferenceTrial
 
 
-def tempered(weights: Weights, temperature: float) -> list[float]:
+def apply_temperature(weights: Weights, temperature: float) -> list[float]:
     """w_t^(1/temperature), to the sum 1: above 1 evener, below 1 sharper; a weight of 0 stays 0.
 
     Of softmax(-b dist) it is softmax(-b dist / temperature).
 
-    >>> tempered([0.5, 1], 0.5)
+    >>> apply_temperature([0.5, 1], 0.5)
     [0.2, 0.8]
     """
     values = np.asarray(weights, float)
@@ -51,16 +51,16 @@ def tempered(weights: Weights, temperature: float) -> list[float]:
     return (values / values.sum()).tolist()
 
 
-def choose(
-    candidates: Callable[[Places], Mapping[str, Weights]],
-    own: Weights,
+def choose_preference(
+    make_candidates: Callable[[SampleIndices], Mapping[str, Weights]],
+    magmax_shares: Weights,
     score: Callable[[Weights], Sequence[float] | NDArray[Any]],
-    count: int,
+    num_samples: int,
     *,
     seed: int = 0,
     pull: float = 0.01,
     temperatures: Sequence[float] = TEMPERATURES,
-) -> Choice:
+) -> PreferenceChoice:
     """The source of preferences, at some temperature, that does best on samples which it did not see.
 
     Each half of the samples makes preferences that are scored on the other half. The objective is the mean score over
@@ -80,9 +80,9 @@ def choose(
     Raises:
         MagMaxError: fewer than two samples, a score that is no number.
     """
-    first, second = halves(count, seed)
+    first, second = split_halves(num_samples, seed)
     known: dict[tuple[float, ...], NDArray[Any]] = {}
-    trials: list[Trial] = []
+    trials: list[PreferenceTrial] = []
 
     def scores(weights: Weights) -> NDArray[Any]:
         key = tuple(round(weight, 6) for weight in weights)
@@ -93,31 +93,35 @@ def choose(
         return known[key]
 
     def attempt(source: str, temperature: float, of_first: Weights, of_second: Weights, weights: Weights) -> None:
-        mean = float(scores(of_first)[second].sum() + scores(of_second)[first].sum()) / count
-        trials.append(Trial(source, temperature, weights, mean, mean - pull * _away(weights, own)))
+        mean = float(scores(of_first)[second].sum() + scores(of_second)[first].sum()) / num_samples
+        trials.append(
+            PreferenceTrial(source, temperature, weights, mean, mean - pull * _distance(weights, magmax_shares))
+        )
 
-    even = [1 / len(own)] * len(own)
-    attempt("magmax", 1.0, own, own, own)
+    even = [1 / len(magmax_shares)] * len(magmax_shares)
+    attempt("magmax", 1.0, magmax_shares, magmax_shares, magmax_shares)
     attempt("uniform", 1.0, even, even, even)
-    made = candidates(first), candidates(second), candidates(range(count))
+    made = make_candidates(first), make_candidates(second), make_candidates(range(num_samples))
     for source in made[2]:
         if all(source in each for each in made):
             for temperature in temperatures:
-                attempt(source, temperature, *(tempered(each[source], temperature) for each in made))
-    return Choice(trials, max(trials, key=lambda trial: (trial.objective, -_away(trial.weights, own))))
+                attempt(source, temperature, *(apply_temperature(each[source], temperature) for each in made))
+    return PreferenceChoice(
+        trials, max(trials, key=lambda trial: (trial.objective, -_distance(trial.weights, magmax_shares)))
+    )
 
 
-def halves(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
+def split_halves(num_samples: int, seed: int = 0) -> tuple[list[int], list[int]]:
     """The places of samples, cut in half at random; both parts have some.
 
     Raises:
         MagMaxError: fewer than two samples.
     """
-    if count < 2:
-        raise MagMaxError(f"samples of the target are cut in half, so two or more are needed, not {count}")
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    return sorted(order[: (count + 1) // 2]), sorted(order[(count + 1) // 2 :])
+    if num_samples < 2:
+        raise MagMaxError(f"samples of the target are cut in half, so two or more are needed, not {num_samples}")
+    order = np.random.default_rng(seed).permutation(num_samples).tolist()
+    return sorted(order[: (num_samples + 1) // 2]), sorted(order[(num_samples + 1) // 2 :])
 
 
-def _away(weights: Weights, own: Weights) -> float:
-    return float(((np.asarray(weights) - np.asarray(own)) ** 2).sum())
+def _distance(weights: Weights, other: Weights) -> float:
+    return float(((np.asarray(weights) - np.asarray(other)) ** 2).sum())

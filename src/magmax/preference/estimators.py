@@ -9,30 +9,30 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError, nearest
+from ..errors import MagMaxError, nearest_hint
 
 Features = NDArray[np.floating[Any]]
-Pairs = Iterable[tuple[Features, Features]]
-Distance = Literal["ot", "cos", "mmd"]
+FeaturePairs = Iterable[tuple[Features, Features]]
+DistanceMethod = Literal["ot", "cos", "mmd"]
 
-SHARPNESS = {"ot": 100.0, "cos": 50.0, "mmd": 100.0}
+SOFTMAX_SCALES = {"ot": 100.0, "cos": 50.0, "mmd": 100.0}
 """What a distance is multiplied with before the softmax."""
-MOST_SAMPLES = 500
-REGULARISATION = 0.1
-ITERATIONS = 100
+MAX_SAMPLES = 500
+SINKHORN_REGULARISATION = 0.1
+SINKHORN_ITERATIONS = 100
 
 
-def uniform(tasks: int) -> list[float]:
+def uniform_weights(tasks: int) -> list[float]:
     """The same from every task."""
-    return schedule(1.0, tasks)
+    return geometric_weights(1.0, tasks)
 
 
-def schedule(a: float, tasks: int) -> list[float]:
+def geometric_weights(a: float, tasks: int) -> list[float]:
     """Weights that move from early to late tasks as one number grows: w_t = a^t / sum_s a^s, t = 1..T.
 
     1 is uniform; a and 1/a mirror each other; 0 leaves the first task alone. The paper's own formula was not available.
 
-    >>> schedule(2, 3)
+    >>> geometric_weights(2, 3)
     [0.14285714285714285, 0.2857142857142857, 0.5714285714285714]
 
     Raises:
@@ -41,7 +41,7 @@ def schedule(a: float, tasks: int) -> list[float]:
     if not 0 <= a < np.inf or tasks < 1:
         raise MagMaxError(f"a schedule needs a finite number of 0 or more, and a task; not {a} and {tasks} tasks")
     steps = np.arange(tasks) if a <= 1 else np.arange(tasks) - (tasks - 1)  # so that no power overflows
-    return _shares(np.power(float(a), steps))
+    return _normalise(np.power(float(a), steps))
 
 
 def from_labels(labels: Iterable[Hashable], task_labels: Sequence[Collection[Hashable]]) -> list[float]:
@@ -63,10 +63,10 @@ def from_labels(labels: Iterable[Hashable], task_labels: Sequence[Collection[Has
             f"none of the {len(found)} target samples has a label of any task; theirs are "
             f"{sorted({str(label) for label in found})[:5]}, the tasks' {known[:5]}"
         )
-    return _shares(counts)
+    return _normalise(counts)
 
 
-def from_samples(pairs: Pairs, method: Distance = "ot") -> list[float]:
+def from_samples(pairs: FeaturePairs, method: DistanceMethod = "ot") -> list[float]:
     """Weights from how near the target is to each task, as that task's own encoder sees both.
 
     Args:
@@ -83,93 +83,103 @@ def from_samples(pairs: Pairs, method: Distance = "ot") -> list[float]:
     Raises:
         MagMaxError: no samples, features of different widths or that are not finite, a method that is none.
     """
-    if method not in SHARPNESS:
-        raise MagMaxError(f"there is no method {method!r}; {nearest(method, list(get_args(Distance)))}")
+    if method not in SOFTMAX_SCALES:
+        raise MagMaxError(f"there is no method {method!r}; {nearest_hint(method, list(get_args(DistanceMethod)))}")
     distance = cast(
-        "Callable[[Features, Features], float]", {"ot": transport, "cos": angle, "mmd": discrepancy}[method]
+        "Callable[[Features, Features], float]",
+        {"ot": transport_distance, "cos": cosine_distance, "mmd": mmd_distance}[method],
     )
-    distances = [distance(*_checked(*pair, number)) for number, pair in enumerate(pairs, start=1)]
-    return softmax([-SHARPNESS[method] * d for d in distances])
+    distances = [distance(*_validate_features(*pair, number)) for number, pair in enumerate(pairs, start=1)]
+    return softmax([-SOFTMAX_SCALES[method] * d for d in distances])
 
 
-def from_each(
+def from_all_methods(
     labels: Iterable[Hashable],
     task_labels: Sequence[Collection[Hashable]],
     pairs: Sequence[tuple[Features, Features]],
-    note: Callable[[str, str], object] = lambda method, why: None,
+    on_failure: Callable[[str, str], object] = lambda method, why: None,
 ) -> dict[str, list[float]]:
     """A preference by `from_labels` and by each method of `from_samples`; `note` hears which failed, and why."""
     makers: dict[str, Callable[[], list[float]]] = {
         "label": lambda: from_labels(labels, task_labels),
-        **{method: partial(from_samples, pairs, method) for method in get_args(Distance)},
+        **{method: partial(from_samples, pairs, method) for method in get_args(DistanceMethod)},
     }
     made: dict[str, list[float]] = {}
     for method, maker in makers.items():
         try:
             made[method] = maker()
         except MagMaxError as error:
-            note(method, str(error))
+            on_failure(method, str(error))
     return made
 
 
-def transport(ours: Features, theirs: Features) -> float:
+def transport_distance(task_features: Features, target_features: Features) -> float:
     """The entropic transport cost between two samples, of squared distances relative to the largest."""
     try:
         import ot
     except ModuleNotFoundError as error:
         raise MagMaxError("the method ot needs POT: pip install 'magmax[preference]', or choose cos or mmd") from error
-    cost = squared_distances(ours, theirs)
+    cost = squared_distances(task_features, target_features)
     cost /= cost.max() or 1.0
     plan: Any = ot.sinkhorn(
-        ot.unif(len(ours)), ot.unif(len(theirs)), cost, REGULARISATION, numItermax=ITERATIONS, stopThr=0, warn=False
+        ot.unif(len(task_features)),
+        ot.unif(len(target_features)),
+        cost,
+        SINKHORN_REGULARISATION,
+        numItermax=SINKHORN_ITERATIONS,
+        stopThr=0,
+        warn=False,
     )
     return float((np.asarray(plan) * cost).sum())
 
 
-def angle(ours: Features, theirs: Features) -> float:
+def cosine_distance(task_features: Features, target_features: Features) -> float:
     """1 - the cosine between the means of two samples."""
-    one, other = ours.mean(axis=0), theirs.mean(axis=0)
+    one, other = task_features.mean(axis=0), target_features.mean(axis=0)
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
     return 1.0 - float(one @ other) / norms if norms else 1.0
 
 
-def discrepancy(ours: Features, theirs: Features) -> float:
+def mmd_distance(task_features: Features, target_features: Features) -> float:
     """The unbiased squared maximum mean discrepancy, with a Gaussian kernel as wide as the median distance."""
-    if min(len(ours), len(theirs)) < 2:
-        raise MagMaxError(f"mmd needs two samples of each task and of the target, not {len(ours)} and {len(theirs)}")
-    both = np.concatenate([ours, theirs])
+    if min(len(task_features), len(target_features)) < 2:
+        raise MagMaxError(
+            f"mmd needs two samples of each task and of the target, not {len(task_features)} and {len(target_features)}"
+        )
+    both = np.concatenate([task_features, target_features])
     squares = squared_distances(both, both)
     width = float(np.median(squares[np.triu_indices(len(both), 1)])) or 1.0
     kernel = np.exp(-squares / (2 * width))
-    n, m = len(ours), len(theirs)
+    n, m = len(task_features), len(target_features)
     within = (kernel[:n, :n].sum() - n) / (n * (n - 1)) + (kernel[n:, n:].sum() - m) / (m * (m - 1))
     return float(within - 2 * kernel[:n, n:].mean())
 
 
-def squared_distances(ours: Features, theirs: Features) -> Features:
+def squared_distances(first: Features, second: Features) -> Features:
     """|x - y|^2 of all pairs: shape (n, m)."""
-    squares = (ours**2).sum(axis=1)[:, None] + (theirs**2).sum(axis=1) - 2 * ours @ theirs.T
+    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
     return np.maximum(squares, 0)
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
     """exp(s_t) / sum_s exp(s); no task can underflow but against a far better one."""
     values = np.asarray(scores, float)
-    return _shares(np.exp(values - values.max()))
+    return _normalise(np.exp(values - values.max()))
 
 
-def _shares(values: NDArray[Any]) -> list[float]:
+def _normalise(values: NDArray[Any]) -> list[float]:
     return (values / values.sum()).tolist()
 
 
-def _checked(ours: Any, theirs: Any, number: int) -> tuple[Features, Features]:
+def _validate_features(task_features: Any, target_features: Any, task_number: int) -> tuple[Features, Features]:
     """Both samples in float64, at most 500 of the first."""
-    one, other = (np.asarray(sample, float) for sample in (ours, theirs))
+    one, other = (np.asarray(sample, float) for sample in (task_features, target_features))
     if one.ndim != 2 or other.ndim != 2 or one.shape[1:] != other.shape[1:] or not len(one) or not len(other):
         raise MagMaxError(
-            f"task {number}: features must be (samples, width), with some samples and one width; these have the shapes "
+            f"task {task_number}: features must be (samples, width), with some samples and one width; these have the "
+            f"shapes "
             f"{list(one.shape)} and {list(other.shape)}"
         )
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        raise MagMaxError(f"task {number}: its features hold NaN or infinity")
-    return one[:MOST_SAMPLES], other
+        raise MagMaxError(f"task {task_number}: its features hold NaN or infinity")
+    return one[:MAX_SAMPLES], other

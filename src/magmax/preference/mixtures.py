@@ -19,36 +19,36 @@ MIXTURES: Mapping[str, tuple[float, ...]] = {
 }
 """The shares of the tasks of each kind of environment, as published."""
 
-Rows = NDArray[np.int64]
+RowIndices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Environment:
+class TargetEnvironment:
     """Where a merged model is to work.
 
     Attributes:
         mixture: its kind, such as D1.
         draw: which draw of that kind, from 0.
         tasks: the tasks in it (from 0), in the order of the mixture's shares.
-        target: the rows of the test data that a preference may be made of.
-        scored: the rows it is scored on; none is in both.
+        target_rows: the rows of the test data that a preference may be made of.
+        scored_rows: the rows it is scored on; none is in both.
     """
 
     mixture: str
     draw: int
     tasks: Sequence[int]
-    target: Rows
-    scored: Rows
+    target_rows: RowIndices
+    scored_rows: RowIndices
 
 
-def environments(
-    task_of: NDArray[np.integer],
+def draw_environments(
+    task_ids: NDArray[np.integer],
     *,
     mixtures: Mapping[str, Sequence[float]] = MIXTURES,
     draws: int = 5,
-    target: float = 0.1,
+    target_fraction: float = 0.1,
     seed: int | Sequence[int] = 0,
-) -> list[Environment]:
+) -> list[TargetEnvironment]:
     """Draw environments from test data, as many samples each as its mixture allows without taking one twice.
 
     Args:
@@ -58,23 +58,23 @@ def environments(
     Raises:
         MagMaxError: fewer tasks than a mixture has, or fewer samples of a task than two.
     """
-    rows = {int(task): np.flatnonzero(task_of == task) for task in np.unique(task_of) if task >= 0}
+    rows = {int(task): np.flatnonzero(task_ids == task) for task in np.unique(task_ids) if task >= 0}
     widest = max(map(len, mixtures.values()))
     if len(rows) < widest or min(map(len, rows.values())) < 2:
         counts = {task: len(own) for task, own in rows.items()}
         raise MagMaxError(f"the mixtures need {widest} tasks with two test samples each or more, not {counts}")
     random = np.random.default_rng(seed)
-    found: list[Environment] = []
+    found: list[TargetEnvironment] = []
     for name, shares in mixtures.items():
         for draw in range(draws):
             tasks = random.permutation(sorted(rows))[: len(shares)].tolist()
             whole = min(len(rows[task]) / share for task, share in zip(tasks, shares, strict=True))
-            parts: tuple[list[Rows], list[Rows]] = ([], [])
+            parts: tuple[list[RowIndices], list[RowIndices]] = ([], [])
             for task, share in zip(tasks, shares, strict=True):
                 count = max(2, int(share * whole + 1e-9))
                 own = random.permutation(rows[task])[:count]
-                cut = min(count - 1, max(1, round(target * count)))
+                cut = min(count - 1, max(1, round(target_fraction * count)))
                 parts[0].append(own[:cut])
                 parts[1].append(own[cut:])
-            found.append(Environment(name, draw, tasks, *(np.sort(np.concatenate(part)) for part in parts)))
+            found.append(TargetEnvironment(name, draw, tasks, *(np.sort(np.concatenate(part)) for part in parts)))
     return found

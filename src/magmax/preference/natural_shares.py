@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints import open_checkpoint
-from ..merging.execution.execution_options import Settings
-from ..merging.matching import Mismatch, compare
-from ..merging.reader import Reader
-from ..merging.statistics_pass import Questions
-from ..rules.tunable.assignment import Supply
+from ..merging.execution.execution_options import ExecutionOptions
+from ..merging.matching import Mismatch, match_to_base
+from ..merging.reader import BlockReader
+from ..merging.statistics_pass import StatisticsRunner
+from ..rules.tunable.assignment import SupplyCount
 
 
-def own_shares(
+def natural_shares(
     base: Any,
     models: Sequence[Any],
-    settings: Settings | None = None,
+    execution: ExecutionOptions | None = None,
     mismatch: Mismatch = "strict",
     allow_nonfinite: bool = False,
 ) -> list[float]:
@@ -28,16 +28,16 @@ def own_shares(
         mismatch: see `Options`; what the merge keeps of the base is not counted.
         allow_nonfinite: count NaN and infinity as the largest magnitudes.
     """
-    settings = settings or Settings()
+    execution = execution or ExecutionOptions()
     opened = open_checkpoint(base)
     others = [open_checkpoint(model, base=opened) for model in models]
-    match = compare(opened, others, mismatch)
-    elements = {k: match.extents.get(k, s.elements) for k, s in opened.specs.items() if k not in match.carried}
-    reader = Reader([opened, *others], allow_nonfinite)
-    questions = Questions(reader, elements, settings.crew, settings.progress)
+    match = match_to_base(opened, others, mismatch)
+    elements = {k: match.extents.get(k, s.numel) for k, s in opened.specs.items() if k not in match.unmerged}
+    reader = BlockReader([opened, *others], allow_nonfinite)
+    questions = StatisticsRunner(reader, elements, execution.pool, execution.progress)
 
     def plan() -> Any:
-        return (yield Supply(questions.scope.tasks, questions.scope.wide))
+        return (yield SupplyCount(questions.scope.tasks, questions.scope.float64))
 
     counts = questions.answer(plan())
     return [float(count) / max(1, int(counts.sum())) for count in counts]

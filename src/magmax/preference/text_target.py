@@ -11,103 +11,109 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.samples import Samples, places_of, read_samples
+from ..calibration.samples import LabelledTexts, read_samples, sample_paths
 from ..checkpoints import Checkpoint
-from ..checkpoints.memory import as_tensor
+from ..checkpoints.memory import to_tensor
 from ..continual.evaluation.accuracy import likelihoods
 from ..continual.models.heads import zero_shot_head
 from ..continual.models.text_encoder import TextEncoder
 from ..errors import MagMaxError
-from ..merging.execution.execution_options import Settings
+from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.in_memory import merge_in_memory
-from ..merging.output_options import Options
+from ..merging.output_options import OutputOptions
 from ..rules import MagMax, Rule, Tunable
-from .candidates import Choice, choose
-from .estimators import MOST_SAMPLES, Distance, Features, from_each, from_labels, from_samples
-from .natural_shares import own_shares
+from .candidates import PreferenceChoice, choose_preference
+from .estimators import MAX_SAMPLES, DistanceMethod, Features, from_all_methods, from_labels, from_samples
+from .natural_shares import natural_shares
 
-Method = Literal["label", "ot", "cos", "mmd", "auto"]
-TEMPLATES = ("a message about {}",)
-TEMPERATURE = 20.0
-BATCH = 64
+PreferenceMethod = Literal["label", "ot", "cos", "mmd", "auto"]
+PROMPT_TEMPLATES = ("a message about {}",)
+HEAD_TEMPERATURE = 20.0
+BATCH_SIZE = 64
 
 
-def read_tasks(folder: Path, names: Sequence[str], labelled: bool = True) -> list[Samples]:
+def read_task_samples(folder: Path, names: Sequence[str], labelled: bool = True) -> list[LabelledTexts]:
     """Training samples of each task: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
-    return [read_samples(place, labelled) for place in places_of(folder, names)]
+    return [read_samples(place, labelled) for place in sample_paths(folder, names)]
 
 
 @dataclass(frozen=True)
-class TextTarget:
+class TextPreferenceEstimator:
     """What a preference can be made of: the models, their training samples, and samples of the target."""
 
     encoder: TextEncoder
     base: Checkpoint
     models: Sequence[Checkpoint]
-    tasks: Sequence[Samples]
-    target: Samples
-    settings: Settings
-    options: Options = field(default_factory=Options)
+    task_samples: Sequence[LabelledTexts]
+    target_samples: LabelledTexts
+    execution: ExecutionOptions
+    options: OutputOptions = field(default_factory=OutputOptions)
 
-    def weights(self, method: Distance) -> list[float]:
+    def estimate_weights(self, method: DistanceMethod) -> list[float]:
         """A preference by features; see `from_samples`."""
-        return from_samples(self._pairs(), method)
+        return from_samples(self._feature_pairs(), method)
 
-    def chosen(self, rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01) -> Choice:
+    def choose_weights(
+        self, make_rule: Callable[[Sequence[float]], Rule] = Tunable, seed: int = 0, pull: float = 0.01
+    ) -> PreferenceChoice:
         """The best, on samples it was not made of, of all methods, uniform and MagMax's own counts; see `choose`.
 
         Scores are the probability of the right label among all, with a zero-shot head of the base.
         """
-        own = own_shares(self.base, self.models, self.settings, self.options.mismatch, self.options.allow_nonfinite)
-        names = sorted({label for samples in (*self.tasks, self.target) for label in samples.labels})
-        self._put(0.0, self.models)  # the base itself
-        head = zero_shot_head(self.encoder, names, TEMPLATES, TEMPERATURE)
-        items = self.encoder.tokenize(self.target.texts)
-        labels = np.array([names.index(label) for label in self.target.labels])
-        pairs = list(self._pairs())
+        own = natural_shares(
+            self.base, self.models, self.execution, self.options.mismatch, self.options.allow_nonfinite
+        )
+        names = sorted({label for samples in (*self.task_samples, self.target_samples) for label in samples.labels})
+        self._load_merge(0.0, self.models)  # the base itself
+        head = zero_shot_head(self.encoder, names, PROMPT_TEMPLATES, HEAD_TEMPERATURE)
+        items = self.encoder.tokenize(self.target_samples.texts)
+        labels = np.array([names.index(label) for label in self.target_samples.labels])
+        pairs = list(self._feature_pairs())
 
         def score(weights: Sequence[float]) -> np.ndarray:
-            settings = Settings(self.settings.threads)
-            made = merge_in_memory(rule(weights), self.base, self.models, self.options, settings)
-            put_weights(self.encoder.model, self.base, made)
+            settings = ExecutionOptions(self.execution.threads)
+            made = merge_in_memory(make_rule(weights), self.base, self.models, self.options, settings)
+            load_merged_weights(self.encoder.model, self.base, made)
             return likelihoods(self.encoder, head, items, labels)
 
         def candidates(places: Sequence[int]) -> dict[str, list[float]]:
             seen = [(own, target[list(places)]) for own, target in pairs]
-            return from_each(self.target.pick(places).labels, labels_of(self.tasks), seen, told.setdefault)
+            return from_all_methods(
+                self.target_samples.pick(places).labels, labels_by_task(self.task_samples), seen, told.setdefault
+            )
 
         told: dict[str, str] = {}
-        choice = choose(candidates, own, score, len(items), seed=seed, pull=pull)
+        choice = choose_preference(candidates, own, score, len(items), seed=seed, pull=pull)
         for method, why in told.items():
-            self.settings.note(f"not tried: {method} ({why})")
+            self.execution.note(f"not tried: {method} ({why})")
         return choice
 
-    def _pairs(self) -> Iterator[tuple[Features, Features]]:
-        for number, samples in enumerate(self.tasks):
-            self._put(1.0, [self.models[number]])
-            yield self._features(samples.texts[:MOST_SAMPLES]), self._features(self.target.texts)
+    def _feature_pairs(self) -> Iterator[tuple[Features, Features]]:
+        for number, samples in enumerate(self.task_samples):
+            self._load_merge(1.0, [self.models[number]])
+            yield self._extract_features(samples.texts[:MAX_SAMPLES]), self._extract_features(self.target_samples.texts)
 
-    def _features(self, texts: Sequence[str]) -> Features:
+    def _extract_features(self, texts: Sequence[str]) -> Features:
         self.encoder.model.eval()
         ids = self.encoder.tokenize(texts)
         with torch.inference_mode():
-            parts = [self.encoder(ids[at : at + BATCH]).cpu().numpy() for at in range(0, len(ids), BATCH)]
+            parts = [self.encoder(ids[at : at + BATCH_SIZE]).cpu().numpy() for at in range(0, len(ids), BATCH_SIZE)]
         return np.concatenate(parts)
 
-    def _put(self, factor: float, models: Sequence[Checkpoint]) -> None:
+    def _load_merge(self, factor: float, models: Sequence[Checkpoint]) -> None:
         """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
         options = replace(self.options, scaling_factor=factor, dtype=None)
-        made = merge_in_memory(MagMax(), self.base, models, options, Settings(self.settings.threads))
-        put_weights(self.encoder.model, self.base, made)
+        made = merge_in_memory(MagMax(), self.base, models, options, ExecutionOptions(self.execution.threads))
+        load_merged_weights(self.encoder.model, self.base, made)
 
 
-def labels_of(tasks: Sequence[Samples]) -> list[set[str]]:
+def labels_by_task(tasks: Sequence[LabelledTexts]) -> list[set[str]]:
     """The different labels of each task."""
     return [set(samples.labels) for samples in tasks]
 
 
-def text_preference(
-    method: Method,
+def estimate_text_preference(
+    method: PreferenceMethod,
     data: Path,
     samples: Path,
     encoder: Path | None,
@@ -115,23 +121,23 @@ def text_preference(
     models: Sequence[Checkpoint],
     names: Sequence[str],
     rule: Tunable,
-    options: Options,
-    settings: Settings,
+    options: OutputOptions,
+    execution: ExecutionOptions,
     max_tokens: int = 64,
 ) -> list[float]:
     """A preference for models of texts, from files; what "auto" tried is told to `settings.note`.
 
     Args:
         data: samples of the target, as `read_samples` reads them; "label" and "auto" need their labels.
-        samples: the folder of each task's training samples, as `read_tasks` reads them.
+        samples: the folder of each task's training samples, as `read_task_samples` reads them.
         encoder: the folder of the encoder in the Hugging Face layout; by default the base's own. "label" needs none.
         rule: the merge that "auto" tries preferences with; its own preference does not matter.
     """
     labelled = method in ("label", "auto")
-    tasks, target = read_tasks(samples, names, labelled), read_samples(data, labelled)
+    tasks, target = read_task_samples(samples, names, labelled), read_samples(data, labelled)
     if method == "label":
-        return from_labels(target.labels, labels_of(tasks))
-    folder = encoder or base.folder()
+        return from_labels(target.labels, labels_by_task(tasks))
+    folder = encoder or base.small_files_folder()
     if folder is None or not folder.is_dir():
         raise MagMaxError(
             f"{folder or base.label}: is no folder with an encoder and its tokenizer; name one: --encoder"
@@ -141,23 +147,23 @@ def text_preference(
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MagMaxError(f"{folder}: has no encoder with its tokenizer: {reason}; name one: --encoder") from error
-    sought = TextTarget(loaded, base, models, tasks, target, settings, options)
+    sought = TextPreferenceEstimator(loaded, base, models, tasks, target, execution, options)
     if method != "auto":
-        return sought.weights(method)
-    choice = sought.chosen(lambda tried: replace(rule, preference=list(tried)))
+        return sought.estimate_weights(method)
+    choice = sought.choose_weights(lambda tried: replace(rule, preference=list(tried)))
     lines = ["score  less pull  weights  candidate"]
-    for trial in choice.trials:
+    for trial in choice.candidates:
         shares = " ".join(f"{weight:.3f}" for weight in trial.weights)
         origin = f"{trial.source}, temperature {trial.temperature:g}"
         lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
-    settings.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
+    execution.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
     return list(choice.best.weights)
 
 
-def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
+def load_merged_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
     """Copy merged tensors into a module. Raises MagMaxError where the module is not of the base's kind."""
     state = model.state_dict()
-    missing = [key for key in state if base.resolve(key) not in tensors]
+    missing = [key for key in state if base.resolve_alias(key) not in tensors]
     extra = [key for key in tensors if key not in state]
     if missing or extra:
         raise MagMaxError(
@@ -165,5 +171,5 @@ def put_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) 
             f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(extra)} are not its own "
             f"({', '.join(extra[:3])}); name the encoder that was fine-tuned"
         )
-    made = {key: as_tensor(tensors[base.resolve(key)], base.spec(key), value) for key, value in state.items()}
+    made = {key: to_tensor(tensors[base.resolve_alias(key)], base.spec(key), value) for key, value in state.items()}
     model.load_state_dict(made)

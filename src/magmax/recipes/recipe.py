@@ -10,22 +10,22 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from ..calibration.options import Calibrate
-from ..checkpoints.lora.adapted_model import base_and_adapter, within
+from ..calibration.options import CalibrationOptions
+from ..checkpoints.lora.adapted_model import resolve_path, split_base_and_adapter
 from ..checkpoints.remote.urls import is_url
 from ..errors import MagMaxError
 from ..merging.model_names import default_names
-from ..merging.output_options import Options
-from ..rules import Number, Rule, make_rule, nearest, read, rule_from
-from ..rules.schedules import FORMS
-from ..yaml_documents import Document, parse_yaml, read_document, read_text, validated
+from ..merging.output_options import OutputOptions
+from ..rules import Number, Rule, make_rule, nearest_hint, parse, rule_from
+from ..rules.schedules import ACCEPTED_FORMS
+from ..yaml_documents import YamlDocument, parse_yaml, read_document, read_text, validate
 from . import mergekit
-from .request import Plan, Target
+from .request import MergeRequest, TargetSamples
 
 FUSION_BENCH = "MagMaxAlgorithm"
 
 
-class Model(BaseModel):
+class RecipeModel(BaseModel):
     """A model of a recipe: where it is, and what it is called."""
 
     model_config = ConfigDict(extra="forbid")
@@ -33,7 +33,7 @@ class Model(BaseModel):
     name: str | None = None
 
 
-class Recipe(BaseModel):
+class MergeRecipe(BaseModel):
     """A merge in words. Paths are relative to the recipe's folder.
 
     Attributes:
@@ -46,26 +46,26 @@ class Recipe(BaseModel):
         allow_nonfinite: let NaN and infinity through.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         target: for the rule tunable, where its preference comes from, if it is not written out.
-        calibrate: how the merged model gets its magnitudes back; see `Calibrate`.
+        calibrate: how the merged model gets its magnitudes back; see `CalibrationOptions`.
         out: a `.safetensors` file or a folder.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     base: str | None = None
-    models: list[str | Model]
+    models: list[str | RecipeModel]
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: Any = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     mismatch: Literal["strict", "base", "intersect"] = "strict"
     allow_nonfinite: bool = False
     adapter_rank: int | None = None
-    target: Target | None = None
-    calibrate: Calibrate | None = None
+    target: TargetSamples | None = None
+    calibrate: CalibrationOptions | None = None
     out: str | None = None
 
     @field_validator("models")
     @classmethod
-    def _some(cls, models: list[str | Model]) -> list[str | Model]:
+    def _some(cls, models: list[str | RecipeModel]) -> list[str | RecipeModel]:
         if not models:
             raise ValueError("names no model")
         return models
@@ -74,12 +74,12 @@ class Recipe(BaseModel):
     @classmethod
     def _number(cls, factor: Any) -> Number | None:
         try:
-            return None if factor is None else cast("Number", read(factor, per_model=False))
+            return None if factor is None else cast("Number", parse(factor, per_model=False))
         except MagMaxError as error:
-            raise ValueError(f"must be {FORMS}") from error
+            raise ValueError(f"must be {ACCEPTED_FORMS}") from error
 
 
-def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Plan:
+def load_recipe(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> MergeRequest:
     """Read, override and validate a recipe, ours or mergekit's.
 
     Args:
@@ -92,19 +92,19 @@ def load(file: str, overrides: Sequence[str] = (), flags: Mapping[str, Any] | No
     """
     document = read_document(file)
     if mergekit.is_mergekit(document.content):
-        return mergekit.build(document, overrides, flags or {}, os_path.dirname(file))
-    content = {**merged_overrides(document.content, overrides), **(flags or {})}
-    return build(content, file, document.lines, os_path.dirname(file))
+        return mergekit.build_request(document, overrides, flags or {}, os_path.dirname(file))
+    content = {**apply_overrides(document.content, overrides), **(flags or {})}
+    return build_request(content, file, document.lines, os_path.dirname(file))
 
 
-def shipped() -> list[Path]:
+def shipped_recipes() -> list[Path]:
     """The recipes that come with the package."""
     return sorted((Path(__file__).parent / "shipped").glob("*.yaml"))
 
 
-def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> Plan:
+def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> MergeRequest:
     """A plan from a recipe's content; `lines` says where each key stands, for messages."""
-    recipe = validated(Recipe, Document(file, content, lines), _known)
+    recipe = validate(MergeRecipe, YamlDocument(file, content, lines), _valid_keys)
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:
@@ -114,17 +114,17 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
                 )
     rule, factor = parse_rule(recipe.rule, folder)
-    paths = [within(folder, m.path if isinstance(m, Model) else m) for m in recipe.models]
-    own = [(base_and_adapter(path) or (path,))[-1] for path in paths]
-    given = [m.name if isinstance(m, Model) else None for m in recipe.models]
+    paths = [resolve_path(folder, m.path if isinstance(m, RecipeModel) else m) for m in recipe.models]
+    own = [(split_base_and_adapter(path) or (path,))[-1] for path in paths]
+    given = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
     names = [name or default for name, default in zip(given, default_names(own), strict=True)]
     if len(set(names)) < len(names):
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
-    options = Options(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    options = OutputOptions(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
     out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
-    base = within(folder, recipe.base) if recipe.base is not None else None
+    base = resolve_path(folder, recipe.base) if recipe.base is not None else None
     target = recipe.target
     if target is not None:
         moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
@@ -136,11 +136,15 @@ def build(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folde
         }
         calibrate = calibrate.model_copy(update=moved)
     rank = recipe.adapter_rank
-    return Plan(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
+    return MergeRequest(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
 
 
-def _known(parts: Sequence[str]) -> list[str]:
-    kind = Recipe if len(parts) == 1 else {"target": Target, "calibrate": Calibrate}.get(parts[0], Model)
+def _valid_keys(parts: Sequence[str]) -> list[str]:
+    kind = (
+        MergeRecipe
+        if len(parts) == 1
+        else {"target": TargetSamples, "calibrate": CalibrationOptions}.get(parts[0], RecipeModel)
+    )
     return list(kind.model_fields)
 
 
@@ -152,16 +156,16 @@ def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
         return parse_rule(parse_yaml(given, f"the rule {given!r}"), folder)
     if isinstance(given, dict) and "_target_" in given:
         return _fusion_bench(given)
-    return rule_from(_from_here(given, folder)), None
+    return rule_from(_with_resolved_paths(given, folder)), None
 
 
-def _from_here(rule: Any, folder: str) -> Any:
+def _with_resolved_paths(rule: Any, folder: str) -> Any:
     """A rule's content, the path of its sensitive tensors as seen from here instead of from the folder."""
     if isinstance(rule, list):
-        return [_from_here(part, folder) for part in cast("list[Any]", rule)]
+        return [_with_resolved_paths(part, folder) for part in cast("list[Any]", rule)]
     if not isinstance(rule, dict):
         return rule
-    told = {name: _from_here(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
+    told = {name: _with_resolved_paths(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
     path = told.get("sensitive")
     return {**told, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else told
 
@@ -174,7 +178,7 @@ def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
     known = ["_target_", "scaling_factor", "inplace"]
     for key in method:
         if key not in known:
-            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest(key, known)}")
+            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest_hint(key, known)}")
     factor = method.get("scaling_factor", 0.5)
     if type(factor) not in (int, float) or not abs(factor) < 1e300:
         raise MagMaxError(f"scaling_factor must be a finite number, not {reprlib.repr(factor)}")
@@ -188,7 +192,7 @@ def _method_file(file: str) -> Any:
     return content
 
 
-def merged_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The recipe's content with assignments put in; values are read as YAML."""
     result = dict(content)
     for word in overrides:
@@ -211,7 +215,7 @@ def with_value(content: Mapping[str, Any], name: str, value: Any) -> dict[str, A
     if head == "rule" and len(rest) == 2 and isinstance(rule, list):
         parts = [part if isinstance(part, str) else next(iter(part), "") for part in rule]
         if rest[0] not in parts:
-            raise MagMaxError(f"cannot set {name}: the chain has no part {rest[0]!r}; {nearest(rest[0], parts)}")
+            raise MagMaxError(f"cannot set {name}: the chain has no part {rest[0]!r}; {nearest_hint(rest[0], parts)}")
         place = parts.index(rest[0])
         return {**content, "rule": [*rule[:place], _with_option(rule[place], rest[1], value), *rule[place + 1 :]]}
     raise MagMaxError(f"cannot set {name}; write KEY=VALUE or rule.OPTION=VALUE, or rule.PART.OPTION=VALUE of a chain")

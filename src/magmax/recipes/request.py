@@ -9,20 +9,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..calibration.options import Calibrate, calibrating
+from ..calibration.options import CalibrationOptions, prepare_calibration
 from ..checkpoints import Checkpoint, open_adapter, open_checkpoint
-from ..checkpoints.base import PREFIX
+from ..checkpoints.base import HUB_PREFIX
 from ..errors import MagMaxError
 from ..merging.adapters.adapter_merge import AdapterOptions, adapter_job
-from ..merging.execution.execution_options import Settings
+from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.in_memory import merge_in_memory
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
-from ..merging.output_options import Options
+from ..merging.output_options import OutputOptions
 from ..rules import Rule, Tunable
 
 
-class Target(BaseModel):
+class TargetSamples(BaseModel):
     """Where the preference of the rule tunable comes from. Paths are relative to the recipe's folder.
 
     Attributes:
@@ -41,11 +41,11 @@ class Target(BaseModel):
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergeRequest:
     """A recipe made ready: what `magmax.merge` would be given.
 
     Attributes:
-        checked: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
+        check: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
             merge into.
         notes: what the user should know of the recipe before it is carried out.
         target: where the preference of the rule tunable comes from, if it is not the rule's own.
@@ -57,15 +57,15 @@ class Plan:
     base: str | None
     models: Sequence[str]
     names: Sequence[str]
-    options: Options
+    options: OutputOptions
     out: str | None
-    checked: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
+    check: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
     notes: Sequence[str] = ()
     adapter_rank: int | None = None
-    target: Target | None = None
-    calibrate: Calibrate | None = None
+    target: TargetSamples | None = None
+    calibrate: CalibrationOptions | None = None
 
-    def opened(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
+    def open_inputs(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
         """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
 
         Raises MagMaxError for a merge of adapters, which has no base.
@@ -75,13 +75,14 @@ class Plan:
         base = open_checkpoint(self.base)
         models = [open_checkpoint(m, base=base) for m in self.models]
         by_id = [
-            PREFIX + name in (path, path.rpartition("+")[2]) for name, path in zip(self.names, self.models, strict=True)
+            HUB_PREFIX + name in (path, path.rpartition("+")[2])
+            for name, path in zip(self.names, self.models, strict=True)
         ]
-        resolved = [model.place.removeprefix(PREFIX) for model in models]
+        resolved = [model.source.removeprefix(HUB_PREFIX) for model in models]
         names = [r if i else n for n, r, i in zip(self.names, resolved, by_id, strict=True)]
-        return self.checked(base, models), models, names
+        return self.check(base, models), models, names
 
-    def job(self, out: str | None = None, settings: Settings | None = None) -> Job:
+    def job(self, out: str | None = None, execution: ExecutionOptions | None = None) -> Job:
         """Open every input and check it. Raises MagMaxError for all that does not fit."""
         where = out or self.out
         if where is None:
@@ -90,25 +91,39 @@ class Plan:
             chosen = AdapterOptions(self.adapter_rank, self.options.scaling_factor, self.options.dtype)
             adapters = [open_adapter(m) for m in self.models]
             return adapter_job(self.rule, adapters, Path(where), chosen, self.names)[1]
-        base, models, names = self.opened()
-        rule = self.preferred(base, models, settings) if self.target else self.rule
+        base, models, names = self.open_inputs()
+        rule = self.rule_with_preference(base, models, execution) if self.target else self.rule
         job = merge_job(rule, base, models, where, self.options, names)
-        return self._calibrated(job, rule, base, models, names, settings or Settings()) if self.calibrate else job
+        return (
+            self._calibrated(job, rule, base, models, names, execution or ExecutionOptions()) if self.calibrate else job
+        )
 
     def _calibrated(
-        self, job: Job, rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], names: Sequence[str], to: Settings
+        self,
+        job: Job,
+        rule: Rule,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        names: Sequence[str],
+        execution: ExecutionOptions,
     ) -> Job:
         """The merge's job, calibrated: the merge is made in memory to measure it, and again as it is written."""
-        from ..calibration.calibration_job import calibrated
-        from ..calibration.rescale import InMemory
+        from ..calibration.calibration_job import calibrate_merge
+        from ..calibration.rescale import InMemoryCheckpoint
 
         assert self.calibrate is not None
-        tensors = merge_in_memory(rule.for_models(names), base, models, self.options, Settings(to.threads))
-        merged = InMemory(job.specs, tensors, base.aliases)
-        found = calibrating(self.calibrate, base, merged, models, names).measured(Settings(to.threads))
-        return replace(calibrated(job, found.coefficients, self.calibrate.told()), report=found.report.lines)
+        tensors = merge_in_memory(
+            rule.for_models(names), base, models, self.options, ExecutionOptions(execution.threads)
+        )
+        merged = InMemoryCheckpoint(job.specs, tensors, base.aliases)
+        found = prepare_calibration(self.calibrate, base, merged, models, names).measure(
+            ExecutionOptions(execution.threads)
+        )
+        return replace(calibrate_merge(job, found.coefficients, self.calibrate.provenance()), report=found.report.lines)
 
-    def preferred(self, base: Checkpoint, models: Sequence[Checkpoint], settings: Settings | None = None) -> Tunable:
+    def rule_with_preference(
+        self, base: Checkpoint, models: Sequence[Checkpoint], execution: ExecutionOptions | None = None
+    ) -> Tunable:
         """The rule, with the preference that comes from the target, if there is one."""
         if not isinstance(self.rule, Tunable):
             raise MagMaxError(f"a target says what the rule tunable prefers; the rule is {self.rule.name}")
@@ -116,10 +131,10 @@ class Plan:
             return self.rule.for_models(self.names)
         if self.rule.preference:
             raise MagMaxError("the rule tunable has a preference, and a target to take one from; keep one of the two")
-        from ..preference.text_target import text_preference
+        from ..preference.text_target import estimate_text_preference
 
         encoder = Path(self.target.encoder) if self.target.encoder else None
-        weights = text_preference(
+        weights = estimate_text_preference(
             self.target.method,
             Path(self.target.data),
             Path(self.target.samples),
@@ -129,7 +144,7 @@ class Plan:
             self.names,
             self.rule,
             self.options,
-            settings or Settings(),
+            execution or ExecutionOptions(),
             self.target.max_tokens,
         )
         return replace(self.rule, preference=weights)

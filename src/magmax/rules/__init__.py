@@ -6,21 +6,21 @@ import dataclasses
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from ..errors import MagMaxError, nearest
+from ..errors import MagMaxError, nearest_hint
 from .average import Average
 from .compose import chain
 from .consensus import Consensus
-from .contract import After, Before, Rule, State, StreamingRule
+from .contract import MergedTransform, Rule, State, StreamingRule, TaskVectorTransform
 from .elect import Elect, ElectSum
 from .karcher import Karcher
 from .kth_magnitude import KthMagnitude
 from .magmax import MagMax
 from .model_stock import ModelStock
 from .nearswap import NearSwap
-from .positions import Place, places
+from .positions import TensorPosition, tensor_positions
 from .random_mix import RandomMix
 from .sce import Sce
-from .schedules import Filters, Layers, Number, Numbers, PerModel, read
+from .schedules import Filters, Layers, Number, Numbers, PerModel, parse
 from .slerp import Slerp
 from .spectral.iso_c import IsoC
 from .spectral.iso_cts import IsoCTS
@@ -37,10 +37,8 @@ from .tunable.tunable_rule import Tunable
 
 __all__ = [
     "Address",
-    "After",
     "Array",
     "Average",
-    "Before",
     "Block",
     "Breadcrumbs",
     "CalibrateWeights",
@@ -56,12 +54,12 @@ __all__ = [
     "KthMagnitude",
     "Layers",
     "MagMax",
+    "MergedTransform",
     "ModelStock",
     "NearSwap",
     "Number",
     "Numbers",
     "PerModel",
-    "Place",
     "Prune",
     "RandomMix",
     "Rule",
@@ -70,51 +68,61 @@ __all__ = [
     "State",
     "StreamingRule",
     "TaskArithmetic",
+    "TaskVectorTransform",
+    "TensorPosition",
     "Ties",
     "TsvM",
     "Tunable",
     "chain",
-    "nearest",
-    "places",
-    "read",
+    "nearest_hint",
+    "parse",
+    "tensor_positions",
 ]
 
 RULES: tuple[type[Rule], ...] = (
     *(MagMax, Average, TaskArithmetic, Ties, Elect, ElectSum, Sce, RandomMix, KthMagnitude),
     *(Consensus, ModelStock, Karcher, Slerp, NearSwap, IsoC, IsoCTS, TsvM, Tunable),
 )
-TRANSFORMS: tuple[type[Before | After], ...] = (Prune, Dare, Della, Breadcrumbs, CalibrateWeights)
-BUILT_IN: dict[str, type[Rule | Before | After]] = {part.name: part for part in (*RULES, *TRANSFORMS)}
+TRANSFORMS: tuple[type[TaskVectorTransform | MergedTransform], ...] = (
+    Prune,
+    Dare,
+    Della,
+    Breadcrumbs,
+    CalibrateWeights,
+)
+BUILT_IN: dict[str, type[Rule | TaskVectorTransform | MergedTransform]] = {
+    part.name: part for part in (*RULES, *TRANSFORMS)
+}
 ENTRY_POINTS = "magmax.rules"
 
 
-def all_parts() -> dict[str, type[Rule | Before | After]]:
+def all_components() -> dict[str, type[Rule | TaskVectorTransform | MergedTransform]]:
     """Every rule and transform by name: the built-in ones, then those of installed packages."""
     return BUILT_IN | {p.name: p.load() for p in entry_points(group=ENTRY_POINTS) if p.name not in BUILT_IN}
 
 
-def find_part(name: str) -> type[Rule | Before | After]:
+def find_component(name: str) -> type[Rule | TaskVectorTransform | MergedTransform]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name in others:
         return others[name].load()
-    raise MagMaxError(f"there is no rule {name!r}; {nearest(name, sorted([*BUILT_IN, *others]))}")
+    raise MagMaxError(f"there is no rule {name!r}; {nearest_hint(name, sorted([*BUILT_IN, *others]))}")
 
 
-def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before | After:
+def make_component(name: str, options: dict[str, Any] | None = None) -> Rule | TaskVectorTransform | MergedTransform:
     """Build a rule or transform from its name and options, each checked against its own fields."""
-    kind = find_part(name)
+    kind = find_component(name)
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     ready: dict[str, Any] = {}
     for option, value in (options or {}).items():
         if option not in known:
-            hint = nearest(option, known) if known else "it takes none"
+            hint = nearest_hint(option, known) if known else "it takes none"
             raise MagMaxError(f"the rule {name} has no option {option!r}; {hint}")
         try:
-            ready[option] = _fit(value, hints[option])
+            ready[option] = _check_option(value, hints[option])
         except MagMaxError as error:
             raise MagMaxError(f"the rule {name} needs {option} to be {error}") from error
     return kind(**ready)
@@ -122,25 +130,25 @@ def make_part(name: str, options: dict[str, Any] | None = None) -> Rule | Before
 
 def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
     """Build a merge rule from its name and options."""
-    return chain(make_part(name, options))
+    return chain(make_component(name, options))
 
 
 def rule_from(content: Any) -> Rule:
     """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain."""
-    return chain(*_parts(content))
+    return chain(*_components(content))
 
 
-def _parts(content: Any) -> list[Rule | Before | After]:
+def _components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransform]:
     if isinstance(content, str):
-        return [make_part(content)]
+        return [make_component(content)]
     if isinstance(content, list):
-        return [part for item in cast("list[Any]", content) for part in _parts(item)]
+        return [part for item in cast("list[Any]", content) for part in _components(item)]
     if isinstance(content, dict) and len(cast("dict[Any, Any]", content)) == 1:
         ((name, options),) = cast("dict[Any, Any]", content).items()
         if name == "chain":
-            return _parts(options)
+            return _components(options)
         if options is None or isinstance(options, dict):
-            return [make_part(str(name), cast("dict[str, Any] | None", options))]
+            return [make_component(str(name), cast("dict[str, Any] | None", options))]
     raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {content!r}")
 
 
@@ -149,10 +157,10 @@ def as_rule(rule: Rule | str) -> Rule:
     return make_rule(rule) if isinstance(rule, str) else rule
 
 
-def _fit(value: Any, hint: Any) -> Any:
+def _check_option(value: Any, hint: Any) -> Any:
     """An option's value. Raises MagMaxError, in words that follow "needs it to be", for one that does not fit."""
     if hint in (Number, Numbers):
-        return read(value, per_model=hint == Numbers)
+        return parse(value, per_model=hint == Numbers)
     if get_origin(hint) is Literal:
         wanted = None if value in get_args(hint) else f"one of {', '.join(get_args(hint))}"
     elif not isinstance(hint, type):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .contract import State, StreamingRule, divide
-from .schedules import Numbers, each, need, one
+from .contract import State, StreamingRule, divide_in_place
+from .schedules import Numbers, for_all_models, for_model, validate_range
 from .statistics import Address, Array
 
 
@@ -27,30 +27,30 @@ class Average(StreamingRule):
 
     name: ClassVar[str] = "average"
     scaling_factor: ClassVar[float] = 1.0
-    selects: ClassVar[bool] = False
+    selects_entries: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482"
 
     weights: Numbers = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "weights", self.weights)
+        validate_range(self.name, "weights", self.weights)
 
     def check(self, tasks: int) -> None:
         super().check(tasks)
-        if not self.varies and sum(each(self.weights, tasks)) == 0:
+        if not self.varies_by_tensor and sum(for_all_models(self.weights, tasks)) == 0:
             raise MagMaxError("the weights of average sum to zero, so it has no mean; task_arithmetic needs none")
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        return add(state, task_vector, one(self.weights, task))
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
+        return add_weighted(state, task_vector, for_model(self.weights, task))
 
     def finish(self, state: State, tasks: int) -> Array:
         (total,) = state
-        divide(total, sum(each(self.weights, tasks)))
+        divide_in_place(total, sum(for_all_models(self.weights, tasks)))
         return total
 
 
-def add(state: State, task_vector: Array, weight: float) -> State:
+def add_weighted(state: State, task_vector: Array, weight: float) -> State:
     """One more summand, times its weight, to a running sum."""
     if weight != 1:
         task_vector *= weight

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import MagMaxError
-from .contract import After, Before, Rule, State, StreamingRule
-from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, namespace, seen
+from .contract import MergedTransform, Rule, State, StreamingRule, TaskVectorTransform
+from .statistics import Address, Array, Block, Scope, Span, Statistics, StatisticsRequest, namespace, through
 
 
 @dataclass(frozen=True)
-class Wrapping(Rule):
+class RuleWrapper(Rule):
     """A rule that does more than another one, and asks, costs and merges as that one where it does not say."""
 
     name: ClassVar[str] = "chain"
@@ -31,16 +31,16 @@ class Wrapping(Rule):
         return self.rule.memory
 
     @property
-    def default_factor(self) -> float:
-        return self.rule.default_factor
+    def default_scaling_factor(self) -> float:
+        return self.rule.default_scaling_factor
 
     @property
-    def questions_span(self) -> Span:
-        return self.rule.questions_span
+    def statistics_span(self) -> Span:
+        return self.rule.statistics_span
 
     @property
-    def whole(self) -> bool:
-        return self.rule.whole
+    def whole_tensor(self) -> bool:
+        return self.rule.whole_tensor
 
     @property
     def needs_base(self) -> bool:
@@ -56,60 +56,63 @@ class Wrapping(Rule):
     def describe(self) -> dict[str, Any]:
         return self.rule.describe()
 
-    def explain(self, answers: Collection[Answer]) -> str:
-        return self.rule.explain(answers)
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
+        return self.rule.summarize(all_statistics)
 
-    def plan(self, scope: Scope) -> Plan:
-        return self.rule.plan(scope)
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        return self.rule.statistics(scope)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        return self.rule.merge(block, answer)
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        return self.rule.merge(block, statistics)
 
 
 @dataclass(frozen=True)
-class Followed(Wrapping):
+class TransformedRule(RuleWrapper):
     """A rule, and a transform of what it merges."""
 
-    after: After
-    factor: float = 1.0
+    transform: MergedTransform
+    merge_factor: float = 1.0
 
     @property
     def passes(self) -> int:
-        return self.rule.passes + self.after.passes
+        return self.rule.passes + self.transform.passes
 
     @property
-    def questions_span(self) -> Span:
-        return self.rule.questions_span if self.rule.passes else Span.TENSOR
+    def statistics_span(self) -> Span:
+        return self.rule.statistics_span if self.rule.passes else Span.TENSOR
 
     @property
-    def needs_factor(self) -> bool:
+    def needs_scaling_factor(self) -> bool:
         return True
 
-    def scaled_by(self, factor: float) -> Followed:
-        return replace(self, factor=factor)
+    def for_scaling_factor(self, factor: float) -> TransformedRule:
+        return replace(self, merge_factor=factor)
 
     def check_names(self, names: Collection[str]) -> None:
         super().check_names(names)
-        self.after.check_names(names)
+        self.transform.check_names(names)
 
     def describe(self) -> dict[str, Any]:
         told = self.rule.describe()
-        return {"chain": [*told.get("chain", [told]), self.after.describe()]}
+        return {"chain": [*told.get("chain", [told]), self.transform.describe()]}
 
-    def explain(self, answers: Collection[Answer]) -> str:
-        told = [self.rule.explain([rules for rules, _ in answers]), self.after.explain([own for _, own in answers])]
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
+        told = [
+            self.rule.summarize([rules for rules, _ in all_statistics]),
+            self.transform.summarize([own for _, own in all_statistics]),
+        ]
         return "; ".join(filter(None, told))
 
-    def plan(self, scope: Scope) -> Plan:
-        rules = yield from self.rule.plan(scope)
-        return rules, (yield from self.after.plan(scope, partial(self.rule.merge, answer=rules)))
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        rules = yield from self.rule.statistics(scope)
+        return rules, (yield from self.transform.statistics(scope, partial(self.rule.merge, statistics=rules)))
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        rules, own = answer
-        return self.after.apply(block, partial(self.rule.merge, answer=rules), own, self.factor)
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        rules, own = statistics
+        return self.transform.apply(block, partial(self.rule.merge, statistics=rules), own, self.merge_factor)
 
 
-def chain(*parts: Before | Rule | After) -> Rule:
+def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
     """Transforms of the task vectors, in order, one merge rule, and transforms of what it merges.
 
     >>> import numpy as np
@@ -117,10 +120,10 @@ def chain(*parts: Before | Rule | After) -> Rule:
     >>> chain(Prune(keep=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
     array([3., 2.], dtype=float32)
     """
-    flat = [part for given in parts for part in _unfolded(given)]
-    befores = [part for part in flat if isinstance(part, Before)]
+    flat = [part for given in parts for part in _components(given)]
+    befores = [part for part in flat if isinstance(part, TaskVectorTransform)]
     rules = [part for part in flat if isinstance(part, Rule)]
-    afters = [part for part in flat if isinstance(part, After)]
+    afters = [part for part in flat if isinstance(part, MergedTransform)]
     if len(rules) != 1 or flat != [*befores, *rules, *afters]:
         names = ", ".join(getattr(p, "name", repr(p)) for p in flat) or "nothing"
         raise MagMaxError(
@@ -129,30 +132,32 @@ def chain(*parts: Before | Rule | After) -> Rule:
         )
     if len({*befores, *afters}) < len(befores) + len(afters):
         raise MagMaxError("a chain has the same transform twice; give each a seed, or another option, of its own")
-    merging = _merging(befores, rules[0])
+    merging = _compose(befores, rules[0])
     for after in afters:
-        merging = Followed(merging, after)
+        merging = TransformedRule(merging, after)
     return merging
 
 
-def _unfolded(part: Before | Rule | After) -> Sequence[Before | Rule | After]:
+def _components(
+    part: TaskVectorTransform | Rule | MergedTransform,
+) -> Sequence[TaskVectorTransform | Rule | MergedTransform]:
     """A rule that is followed by something, and that."""
-    return [*_unfolded(part.rule), part.after] if isinstance(part, Followed) else [part]
+    return [*_components(part.rule), part.transform] if isinstance(part, TransformedRule) else [part]
 
 
-def _merging(befores: Sequence[Before], rule: Rule) -> Rule:
+def _compose(befores: Sequence[TaskVectorTransform], rule: Rule) -> Rule:
     if not befores:
         return rule
-    if isinstance(rule, StreamingRule) and all(b.questions_span is None for b in befores):
+    if isinstance(rule, StreamingRule) and all(b.statistics_span is None for b in befores):
         return StreamingChain(tuple(befores), rule)
     return Chain(rule, tuple(befores))
 
 
 @dataclass(frozen=True)
-class Chain(Wrapping):
+class Chain(RuleWrapper):
     """A chain that asks questions, all of them over one span."""
 
-    before: tuple[Before, ...]
+    transforms: tuple[TaskVectorTransform, ...]
 
     def __post_init__(self) -> None:
         spans = {s.value for s in self._spans()}
@@ -161,37 +166,39 @@ class Chain(Wrapping):
 
     @property
     def passes(self) -> int:
-        return self.rule.passes + sum(b.passes for b in self.before)
+        return self.rule.passes + sum(b.passes for b in self.transforms)
 
     @property
     def memory(self) -> int:
-        return self.rule.memory + sum(b.memory for b in self.before)
+        return self.rule.memory + sum(b.memory for b in self.transforms)
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return next(iter(self._spans()), Span.MODEL)
 
     def _spans(self) -> Sequence[Span]:
-        spans = [b.questions_span for b in self.before if b.questions_span]
-        return [*spans, self.rule.questions_span] if self.rule.passes else spans
+        spans = [b.statistics_span for b in self.transforms if b.statistics_span]
+        return [*spans, self.rule.statistics_span] if self.rule.passes else spans
 
     def describe(self) -> dict[str, Any]:
-        return {"chain": [part.describe() for part in (*self.before, self.rule)]}
+        return {"chain": [part.describe() for part in (*self.transforms, self.rule)]}
 
-    def explain(self, answers: Collection[Answer]) -> str:
-        return self.rule.explain([rules for _, rules in answers])
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
+        return self.rule.summarize([rules for _, rules in all_statistics])
 
-    def plan(self, scope: Scope) -> Plan:
-        answers: list[Answer] = []
-        for place, before in enumerate(self.before):
-            left = partial(transformed, before=self.before[:place], answers=tuple(answers))
-            answers.append((yield from seen(before.plan(scope), left)))
-        rules = yield from seen(self.rule.plan(scope), partial(transformed, before=self.before, answers=answers))
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        answers: list[Statistics] = []
+        for place, before in enumerate(self.transforms):
+            left = partial(apply_transforms, before=self.transforms[:place], all_statistics=tuple(answers))
+            answers.append((yield from through(before.statistics(scope), left)))
+        rules = yield from through(
+            self.rule.statistics(scope), partial(apply_transforms, before=self.transforms, all_statistics=answers)
+        )
         return answers, rules
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        answers, rules = answer
-        return self.rule.merge(transformed(block, self.before, answers), rules)
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        answers, rules = statistics
+        return self.rule.merge(apply_transforms(block, self.transforms, answers), rules)
 
 
 @dataclass(frozen=True)
@@ -201,14 +208,14 @@ class StreamingChain(StreamingRule):
     name: ClassVar[str] = "chain"
     scaling_factor: ClassVar[float] = 1.0
     paper: ClassVar[str] = ""
-    selects: ClassVar[bool] = False
+    selects_entries: ClassVar[bool] = False
 
-    before: tuple[Before, ...]
+    transforms: tuple[TaskVectorTransform, ...]
     rule: StreamingRule
 
     @property
-    def default_factor(self) -> float:
-        return self.rule.default_factor
+    def default_scaling_factor(self) -> float:
+        return self.rule.default_scaling_factor
 
     def check(self, tasks: int) -> None:
         self.rule.check(tasks)
@@ -218,48 +225,50 @@ class StreamingChain(StreamingRule):
         return self.rule.slots(tasks)
 
     def describe(self) -> dict[str, Any]:
-        return {"chain": [part.describe() for part in (*self.before, self.rule)]}
+        return {"chain": [part.describe() for part in (*self.transforms, self.rule)]}
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        for before in self.before:
-            task_vector = before.apply(task_vector, task, at, None)
-        return self.rule.step(state, task_vector, task, at)
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
+        for before in self.transforms:
+            task_vector = before.apply(task_vector, task, address, None)
+        return self.rule.step(state, task_vector, task, address)
 
     def finish(self, state: State, tasks: int) -> Array:
         return self.rule.finish(state, tasks)
 
 
-def transformed(block: Block, before: Sequence[Before], answers: Sequence[Answer]) -> Block:
+def apply_transforms(
+    block: Block, before: Sequence[TaskVectorTransform], all_statistics: Sequence[Statistics]
+) -> Block:
     """The block as the transforms leave it; may overwrite the block's arrays."""
-    deltas = list(block.deltas)
-    for transform, answer in zip(before, answers, strict=False):
-        deltas = [transform.apply(delta, task, block.at, answer) for task, delta in enumerate(deltas, start=1)]
-    return replace(block, deltas=deltas)
+    deltas = list(block.task_vectors)
+    for transform, answer in zip(before, all_statistics, strict=False):
+        deltas = [transform.apply(delta, task, block.address, answer) for task, delta in enumerate(deltas, start=1)]
+    return replace(block, task_vectors=deltas)
 
 
 @dataclass(frozen=True)
-class Held(Wrapping):
+class CachedRule(RuleWrapper):
     """A rule that merges each block once and from then on gives copies, of the same models and with the same answer."""
 
-    known: dict[tuple[Address, int], Array] = field(
+    cache: dict[tuple[Address, int], Array] = field(
         default_factory=dict[tuple[Address, int], Array], repr=False, compare=False
     )
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        length = len(block.deltas[0])
-        if (merged := self.recalled(block.at, length)) is None:
-            self.known[block.at, length] = merged = self.rule.merge(block, answer)
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        length = len(block.task_vectors[0])
+        if (merged := self.cached_block(block.address, length)) is None:
+            self.cache[block.address, length] = merged = self.rule.merge(block, statistics)
             return namespace(merged).asarray(merged, copy=True)
         return merged
 
-    def recalled(self, at: Address, length: int) -> Array | None:
+    def cached_block(self, address: Address, length: int) -> Array | None:
         """A copy of what was merged of so many elements there, if it was."""
-        merged = self.known.get((at, length))
+        merged = self.cache.get((address, length))
         return None if merged is None else namespace(merged).asarray(merged, copy=True)
 
 
-def holding(rule: Rule) -> Rule:
+def with_cache(rule: Rule) -> Rule:
     """The rule, with that part of it held which is the same for every scaling factor."""
-    if isinstance(rule, Followed):
-        return replace(rule, rule=holding(rule.rule))
-    return rule if rule.needs_factor else Held(rule)
+    if isinstance(rule, TransformedRule):
+        return replace(rule, rule=with_cache(rule.rule))
+    return rule if rule.needs_scaling_factor else CachedRule(rule)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import MagMaxError
 from .contract import Rule
-from .statistics import Answer, Array, Block, namespace
+from .statistics import Array, Block, Statistics, namespace
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Consensus(Rule):
         if self.tasks > tasks:
             raise MagMaxError(f"consensus with tasks = {self.tasks} needs at least {self.tasks} models; {tasks} given")
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        total = block.deltas[0] + 0
-        for delta in block.deltas[1:]:
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        total = block.task_vectors[0] + 0
+        for delta in block.task_vectors[1:]:
             total += delta
         xp = namespace(total)
         votes = xp.zeros_like(total)
-        for delta in block.deltas:
+        for delta in block.task_vectors:
             votes += xp.astype(abs(delta) >= self.threshold * abs(total - delta), total.dtype)
         return xp.where(votes >= self.tasks, total, xp.zeros_like(total))

@@ -9,20 +9,20 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, cast
 
 from ..errors import MagMaxError
-from .positions import Place
-from .schedules import Value, written
-from .statistics import Address, Answer, Array, Block, Plan, Scope, Span, answered, namespace
+from .positions import TensorPosition
+from .schedules import Schedule, to_config
+from .statistics import Address, Array, Block, Scope, Span, Statistics, StatisticsRequest, namespace, run_locally
 
 State = tuple[Array, ...]
 """What a fold over tasks remembers: arrays of one block's shape."""
 
 
-Merge = Callable[[Block], Array]
+MergeFunction = Callable[[Block], Array]
 """What a rule makes of a block, whose task vectors it may overwrite."""
 
 
 @dataclass(frozen=True)
-class Part(ABC):
+class Component(ABC):
     """A rule or transform; its fields are its options.
 
     Attributes:
@@ -33,51 +33,52 @@ class Part(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    numpy_alone: ClassVar[bool] = False
+    cpu_only: ClassVar[bool] = False
 
     @property
-    def hindrances(self) -> list[str]:
+    def cpu_only_parts(self) -> list[str]:
         """What of it takes arrays in the processor's memory only, by name: nothing, where it works on a GPU too."""
-        inside = [name for option in _options(self) if isinstance(option, Part) for name in option.hindrances]
-        return [self.name] * self.numpy_alone + inside
+        inside = [name for option in _options(self) if isinstance(option, Component) for name in option.cpu_only_parts]
+        return [self.name] * self.cpu_only + inside
 
     @property
-    def varies(self) -> bool:
+    def varies_by_tensor(self) -> bool:
         """Whether any of its numbers differs from tensor to tensor."""
-        return any(option.varies for option in _options(self))
+        return any(option.varies_by_tensor for option in _options(self))
 
     @property
     def per_model(self) -> bool:
         """Whether any of its numbers is given for each model."""
         return any(option.per_model for option in _options(self))
 
-    def at(self, place: Place) -> Self:
+    def for_tensor(self, position: TensorPosition) -> Self:
         """The part as it is for one tensor; itself where nothing depends on the tensor."""
-        return _changed(self, lambda option: option.at(place)) if self.varies else self
+        return _with_options(self, lambda option: option.for_tensor(position)) if self.varies_by_tensor else self
 
     def for_models(self, names: Sequence[str]) -> Self:
         """The part, numbers given by the models' names put in the models' order."""
-        return _changed(self, lambda option: option.for_models(names)) if self.per_model else self
+        return _with_options(self, lambda option: option.for_models(names)) if self.per_model else self
 
-    def check_numbers(self, tasks: int) -> None:
+    def check_schedules(self, tasks: int) -> None:
         """Raise MagMaxError if numbers given for each model do not fit so many."""
         for field in fields(self):
-            for option in _inside(getattr(self, field.name)):
-                if isinstance(option, Part):
-                    option.check_numbers(tasks)
+            for option in _nested_options(getattr(self, field.name)):
+                if isinstance(option, Component):
+                    option.check_schedules(tasks)
                 elif problem := option.check(tasks):
                     raise MagMaxError(f"{self.name}: {field.name} {problem}")
 
     def describe(self) -> dict[str, Any]:
         """The part as a recipe writes it: {name: {option: value}}."""
-        return {self.name: {field.name: written(getattr(self, field.name)) for field in fields(self)}}
+        return {self.name: {field.name: to_config(getattr(self, field.name)) for field in fields(self)}}
 
 
 @dataclass(frozen=True)
-class Rule(Part):
+class Rule(Component):
     """A way to merge task vectors tau_t = theta_t - theta_0 into one.
 
-    A rule is a pure function of blocks. It may first ask questions of all blocks (`plan`); the answer goes into the
+    A rule is a pure function of blocks. It may first ask questions of all blocks (`statistics`); the answer goes
+    into the
     merge of each.
 
     Attributes:
@@ -100,17 +101,17 @@ class Rule(Part):
         return 0
 
     @property
-    def passes_told(self) -> str:
+    def passes_in_words(self) -> str:
         """`passes` in words, where they depend on options or on the number of tasks T."""
         return str(self.passes)
 
     @property
-    def default_factor(self) -> float:
+    def default_scaling_factor(self) -> float:
         """`scaling_factor`, or what it is for the rule at the end of a chain."""
         return self.scaling_factor
 
     @property
-    def whole(self) -> bool:
+    def whole_tensor(self) -> bool:
         """Whether it must have all of a tensor at once: `Block.shape` is then the tensor's."""
         return False
 
@@ -120,29 +121,29 @@ class Rule(Part):
         return False
 
     @property
-    def needs_factor(self) -> bool:
+    def needs_scaling_factor(self) -> bool:
         """Whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked first."""
         return False
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         """Over what the plan's questions range."""
         return Span.MODEL
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         """Ask what the merge must know; the number of yields is the number of extra passes. By default, none."""
         yield from ()
 
     @abstractmethod
-    def merge(self, block: Block, answer: Answer) -> Array:
+    def merge(self, block: Block, statistics: Statistics) -> Array:
         """The merged task vector of a block; may overwrite the block's task vectors."""
 
     def check(self, tasks: int) -> None:
         """Raise MagMaxError if the rule cannot merge so many tasks."""
         if tasks < 1:
             raise MagMaxError(f"{self.name} needs at least one model to merge; none was given")
-        self.check_numbers(tasks)
-        if self.varies and self.passes and self.questions_span is Span.MODEL:
+        self.check_schedules(tasks)
+        if self.varies_by_tensor and self.passes and self.statistics_span is Span.MODEL:
             raise MagMaxError(
                 f"{self.name} asks of the whole model, so its numbers must be the same for all tensors; "
                 "use span: tensor"
@@ -151,11 +152,11 @@ class Rule(Part):
     def check_names(self, names: Collection[str]) -> None:
         """Raise MagMaxError if an option names a tensor that is none of the model's. By default, none does."""
 
-    def scaled_by(self, factor: float) -> Rule:
+    def for_scaling_factor(self, factor: float) -> Rule:
         """The rule, where its result is going to be multiplied by `factor`. By default, itself."""
         return self
 
-    def explain(self, answers: Collection[Answer]) -> str:
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
         """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
         return ""
 
@@ -174,8 +175,8 @@ class Rule(Part):
         Rules that combine whole weights need theta_0 as `base`, of the same shape and library; the others ignore it.
         """
         self.check(len(task_vectors))
-        if self.varies:
-            return self.at(Place(key, depth))(task_vectors, key, offset, base=base)
+        if self.varies_by_tensor:
+            return self.for_tensor(TensorPosition(key, depth))(task_vectors, key, offset, base=base)
         if self.needs_base and base is None:
             raise MagMaxError(f"{self.name} combines whole weights, not task vectors alone; give base=theta_0")
         shapes = sorted({tuple(v.shape) for v in [*task_vectors, *([] if base is None else [base])]})
@@ -193,7 +194,7 @@ class Rule(Part):
         elements = math.prod(shape)
         row = elements // max(1, shape[0]) if len(shape) > 1 else elements
         scope = Scope(len(task_vectors), elements, dtype == xp.float64, row, {key: shape})
-        merged = self.merge(block, answered(self.plan(scope), block))
+        merged = self.merge(block, run_locally(self.statistics(scope), block))
         return xp.reshape(xp.astype(merged, dtype, copy=False), task_vectors[0].shape)
 
 
@@ -205,13 +206,13 @@ class StreamingRule(Rule):
     the merge of modules and the running merge all call exactly these two.
 
     Attributes:
-        selects: whether every remembered element is some task's own element, verbatim.
+        selects_entries: whether every remembered element is some task's own element, verbatim.
     """
 
-    selects: ClassVar[bool]
+    selects_entries: ClassVar[bool]
 
     @abstractmethod
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
         """Take in the task vector of task number `task` (from 1). `state` is () at first.
 
         Both `state` and `task_vector` belong to the rule from here on: it may overwrite them.
@@ -225,18 +226,18 @@ class StreamingRule(Rule):
         """How many arrays the state of so many tasks holds."""
         return min(tasks, 1)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
+    def merge(self, block: Block, statistics: Statistics) -> Array:
         state: State = ()
-        for task, vector in enumerate(block.deltas, start=1):
-            state = self.step(state, vector, task, block.at)
-        return self.finish(state, len(block.deltas))
+        for task, vector in enumerate(block.task_vectors, start=1):
+            state = self.step(state, vector, task, block.address)
+        return self.finish(state, len(block.task_vectors))
 
 
 _SIGNED: dict[Any, Any] = {}
 """Floating type -> the signed integer type of its width, of numpy or torch, as they are met."""
 
 
-def bits(values: Array) -> Array:
+def as_signed_bits(values: Array) -> Array:
     """The same memory as signed integers of the same width."""
     kind = _SIGNED.get(values.dtype)
     if kind is None:
@@ -245,12 +246,12 @@ def bits(values: Array) -> Array:
     return values.view(kind)
 
 
-def divide(values: Array, by: float) -> None:
+def divide_in_place(values: Array, by: float) -> None:
     """Divide in place, rounded once: by a bare number torch would multiply by its reciprocal on a GPU."""
     values /= namespace(values).asarray(by, dtype=values.dtype, device=getattr(values, "device", None))
 
 
-def keeps(incumbent: Array, challenger: Array) -> Array:
+def keeps_incumbent(incumbent: Array, challenger: Array) -> Array:
     """All ones where |incumbent| > |challenger|, all zeros where the challenger wins or ties; all three are `bits`.
 
     Magnitudes are compared as the integers their bits spell, an order equal to that of the numbers and in which NaN
@@ -264,33 +265,33 @@ def keeps(incumbent: Array, challenger: Array) -> Array:
     return mask
 
 
-def _options(part: Part) -> Iterator[Value | Part]:
+def _options(part: Component) -> Iterator[Schedule | Component]:
     for field in fields(part):
-        yield from _inside(getattr(part, field.name))
+        yield from _nested_options(getattr(part, field.name))
 
 
-def _inside(value: Any) -> Iterator[Value | Part]:
+def _nested_options(value: Any) -> Iterator[Schedule | Component]:
     """What of an option depends on a place: itself, or, of a tuple, each of its items."""
-    if isinstance(value, Value | Part):
+    if isinstance(value, Schedule | Component):
         yield value
     elif isinstance(value, tuple):
         for item in cast("tuple[Any, ...]", value):
-            yield from _inside(item)
+            yield from _nested_options(item)
 
 
-def _changed(part: Any, change: Callable[[Any], Any]) -> Any:
+def _with_options(part: Any, change: Callable[[Any], Any]) -> Any:
     """The part with everything that depends on a place changed."""
-    return replace(part, **{field.name: _change(getattr(part, field.name), change) for field in fields(part)})
+    return replace(part, **{field.name: _convert_option(getattr(part, field.name), change) for field in fields(part)})
 
 
-def _change(value: Any, change: Callable[[Any], Any]) -> Any:
+def _convert_option(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple):
-        return tuple(_change(item, change) for item in cast("tuple[Any, ...]", value))
-    return change(value) if isinstance(value, Value | Part) else value
+        return tuple(_convert_option(item, change) for item in cast("tuple[Any, ...]", value))
+    return change(value) if isinstance(value, Schedule | Component) else value
 
 
 @dataclass(frozen=True)
-class Before(Part):
+class TaskVectorTransform(Component):
     """A transform of one task vector at a time, which may first ask questions of all blocks."""
 
     @property
@@ -304,21 +305,21 @@ class Before(Part):
         return 0
 
     @property
-    def questions_span(self) -> Span | None:
+    def statistics_span(self) -> Span | None:
         """Over what the plan's questions range; None if it asks none."""
-        return None if type(self).plan is Before.plan else Span.MODEL
+        return None if type(self).statistics is TaskVectorTransform.statistics else Span.MODEL
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         """Ask what `apply` must know. By default, nothing."""
         yield from ()
 
     @abstractmethod
-    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
+    def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
         """The transformed task vector of task number `task` (from 1); may overwrite `delta`."""
 
 
 @dataclass(frozen=True)
-class After(Part):
+class MergedTransform(Component):
     """A transform of the merged task vector, which may first ask questions of all blocks.
 
     The task vectors of its blocks are those that came in, before any transform ahead of the rule.
@@ -329,15 +330,15 @@ class After(Part):
         """How many questions it asks, at the usual most; each is a pass over all inputs."""
         return 0
 
-    def plan(self, scope: Scope, merge: Merge) -> Plan:
+    def statistics(self, scope: Scope, merge: MergeFunction) -> StatisticsRequest:
         """Ask what `apply` must know. By default, nothing."""
         yield from ()
 
     @abstractmethod
-    def apply(self, block: Block, merge: Merge, answer: Answer, factor: float) -> Array:
+    def apply(self, block: Block, merge: MergeFunction, statistics: Statistics, factor: float) -> Array:
         """The transformed merge of a block; it is multiplied by the scaling factor `factor` afterwards."""
 
-    def explain(self, answers: Collection[Answer]) -> str:
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
         """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
         return ""
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .contract import Rule, bits
-from .schedules import Numbers, each, need
-from .statistics import Answer, Array, Block, namespace
+from .contract import Rule, as_signed_bits
+from .schedules import Numbers, for_all_models, validate_range
+from .statistics import Array, Block, Statistics, namespace
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Elect(Rule):
     weights: Numbers = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "weights", self.weights)
+        validate_range(self.name, "weights", self.weights)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        weights = each(self.weights, len(block.deltas))
-        weigh(block.deltas, weights)
-        return disjoint_mean(agreeing(block.deltas), weights, block.deltas[0])
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        weights = for_all_models(self.weights, len(block.task_vectors))
+        apply_weights(block.task_vectors, weights)
+        return disjoint_mean(keep_agreeing(block.task_vectors), weights, block.task_vectors[0])
 
 
 @dataclass(frozen=True)
@@ -62,37 +62,37 @@ class ElectSum(Rule):
     weights: Numbers = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "weights", self.weights)
+        validate_range(self.name, "weights", self.weights)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        weigh(block.deltas, each(self.weights, len(block.deltas)))
-        return left_sum(list(agreeing(block.deltas)))
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        apply_weights(block.task_vectors, for_all_models(self.weights, len(block.task_vectors)))
+        return fold_sum(list(keep_agreeing(block.task_vectors)))
 
 
-def weigh(deltas: Sequence[Array], weights: Sequence[float]) -> None:
+def apply_weights(task_vectors: Sequence[Array], weights: Sequence[float]) -> None:
     """Multiply each task vector by its weight, in place."""
-    for delta, weight in zip(deltas, weights, strict=True):
+    for delta, weight in zip(task_vectors, weights, strict=True):
         if weight != 1:
             delta *= weight
 
 
-def left_sum(deltas: Sequence[Array]) -> Array:
+def fold_sum(task_vectors: Sequence[Array]) -> Array:
     """A new array, the left fold of a sum; adding zero first makes the sum of negative zeros positive."""
-    total = deltas[0] + 0
-    for delta in deltas[1:]:
+    total = task_vectors[0] + 0
+    for delta in task_vectors[1:]:
         total += delta
     return total
 
 
-def agreeing(deltas: Sequence[Array], zero_is_negative: bool = False) -> Iterator[Array]:
+def keep_agreeing(task_vectors: Sequence[Array], zero_is_negative: bool = False) -> Iterator[Array]:
     """Of each task vector the entries that have the sign of their sum, zeros elsewhere."""
-    elected = bits(left_sum(deltas))
+    elected = as_signed_bits(fold_sum(task_vectors))
     # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
     opposite = ~(elected - int(zero_is_negative))
-    for delta in deltas:
-        kept = bits(delta) ^ opposite
+    for delta in task_vectors:
+        kept = as_signed_bits(delta) ^ opposite
         kept >>= 8 * delta.dtype.itemsize - 1
-        kept &= bits(delta)
+        kept &= as_signed_bits(delta)
         yield kept.view(delta.dtype)
 
 
@@ -104,7 +104,7 @@ def disjoint_mean(kept: Iterable[Array], weights: Sequence[float], like: Array) 
     for vector, weight in zip(kept, weights, strict=True):
         merged += vector
         present = xp.astype(vector != 0, share.dtype)
-        weigh([present], [weight])
+        apply_weights([present], [weight])
         share += present
     share += xp.astype(share == 0, share.dtype)
     merged /= xp.astype(share, merged.dtype, copy=False)

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError
-from .linear_combination import Combination
+from .linear_combination import LinearCombinationRule
 from .statistics import Sums
 
 
 @dataclass(frozen=True)
-class Karcher(Combination):
+class Karcher(LinearCombinationRule):
     """The models' mean length times the direction u whose squared angles to theirs, theta_t / |theta_t|, sum to least.
 
         u <- cos(|v|) u + sin(|v|) v / |v|,   v = mean{ angle(u, u_t) / sin(angle) * (u_t - <u, u_t> u) }

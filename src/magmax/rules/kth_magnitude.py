@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .contract import State, StreamingRule, bits, keeps
+from .contract import State, StreamingRule, as_signed_bits, keeps_incumbent
 from .statistics import Address, Array
 
 
@@ -23,7 +23,7 @@ class KthMagnitude(StreamingRule):
 
     name: ClassVar[str] = "kth_magnitude"
     scaling_factor: ClassVar[float] = 0.5
-    selects: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322, the ablation of the selection"
 
     k: int = 1
@@ -40,11 +40,11 @@ class KthMagnitude(StreamingRule):
         if self.k > tasks:
             raise MagMaxError(f"kth_magnitude with k = {self.k} needs at least {self.k} models; {tasks} given")
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        sinking = bits(task_vector)
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
+        sinking = as_signed_bits(task_vector)
         for ranked in state:
-            place = bits(ranked)
-            exchanged = ~keeps(place, sinking)
+            place = as_signed_bits(ranked)
+            exchanged = ~keeps_incumbent(place, sinking)
             exchanged &= place ^ sinking
             place ^= exchanged
             sinking ^= exchanged

@@ -11,14 +11,14 @@ import numpy as np
 
 from ..errors import MagMaxError
 from .contract import Rule
-from .statistics import Address, Answer, Array, Block, Fold, Plan, Scope, Span, Sums, namespace
+from .statistics import Address, Array, Block, Reduction, Scope, Span, Statistics, StatisticsRequest, Sums, namespace
 
 PIECE = 1 << 14
 """Elements multiplied at once: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
-class Gram(Fold):
+class GramReduction(Reduction):
     """The dot products of theta_0, tau_1, ..., tau_T with one another, in float64; zeros for theta_0 without `base`.
 
     Products of float32 numbers are exact in float64, and numpy's own pairwise sums, unlike BLAS, are the same on every
@@ -27,14 +27,14 @@ class Gram(Fold):
 
     tasks: int
     base: bool
-    apart: bool = True
+    per_block: bool = True
 
-    def zeros(self) -> Sums:
+    def initial(self) -> Sums:
         return np.zeros((1 + self.tasks, 1 + self.tasks))
 
-    def count(self, block: Block, into: Sums) -> None:
+    def update(self, block: Block, into: Sums) -> None:
         first = 0 if self.base else 1
-        arrays: list[Array] = [*([block.base] if self.base else []), *block.deltas]
+        arrays: list[Array] = [*([block.base] if self.base else []), *block.task_vectors]
         xp = namespace(arrays[0])
         for start in range(0, arrays[0].shape[0], PIECE):
             parts = [xp.astype(array[start : start + PIECE], xp.float64) for array in arrays]
@@ -45,7 +45,7 @@ class Gram(Fold):
 
 
 @dataclass(frozen=True)
-class Combination(Rule):
+class LinearCombinationRule(Rule):
     """A rule whose result is c_0 * theta_0 + c_1 * tau_1 + ... + c_T * tau_T, over each tensor or the whole model.
 
     The coefficients are found in one extra pass and in float64; the combination is a left fold in the type that is
@@ -63,26 +63,26 @@ class Combination(Rule):
         return 1
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span(self.span)
 
     @abstractmethod
     def coefficients(self, gram: Sums) -> Sequence[float]:
         """c_0, c_1, ..., c_T, of the dot products of theta_0, tau_1, ..., tau_T."""
 
-    def plan(self, scope: Scope) -> Plan:
-        question = Gram(scope.tasks, self.needs_base)
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        question = GramReduction(scope.tasks, self.needs_base)
         parts: Mapping[Address, Sums] = yield question
-        total = question.zeros()
+        total = question.initial()
         for at in sorted(parts):
             if not np.isfinite(parts[at]).all():
                 raise MagMaxError(f"{at.key}: {self.name} measures angles, and those of NaN or infinity are undefined")
             total += parts[at]
         return self.coefficients(total)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        start, *others = answer
-        merged, *deltas = block.deltas
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        start, *others = statistics
+        merged, *deltas = block.task_vectors
         merged *= others[0]
         for delta, coefficient in zip(deltas, others[1:], strict=True):
             delta *= coefficient
@@ -92,7 +92,7 @@ class Combination(Rule):
         return merged
 
 
-def alone(rule: Rule, tasks: int) -> None:
+def check_single_model(rule: Rule, tasks: int) -> None:
     """Raise MagMaxError unless exactly one model is merged."""
     if tasks != 1:
         raise MagMaxError(f"{rule.name} merges exactly one model with the base; {tasks or 'none'} given")

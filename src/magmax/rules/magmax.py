@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .contract import State, StreamingRule, bits, keeps
+from .contract import State, StreamingRule, as_signed_bits, keeps_incumbent
 from .statistics import Address, Array
 
 
@@ -25,15 +25,15 @@ class MagMax(StreamingRule):
 
     name: ClassVar[str] = "magmax"
     scaling_factor: ClassVar[float] = 0.5
-    selects: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322"
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
         if not state:
             return (task_vector,)
         (winner,) = state
-        held, new = bits(winner), bits(task_vector)
-        keep = keeps(held, new)
+        held, new = as_signed_bits(winner), as_signed_bits(task_vector)
+        keep = keeps_incumbent(held, new)
         held ^= new
         held &= keep
         held ^= new

@@ -9,14 +9,14 @@ from itertools import combinations
 from typing import ClassVar
 
 from ..errors import MagMaxError
-from .linear_combination import Combination
+from .linear_combination import LinearCombinationRule
 from .statistics import Sums
 
 SINGULAR = 1e-6
 
 
 @dataclass(frozen=True)
-class ModelStock(Combination):
+class ModelStock(LinearCombinationRule):
     """The mean task vector times a ratio that grows with the mean cosine of the angles between task vectors.
 
         m = r * mean(tau),   r = T c / (1 + (T - 1) c),   c = mean{ cos(tau_s, tau_t) : s < t }

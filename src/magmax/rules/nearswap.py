@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .contract import Rule
-from .linear_combination import alone
-from .schedules import Number, need, one
-from .statistics import Answer, Array, Block, namespace
+from .linear_combination import check_single_model
+from .schedules import Number, for_model, validate_range
+from .statistics import Array, Block, Statistics, namespace
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class NearSwap(Rule):
     t: Number = 0.0001
 
     def __post_init__(self) -> None:
-        need(self.name, "t", self.t, 0, per_model=False)
+        validate_range(self.name, "t", self.t, 0, per_model=False)
 
     def check(self, tasks: int) -> None:
-        alone(self, tasks)
+        check_single_model(self, tasks)
         super().check(tasks)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        (delta,) = block.deltas
-        t = one(self.t, 1)
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        (delta,) = block.task_vectors
+        t = for_model(self.t, 1)
         return namespace(delta).clip(delta, -t, t)

@@ -10,37 +10,38 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import Merge
-from .statistics import Address, Array, Block, Fold, Plan, Sums, namespace
+from .contract import MergeFunction
+from .statistics import Address, Array, Block, Reduction, StatisticsRequest, Sums, namespace
 
 PIECE = 1 << 14
 """Elements multiplied at once: few enough to stay in the processor's cache."""
 
 
-class Lengths(NamedTuple):
+class NormStatistics(NamedTuple):
     """What was measured of the tensors.
 
     Attributes:
         parts: of each tensor, how many elements its parts have: all of it, or a row.
         vectors: by tensor, the `measures` of the task vectors alone, shape (T, T + 1).
-        cut: by their beginnings, those of the parts that lie in several blocks, and of the merged vector with them,
+        cut_parts: by their beginnings, those of the parts that lie in several blocks, and of the merged vector with
+        them,
             shape (T + 1, T + 2).
     """
 
     parts: Mapping[str, int]
     vectors: Mapping[str, Sums]
-    cut: Mapping[Address, Sums]
+    cut_parts: Mapping[Address, Sums]
 
-    def of(self, block: Block, merge: Merge, angles: bool) -> tuple[Array, Sums]:
+    def of(self, block: Block, merge: MergeFunction, angles: bool) -> tuple[Array, Sums]:
         """The merge of a block, and the measures of each of its parts, shape (parts, T + 1, T + 2)."""
-        size = self.parts[block.at.key]
-        if _cut(block, size):
-            return merge(block), self.cut[_beginning(block.at, size)][None]
+        size = self.parts[block.address.key]
+        if _is_cut(block, size):
+            return merge(block), self.cut_parts[_part_start(block.address, size)][None]
         merged = merge(_copied(block))
-        return merged, measures([*block.deltas, merged], size, angles)
+        return merged, dot_products_and_norms([*block.task_vectors, merged], size, angles)
 
 
-def measures(vectors: Sequence[Array], size: int, angles: bool) -> Sums:
+def dot_products_and_norms(vectors: Sequence[Array], size: int, angles: bool) -> Sums:
     """The dot products of n vectors and, last, their L1 norms, in float64, over each `size` elements: (m, n, n + 1).
 
     Without `angles`, only those of a vector with itself; the others are zero. Products of float32 numbers are exact in
@@ -64,41 +65,41 @@ def measures(vectors: Sequence[Array], size: int, angles: bool) -> Sums:
 
 
 @dataclass(frozen=True)
-class Measures(Fold):
+class NormReduction(Reduction):
     """The `measures` of task vectors and, of a block with no whole number of parts, of its merge; zeros elsewhere."""
 
     parts: Mapping[str, int]
-    merge: Merge
+    merge: MergeFunction
     tasks: int
     angles: bool
-    apart: bool = True
+    per_block: bool = True
 
-    def zeros(self) -> Sums:
+    def initial(self) -> Sums:
         return np.zeros((self.tasks + 1, self.tasks + 2))
 
-    def count(self, block: Block, into: Sums) -> None:
-        size = self.parts.get(block.at.key)
+    def update(self, block: Block, into: Sums) -> None:
+        size = self.parts.get(block.address.key)
         if size is None:
             return
-        vectors = list(block.deltas)
-        if _cut(block, size):
+        vectors = list(block.task_vectors)
+        if _is_cut(block, size):
             vectors.append(self.merge(_copied(block)))
-        (found,) = measures(vectors, vectors[0].shape[0], self.angles)
+        (found,) = dot_products_and_norms(vectors, vectors[0].shape[0], self.angles)
         into[: len(vectors), : len(vectors)] += found[:, :-1]
         into[: len(vectors), -1] += found[:, -1]
 
 
-def measured(parts: Mapping[str, int], merge: Merge, tasks: int, angles: bool) -> Plan:
+def request_norms(parts: Mapping[str, int], merge: MergeFunction, tasks: int, angles: bool) -> StatisticsRequest:
     """Measure the tensors that `parts` names, adding up in the order of addresses; asks nothing if there are none."""
     vectors: dict[str, Sums] = {}
     cut: dict[Address, Sums] = {}
-    found: Mapping[Address, Sums] = (yield Measures(parts, merge, tasks, angles)) if parts else {}
+    found: Mapping[Address, Sums] = (yield NormReduction(parts, merge, tasks, angles)) if parts else {}
     for at in sorted(at for at in found if at.key in parts):
-        beginning = _beginning(at, parts[at.key])
+        beginning = _part_start(at, parts[at.key])
         cut[beginning] = cut.get(beginning, 0) + found[at]
         own = np.delete(found[at], tasks, axis=1)[:tasks]
         vectors[at.key] = vectors.get(at.key, 0) + own
-    return Lengths(parts, vectors, cut)
+    return NormStatistics(parts, vectors, cut)
 
 
 def cosines(dots: Sums) -> NDArray[np.float64]:
@@ -108,22 +109,22 @@ def cosines(dots: Sums) -> NDArray[np.float64]:
     return np.clip(np.divide(dots, products, where=products > 0, out=np.zeros_like(dots)), -1, 1)
 
 
-def mean_angle(dots: Sums) -> float:
+def mean_cosine(dots: Sums) -> float:
     """The mean cosine of two different vectors of n, from the dot products (n, n); 0 for a single one."""
     count = len(dots)
     found = cosines(dots)
     return math.fsum(found[np.tril_indices(count, -1)]) / max(1, count * (count - 1) // 2)
 
 
-def _cut(block: Block, size: int) -> bool:
+def _is_cut(block: Block, size: int) -> bool:
     """Whether the block holds no whole number of parts."""
-    return block.at.offset % size != 0 or block.deltas[0].shape[0] % size != 0
+    return block.address.offset % size != 0 or block.task_vectors[0].shape[0] % size != 0
 
 
-def _beginning(at: Address, size: int) -> Address:
+def _part_start(address: Address, size: int) -> Address:
     """Where the part that an address lies in begins."""
-    return Address(at.key, at.offset // size * size)
+    return Address(address.key, address.offset // size * size)
 
 
 def _copied(block: Block) -> Block:
-    return replace(block, deltas=[delta + 0 for delta in block.deltas])
+    return replace(block, task_vectors=[delta + 0 for delta in block.task_vectors])

@@ -10,15 +10,15 @@ FIRST = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared|token|patch|conv|stem|p
 """What a tensor outside of layers has in its name if it stands before them."""
 
 
-class Place(NamedTuple):
+class TensorPosition(NamedTuple):
     """A tensor's name, how deep in the model it lies (0 at the first layer, 1 at the last), and whether in a layer."""
 
     key: str
     depth: float
-    inside: bool = True
+    in_layer: bool = True
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
+def tensor_positions(names: Iterable[str]) -> dict[str, TensorPosition]:
     """Every tensor's place; the depth comes from the names alone.
 
     The first component that is a number tells the layer, and what stands before it the stack of layers. The depth is
@@ -37,7 +37,7 @@ def places(names: Iterable[str]) -> dict[str, Place]:
             return 0.0 if FIRST.search(name.lower()) else 1.0
         return ranks[stack][layer] / (len(ranks[stack]) - 1)
 
-    return {name: Place(name, depth(name), _layer(name) is not None) for name in found}
+    return {name: TensorPosition(name, depth(name), _layer(name) is not None) for name in found}
 
 
 def _layer(name: str) -> tuple[str, int] | None:

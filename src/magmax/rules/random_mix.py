@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .contract import State, StreamingRule, bits
-from .random import chance_mask
+from .contract import State, StreamingRule, as_signed_bits
+from .random import random_mask
 from .statistics import Address, Array
 
 
@@ -20,18 +20,18 @@ class RandomMix(StreamingRule):
 
     name: ClassVar[str] = "random_mix"
     scaling_factor: ClassVar[float] = 1.0
-    selects: ClassVar[bool] = True
+    selects_entries: ClassVar[bool] = True
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322, the RandMix baseline"
 
     seed: int = 0
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
         if not state:
             return (task_vector,)
         (held,) = state
-        exchanged = chance_mask(held, 1 / task, "random_mix", self.seed, task, at)
-        exchanged &= bits(held) ^ bits(task_vector)
-        place = bits(held)
+        exchanged = random_mask(held, 1 / task, "random_mix", self.seed, task, address)
+        exchanged &= as_signed_bits(held) ^ as_signed_bits(task_vector)
+        place = as_signed_bits(held)
         place ^= exchanged
         return (held,)
 

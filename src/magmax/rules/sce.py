@@ -8,17 +8,17 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from .contract import Rule, bits, divide
-from .elect import agreeing, disjoint_mean, left_sum, weigh
-from .schedules import Number, each, need
-from .selection import Cut, apply_mask, largest
-from .statistics import Answer, Array, Block, Counts, Fold, Plan, Scope, Span, namespace, seen
+from .contract import Rule, as_signed_bits, divide_in_place
+from .elect import apply_weights, disjoint_mean, fold_sum, keep_agreeing
+from .schedules import Number, for_all_models, validate_range
+from .selection import LargestEntries, apply_mask, request_largest
+from .statistics import Array, Block, Counts, Reduction, Scope, Span, Statistics, StatisticsRequest, namespace, through
 
 
-class Selected(NamedTuple):
+class SceStatistics(NamedTuple):
     """What SCE must know of a tensor before it merges it: which elements it selects, and each model's weight."""
 
-    cut: Cut | None
+    cut: LargestEntries | None
     weights: Sequence[float]
 
 
@@ -47,78 +47,78 @@ class Sce(Rule):
     density: Number = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "density", self.density, 0, 1, per_model=False)
+        validate_range(self.name, "density", self.density, 0, 1, per_model=False)
 
     @property
     def passes(self) -> int:
         return 1 if self.density == 1 else 5
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span.TENSOR
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         cut = None
-        (density,) = each(self.density, 1)
+        (density,) = for_all_models(self.density, 1)
         if density < 1:
-            varying: Counts = yield Varying()
+            varying: Counts = yield VaryingCount()
             wanted = round(density * int(varying[0]))
-            (cut,) = yield from seen(largest([wanted], Scope(1, scope.elements, wide=True)), spread)
-        squares: Counts = yield Squares(cut, scope.tasks)
-        sums = [_whole(of_task) for of_task in squares]
+            (cut,) = yield from through(request_largest([wanted], Scope(1, scope.elements, float64=True)), variances)
+        squares: Counts = yield SquareSums(cut, scope.tasks)
+        sums = [_exact_sum(of_task) for of_task in squares]
         total = sum(sums)
-        return Selected(cut, [part / total if total else 1 / scope.tasks for part in sums])
+        return SceStatistics(cut, [part / total if total else 1 / scope.tasks for part in sums])
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        selected: Selected = answer
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        selected: SceStatistics = statistics
         _select(block, selected.cut)
-        kept = list(agreeing(block.deltas))
-        weigh(kept, selected.weights)
-        return disjoint_mean(kept, selected.weights, block.deltas[0])
+        kept = list(keep_agreeing(block.task_vectors))
+        apply_weights(kept, selected.weights)
+        return disjoint_mean(kept, selected.weights, block.task_vectors[0])
 
 
-def spread(block: Block) -> Block:
+def variances(block: Block) -> Block:
     """Per element the sum of squared distances from the mean of the task vectors, in float64: T times the variance."""
-    xp = namespace(block.deltas[0])
-    apart = [xp.astype(delta, xp.float64) - block.deltas[0] for delta in block.deltas]
-    mean = left_sum(apart)
-    divide(mean, len(apart))
-    return Block(block.at, [left_sum([(distance - mean) ** 2 for distance in apart])])
+    xp = namespace(block.task_vectors[0])
+    apart = [xp.astype(delta, xp.float64) - block.task_vectors[0] for delta in block.task_vectors]
+    mean = fold_sum(apart)
+    divide_in_place(mean, len(apart))
+    return Block(block.address, [fold_sum([(distance - mean) ** 2 for distance in apart])])
 
 
-def _select(block: Block, cut: Cut | None) -> None:
+def _select(block: Block, cut: LargestEntries | None) -> None:
     """Zero, in place, every entry of the elements that are not selected."""
     if cut is not None:
-        mask = cut.mask(spread(block).deltas[0], block.at)
-        for delta in block.deltas:
-            apply_mask(bits(delta), mask)
+        mask = cut.mask(variances(block).task_vectors[0], block.address)
+        for delta in block.task_vectors:
+            apply_mask(as_signed_bits(delta), mask)
 
 
 @dataclass(frozen=True)
-class Varying(Fold):
+class VaryingCount(Reduction):
     """How many elements are not the same in all task vectors."""
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(1, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
-        into[0] += np.count_nonzero(np.asarray(spread(block).deltas[0]))
+    def update(self, block: Block, into: Counts) -> None:
+        into[0] += np.count_nonzero(np.asarray(variances(block).task_vectors[0]))
 
 
 @dataclass(frozen=True)
-class Squares(Fold):
+class SquareSums(Reduction):
     """Per task the exact sum of the squares of its selected entries: by exponent, the upper and the lower 26 bits of
     the mantissas, added up as integers."""
 
-    cut: Cut | None
+    cut: LargestEntries | None
     tasks: int
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros((self.tasks, 2, 2048), np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
+    def update(self, block: Block, into: Counts) -> None:
         _select(block, self.cut)
-        for delta, (upper, lower) in zip(block.deltas, into, strict=True):
+        for delta, (upper, lower) in zip(block.task_vectors, into, strict=True):
             squares = np.asarray(delta).astype(np.float64)
             squares *= squares
             codes = squares.view(np.int64)
@@ -128,7 +128,7 @@ class Squares(Fold):
             lower += np.bincount(exponents, mantissas & ((1 << 26) - 1), 2048).astype(np.int64)
 
 
-def _whole(counts: Counts) -> int:
+def _exact_sum(counts: Counts) -> int:
     """A sum of squares in units of the least positive float64."""
     upper, lower = counts.tolist()
     return sum(((u << 26) + v) << max(0, e - 1) for e, (u, v) in enumerate(zip(upper, lower, strict=True)))

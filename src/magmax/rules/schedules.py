@@ -8,20 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
-from ..errors import MagMaxError, nearest
-from .positions import Place
+from ..errors import MagMaxError, nearest_hint
+from .positions import TensorPosition
 
-FORMS = (
+ACCEPTED_FORMS = (
     "a number, {layers: [first, ..., last]}, or a list of {filter: PART_OF_A_NAME, value: NUMBER} that ends with a "
     "value without a filter"
 )
 
 
-class Value(ABC):
+class Schedule(ABC):
     """A number that is not the same everywhere."""
 
     @property
-    def varies(self) -> bool:
+    def varies_by_tensor(self) -> bool:
         """Whether it differs from tensor to tensor."""
         return True
 
@@ -31,7 +31,7 @@ class Value(ABC):
         return False
 
     @abstractmethod
-    def at(self, place: Place) -> float | Value:
+    def for_tensor(self, position: TensorPosition) -> float | Schedule:
         """What it is for one tensor."""
 
     @abstractmethod
@@ -39,10 +39,10 @@ class Value(ABC):
         """Every number it is made of; all that it can be lie between the least and the greatest."""
 
     @abstractmethod
-    def written(self) -> Any:
+    def to_config(self) -> Any:
         """The value as a recipe writes it."""
 
-    def for_models(self, names: Sequence[str]) -> Self | Value:
+    def for_models(self, names: Sequence[str]) -> Self | Schedule:
         """The value, once the models' names and order are known."""
         return self
 
@@ -52,13 +52,13 @@ class Value(ABC):
 
 
 @dataclass(frozen=True)
-class Layers(Value):
+class Layers(Schedule):
     """A gradient over the layers: its numbers at equal distances from depth 0 to depth 1, linear in between.
 
     Tensors in no layer (embeddings, final norms, heads) lie at the ends, or, with outside="first", as mergekit has it,
     take the first number.
 
-    >>> Layers((0, 1, 0.5)).at(Place("layers.3.weight", 0.75))
+    >>> Layers((0, 1, 0.5)).for_tensor(TensorPosition("layers.3.weight", 0.75))
     0.75
     """
 
@@ -71,9 +71,9 @@ class Layers(Value):
         if self.outside not in ("ends", "first"):
             raise MagMaxError(f"Layers needs outside to be ends or first, not {self.outside!r}")
 
-    def at(self, place: Place) -> float:
+    def for_tensor(self, position: TensorPosition) -> float:
         last = len(self.values) - 1
-        depth = place.depth if place.inside or self.outside == "ends" else 0
+        depth = position.depth if position.in_layer or self.outside == "ends" else 0
         scaled = depth * last
         low = int(scaled)
         part = scaled - low
@@ -82,15 +82,15 @@ class Layers(Value):
     def numbers(self) -> Iterator[float]:
         yield from self.values
 
-    def written(self) -> Any:
+    def to_config(self) -> Any:
         return {"layers": list(self.values), **({"outside": "first"} if self.outside == "first" else {})}
 
 
 @dataclass(frozen=True)
-class Filters(Value):
+class Filters(Schedule):
     """A value by tensor name: that of the first entry whose filter is a part of the name; the last one has no filter.
 
-    >>> Filters((("attn", 0.5), (None, 1.0))).at(Place("layers.3.mlp.weight", 0.75))
+    >>> Filters((("attn", 0.5), (None, 1.0))).for_tensor(TensorPosition("layers.3.mlp.weight", 0.75))
     1.0
     """
 
@@ -101,16 +101,16 @@ class Filters(Value):
         if without != [len(self.entries) - 1]:
             raise MagMaxError("a list of {filter, value} whose last entry, and no other, has no filter: the default")
 
-    def at(self, place: Place) -> float:
-        value = next(value for part, value in self.entries if part is None or part in place.key)
-        return value.at(place) if isinstance(value, Layers) else value
+    def for_tensor(self, position: TensorPosition) -> float:
+        value = next(value for part, value in self.entries if part is None or part in position.key)
+        return value.for_tensor(position) if isinstance(value, Layers) else value
 
     def numbers(self) -> Iterator[float]:
         for _, value in self.entries:
-            yield from numbers(value)
+            yield from all_numbers(value)
 
-    def written(self) -> Any:
-        return [{**({"filter": part} if part is not None else {}), "value": written(v)} for part, v in self.entries]
+    def to_config(self) -> Any:
+        return [{**({"filter": part} if part is not None else {}), "value": to_config(v)} for part, v in self.entries]
 
 
 Number = float | Layers | Filters
@@ -118,32 +118,32 @@ Number = float | Layers | Filters
 
 
 @dataclass(frozen=True)
-class PerModel(Value):
+class PerModel(Schedule):
     """A value for each model, in their order.
 
-    >>> each(PerModel((0.5, Layers((0, 1)))).at(Place("layers.3.weight", 0.75)), 2)
+    >>> for_all_models(PerModel((0.5, Layers((0, 1)))).for_tensor(TensorPosition("layers.3.weight", 0.75)), 2)
     [0.5, 0.75]
     """
 
     values: tuple[Number, ...]
 
     @property
-    def varies(self) -> bool:
-        return any(isinstance(value, Value) for value in self.values)
+    def varies_by_tensor(self) -> bool:
+        return any(isinstance(value, Schedule) for value in self.values)
 
     @property
     def per_model(self) -> bool:
         return True
 
-    def at(self, place: Place) -> PerModel:
-        return PerModel(tuple(at(value, place) for value in self.values)) if self.varies else self
+    def for_tensor(self, position: TensorPosition) -> PerModel:
+        return PerModel(tuple(resolve(value, position) for value in self.values)) if self.varies_by_tensor else self
 
     def numbers(self) -> Iterator[float]:
         for value in self.values:
-            yield from numbers(value)
+            yield from all_numbers(value)
 
-    def written(self) -> Any:
-        return [written(value) for value in self.values]
+    def to_config(self) -> Any:
+        return [to_config(value) for value in self.values]
 
     def check(self, tasks: int) -> str | None:
         if len(self.values) == tasks:
@@ -152,7 +152,7 @@ class PerModel(Value):
 
 
 @dataclass(frozen=True)
-class Named(Value):
+class PerModelName(Schedule):
     """A value for each model, by the name that a recipe gives it; `for_models` makes it a `PerModel`."""
 
     values: tuple[tuple[str, Number], ...]
@@ -161,21 +161,21 @@ class Named(Value):
     def per_model(self) -> bool:
         return True
 
-    def at(self, place: Place) -> Named:
+    def for_tensor(self, position: TensorPosition) -> PerModelName:
         return self
 
     def numbers(self) -> Iterator[float]:
         for _, value in self.values:
-            yield from numbers(value)
+            yield from all_numbers(value)
 
-    def written(self) -> Any:
-        return {name: written(value) for name, value in self.values}
+    def to_config(self) -> Any:
+        return {name: to_config(value) for name, value in self.values}
 
     def for_models(self, names: Sequence[str]) -> PerModel:
         given = dict(self.values)
         for name in given:
             if name not in names:
-                raise MagMaxError(f"there is no model {name!r} to have a number; {nearest(name, list(names))}")
+                raise MagMaxError(f"there is no model {name!r} to have a number; {nearest_hint(name, list(names))}")
         missing = [name for name in names if name not in given]
         if missing:
             raise MagMaxError(f"no number is given for {', '.join(missing)}; every model needs one")
@@ -185,31 +185,31 @@ class Named(Value):
         return "names its models, whose names only a recipe knows; give a list, in the models' order"
 
 
-Numbers = Number | PerModel | Named
+Numbers = Number | PerModel | PerModelName
 """The type of an option that may depend on the tensor and on the model."""
 
 
-def at(value: Number, place: Place) -> float:
+def resolve(value: Number, position: TensorPosition) -> float:
     """What a value is for one tensor."""
-    return value.at(place) if isinstance(value, Value) else value
+    return value.for_tensor(position) if isinstance(value, Schedule) else value
 
 
-def each(value: Numbers, tasks: int) -> list[float]:
+def for_all_models(value: Numbers, tasks: int) -> list[float]:
     """The number of each model, of a value that depends on the model alone."""
-    return [one(value, task) for task in range(1, tasks + 1)]
+    return [for_model(value, task) for task in range(1, tasks + 1)]
 
 
-def one(value: Numbers, task: int) -> float:
+def for_model(value: Numbers, task: int) -> float:
     """The number of model number `task` (from 1), of a value that depends on the model alone."""
     own = value.values[task - 1] if isinstance(value, PerModel) else value
-    if isinstance(own, Value):
-        raise MagMaxError(f"{written(value)} depends on the place; resolve the rule first, with its `at`")
+    if isinstance(own, Schedule):
+        raise MagMaxError(f"{to_config(value)} depends on the place; resolve the rule first, with its `at`")
     return own
 
 
-def numbers(value: Any) -> Iterator[float]:
+def all_numbers(value: Any) -> Iterator[float]:
     """Every number that a value is made of. Raises MagMaxError for what is no value."""
-    if isinstance(value, Value):
+    if isinstance(value, Schedule):
         yield from value.numbers()
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value if isinstance(value, float) or abs(value) < 1 << 1000 else math.inf
@@ -217,66 +217,66 @@ def numbers(value: Any) -> Iterator[float]:
         raise MagMaxError(f"{value!r} is not a number, Layers, Filters or PerModel; `values.read` takes lists and maps")
 
 
-def written(value: Any) -> Any:
+def to_config(value: Any) -> Any:
     """An option as a recipe writes it."""
-    return value.written() if isinstance(value, Value) else value
+    return value.to_config() if isinstance(value, Schedule) else value
 
 
-def need(
+def validate_range(
     part: str, option: str, value: Any, low: float = -math.inf, high: float = math.inf, per_model: bool = True
 ) -> None:
     """Raise MagMaxError unless every number of an option is finite and from `low` to `high`; or where it is given for
     each model, and may not be."""
-    if not per_model and isinstance(value, Value) and value.per_model:
-        raise MagMaxError(f"{part} needs one {option} for all models, not one for each: {written(value)}")
-    for number in numbers(value):
+    if not per_model and isinstance(value, Schedule) and value.per_model:
+        raise MagMaxError(f"{part} needs one {option} for all models, not one for each: {to_config(value)}")
+    for number in all_numbers(value):
         if not low <= number <= high or not math.isfinite(number):
             limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
             wanted = limits if math.isfinite(low) else "a finite number"
-            given = f"{number}" if number is value else f"{number} in {written(value)}"
+            given = f"{number}" if number is value else f"{number} in {to_config(value)}"
             raise MagMaxError(f"{part} needs {option} {wanted}, not {given}")
 
 
-def read(content: Any, per_model: bool = True) -> Numbers:
+def parse(content: Any, per_model: bool = True) -> Numbers:
     """An option as a recipe writes it: see FORMS; per model, a list of these or a map from the models' names.
 
     Raises:
         MagMaxError: in words that follow "needs OPTION to be".
     """
-    forms = FORMS + "; or a list of these, one for each model, or a map from model to number" * per_model
+    forms = ACCEPTED_FORMS + "; or a list of these, one for each model, or a map from model to number" * per_model
     refusal = MagMaxError(f"{forms}, not {content!r}")
-    if _number(content):
+    if _parse_number(content):
         return content
     if isinstance(content, list) and content:
         items = cast("list[Any]", content)
         if all(isinstance(item, dict) and "value" in item for item in items):
-            return _filters(cast("list[dict[str, Any]]", items), refusal)
+            return _parse_filters(cast("list[dict[str, Any]]", items), refusal)
         if per_model:
-            return PerModel(tuple(cast("Number", read(item, per_model=False)) for item in items))
+            return PerModel(tuple(cast("Number", parse(item, per_model=False)) for item in items))
     if isinstance(content, dict) and content:
         pairs = cast("dict[Any, Any]", content)
         if pairs.get("outside", "first") == "first" and {"layers"} <= set(pairs) <= {"layers", "outside"}:
-            return _layers(pairs["layers"], "first" if "outside" in pairs else "ends", refusal)
+            return _parse_layers(pairs["layers"], "first" if "outside" in pairs else "ends", refusal)
         if per_model and "value" not in pairs and all(isinstance(name, str) for name in pairs):
-            return Named(tuple((n, cast("Number", read(item, per_model=False))) for n, item in pairs.items()))
+            return PerModelName(tuple((n, cast("Number", parse(item, per_model=False))) for n, item in pairs.items()))
     raise refusal
 
 
-def _layers(content: Any, outside: Literal["ends", "first"], refusal: MagMaxError) -> Layers:
-    if not isinstance(content, list) or not content or not all(map(_number, cast("list[Any]", content))):
+def _parse_layers(content: Any, outside: Literal["ends", "first"], refusal: MagMaxError) -> Layers:
+    if not isinstance(content, list) or not content or not all(map(_parse_number, cast("list[Any]", content))):
         raise refusal
     return Layers(tuple(cast("list[float]", content)), outside)
 
 
-def _filters(entries: Sequence[Mapping[str, Any]], refusal: MagMaxError) -> Filters:
+def _parse_filters(entries: Sequence[Mapping[str, Any]], refusal: MagMaxError) -> Filters:
     found: list[tuple[str | None, float | Layers]] = []
     for entry in entries:
-        part, value = entry.get("filter"), read(entry["value"], per_model=False)
+        part, value = entry.get("filter"), parse(entry["value"], per_model=False)
         if not set(entry) <= {"filter", "value"} or isinstance(value, Filters) or not isinstance(part, str | None):
             raise refusal
         found.append((None if part == "*" else part, cast("float | Layers", value)))
     return Filters(tuple(found))
 
 
-def _number(content: Any) -> bool:
+def _parse_number(content: Any) -> bool:
     return type(content) in (int, float)

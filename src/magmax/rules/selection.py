@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .statistics import Address, Array, Block, Counts, Fold, Scope, namespace
+from .statistics import Address, Array, Block, Counts, Reduction, Scope, namespace
 
 BINS = 1 << 16
 SAMPLE = 1 << 11
 
 
-class Rank(NamedTuple):
+class KthMagnitudeCode(NamedTuple):
     """The k-th largest magnitude of one task vector.
 
     Attributes:
@@ -30,7 +30,7 @@ class Rank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut:
+class LargestEntries:
     """Which entries of one task vector are its k largest: those above a magnitude, and of those equal to it the first.
 
     Attributes:
@@ -41,25 +41,29 @@ class Cut:
     """
 
     code: int
-    last: Address | None = None
-    first: int = 0
-    wide: bool = False
+    last_equal: Address | None = None
+    equal_before: int = 0
+    float64: bool = False
 
-    def mask(self, delta: Array, at: Address) -> Array:
+    def mask(self, task_vector: Array, address: Address) -> Array:
         """All ones (as signed integers) where an entry is kept, all zeros elsewhere."""
-        codes = magnitude_codes(delta, self.wide)
-        least = self.code if self.last is None or at <= self.last else self.code + 1
-        equal = namespace(codes).nonzero(codes == self.code)[0] if at == self.last else ()
-        surplus = equal[self.first :]
+        codes = magnitude_codes(task_vector, self.float64)
+        least = self.code if self.last_equal is None or address <= self.last_equal else self.code + 1
+        equal = namespace(codes).nonzero(codes == self.code)[0] if address == self.last_equal else ()
+        surplus = equal[self.equal_before :]
         mask = (least - 1) - codes
-        mask >>= 63 if self.wide else 31
+        mask >>= 63 if self.float64 else 31
         if len(surplus):
             mask[surplus] = 0
         return mask
 
-    def drops(self, at: Address, equal: int) -> bool:
+    def drops_any_equal(self, address: Address, equal: int) -> bool:
         """Whether not all of a block's `equal` entries of just this magnitude are kept."""
-        return equal > 0 and self.last is not None and (at > self.last or (at == self.last and equal > self.first))
+        return (
+            equal > 0
+            and self.last_equal is not None
+            and (address > self.last_equal or (address == self.last_equal and equal > self.equal_before))
+        )
 
 
 def apply_mask(values: Array, mask: Array, invert: bool = False) -> None:
@@ -67,30 +71,30 @@ def apply_mask(values: Array, mask: Array, invert: bool = False) -> None:
     values &= namespace(mask).astype(~mask if invert else mask, values.dtype, copy=False)
 
 
-def magnitude_codes(delta: Array, wide: bool) -> Array:
+def magnitude_codes(task_vector: Array, wide: bool) -> Array:
     """Magnitudes as integers of the same order: the bits of |delta|, of float64 if `wide`, else of float32."""
-    xp = namespace(delta)
+    xp = namespace(task_vector)
     if wide:
-        return xp.astype(delta, xp.float64, copy=False).view(xp.int64) & ((1 << 63) - 1)
-    return delta.view(xp.int32) & ((1 << 31) - 1)
+        return xp.astype(task_vector, xp.float64, copy=False).view(xp.int64) & ((1 << 63) - 1)
+    return task_vector.view(xp.int32) & ((1 << 31) - 1)
 
 
 @dataclass(frozen=True)
-class Window(Fold):
+class CodeHistogram(Reduction):
     """Per task: how many magnitudes lie above a window of codes, and a histogram of those within it."""
 
     lows: Sequence[int]
     shift: int
-    wide: bool
-    sample: int = 0
+    float64: bool
+    sampled: int = 0
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros((len(self.lows), 1 + BINS), np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
+    def update(self, block: Block, into: Counts) -> None:
         reach = BINS << self.shift
-        for low, delta, counts in zip(self.lows, block.deltas, into, strict=True):
-            above = np.asarray(magnitude_codes(delta, self.wide)).reshape(-1)
+        for low, delta, counts in zip(self.lows, block.task_vectors, into, strict=True):
+            above = np.asarray(magnitude_codes(delta, self.float64)).reshape(-1)
             above -= above.dtype.type(low)
             inside = above.view(f"u{above.itemsize}") < reach
             places = above[inside] >> self.shift
@@ -102,22 +106,22 @@ class Window(Fold):
 
 
 @dataclass(frozen=True)
-class Equals(Fold):
+class EqualCounts(Reduction):
     """Per task: how many magnitudes are exactly its code, block by block."""
 
     codes: Sequence[int]
-    wide: bool
-    apart: bool = True
+    float64: bool
+    per_block: bool = True
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(len(self.codes), np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
-        for task, (code, delta) in enumerate(zip(self.codes, block.deltas, strict=True)):
-            into[task] += np.count_nonzero(np.asarray(magnitude_codes(delta, self.wide)) == code)
+    def update(self, block: Block, into: Counts) -> None:
+        for task, (code, delta) in enumerate(zip(self.codes, block.task_vectors, strict=True)):
+            into[task] += np.count_nonzero(np.asarray(magnitude_codes(delta, self.float64)) == code)
 
 
-def largest(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Cut]]:
+def request_largest(keeps: Sequence[int], scope: Scope) -> Generator[Reduction, Any, list[LargestEntries]]:
     """Find each task vector's entries of largest magnitude, exactly as many as `keeps` says of it.
 
     Equal ones go by tensor name, then offset.
@@ -125,58 +129,64 @@ def largest(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Cut
     One pass over everything, mostly, as of `ranked`; where more entries are equal to the k-th than are to be kept,
     another finds the last of them.
     """
-    ranks = yield from ranked(keeps, scope)
+    ranks = yield from request_kth_magnitudes(keeps, scope)
     if all(rank.wanted == rank.equal for rank in ranks):
-        return [Cut(rank.code, wide=scope.wide) for rank in ranks]
-    return exact_cuts(ranks, (yield Equals([rank.code for rank in ranks], scope.wide)), scope.wide)
+        return [LargestEntries(rank.code, float64=scope.float64) for rank in ranks]
+    return largest_entries(ranks, (yield EqualCounts([rank.code for rank in ranks], scope.float64)), scope.float64)
 
 
-def exact_cuts(ranks: Sequence[Rank], equals: Mapping[Address, Counts], wide: bool) -> list[Cut]:
+def largest_entries(
+    ranks: Sequence[KthMagnitudeCode], equals: Mapping[Address, Counts], wide: bool
+) -> list[LargestEntries]:
     """Which entries are the largest, given how many entries of each block equal each task's k-th."""
     order = sorted(equals)
-    found: list[Cut] = []
+    found: list[LargestEntries] = []
     for task, (code, wanted, equal) in enumerate(ranks):
         if wanted == equal:
-            found.append(Cut(code, wide=wide))
+            found.append(LargestEntries(code, float64=wide))
             continue
         counts = np.array([int(equals[at][task]) for at in order])
         last = int(np.searchsorted(np.cumsum(counts), wanted))
-        found.append(Cut(code, order[last], wanted - int(counts[:last].sum()), wide))
+        found.append(LargestEntries(code, order[last], wanted - int(counts[:last].sum()), wide))
     return found
 
 
-def ranked(keeps: Sequence[int], scope: Scope) -> Generator[Fold, Any, list[Rank]]:
+def request_kth_magnitudes(keeps: Sequence[int], scope: Scope) -> Generator[Reduction, Any, list[KthMagnitudeCode]]:
     """Find each task vector's k-th largest magnitude, exactly; k is its own of `keeps`.
 
     A sample says where to look; one pass over everything counts what lies above and in a narrow window there, and as a
     rule the magnitude is in it. Where it is not, the whole range is counted and narrowed.
     """
-    top = (1 << (63 if scope.wide else 31)) - 1
-    known = {n: Rank(0 if keep > 0 else top + 1, 0, 0) for n, keep in enumerate(keeps) if not 0 < keep < scope.elements}
+    top = (1 << (63 if scope.float64 else 31)) - 1
+    known = {
+        n: KthMagnitudeCode(0 if keep > 0 else top + 1, 0, 0)
+        for n, keep in enumerate(keeps)
+        if not 0 < keep < scope.elements
+    }
     if len(known) == len(keeps):
         return [known[n] for n in range(len(keeps))]
-    widest, narrow = (47, 29) if scope.wide else (15, 0)
+    widest, narrow = (47, 29) if scope.float64 else (15, 0)
     everywhere = [0] * scope.tasks
-    sampled: NDArray[np.int64] = yield Window(everywhere, widest, scope.wide, SAMPLE)
+    sampled: NDArray[np.int64] = yield CodeHistogram(everywhere, widest, scope.float64, SAMPLE)
     shares = [min(max(0, keep), scope.elements) / scope.elements for keep in keeps]
     shift = narrow
     middles = [_quantile(sampled[task, 1:], share, widest) for task, share in enumerate(shares)]
     lows = [max(0, middle - (BINS // 2 << shift)) for middle in middles]
     while True:
-        counted: NDArray[np.int64] = yield Window(lows, shift, scope.wide)
-        located = [(0, 0, 0) if n in known else locate(counts, keeps[n]) for n, counts in enumerate(counted)]
+        counted: NDArray[np.int64] = yield CodeHistogram(lows, shift, scope.float64)
+        located = [(0, 0, 0) if n in known else locate_kth(counts, keeps[n]) for n, counts in enumerate(counted)]
         if None in located:
             lows, shift = everywhere, widest
             continue
         bins = [place for place in located if place is not None]
         lows = [low + (place << shift) for low, (place, _, _) in zip(lows, bins, strict=True)]
         if shift == 0:
-            found = [Rank(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+            found = [KthMagnitudeCode(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
             return [known.get(n, rank) for n, rank in enumerate(found)]
         shift = max(0, shift - 16)
 
 
-def locate(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
+def locate_kth(counts: NDArray[np.int64], keep: int) -> tuple[int, int, int] | None:
     """The bin of the k-th largest, how many are wanted of it, and how many it holds; None if it is outside."""
     wanted = keep - int(counts[0])
     downward = np.cumsum(counts[:0:-1])

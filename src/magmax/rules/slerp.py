@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .linear_combination import Combination, alone
-from .schedules import Number, need, one
+from .linear_combination import LinearCombinationRule, check_single_model
+from .schedules import Number, for_model, validate_range
 from .statistics import Sums
 
 COLLINEAR = 0.9995
 
 
 @dataclass(frozen=True)
-class Slerp(Combination):
+class Slerp(LinearCombinationRule):
     """Spherical interpolation of the flattened tensors, from theta_0 at t = 0 to the one model theta_1 at t = 1.
 
         theta = sin((1 - t) w) / sin(w) * theta_0 + sin(t w) / sin(w) * theta_1,   cos(w) = <theta_0, theta_1> / norms
@@ -36,18 +36,18 @@ class Slerp(Combination):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        need(self.name, "t", self.t, 0, 1, per_model=False)
+        validate_range(self.name, "t", self.t, 0, 1, per_model=False)
 
     @property
     def needs_base(self) -> bool:
         return True
 
     def check(self, tasks: int) -> None:
-        alone(self, tasks)
+        check_single_model(self, tasks)
         super().check(tasks)
 
     def coefficients(self, gram: Sums) -> Sequence[float]:
-        t = one(self.t, 1)
+        t = for_model(self.t, 1)
         norms = math.sqrt(gram[0, 0]) * math.sqrt(max(0.0, gram.sum()))
         cosine = gram[0].sum() / norms if norms else 1.0
         if abs(cosine) > COLLINEAR:

@@ -41,8 +41,8 @@ class Block:
             less.
     """
 
-    at: Address
-    deltas: Sequence[Array]
+    address: Address
+    task_vectors: Sequence[Array]
     base: Array | None = None
     shape: tuple[int, ...] | None = None
 
@@ -61,49 +61,51 @@ class Scope:
     Attributes:
         tasks: the number of task vectors.
         elements: how many elements of each are merged, over the span.
-        wide: whether any of them is float64, so that magnitudes must be compared in that type.
-        row: how many elements a row has (what has one index of the first dimension; all of a vector), of one tensor.
+        float64: whether any of them is float64, so that magnitudes must be compared in that type.
+        row_elements: how many elements a row has (what has one index of the first dimension; all of a vector), of
+        one tensor.
         shapes: of each tensor, the shape of what is merged of it.
     """
 
     tasks: int
     elements: int
-    wide: bool = False
-    row: int = 0
+    float64: bool = False
+    row_elements: int = 0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
-class Fold(ABC):
+class Reduction(ABC):
     """A question to every block: integer counts, added up, so that no order or schedule can change the answer.
 
-    Sums of floating numbers do depend on the order: a fold that takes them must be `apart`, and its plan adds them up
+    Sums of floating numbers do depend on the order: a fold that takes them must be `per_block`, and its plan adds
+    them up
     in the order of their addresses.
 
     Attributes:
-        sample: how many elements of each block to look at; 0 means all of them.
-        apart: answer with the counts or sums of each block, by its address, instead of their total.
-        only: the blocks to ask; None means all of them.
+        sampled: how many elements of each block to look at; 0 means all of them.
+        per_block: answer with the counts or sums of each block, by its address, instead of their total.
+        addresses: the blocks to ask; None means all of them.
     """
 
-    sample: int = 0
-    apart: bool = False
-    only: Collection[Address] | None = None
+    sampled: int = 0
+    per_block: bool = False
+    addresses: Collection[Address] | None = None
 
     @abstractmethod
-    def zeros(self) -> NDArray[Any]:
+    def initial(self) -> NDArray[Any]:
         """Counters at rest: `Counts`, or `Sums`."""
 
     @abstractmethod
-    def count(self, block: Block, into: NDArray[Any]) -> None:
+    def update(self, block: Block, into: NDArray[Any]) -> None:
         """Add what the block has to say; may overwrite the block's task vectors."""
 
 
-Answer = Any
-Plan = Generator[Fold, Any, Answer]
+Statistics = Any
+StatisticsRequest = Generator[Reduction, Any, Statistics]
 """Yields folds, is sent their sums (or, of one that is `apart`, a map of addresses to counts), returns the answer."""
 
 
-def carried_out(plan: Plan, ask: Callable[[Fold], Any]) -> Answer:
+def run_request(plan: StatisticsRequest, ask: Callable[[Reduction], Any]) -> Statistics:
     """Put each question of a plan to `ask`, and return what the plan makes of the replies."""
     reply: Any = None
     while True:
@@ -114,45 +116,45 @@ def carried_out(plan: Plan, ask: Callable[[Fold], Any]) -> Answer:
         reply = ask(fold)
 
 
-def answered(plan: Plan, block: Block) -> Answer:
+def run_locally(plan: StatisticsRequest, block: Block) -> Statistics:
     """The answer to a plan over a single block."""
 
-    def ask(fold: Fold) -> Any:
-        counts = fold.zeros()
-        if fold.only is None or block.at in fold.only:
-            fold.count(replace(block, deltas=[delta + 0 for delta in block.deltas]), counts)
-        return {block.at: counts} if fold.apart else counts
+    def ask(fold: Reduction) -> Any:
+        counts = fold.initial()
+        if fold.addresses is None or block.address in fold.addresses:
+            fold.update(replace(block, task_vectors=[delta + 0 for delta in block.task_vectors]), counts)
+        return {block.address: counts} if fold.per_block else counts
 
-    return carried_out(plan, ask)
+    return run_request(plan, ask)
 
 
 @dataclass(frozen=True)
-class Seen(Fold):
+class TransformedReduction(Reduction):
     """A question put to blocks as something leaves them."""
 
-    fold: Fold
-    through: Callable[[Block], Block]
+    reduction: Reduction
+    transform: Callable[[Block], Block]
 
     @property
-    def sample(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.sample
+    def sampled(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.reduction.sampled
 
     @property
-    def apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.apart
+    def per_block(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.reduction.per_block
 
     @property
-    def only(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.fold.only
+    def addresses(self) -> Collection[Address] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.reduction.addresses
 
-    def zeros(self) -> NDArray[Any]:
-        return self.fold.zeros()
+    def initial(self) -> NDArray[Any]:
+        return self.reduction.initial()
 
-    def count(self, block: Block, into: NDArray[Any]) -> None:
-        self.fold.count(self.through(block), into)
+    def update(self, block: Block, into: NDArray[Any]) -> None:
+        self.reduction.update(self.transform(block), into)
 
 
-def seen(plan: Plan, through: Callable[[Block], Block]) -> Plan:
+def through(plan: StatisticsRequest, through: Callable[[Block], Block]) -> StatisticsRequest:
     """The plan, its questions put to blocks as `through` leaves them."""
     reply: Any = None
     while True:
@@ -160,4 +162,4 @@ def seen(plan: Plan, through: Callable[[Block], Block]) -> Plan:
             fold = plan.send(reply)
         except StopIteration as end:
             return end.value
-        reply = yield Seen(fold, through)
+        reply = yield TransformedReduction(fold, through)

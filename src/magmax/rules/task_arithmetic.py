@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .average import add
+from .average import add_weighted
 from .contract import State, StreamingRule
-from .schedules import Numbers, need, one
+from .schedules import Numbers, for_model, validate_range
 from .statistics import Address, Array
 
 
@@ -22,17 +22,17 @@ class TaskArithmetic(StreamingRule):
 
     name: ClassVar[str] = "task_arithmetic"
     scaling_factor: ClassVar[float] = 0.3
-    selects: ClassVar[bool] = False
+    selects_entries: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     paper: ClassVar[str] = "Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089"
 
     weights: Numbers = 1.0
 
     def __post_init__(self) -> None:
-        need(self.name, "weights", self.weights)
+        validate_range(self.name, "weights", self.weights)
 
-    def step(self, state: State, task_vector: Array, task: int, at: Address) -> State:
-        return add(state, task_vector, one(self.weights, task))
+    def step(self, state: State, task_vector: Array, task: int, address: Address) -> State:
+        return add_weighted(state, task_vector, for_model(self.weights, task))
 
     def finish(self, state: State, tasks: int) -> Array:
         return state[0]

@@ -9,17 +9,17 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from ..errors import MagMaxError
-from .contract import Rule, bits
-from .elect import agreeing, disjoint_mean, left_sum, weigh
-from .schedules import Numbers, each, need
-from .selection import Cut, Equals, apply_mask, exact_cuts, ranked
-from .statistics import Address, Answer, Array, Block, Counts, Fold, Plan, Scope, Span
+from .contract import Rule, as_signed_bits
+from .elect import apply_weights, disjoint_mean, fold_sum, keep_agreeing
+from .schedules import Numbers, for_all_models, validate_range
+from .selection import EqualCounts, LargestEntries, apply_mask, largest_entries, request_kth_magnitudes
+from .statistics import Address, Array, Block, Counts, Reduction, Scope, Span, Statistics, StatisticsRequest
 
 
-class Trimmed(NamedTuple):
+class TiesStatistics(NamedTuple):
     """What TIES must know before it merges: each task's cut, and whether most elected signs are negative."""
 
-    cuts: Sequence[Cut]
+    cuts: Sequence[LargestEntries]
     mostly_negative: bool
 
 
@@ -51,78 +51,80 @@ class Ties(Rule):
     def __post_init__(self) -> None:
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"ties needs span to be model or tensor, not {self.span!r}")
-        need(self.name, "density", self.density, 0, 1)
-        need(self.name, "weights", self.weights)
+        validate_range(self.name, "density", self.density, 0, 1)
+        validate_range(self.name, "weights", self.weights)
 
     @property
     def passes(self) -> int:
         return 3
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span(self.span)
 
-    def plan(self, scope: Scope) -> Plan:
-        weights = each(self.weights, scope.tasks)
-        keeps = [round(density * scope.elements) for density in each(self.density, scope.tasks)]
-        ranks = yield from ranked(keeps, scope)
-        everything = [Cut(rank.code, wide=scope.wide) for rank in ranks]
-        tallies: Mapping[Address, Counts] = yield Tally([rank.code for rank in ranks], scope.wide, everything, weights)
-        exact = exact_cuts(ranks, tallies, scope.wide)
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        weights = for_all_models(self.weights, scope.tasks)
+        keeps = [round(density * scope.elements) for density in for_all_models(self.density, scope.tasks)]
+        ranks = yield from request_kth_magnitudes(keeps, scope)
+        everything = [LargestEntries(rank.code, float64=scope.float64) for rank in ranks]
+        tallies: Mapping[Address, Counts] = yield EqualCountsAndVotes(
+            [rank.code for rank in ranks], scope.float64, everything, weights
+        )
+        exact = largest_entries(ranks, tallies, scope.float64)
         recount = {
             at
             for at, (*equals, _) in tallies.items()
-            if any(cut.drops(at, int(equal)) for cut, equal in zip(exact, equals, strict=True))
+            if any(cut.drops_any_equal(at, int(equal)) for cut, equal in zip(exact, equals, strict=True))
         }
         votes = sum(int(tally[-1]) for at, tally in tallies.items() if at not in recount)
         if recount:
-            votes += int((yield Votes(exact, weights, recount))[0])
-        return Trimmed(exact, votes < 0)
+            votes += int((yield SignVotes(exact, weights, recount))[0])
+        return TiesStatistics(exact, votes < 0)
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        trimmed: Trimmed = answer
-        weights = each(self.weights, len(block.deltas))
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        trimmed: TiesStatistics = statistics
+        weights = for_all_models(self.weights, len(block.task_vectors))
         _trim(block, trimmed.cuts, weights)
-        return disjoint_mean(agreeing(block.deltas, trimmed.mostly_negative), weights, block.deltas[0])
+        return disjoint_mean(keep_agreeing(block.task_vectors, trimmed.mostly_negative), weights, block.task_vectors[0])
 
 
 @dataclass(frozen=True)
-class Votes(Fold):
+class SignVotes(Reduction):
     """How many more elements elect a positive sign than a negative one."""
 
-    cuts: Sequence[Cut]
+    cuts: Sequence[LargestEntries]
     weights: Sequence[float]
-    only: Collection[Address] | None = None
+    addresses: Collection[Address] | None = None
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(1, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
+    def update(self, block: Block, into: Counts) -> None:
         _trim(block, self.cuts, self.weights)
-        total = np.asarray(left_sum(block.deltas))
+        total = np.asarray(fold_sum(block.task_vectors))
         into[0] += np.count_nonzero(total > 0) - np.count_nonzero(total < 0)
 
 
 @dataclass(frozen=True)
-class Tally(Fold):
+class EqualCountsAndVotes(Reduction):
     """Per task, how many magnitudes are exactly its code; and the votes, if all of these are kept."""
 
     codes: Sequence[int]
-    wide: bool
-    cuts: Sequence[Cut]
+    float64: bool
+    cuts: Sequence[LargestEntries]
     weights: Sequence[float]
-    apart: bool = True
+    per_block: bool = True
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(len(self.codes) + 1, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
-        Equals(self.codes, self.wide).count(block, into[:-1])
-        Votes(self.cuts, self.weights).count(block, into[-1:])
+    def update(self, block: Block, into: Counts) -> None:
+        EqualCounts(self.codes, self.float64).update(block, into[:-1])
+        SignVotes(self.cuts, self.weights).update(block, into[-1:])
 
 
-def _trim(block: Block, cuts: Sequence[Cut], weights: Sequence[float]) -> None:
+def _trim(block: Block, cuts: Sequence[LargestEntries], weights: Sequence[float]) -> None:
     """Zero, in place, every entry that is not among its task's largest; multiply the others by the task's weight."""
-    for delta, cut in zip(block.deltas, cuts, strict=True):
-        apply_mask(bits(delta), cut.mask(delta, block.at))
-    weigh(block.deltas, weights)
+    for delta, cut in zip(block.task_vectors, cuts, strict=True):
+        apply_mask(as_signed_bits(delta), cut.mask(delta, block.address))
+    apply_weights(block.task_vectors, weights)

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
-from ..recipes.recipe import build, merged_overrides, with_value
-from ..yaml_documents import read_document, validated
-from .trials import Trials
+from ..recipes.recipe import apply_overrides, build_request, with_value
+from ..yaml_documents import read_document, validate
+from .trials import TrialSettings
 
 
-class Range(BaseModel):
+class SearchRange(BaseModel):
     """A number from low to high, both included.
 
     Attributes:
@@ -35,7 +35,7 @@ class Range(BaseModel):
     each: Literal["model"] | None = None
 
     @model_validator(mode="after")
-    def _possible(self) -> Range:
+    def _possible(self) -> SearchRange:
         if not self.low <= self.high or (self.log and (self.low <= 0 or self.step is not None)):
             raise ValueError("low is at most high; log needs low above 0, and no step")
         if self.whole and any(n is not None and n % 1 for n in (self.low, self.high, self.step)):
@@ -43,7 +43,7 @@ class Range(BaseModel):
         return self
 
 
-class Measured(BaseModel):
+class ExperimentScore(BaseModel):
     """The accuracies on each task of an experiment (a recipe of magmax bench), after all its tasks.
 
     Attributes:
@@ -57,12 +57,13 @@ class Measured(BaseModel):
     measure_on: Literal["validation", "test"] = "validation"
 
 
-class SearchRecipe(BaseModel):
+class SearchConfig(BaseModel):
     """A search in words. Paths are relative to the recipe's folder.
 
     Attributes:
         merge: a merge recipe, or the path of one.
-        space: by its name (scaling_factor, rule, rule.k, rule.dare.drop of a chain, dtype), what may vary: a `Range`,
+        space: by its name (scaling_factor, rule, rule.k, rule.dare.drop of a chain, dtype), what may vary: a
+        `SearchRange`,
             or a list of choices.
         score: package.module:function, called with a result's path, that returns a number or {task: number}; or
             {experiment: RECIPE}.
@@ -74,8 +75,8 @@ class SearchRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     merge: str | dict[str, Any]
-    space: dict[str, Range | list[Any]] = Field(min_length=1)
-    score: str | Measured
+    space: dict[str, SearchRange | list[Any]] = Field(min_length=1)
+    score: str | ExperimentScore
     objectives: list[str] = []
     direction: Literal["maximize", "minimize"] = "maximize"
     trials: int = Field(ge=1)
@@ -83,7 +84,7 @@ class SearchRecipe(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchRecipe, Trials]:
+def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, TrialSettings]:
     """A search from its file, with assignments such as trials=50 put in, and all that a trial needs.
 
     Raises:
@@ -93,23 +94,23 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchRecipe, Tr
     document = read_document(file)
     for word in assignments:
         name, _, _ = word.partition("=")
-        if name not in SearchRecipe.model_fields:
-            raise MagMaxError(f"{word}: a search has {', '.join(SearchRecipe.model_fields)} to assign")
-        document = document._replace(content=merged_overrides(document.content, [word]))
-    recipe = validated(SearchRecipe, document, _known)
+        if name not in SearchConfig.model_fields:
+            raise MagMaxError(f"{word}: a search has {', '.join(SearchConfig.model_fields)} to assign")
+        document = document._replace(content=apply_overrides(document.content, [word]))
+    recipe = validate(SearchConfig, document, _valid_keys)
     here = str(Path(file).absolute().parent)
     content, folder = recipe.merge, here
     if isinstance(content, str):
         path = os.path.join(here, content)
         content, folder = dict(read_document(path).content), os.path.dirname(path)
-    plan = build(content, document.at("merge"), {}, folder)
+    plan = build_request(content, document.locate("merge"), {}, folder)
     space = {name: _expanded(span, plan.names) for name, span in recipe.space.items()}
     for name, span in recipe.space.items():
         with_value(content, name, _example(span, plan.names))
-    return recipe, Trials(content, folder, space, _score(recipe.score, here))
+    return recipe, TrialSettings(content, folder, space, _score(recipe.score, here))
 
 
-def _expanded(span: Range | list[Any], names: Sequence[str]) -> dict[str, Any]:
+def _expanded(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
     """What of the space a study chooses from: by "" a number or a choice, or by its name each model's number."""
     if isinstance(span, list):
         if not span:
@@ -118,13 +119,13 @@ def _expanded(span: Range | list[Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: span.model_dump() for name in (names if span.each else [""])}
 
 
-def _example(span: Range | list[Any], names: Sequence[str]) -> Any:
+def _example(span: SearchRange | list[Any], names: Sequence[str]) -> Any:
     if isinstance(span, list):
         return span[0]
     return dict.fromkeys(names, span.high) if span.each else span.high
 
 
-def _score(score: str | Measured, here: str) -> str | tuple[str, int, str]:
+def _score(score: str | ExperimentScore, here: str) -> str | tuple[str, int, str]:
     if isinstance(score, str):
         if ":" not in score:
             raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")
@@ -138,6 +139,6 @@ def _score(score: str | Measured, here: str) -> str | tuple[str, int, str]:
     return experiment.model_dump_json(), experiment.seeds[0] if score.seed is None else score.seed, score.measure_on
 
 
-def _known(parts: Sequence[str]) -> list[str]:
-    inner: Mapping[str, type[BaseModel]] = {"space": Range, "score": Measured}
-    return list((SearchRecipe if len(parts) == 1 else inner.get(parts[0], SearchRecipe)).model_fields)
+def _valid_keys(parts: Sequence[str]) -> list[str]:
+    inner: Mapping[str, type[BaseModel]] = {"space": SearchRange, "score": ExperimentScore}
+    return list((SearchConfig if len(parts) == 1 else inner.get(parts[0], SearchConfig)).model_fields)

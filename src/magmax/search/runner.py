@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.journal import held
+from ..checkpoints.journal import lock_folder
 from ..checkpoints.writer import remove
 from ..errors import MagMaxError
-from ..merging.execution.pool import result_of, submitted
-from .config import SearchRecipe
-from .trials import Came, Trials, told
+from ..merging.execution.pool import submit, wait_for_result
+from .config import SearchConfig
+from .trials import TrialResult, TrialSettings, to_optuna
 
 STORE = "study.log"
 RECIPE, SCORES, REFUSED = "recipe", "scores", "refused"
@@ -23,11 +23,11 @@ NAME = "magmax"
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialRecord:
     """A trial that is done: its number, what was chosen, and the scores by task, or why it was refused."""
 
     number: int
-    chosen: Mapping[str, Any]
+    settings: Mapping[str, Any]
     scores: Mapping[str, float]
     refused: str = ""
 
@@ -42,18 +42,18 @@ class Search:
     Attributes:
         jobs: how many trials are under way at once.
         threads: of each merge.
-        tell: told of each trial that is done.
+        progress: told of each trial that is done.
     """
 
-    recipe: SearchRecipe
-    trials: Trials
+    recipe: SearchConfig
+    settings: TrialSettings
     out: Path
     executor: Executor
     jobs: int = 1
     threads: int = 1
-    tell: Callable[[Tried], None] = lambda _: None
+    progress: Callable[[TrialRecord], None] = lambda _: None
 
-    def run(self) -> list[Tried]:
+    def run(self) -> list[TrialRecord]:
         """Try what is not tried yet; all trials.
 
         Raises:
@@ -63,35 +63,35 @@ class Search:
         if self.out.exists() and not (self.out / STORE).exists() and any(self.out.iterdir()):
             raise MagMaxError(f"{self.out}: is not empty, and holds no search; name another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        with held(self.out):
+        with lock_folder(self.out):
             for left in self.out.glob("trial-*"):
                 remove(left)
-            store = Store(self.out / STORE, self.recipe, self.trials)
+            store = TrialStore(self.out / STORE, self.recipe, self.settings)
             self._run(store)
             return store.tried[: self.recipe.trials]
 
-    def _run(self, store: Store) -> None:
-        begun: list[Mapping[str, Any]] = [tried.chosen for tried in store.tried]
-        waiting: list[Future[Came]] = []
+    def _run(self, store: TrialStore) -> None:
+        begun: list[Mapping[str, Any]] = [tried.settings for tried in store.tried]
+        waiting: list[Future[TrialResult]] = []
         try:
             while len(store.tried) < self.recipe.trials:
                 while len(begun) < min(self.recipe.trials, len(store.tried) + self.jobs):
                     number = len(begun)
                     begun.append(store.choose(number, number - self.jobs, begun))
                     path = self.out.absolute() / f"trial-{number}.safetensors"
-                    work = self.trials.try_out
-                    waiting.append(submitted(self.executor, work, begun[number], path, self.threads))
+                    work = self.settings.try_out
+                    waiting.append(submit(self.executor, work, begun[number], path, self.threads))
                 number = len(store.tried)
-                self.tell(store.add(number, begun[number], result_of(waiting.pop(0))))
+                self.progress(store.add(number, begun[number], wait_for_result(waiting.pop(0))))
         finally:
             for future in waiting:
                 future.cancel()
 
 
-class Store:
+class TrialStore:
     """The finished trials of a search, as a study of Optuna in a file; and the choice of the next."""
 
-    def __init__(self, file: Path, recipe: SearchRecipe, trials: Trials) -> None:
+    def __init__(self, file: Path, recipe: SearchConfig, trials: TrialSettings) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -126,7 +126,7 @@ class Store:
         params = study.ask(self._space).params
         return {name: params[name] for name in self._space}
 
-    def add(self, number: int, chosen: Mapping[str, Any], came: Came) -> Tried:
+    def add(self, number: int, chosen: Mapping[str, Any], came: TrialResult) -> TrialRecord:
         """Keep a finished trial. Raises MagMaxError where an objective has no score."""
         optuna, states = self._optuna, self._optuna.trial.TrialState
         notes = {REFUSED: came.refused} if came.refused else {SCORES: came.scores}
@@ -137,12 +137,12 @@ class Store:
         )
         self._study.add_trial(trial)
         self._finished.append(trial)
-        self.tried.append(Tried(number, chosen, came.scores, came.refused))
+        self.tried.append(TrialRecord(number, chosen, came.scores, came.refused))
         return self.tried[-1]
 
-    def _tried(self, trial: Any) -> Tried:
+    def _tried(self, trial: Any) -> TrialRecord:
         chosen, notes = {name: trial.params[name] for name in self._space}, trial.user_attrs
-        return Tried(trial.number, chosen, notes.get(SCORES, {}), notes.get(REFUSED, ""))
+        return TrialRecord(trial.number, chosen, notes.get(SCORES, {}), notes.get(REFUSED, ""))
 
     def _values(self, scores: Mapping[str, float]) -> list[float]:
         wanted = self._recipe.objectives
@@ -181,7 +181,7 @@ def distributions(optuna: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[s
 
 def _distribution(kinds: Any, span: Any) -> Any:
     if isinstance(span, list):
-        return kinds.CategoricalDistribution([told(choice) for choice in span])
+        return kinds.CategoricalDistribution([to_optuna(choice) for choice in span])
     low, high, step, log = span["low"], span["high"], span["step"], span["log"]
     if span["whole"]:
         return kinds.IntDistribution(int(low), int(high), log=log, step=int(step or 1))

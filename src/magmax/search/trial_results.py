@@ -11,26 +11,26 @@ from typing import Any
 
 import yaml
 
-from ..checkpoints.lora.adapted_model import seen_from, within
+from ..checkpoints.lora.adapted_model import relative_path, resolve_path
 from ..checkpoints.writer import replace_file
 from ..errors import MagMaxError
-from .config import SearchRecipe
-from .runner import Tried
-from .trials import Trials
+from .config import SearchConfig
+from .runner import TrialRecord
+from .trials import TrialSettings
 
 BEST, TABLE = "best.yaml", "trials.csv"
 
 
-def tasks_of(recipe: SearchRecipe, tried: Sequence[Tried]) -> list[str]:
+def tasks_of(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> list[str]:
     """What the trials are compared on: the objectives, or every task that is scored."""
     return recipe.objectives or list(dict.fromkeys(task for trial in tried for task in trial.scores))
 
 
-def front(tried: Sequence[Tried], tasks: Sequence[str], direction: str = "maximize") -> list[Tried]:
+def pareto_front(tried: Sequence[TrialRecord], tasks: Sequence[str], direction: str = "maximize") -> list[TrialRecord]:
     """The trials that no other trial equals on every task and beats on one: the Pareto front; of equal ones the first.
 
     >>> rows = [{"a": 1, "b": 0}, {"a": 0, "b": 1}, {"a": 0, "b": 0.5}, {"a": 1, "b": 0}]
-    >>> [t.number for t in front([Tried(n, {}, row) for n, row in enumerate(rows)], ["a", "b"])]
+    >>> [t.number for t in pareto_front([TrialRecord(n, {}, row) for n, row in enumerate(rows)], ["a", "b"])]
     [0, 1]
     """
     sign = 1 if direction == "maximize" else -1
@@ -47,7 +47,7 @@ def front(tried: Sequence[Tried], tasks: Sequence[str], direction: str = "maximi
     return [trial for trial, point in points if not beaten(trial.number, point)]
 
 
-def best_of(recipe: SearchRecipe, tried: Sequence[Tried]) -> Tried:
+def best_of(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> TrialRecord:
     """The trial whose mean over the objectives, or over all tasks, is best; of equal ones the first.
 
     Raises MagMaxError where every trial was refused.
@@ -60,10 +60,12 @@ def best_of(recipe: SearchRecipe, tried: Sequence[Tried]) -> Tried:
     return max(scored, key=lambda trial: sign * sum(trial.scores[task] for task in tasks))
 
 
-def write_search(recipe: SearchRecipe, trials: Trials, tried: Sequence[Tried], out: Path) -> tuple[Path, Path]:
+def write_search(
+    recipe: SearchConfig, trials: TrialSettings, tried: Sequence[TrialRecord], out: Path
+) -> tuple[Path, Path]:
     """Write the best trial as a recipe for magmax merge, and the table of all trials; their paths."""
     best = best_of(recipe, tried)
-    content = moved(trials.recipe(best.chosen), trials.folder, str(out.absolute()))
+    content = rebase_paths(trials.recipe(best.settings), trials.folder, str(out.absolute()))
     words = ", ".join(f"{task} {best.scores[task]:.6g}" for task in tasks_of(recipe, tried))
     text = f"# Trial {best.number} of {len(tried)} of a search: {words}.\n" + yaml.safe_dump(content, sort_keys=False)
     replace_file(out / BEST, text.encode())
@@ -71,29 +73,29 @@ def write_search(recipe: SearchRecipe, trials: Trials, tried: Sequence[Tried], o
     return out / BEST, out / TABLE
 
 
-def table(recipe: SearchRecipe, tried: Sequence[Tried]) -> str:
+def table(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> str:
     """All trials as CSV: number, what was chosen, scores, and whether it is on the Pareto front."""
     tasks = tasks_of(recipe, tried)
-    on_front = {trial.number for trial in front(tried, tasks, recipe.direction)}
-    options = list(dict.fromkeys(name for trial in tried for name in trial.chosen))
+    on_front = {trial.number for trial in pareto_front(tried, tasks, recipe.direction)}
+    options = list(dict.fromkeys(name for trial in tried for name in trial.settings))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["trial", *options, *tasks, "front", "refused"])
     for trial in tried:
         scores = [trial.scores.get(task, "") for task in tasks]
-        chosen = [trial.chosen[name] for name in options]
+        chosen = [trial.settings[name] for name in options]
         writer.writerow([trial.number, *chosen, *scores, int(trial.number in on_front), trial.refused])
     return file.getvalue()
 
 
-def moved(content: Mapping[str, Any], folder: str, to: str) -> dict[str, Any]:
+def rebase_paths(content: Mapping[str, Any], folder: str, to: str) -> dict[str, Any]:
     """A merge recipe whose paths are seen from another folder; it has an `out`."""
 
     def path(text: str) -> str:
         return os.path.relpath(os.path.join(folder, text), to)
 
     def source(text: str) -> str:
-        return seen_from(to, within(folder, text))
+        return relative_path(to, resolve_path(folder, text))
 
     result = dict(content)
     result["base"] = source(content["base"])

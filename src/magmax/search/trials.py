@@ -11,32 +11,32 @@ from typing import Any, NamedTuple, cast
 
 from ..checkpoints.writer import remove
 from ..continual import registry
-from ..continual.context import alone, context
+from ..continual.context import build_context, context_lock
 from ..continual.experiment import Experiment
 from ..continual.training.weight_files import load_weights
 from ..errors import MagMaxError
-from ..merging.execution.execution_options import Settings
-from ..recipes.recipe import build, with_value
-from ..recipes.request import Plan
+from ..merging.execution.execution_options import ExecutionOptions
+from ..recipes.recipe import build_request, with_value
+from ..recipes.request import MergeRequest
 
 SCORE = "score"
 """What the one number of a score function is called."""
 
 
-class Came(NamedTuple):
+class TrialResult(NamedTuple):
     """What came of a trial: the scores by task; or why the settings do not go together."""
 
     scores: dict[str, float]
     refused: str = ""
 
 
-def told(choice: Any) -> str | int | float | bool | None:
+def to_optuna(choice: Any) -> str | int | float | bool | None:
     """A choice as Optuna can keep it: itself, or as text where it is a map or a list."""
     return choice if choice is None or isinstance(choice, str | int | float) else json.dumps(choice)
 
 
 @dataclass(frozen=True)
-class Trials:
+class TrialSettings:
     """What every trial of a search needs.
 
     Attributes:
@@ -57,19 +57,19 @@ class Trials:
             if "" not in parts:
                 value = {part: chosen[f"{name}[{part}]"] for part in parts}
             elif isinstance(parts[""], list):
-                value = next(choice for choice in parts[""] if told(choice) == chosen[name])
+                value = next(choice for choice in parts[""] if to_optuna(choice) == chosen[name])
             else:
                 value = chosen[name]
             content = with_value(content, name, value)
         return content
 
-    def plan(self, chosen: Mapping[str, Any]) -> Plan:
+    def plan(self, chosen: Mapping[str, Any]) -> MergeRequest:
         """The merge with these settings. Raises MagMaxError where they do not go together."""
-        plan = build(self.recipe(chosen), "the recipe of the trial", {}, self.folder)
+        plan = build_request(self.recipe(chosen), "the recipe of the trial", {}, self.folder)
         plan.rule.check(len(plan.models))
         return plan
 
-    def try_out(self, chosen: Mapping[str, Any], out: Path, threads: int = 1) -> Came:
+    def try_out(self, chosen: Mapping[str, Any], out: Path, threads: int = 1) -> TrialResult:
         """Merge with these settings into `out`, score that and delete it.
 
         Raises:
@@ -78,10 +78,10 @@ class Trials:
         try:
             plan = self.plan(chosen)
         except MagMaxError as error:
-            return Came({}, str(error))
+            return TrialResult({}, str(error))
         try:
-            plan.job(str(out)).run(Settings(threads))
-            return Came(self.scores(out))
+            plan.job(str(out)).run(ExecutionOptions(threads))
+            return TrialResult(self.scores(out))
         finally:
             remove(out)
 
@@ -109,8 +109,8 @@ def accuracies(recipe: str, seed: int, on: str, model: Path) -> dict[str, float]
     Raises:
         MagMaxError: a task without examples.
     """
-    with alone:
-        here = context(Experiment.model_validate_json(recipe), seed)
+    with context_lock:
+        here = build_context(Experiment.model_validate_json(recipe), seed)
         load_weights(here.encoder.model, model)
         row = here.row(len(here.tasks), here.test if on == "test" else here.validation)
     found = {task.name: share for task, share in zip(here.tasks, row.tasks, strict=True)}

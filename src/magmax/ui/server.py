@@ -18,13 +18,13 @@ from nicegui import ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..errors import MagMaxError
-from .page import BRAND, Page
-from .view_model import Tuner
+from .page import LOGO_SVG, TunerPage
+from .view_model import TunerModel
 
 HOST = "127.0.0.1"
 
 
-def bound(port: int) -> socket.socket:
+def bind_socket(port: int) -> socket.socket:
     """A socket that listens on loopback; port 0 means any that is free. Raises MagMaxError for one that is not."""
     if not 0 <= port < 1 << 16:
         raise MagMaxError(f"--port is a whole number from 0 (any that is free) to 65535, not {port}")
@@ -40,26 +40,26 @@ def bound(port: int) -> socket.socket:
     return made
 
 
-def serve(tuner: Tuner, at: socket.socket, browser: bool, say: Callable[[str], None]) -> None:
+def serve(tuner: TunerModel, listener: socket.socket, open_browser: bool, announce: Callable[[str], None]) -> None:
     """Serve the page until an interruption."""
-    address = f"http://{HOST}:{at.getsockname()[1]}"
+    address = f"http://{HOST}:{listener.getsockname()[1]}"
     with tempfile.TemporaryDirectory(prefix="magmax-ui-") as folder:
         site = FastAPI(openapi_url=None)
         site.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         ui.run_with(
             site,
-            root=lambda: Page(tuner, Path(folder)) and None,
+            root=lambda: TunerPage(tuner, Path(folder)) and None,
             title="magmax ui",
-            favicon=BRAND.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1),
+            favicon=LOGO_SVG.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1),
             dark=None,
             language="en-US",
             tailwind=False,
             show_welcome_message=False,
         )
         server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1))
-        say(f"{address}  (Ctrl-C ends it)")
-        if browser:
+        announce(f"{address}  (Ctrl-C ends it)")
+        if open_browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         with suppress(KeyboardInterrupt), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # as NiceGUI looks at every object, torch's too
-            server.run(sockets=[at])
+            server.run(sockets=[listener])

@@ -14,70 +14,75 @@ from ..errors import MagMaxError
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
 from ..merging.model_names import default_names
-from ..merging.output_options import Options
+from ..merging.output_options import OutputOptions
 from ..preference.archive import FILE, Archive
 from ..rules import Tunable
 
-PER_RUN = ("data", "model", "head", "scenario", "validation", "fit", "precision", "among")
+EXPERIMENT_KEYS = ("data", "model", "head", "scenario", "validation", "fit", "precision", "among")
 """What the recipe of a training has of its experiment."""
 
-OUT = "tuned.safetensors"
+OUTPUT_NAME = "tuned.safetensors"
 
 
 @dataclass(frozen=True)
-class Source:
+class RunSource:
     """The base and the tasks' models as `magmax tune` would be given them, and the experiment that they are from.
 
     Attributes:
         folder: as it was given.
-        models: the paths of the models; empty for an archive.
-        names: what preferences call the tasks.
+        model_paths: the paths of the models; empty for an archive.
+        task_names: what preferences call the tasks.
     """
 
     folder: Path
     experiment: Experiment
     seed: int
     base: Checkpoint
-    models: list[str]
-    names: list[str]
+    model_paths: list[str]
+    task_names: list[str]
     archive: Archive | None = None
 
-    def opened(self) -> list[Checkpoint]:
+    def open_models(self) -> list[Checkpoint]:
         """The tasks' models."""
         if self.archive:
             return [*self.archive.models(self.base)]
-        return [open_checkpoint(model, base=self.base) for model in self.models]
+        return [open_checkpoint(model, base=self.base) for model in self.model_paths]
 
-    def job(self, weights: dict[str, float], scaling_factor: float, out: Path) -> Job:
+    def build_job(self, weights: dict[str, float], scaling_factor: float, out: Path) -> Job:
         """The work that `magmax tune` would do."""
-        rule, options = Tunable(preference=weights).for_models(self.names), Options(scaling_factor)
+        rule, options = Tunable(preference=weights).for_models(self.task_names), OutputOptions(scaling_factor)
         if self.archive:
             return self.archive.job(rule, out, options)
-        return merge_job(rule, self.base, self.opened(), out, options, self.names)
+        return merge_job(rule, self.base, self.open_models(), out, options, self.task_names)
 
-    def recipe(self, weights: dict[str, float], scaling_factor: float) -> dict[str, Any] | None:
+    def build_recipe(self, weights: dict[str, float], scaling_factor: float) -> dict[str, Any] | None:
         """The recipe that makes the same bytes with `magmax merge`; None for an archive, which recipes cannot name."""
         if self.archive:
             return None
         return {
             "base": str(self.base.path),
-            "models": [{"path": path, "name": name} for path, name in zip(self.models, self.names, strict=True)],
-            "rule": {"tunable": {"preference": {name: short(weight) for name, weight in weights.items()}}},
+            "models": [
+                {"path": path, "name": name} for path, name in zip(self.model_paths, self.task_names, strict=True)
+            ],
+            "rule": {"tunable": {"preference": {name: simplify_number(weight) for name, weight in weights.items()}}},
             "scaling_factor": scaling_factor,
-            "out": OUT,
+            "out": OUTPUT_NAME,
         }
 
-    def command(self, weights: dict[str, float], scaling_factor: float) -> list[str]:
+    def cli_arguments(self, weights: dict[str, float], scaling_factor: float) -> list[str]:
         """The words of the command that makes the same bytes."""
-        given = ["--archive", str(self.folder)] if self.archive else [*self.models, "--base", str(self.base.path)]
+        given = ["--archive", str(self.folder)] if self.archive else [*self.model_paths, "--base", str(self.base.path)]
         prefer = [
-            word for name, weight in weights.items() if weight for word in ("--prefer", f"{name}={short(weight)!r}")
+            word
+            for name, weight in weights.items()
+            if weight
+            for word in ("--prefer", f"{name}={simplify_number(weight)!r}")
         ]
-        rest = ["--scaling-factor", repr(short(scaling_factor)), "--out", OUT]
+        rest = ["--scaling-factor", repr(simplify_number(scaling_factor)), "--out", OUTPUT_NAME]
         return ["magmax", "tune", *given, *prefer, *rest]
 
 
-def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> Source:
+def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> RunSource:
     """A training's folder; or a chain of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
 
     Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
@@ -99,32 +104,32 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
             f"{folder}: knows nothing of data and classes; name the experiment with --recipe RECIPE.yaml, or with "
             f"--recipe RUN/{RECIPE} of a training"
         )
-    experiment, chosen = read_run(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
+    experiment, chosen = read_training_recipe(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
     chosen = chosen if seed is None else seed
     if archived:
         archive = Archive(folder)
-        return Source(folder, experiment, chosen, archive.base(), [], archive.tasks, archive)
-    base, *models = map(str, _thetas(folder.resolve()))
-    return Source(folder, experiment, chosen, open_checkpoint(base), models, default_names(models))
+        return RunSource(folder, experiment, chosen, archive.base(), [], archive.tasks, archive)
+    base, *models = map(str, _checkpoint_paths(folder.resolve()))
+    return RunSource(folder, experiment, chosen, open_checkpoint(base), models, default_names(models))
 
 
-def read_run(file: Path) -> tuple[Experiment, int]:
+def read_training_recipe(file: Path) -> tuple[Experiment, int]:
     """The experiment and the seed of a training, from its recipe.json."""
     try:
         told = json.loads(file.read_text("utf-8"))
-        kept = {key: told[key] for key in PER_RUN if key in told}
+        kept = {key: told[key] for key in EXPERIMENT_KEYS if key in told}
         experiment = Experiment(**kept, seeds=[told["seed"]], chains=[told["chain"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MagMaxError(f"{file}: is not the {RECIPE} of a training: {error!r}") from error
-    return experiment.checked(), experiment.seeds[0]
+    return experiment.check(), experiment.seeds[0]
 
 
-def short(value: float) -> float | int:
+def simplify_number(value: float) -> float | int:
     """The number, without a fraction that is 0."""
     return int(value) if value == int(value) else value
 
 
-def _thetas(folder: Path) -> list[Path]:
+def _checkpoint_paths(folder: Path) -> list[Path]:
     """theta_0 .. theta_T, as many as there are without a gap."""
     paths: list[Path] = []
     while (path := folder / f"theta_{len(paths)}.safetensors").exists():

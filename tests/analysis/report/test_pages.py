@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from tests.analysis import runs
 from tests.continual import toys
-from tests.models import saved, small_model
+from tests.models import save_tensors, small_model
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
@@ -109,7 +109,7 @@ def checked(path: Path) -> Read:
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     names = ["base", "cars", "mnist", "euro<sat"]
-    return [saved(small_model(n), tmp_path / "in" / f"{name}.safetensors") for n, name in enumerate(names)]
+    return [save_tensors(small_model(n), tmp_path / "in" / f"{name}.safetensors") for n, name in enumerate(names)]
 
 
 def test_a_report_of_models(run, models: list[Path], tmp_path: Path) -> None:
@@ -175,20 +175,20 @@ def test_a_study_is_written_in_every_form(run, models: list[Path], tmp_path: Pat
 
 
 def test_a_report_of_a_benchmark(run, tmp_path: Path) -> None:
-    folder, out = runs.results(tmp_path / "results"), tmp_path / "bench.html"
+    folder, out = runs.write_results(tmp_path / "results"), tmp_path / "bench.html"
     code, _told, errors = run("report", folder, "--out", out)
     assert code == 0, errors
     page = checked(out)
     figures = [(attributes["id"] or "")[7:] for tag, attributes in page.elements if tag == "figure"]
     assert figures == ["methods", "matrix", "learned", "forgetting", "retention", "kth", "scaling", "drop", "penalties"]
-    from magmax.analysis.method_comparison import methods
-    from magmax.analysis.run_folders import load_run
+    from magmax.analysis.method_comparison import summarise_methods
+    from magmax.analysis.run_folders import load_results
 
-    found = {method.label: method for method in methods(load_run(folder).records)}
+    found = {method.label: method for method in summarise_methods(load_results(folder).records)}
     table = next(t for t in page.tables if t[0][0] == "method" and "scaling factor" in t[0][1])
     assert {row[0] for row in table[1:]} == {label for label, m in found.items() if m.variant == "default"}
     for row in table[1:]:
-        assert row[2] == f"{100 * found[row[0]].main.mean:.1f}"
+        assert row[2] == f"{100 * found[row[0]].average_accuracy.mean:.1f}"
     matrix = next(t for t in page.tables if t[0][0] == "R, in %")
     best = next(iter(found.values()))
     assert [row[1] for row in matrix[2:]] == [f"{100 * best.accuracy(i, 1).mean:.1f}" for i in range(1, runs.TASKS + 1)]
@@ -201,7 +201,7 @@ def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
     from magmax.continual.evaluation.result_files import write_results
     from magmax.continual.experiment_file import read_experiment
 
-    recipe = toys.written(tmp_path / "toy.yaml", seeds=[0, 1])
+    recipe = toys.write_recipe(tmp_path / "toy.yaml", seeds=[0, 1])
     experiment = read_experiment(str(recipe))
     with ThreadPoolExecutor(1) as executor:
         records = Benchmark(experiment, tmp_path / "bench", executor).run()
@@ -231,7 +231,7 @@ def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["scaling", "penalties", "curves"])
 def test_a_study_of_accuracies_is_written_in_every_form(run, tmp_path: Path, kind: str) -> None:
-    folder, out = runs.results(tmp_path / "results"), tmp_path / "study"
+    folder, out = runs.write_results(tmp_path / "results"), tmp_path / "study"
     code, _, errors = run("study", kind, "--from", folder, "--out", out)
     assert code == 0, errors
     checked(out / f"{kind}.html")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-NAMES = ("base", "poet", "coder", "doctor")
+MODEL_NAMES = ("base", "poet", "coder", "doctor")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def models(tmp_path_factory) -> Path:
     base = transformers.LlamaForCausalLM(config)
     start = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     tokenizer = {"model": {"vocab": {f"word{n}": n for n in range(47)}}, "added_tokens": [{"content": "<s>", "id": 47}]}
-    for seed, name in enumerate(NAMES):
+    for seed, name in enumerate(MODEL_NAMES):
         draw = torch.Generator().manual_seed(seed)
         noise = {k: 0.02 * torch.randn(v.shape, generator=draw) for k, v in start.items()}
         base.load_state_dict({k: v + (seed > 0) * noise[k] for k, v in start.items()})

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from magmax.recipes.mergekit.methods import ELSEWHERE, METHODS
-from magmax.recipes.mergekit.schema import Recipe
+from magmax.recipes.mergekit.schema import MergekitRecipe
 
 PAGE = (Path(__file__).parents[3] / "docs/mergekit.md").read_text()
 
@@ -40,4 +40,4 @@ def test_every_method_that_is_not_supported_is_named():
 
 def test_every_key_stands_there():
     found = [key for cell in rows("Keys") for key in re.findall(r"`(\w+)`", cell)]
-    assert sorted(found) == sorted(Recipe.model_fields)
+    assert sorted(found) == sorted(MergekitRecipe.model_fields)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.recipes.mergekit.naive import Definition
+from tests.recipes.mergekit.naive import ReferenceMerge
 from tests.recipes.mergekit.recipes import RECIPES
 
 from magmax import cli
@@ -52,7 +52,7 @@ def test_a_recipe_gives_what_mergekits_documentation_says(name, models, tensors,
     assert run(monkeypatch, "recipes", "check", recipe) == 0, capsys.readouterr().err
     assert run(monkeypatch, "merge", recipe, "--out", str(tmp_path / "out")) == 0, capsys.readouterr().err
     content = yaml.safe_load(RECIPES[name])
-    definition, dtype = Definition(content, tensors), getattr(torch, content.get("out_dtype") or content["dtype"])
+    definition, dtype = ReferenceMerge(content, tensors), getattr(torch, content.get("out_dtype") or content["dtype"])
     ours = loaded(tmp_path / "out")
     assert ours.keys() == tensors["base"].keys()
     for key, tensor in ours.items():

@@ -8,7 +8,7 @@ import pytest
 from tests.recipes.mergekit.test_recipes import run
 
 from magmax import MagMaxError
-from magmax.recipes.recipe import load
+from magmax.recipes.recipe import load_recipe
 
 START = "merge_method: ties\nbase_model: base\nmodels:\n  - {model: poet, parameters: {weight: 1}}\n"
 
@@ -57,7 +57,7 @@ UNSUPPORTED = {
 def test_what_is_not_supported_is_named_with_its_line_and_what_to_do(text, written):
     file, (line, words) = written(text), UNSUPPORTED[text]
     with pytest.raises(MagMaxError) as caught:
-        load(file)
+        load_recipe(file)
     assert str(caught.value) == f"{file}, line {line}: {words}"
 
 
@@ -89,14 +89,14 @@ MISTAKES = {
 @pytest.mark.parametrize("text", MISTAKES)
 def test_mistakes_are_explained_with_their_line(text, written):
     with pytest.raises(MagMaxError) as caught:
-        load(written(text))
+        load_recipe(written(text))
     assert MISTAKES[text] in str(caught.value)
 
 
 def test_all_mistakes_are_told_at_once(written):
     text = START.replace("poet", "poem") + "parameters: {densty: 1, nrmalize: true}\ndtype: float64\n"
     with pytest.raises(MagMaxError) as caught:
-        load(written(text))
+        load_recipe(written(text))
     assert all(word in str(caught.value) for word in ("(4 problems)", "densty", "nrmalize", "float64", "no poem"))
 
 
@@ -104,7 +104,7 @@ def test_what_has_no_effect_is_noted(written):
     text = START.replace("{weight: 1}", "{weight: 1, lambda: 2, t: 0.5}") + (
         "  - {model: base, parameters: {weight: 0.5}}\nparameters: {int8_mask: true}\n"
     )
-    assert [note.partition(": ")[2] for note in load(written(text)).notes] == [
+    assert [note.partition(": ")[2] for note in load_recipe(written(text)).notes] == [
         "lambda has no effect as a model's own parameter of ties, in mergekit too",
         "t has no effect as a model's own parameter of ties, in mergekit too",
         "weight has no effect as the base's own parameter of ties, in mergekit too",
@@ -122,12 +122,12 @@ def test_notes_go_to_stderr(written, monkeypatch, capsys):
 def test_a_part_of_the_layers_is_refused(written):
     text = START.replace("poet,", "poet, layer_range: [0, 3],")
     with pytest.raises(MagMaxError, match=r"line 4: not supported here: a part of the layers; base has 4"):
-        load(written(text)).job("out")
+        load_recipe(written(text)).job("out")
 
 
 def test_vocabularies_must_be_one_already(written, models, tmp_path):
     text = START + "tokenizer_source: union\n"
-    load(written(text)).job(str(tmp_path / "out"))
+    load_recipe(written(text)).job(str(tmp_path / "out"))
     tokenizer = models / "poet/tokenizer.json"
     before = tokenizer.read_text()
     try:
@@ -135,10 +135,10 @@ def test_vocabularies_must_be_one_already(written, models, tmp_path):
         with pytest.raises(
             MagMaxError, match="line 5: not supported here: bringing vocabularies together; poet has an"
         ):
-            load(written(text)).job(str(tmp_path / "out"))
+            load_recipe(written(text)).job(str(tmp_path / "out"))
         tokenizer.unlink()
         with pytest.raises(MagMaxError, match=r"poet has no tokenizer\.json"):
-            load(written(text)).job(str(tmp_path / "out"))
+            load_recipe(written(text)).job(str(tmp_path / "out"))
     finally:
         tokenizer.write_text(before)
 
@@ -148,12 +148,12 @@ def test_a_chat_template_must_be_the_bases(written, models, tmp_path):
     try:
         for place in places:
             place.write_text("{{ messages }}\n")
-        load(written(START + "chat_template: auto\n")).job(str(tmp_path / "out"))
+        load_recipe(written(START + "chat_template: auto\n")).job(str(tmp_path / "out"))
         with pytest.raises(MagMaxError, match="line 5: not supported here: a chat template other than the base's"):
-            load(written(START + "chat_template: chatml\n")).job(str(tmp_path / "out"))
+            load_recipe(written(START + "chat_template: chatml\n")).job(str(tmp_path / "out"))
         places[1].write_text("{{ other }}")
         with pytest.raises(MagMaxError, match="other than the base's"):
-            load(written(START + "chat_template: auto\n")).job(str(tmp_path / "out"))
+            load_recipe(written(START + "chat_template: auto\n")).job(str(tmp_path / "out"))
     finally:
         for place in places:
             place.unlink()
@@ -164,16 +164,16 @@ def test_models_lie_in_the_current_folder_or_beside_the_recipe(models, tmp_path,
     recipe.write_text(START)
     try:
         monkeypatch.chdir(tmp_path)
-        assert load(str(recipe)).models == [str(models / "poet")]
+        assert load_recipe(str(recipe)).models == [str(models / "poet")]
         (tmp_path / "poet").mkdir()
-        assert load(str(recipe)).models == ["poet"]
+        assert load_recipe(str(recipe)).models == ["poet"]
     finally:
         recipe.unlink()
 
 
 def test_a_hub_id_is_passed_on(written):
     for name in ("someone/poet-7b", "someone/poet-7b@main", "hf://someone/poet-7b", "someone/base+someone/adapter"):
-        assert load(written(START.replace("poet", name))).models == [name]
+        assert load_recipe(written(START.replace("poet", name))).models == [name]
 
 
 def test_models_of_several_types_need_a_type_to_be_named(written, models, tmp_path):
@@ -182,29 +182,29 @@ def test_models_of_several_types_need_a_type_to_be_named(written, models, tmp_pa
     magmax.merge("average", models / "base", [models / "coder"], out=tmp_path / "half", dtype="bfloat16")
     text = START.replace("poet", str(tmp_path / "half"))
     with pytest.raises(MagMaxError, match="line 1: the models have several types"):
-        load(written(text)).job(str(tmp_path / "out"))
-    load(written(text + "out_dtype: float32\n")).job(str(tmp_path / "out"))
+        load_recipe(written(text)).job(str(tmp_path / "out"))
+    load_recipe(written(text + "out_dtype: float32\n")).job(str(tmp_path / "out"))
 
 
 def test_assignments_and_flags_stand_above_the_recipe(written, tmp_path):
     assigned = ["parameters.lambda=0.5", "parameters.density=0.25", "out_dtype=float16", "mismatch=base", "out=x"]
-    plan = load(written(START), assigned)
+    plan = load_recipe(written(START), assigned)
     assert (plan.options.scaling_factor, plan.options.dtype, plan.options.mismatch) == (0.5, "float16", "base")
     assert plan.rule.describe()["chain"][0]["prune"]["keep"] == 0.25
     assert plan.out == str(tmp_path / "x")
-    assert load(written(START), (), {"dtype": "bfloat16"}).options.dtype == "bfloat16"
+    assert load_recipe(written(START), (), {"dtype": "bfloat16"}).options.dtype == "bfloat16"
     with pytest.raises(MagMaxError, match=r"cannot set lambda of a mergekit recipe; did you mean"):
-        load(written(START), ["lambda=1"])
+        load_recipe(written(START), ["lambda=1"])
     with pytest.raises(MagMaxError, match=r"--scaling-factor cannot be set beside a mergekit recipe"):
-        load(written(START), (), {"scaling_factor": 1.0})
+        load_recipe(written(START), (), {"scaling_factor": 1.0})
     with pytest.raises(MagMaxError, match="mismatch is strict or base, not 'lax'"):
-        load(written(START), ["mismatch=lax"])
+        load_recipe(written(START), ["mismatch=lax"])
 
 
 def test_there_is_no_base_to_keep_where_weights_are_merged(written):
     text = "merge_method: linear\nmodels: [{model: poet}, {model: coder}]\nparameters: {weight: 1}\n"
     with pytest.raises(MagMaxError, match="line 1: mismatch: base needs a base that the models start from; linear has"):
-        load(written(text), ["mismatch=base"])
+        load_recipe(written(text), ["mismatch=base"])
 
 
 def test_a_recipe_can_be_swept_and_previewed(written, tmp_path, monkeypatch, capsys):

@@ -14,20 +14,20 @@ from typing import Any
 
 from ...checkpoints.writer import replace_file
 from ...errors import MagMaxError
-from ..recommendations import Advice
+from ..recommendations import Recommendation
 from ..records import Study
-from .charts import Axis, dots, number
-from .figures import Cell, Figure, Table
-from .svg import Markup, Point, Series, colour, legend
+from .charts import ChartAxis, dot_chart, format_number
+from .figures import FigureTable, ReportFigure, TableCell
+from .svg import Markup, SvgPoint, SvgSeries, colour, draw_legend
 
 MARGIN = 16.0
 """Around a drawing that is a file of its own."""
-FAR_OFF = 0.005
+COEFFICIENT_TOLERANCE = 0.005
 """Coefficients nearer to 1 than this do nothing worth a colour."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class SummaryTile:
     """A number of note, at the top of a page."""
 
     value: str
@@ -36,87 +36,93 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of a page, with a place in its contents."""
 
-    ident: str
+    html_id: str
     title: str
-    figures: Sequence[Figure] = ()
-    table: Table | None = None
-    words: str = ""
+    figures: Sequence[ReportFigure] = ()
+    table: FigureTable | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
-class Page:
+class ReportPage:
     """What a report says, in the order it says it.
 
     Attributes:
-        about: of what was run, in a sentence.
-        inputs: name -> digest.
+        summary: of what was run, in a sentence.
+        input_digests: name -> digest.
         recipe: what was run, in full.
     """
 
     title: str
-    about: str
-    tiles: Sequence[Tile] = ()
-    advice: Sequence[Advice] = ()
-    sections: Sequence[Section] = ()
-    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    summary: str
+    tiles: Sequence[SummaryTile] = ()
+    recommendations: Sequence[Recommendation] = ()
+    sections: Sequence[PageSection] = ()
+    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     environment: str = ""
-    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    excluded_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def html(self) -> str:
+    def render(self) -> str:
         """The page. The same page always gives the same bytes."""
         from ..._version import __version__
 
         recipe = json.dumps(self.recipe, indent=2) if self.recipe else ""
-        return template("report.html").render(page=self, version=__version__, recipe=recipe, **_assets())
+        return load_template("report.html").render(page=self, version=__version__, recipe=recipe, **_read_page_assets())
 
     def write(self, path: Path) -> Path:
         """The page as a file, whole or not at all."""
-        replace_file(path, self.html().encode())
+        replace_file(path, self.render().encode())
         return path
 
 
-def single(study: Study, figures: Sequence[Figure]) -> Page:
+def study_page(study: Study, figures: Sequence[ReportFigure]) -> ReportPage:
     """A study by itself as a page."""
     tiles = ()
-    return Page(study.title, study.definition, tiles, (), [Section(study.kind, study.title, figures)], study.inputs)
+    return ReportPage(
+        study.title, study.definition, tiles, (), [PageSection(study.kind, study.title, figures)], study.inputs
+    )
 
 
-def calibration_figure(coefficients: Mapping[str, float]) -> Figure:
+def calibration_figure(coefficients: Mapping[str, float]) -> ReportFigure:
     """The coefficient of each tensor that was calibrated, around 1."""
     names = list(coefficients)
     known = [value for value in coefficients.values() if math.isfinite(value)]
     points = [
-        Point(value, row, f"{name}\nxi = {value:.4g}, {'grows' if value > 1 else 'shrinks'}")
+        SvgPoint(value, row, f"{name}\nxi = {value:.4g}, {'grows' if value > 1 else 'shrinks'}")
         for row, (name, value) in enumerate(coefficients.items())
     ]
     sides = [
-        Series("grows", [p for p in points if p.x > 1 + FAR_OFF], colour(0)),
-        Series("stays", [p for p in points if abs(p.x - 1) <= FAR_OFF], colour(7)),
-        Series("shrinks", [p for p in points if p.x < 1 - FAR_OFF], colour(1)),
+        SvgSeries("grows", [p for p in points if p.x > 1 + COEFFICIENT_TOLERANCE], colour(0)),
+        SvgSeries("stays", [p for p in points if abs(p.x - 1) <= COEFFICIENT_TOLERANCE], colour(7)),
+        SvgSeries("shrinks", [p for p in points if p.x < 1 - COEFFICIENT_TOLERANCE], colour(1)),
     ]
-    axis = Axis("calibration coefficient", number, marked=[(1.0, "unchanged")])
+    axis = ChartAxis("calibration coefficient", format_number, reference_values=[(1.0, "unchanged")])
     alt = f"{len(names)} coefficients from {min(known):.3g} to {max(known):.3g}; 1 leaves a tensor as it is."
     lead = "What each tensor's merged change is multiplied by, so that its features have the size they should."
-    table = Table(["tensor", "coefficient"], [[Cell(n), Cell.number(v)] for n, v in coefficients.items()])
+    table = FigureTable(
+        ["tensor", "coefficient"], [[TableCell(n), TableCell.from_number(v)] for n, v in coefficients.items()]
+    )
     key = [side for side in sides if side.points]
-    return Figure("calibration", "Calibration coefficients", lead, alt, dots(names, key, axis), key, table=table)
+    return ReportFigure(
+        "calibration", "Calibration coefficients", lead, alt, dot_chart(names, key, axis), key, table=table
+    )
 
 
-def standalone_svgs(figure: Figure) -> dict[str, str]:
+def standalone_svgs(figure: ReportFigure) -> dict[str, str]:
     """The drawings for wide windows, each to be a file of its own, in colours for light and dark; none of tables."""
     drawings = re.findall(r'<div class="wide">(<svg .*?</svg>)</div>', str(figure.body), re.DOTALL)
-    names = [f"{figure.ident}-{choice}" for choice in figure.choices] or [figure.ident]
-    words = (figure.title, figure.alt, Markup(_asset("figures.css")))
+    names = [f"{figure.html_id}-{choice}" for choice in figure.options] or [figure.html_id]
+    words = (figure.title, figure.alt_text, Markup(_read_asset("figures.css")))
     style = Markup("<title>{}</title><desc>{}</desc><style>{}</style>").format(*words)
     made: dict[str, str] = {}
     for name, drawing in zip(names, drawings, strict=False):
         head, _, rest = drawing.partition(">")
         width, height = map(float, re.findall(r"viewBox=.0 0 (\S+) ([^ \"]+)", head)[0])
-        key, end = legend(figure.key, width, height) if figure.key else (Markup(""), height)
+        key, end = draw_legend(figure.legend, width, height) if figure.legend else (Markup(""), height)
         place = -MARGIN, -MARGIN, width + 2 * MARGIN, end + 2 * MARGIN
         head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{" ".join(f"{n:g}" for n in place)}"'
         ground = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="12" class="ground"/>').format(*place)
@@ -125,7 +131,7 @@ def standalone_svgs(figure: Figure) -> dict[str, str]:
 
 
 @cache
-def template(name: str) -> Any:
+def load_template(name: str) -> Any:
     """A template of this package; what it is given is escaped."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -141,13 +147,13 @@ def template(name: str) -> Any:
     return environment.get_template(name + ".j2")
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return (files("magmax.analysis.report") / "templates" / name).read_text("utf-8")
 
 
-def _assets() -> dict[str, Markup]:
+def _read_page_assets() -> dict[str, Markup]:
     return {
-        "figures_css": Markup(_asset("figures.css")),
-        "page_css": Markup(_asset("page.css")),
-        "script": Markup(_asset("page.js")),
+        "figures_css": Markup(_read_asset("figures.css")),
+        "page_css": Markup(_read_asset("page.css")),
+        "script": Markup(_read_asset("page.js")),
     }

@@ -5,225 +5,245 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..records import Band, Record, Study, bands
-from ..weight_statistics import WHOLE
-from .charts import Axis, dots, lines, number, percent, stacks
-from .figures import NONE, Cell, Figure, Table, alternatives, heat
-from .svg import Markup, Point, Series, colour, shades
+from ..records import Record, SeedBand, Study, aggregate
+from ..weight_statistics import WHOLE_MODEL
+from .charts import ChartAxis, dot_chart, format_number, format_percent, line_chart, stacked_bar_chart
+from .figures import EMPTY_CELL, FigureTable, ReportFigure, TableCell, heat_table, render_options
+from .svg import Markup, SvgPoint, SvgSeries, colour, shades
 
 
-def conflicts(study: Study) -> list[Figure]:
+def conflicts_figures(study: Study) -> list[ReportFigure]:
     """Share of conflicts by layer, a colour for each way of training."""
-    layers, chains = _each(study.records, "layer"), _each(study.records, "chain")
-    told = bands(study.records, ["chain", "layer"], "share")
+    layers, chains = _unique_values(study.records, "layer"), _unique_values(study.records, "chain")
+    told = aggregate(study.records, ["chain", "layer"], "share")
     series = [
-        Series(
+        SvgSeries(
             chain,
-            [_mark(told[chain, layer], row, f"{layer}\n{_of(chain)}", percent) for row, layer in enumerate(layers)],
+            [
+                _mean_point(told[chain, layer], row, f"{layer}\n{_training_label(chain)}", format_percent)
+                for row, layer in enumerate(layers)
+            ],
             colour(n),
         )
         for n, chain in enumerate(chains)
     ]
     expected = study.records[0]["expected"]
-    axis = Axis("share of elements pulled both ways", percent, True, [(expected, "coin flips")])
-    header = ["layer", *(f"{_of(chain)} conflicts, %" for chain in chains), "elements"]
+    axis = ChartAxis("share of elements pulled both ways", format_percent, True, [(expected, "coin flips")])
+    header = ["layer", *(f"{_training_label(chain)} conflicts, %" for chain in chains), "elements"]
     sizes = {r["layer"]: r["elements"] for r in study.records}
     rows = [
         [
-            Cell(layer),
-            *(_share(told[chain, layer]) for chain in chains),
-            Cell(f"{sizes[layer]:,}", sizes[layer]),
+            TableCell(layer),
+            *(_share_cell(told[chain, layer]) for chain in chains),
+            TableCell(f"{sizes[layer]:,}", sizes[layer]),
         ]
         for layer in layers
     ]
-    body = dots(layers, series, axis, joined=True)
-    return [_figure(study, "", study.title, study.definition, body, series, Table(header, rows))]
+    body = dot_chart(layers, series, axis, connect_dots=True)
+    return [_study_figure(study, "", study.title, study.definition, body, series, FigureTable(header, rows))]
 
 
-def consistency(study: Study) -> list[Figure]:
+def consistency_figures(study: Study) -> list[ReportFigure]:
     """How large changes are against how many tasks agree on their direction."""
-    chains = _each(study.records, "chain")
-    groups = [group for group in _each(study.records, "agreeing") if group > 0]
-    largest = bands(study.records, ["chain", "agreeing"], "largest")
-    average = bands(study.records, ["chain", "agreeing"], "average")
-    share = bands(study.records, ["chain", "agreeing"], "share")
+    chains = _unique_values(study.records, "chain")
+    groups = [group for group in _unique_values(study.records, "agreeing") if group > 0]
+    largest = aggregate(study.records, ["chain", "agreeing"], "largest")
+    average = aggregate(study.records, ["chain", "agreeing"], "average")
+    share = aggregate(study.records, ["chain", "agreeing"], "share")
 
-    def mark(chain: str, group: int) -> Point:
+    def mark(chain: str, group: int) -> SvgPoint:
         band = largest[chain, group]
-        tip = f"{group} tasks agree\n{_of(chain)}: max |τ| {_spread(band, number)}\n"
-        return Point(group, band.mean, tip + f"{share[chain, group].mean:.2%} of the elements", band.low, band.high)
+        tip = f"{group} tasks agree\n{_training_label(chain)}: max |τ| {_format_mean(band, format_number)}\n"
+        return SvgPoint(group, band.mean, tip + f"{share[chain, group].mean:.2%} of the elements", band.low, band.high)
 
-    series = [Series(chain, [mark(chain, g) for g in groups], colour(n)) for n, chain in enumerate(chains)]
+    series = [SvgSeries(chain, [mark(chain, g) for g in groups], colour(n)) for n, chain in enumerate(chains)]
     header, rows = ["chain", "tasks that agree", "elements, %", "mean max |τ|", "mean |τ|"], []
     for chain in chains:
-        for group in _each(study.records, "agreeing"):
+        for group in _unique_values(study.records, "agreeing"):
             key = chain, group
-            cells = [Cell.share(share[key].mean, 2), Cell.number(largest[key].mean), Cell.number(average[key].mean)]
-            rows.append([Cell(_of(chain)), Cell(str(group), group), *cells])
-    body = lines(series, Axis("tasks that move an element the same way"), Axis("mean of the largest |τ|", number, True))
-    return [_figure(study, "", study.title, study.definition, body, series, Table(header, rows))]
+            cells = [
+                TableCell.from_share(share[key].mean, 2),
+                TableCell.from_number(largest[key].mean),
+                TableCell.from_number(average[key].mean),
+            ]
+            rows.append([TableCell(_training_label(chain)), TableCell(str(group), group), *cells])
+    body = line_chart(
+        series,
+        ChartAxis("tasks that move an element the same way"),
+        ChartAxis("mean of the largest |τ|", format_number, True),
+    )
+    return [_study_figure(study, "", study.title, study.definition, body, series, FigureTable(header, rows))]
 
 
-def contribution(study: Study) -> list[Figure]:
+def contribution_figures(study: Study) -> list[ReportFigure]:
     """Who wins under MagMax: a bar for each layer; before it, if there are several ways of training, one for each."""
     by = ["chain", "layer", "task"]
-    told, weight = bands(study.records, by, "share"), bands(study.records, by, "magnitude")
-    chains, layers, tasks = (_each(study.records, name) for name in by)
-    axis = Axis("share of the elements that changed", percent)
+    told, weight = aggregate(study.records, by, "share"), aggregate(study.records, by, "magnitude")
+    chains, layers, tasks = (_unique_values(study.records, name) for name in by)
+    axis = ChartAxis("share of the elements that changed", format_percent)
 
-    def part(names: Sequence[str], keys: Sequence[tuple[str, str]]) -> tuple[Markup, list[Series]]:
+    def part(names: Sequence[str], keys: Sequence[tuple[str, str]]) -> tuple[Markup, list[SvgSeries]]:
         """A bar for each (chain, layer)."""
-        series: list[Series] = []
+        series: list[SvgSeries] = []
         for task, shade in zip(tasks, shades(len(tasks)), strict=True):
-            points: list[Point] = []
+            points: list[SvgPoint] = []
             for row, (name, (chain, layer)) in enumerate(zip(names, keys, strict=True)):
                 share, amount = told[chain, layer, task], weight[chain, layer, task]
-                tip = f"{name}\n{task}: {_spread(share, percent)} of the elements\n"
-                points.append(Point(share.mean, row, f"{tip}{_spread(amount, percent)} of the magnitude"))
-            series.append(Series(task, points, shade))
-        return stacks(names, series, axis), series
+                tip = f"{name}\n{task}: {_format_mean(share, format_percent)} of the elements\n"
+                points.append(
+                    SvgPoint(share.mean, row, f"{tip}{_format_mean(amount, format_percent)} of the magnitude")
+                )
+            series.append(SvgSeries(task, points, shade))
+        return stacked_bar_chart(names, series, axis), series
 
-    found: list[Figure] = []
+    found: list[ReportFigure] = []
     if len(chains) > 1:
-        body, key = part(chains, [(chain, WHOLE) for chain in chains])
-        found.append(_figure(study, "overview", study.title, study.definition, body, key, None))
+        body, key = part(chains, [(chain, WHOLE_MODEL) for chain in chains])
+        found.append(_study_figure(study, "overview", study.title, study.definition, body, key, None))
     drawn = {chain: part(layers, [(chain, layer) for layer in layers]) for chain in chains}
     rows = [
-        [*_place(chain, layer, chains), *(_share(told[chain, layer, task]) for task in tasks)]
+        [*_row_cells(chain, layer, chains), *(_share_cell(told[chain, layer, task]) for task in tasks)]
         for chain in chains
         for layer in layers
     ]
-    table = Table([*_places(chains), *(f"{task}, %" for task in tasks)], rows)
+    table = FigureTable([*_row_header(chains), *(f"{task}, %" for task in tasks)], rows)
     title = "The same, layer by layer" if found else study.title
     bodies = {chain: body for chain, (body, _) in drawn.items()}
-    found.append(_figure(study, "", title, study.definition, bodies, drawn[chains[0]][1], table))
+    found.append(_study_figure(study, "", title, study.definition, bodies, drawn[chains[0]][1], table))
     return found
 
 
-def cosine(study: Study) -> list[Figure]:
+def cosine_figures(study: Study) -> list[ReportFigure]:
     """A table of angles, and their mean by layer."""
-    chains, tasks = _each(study.records, "chain"), _each(study.records, "task")
-    told = bands([r for r in study.records if r["layer"] == WHOLE], ["chain", "task", "other"], "cosine")
+    chains, tasks = _unique_values(study.records, "chain"), _unique_values(study.records, "task")
+    told = aggregate([r for r in study.records if r["layer"] == WHOLE_MODEL], ["chain", "task", "other"], "cosine")
     low = min(0.0, *(band.mean for band in told.values() if band.n))
     bodies: dict[str, Markup] = {}
     for chain in chains:
-        rows = [(task, [_angle(told[chain, task, other], task, other) for other in tasks]) for task in tasks]
-        bodies[chain] = heat("cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_in(chain)}")
-    found = [_figure(study, "", study.title, study.definition, bodies, [], None)]
+        rows = [(task, [_cosine_cell(told[chain, task, other], task, other) for other in tasks]) for task in tasks]
+        bodies[chain] = heat_table(
+            "cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_training_suffix(chain)}"
+        )
+    found = [_study_figure(study, "", study.title, study.definition, bodies, [], None)]
     pairs = [r for r in study.records if r["task"] != r["other"]]
-    layers, means = _each(pairs, "layer"), bands(pairs, ["chain", "layer"], "cosine")
+    layers, means = _unique_values(pairs, "layer"), aggregate(pairs, ["chain", "layer"], "cosine")
     if len(layers) > 1:
-        series: list[Series] = []
+        series: list[SvgSeries] = []
         for n, chain in enumerate(chains):
             own = [means[chain, layer].mean for layer in layers]
-            marks = [Point(v, row, f"{layers[row]}\n{_of(chain)}: {v:.3f}") for row, v in enumerate(own)]
-            series.append(Series(chain, marks, colour(n)))
-        body = dots(layers, series, Axis("mean cosine of two task vectors", number, True), joined=True)
-        cells = [[Cell(layer), *(Cell.number(means[chain, layer].mean) for chain in chains)] for layer in layers]
-        table = Table(["layer", *(f"{_of(chain)} mean cosine" for chain in chains)], cells)
+            marks = [SvgPoint(v, row, f"{layers[row]}\n{_training_label(chain)}: {v:.3f}") for row, v in enumerate(own)]
+            series.append(SvgSeries(chain, marks, colour(n)))
+        body = dot_chart(
+            layers, series, ChartAxis("mean cosine of two task vectors", format_number, True), connect_dots=True
+        )
+        cells = [
+            [TableCell(layer), *(TableCell.from_number(means[chain, layer].mean) for chain in chains)]
+            for layer in layers
+        ]
+        table = FigureTable(["layer", *(f"{_training_label(chain)} mean cosine" for chain in chains)], cells)
         lead = "The mean over all pairs of tasks, layer by layer."
-        found.append(_figure(study, "layers", "Likeness by layer", lead, body, series, table))
+        found.append(_study_figure(study, "layers", "Likeness by layer", lead, body, series, table))
     return found
 
 
-def norms(study: Study) -> list[Figure]:
+def norms_figures(study: Study) -> list[ReportFigure]:
     """How far each task moved each layer."""
     by = ["chain", "layer", "task"]
-    relative, norm = bands(study.records, by, "relative"), bands(study.records, by, "norm")
-    chains, layers, tasks = (_each(study.records, name) for name in by)
-    axis = Axis("norm of the task vector, in % of the base's", percent, True)
+    relative, norm = aggregate(study.records, by, "relative"), aggregate(study.records, by, "norm")
+    chains, layers, tasks = (_unique_values(study.records, name) for name in by)
+    axis = ChartAxis("norm of the task vector, in % of the base's", format_percent, True)
     bodies: dict[str, Markup] = {}
-    series: list[Series] = []
+    series: list[SvgSeries] = []
     for chain in chains:
         series = []
         for task, shade in zip(tasks, shades(len(tasks)), strict=True):
-            points: list[Point] = []
+            points: list[SvgPoint] = []
             for row, layer in enumerate(layers):
                 share, length = relative[chain, layer, task], norm[chain, layer, task]
-                tip = f"{layer}\n{task}: {_spread(share, percent)} of the base's norm\n"
-                points.append(Point(share.mean, row, f"{tip}L2 norm {_spread(length, number)}"))
-            series.append(Series(task, points, shade))
-        bodies[chain] = dots(layers, series, axis, joined=True)
+                tip = f"{layer}\n{task}: {_format_mean(share, format_percent)} of the base's norm\n"
+                points.append(SvgPoint(share.mean, row, f"{tip}L2 norm {_format_mean(length, format_number)}"))
+            series.append(SvgSeries(task, points, shade))
+        bodies[chain] = dot_chart(layers, series, axis, connect_dots=True)
     rows = [
         [
-            *_place(chain, layer, chains),
-            *(Cell.share(relative[chain, layer, task].mean, 3) for task in tasks),
-            *(Cell.number(norm[chain, layer, task].mean) for task in tasks),
+            *_row_cells(chain, layer, chains),
+            *(TableCell.from_share(relative[chain, layer, task].mean, 3) for task in tasks),
+            *(TableCell.from_number(norm[chain, layer, task].mean) for task in tasks),
         ]
         for chain in chains
         for layer in layers
     ]
     units = [f"{task}, {unit}" for unit in ("% of the base", "L2 norm") for task in tasks]
-    table = Table([*_places(chains), *units], rows)
-    return [_figure(study, "", study.title, study.definition, bodies, series, table)]
+    table = FigureTable([*_row_header(chains), *units], rows)
+    return [_study_figure(study, "", study.title, study.definition, bodies, series, table)]
 
 
-FIGURES: Mapping[str, Callable[[Study], list[Figure]]] = {
-    "conflicts": conflicts,
-    "consistency": consistency,
-    "contribution": contribution,
-    "cosine": cosine,
-    "norms": norms,
+FIGURE_BUILDERS: Mapping[str, Callable[[Study], list[ReportFigure]]] = {
+    "conflicts": conflicts_figures,
+    "consistency": consistency_figures,
+    "contribution": contribution_figures,
+    "cosine": cosine_figures,
+    "norms": norms_figures,
 }
 
 
-def _figure(
+def _study_figure(
     study: Study,
-    part: str,
+    suffix: str,
     title: str,
     lead: str,
     body: Markup | Mapping[str, Markup],
-    key: Sequence[Series],
-    table: Table | None,
-) -> Figure:
+    legend: Sequence[SvgSeries],
+    table: FigureTable | None,
+) -> ReportFigure:
     """A figure of a study, or a part of one; a body for each way of training is shown one at a time."""
-    ident = f"{study.kind}-{part}" if part else study.kind
+    ident = f"{study.kind}-{suffix}" if suffix else study.kind
     alt = " ".join(study.findings) or lead
     several = {} if isinstance(body, Markup) else body
-    drawn = body if isinstance(body, Markup) else alternatives(body)
+    drawn = body if isinstance(body, Markup) else render_options(body)
     choices = [chain for chain in several if len(several) > 1]
-    shown = key if len(key) > 1 else ()
-    return Figure(ident, title, lead, alt, drawn, shown, table=table, choices=choices, choice="Training")
+    shown = legend if len(legend) > 1 else ()
+    return ReportFigure(ident, title, lead, alt, drawn, shown, table=table, options=choices, option_label="Training")
 
 
-def _mark(band: Band, row: int, what: str, written: Callable[[float], str]) -> Point:
-    return Point(band.mean, row, f"{what}: {_spread(band, written)}", band.low, band.high)
+def _mean_point(band: SeedBand, row: int, label: str, format_value: Callable[[float], str]) -> SvgPoint:
+    return SvgPoint(band.mean, row, f"{label}: {_format_mean(band, format_value)}", band.low, band.high)
 
 
-def _spread(band: Band, written: Callable[[float], str]) -> str:
+def _format_mean(band: SeedBand, format_value: Callable[[float], str]) -> str:
     """A mean, and its standard deviation where there are seeds."""
     if not band.n:
         return "unknown"
-    return written(band.mean) + (f" ± {written(band.std)} over {band.n} seeds" if band.n > 1 else "")
+    return format_value(band.mean) + (f" ± {format_value(band.std)} over {band.n} seeds" if band.n > 1 else "")
 
 
-def _share(band: Band) -> Cell:
-    cell = Cell.share(band.mean)
-    return Cell(f"{cell.words} ± {100 * band.std:.1f}", cell.value) if band.n > 1 else cell
+def _share_cell(band: SeedBand) -> TableCell:
+    cell = TableCell.from_share(band.mean)
+    return TableCell(f"{cell.text} ± {100 * band.std:.1f}", cell.sort_value) if band.n > 1 else cell
 
 
-def _angle(band: Band, task: str, other: str) -> Cell:
-    words = f"{band.mean:.2f}" if math.isfinite(band.mean) else NONE
-    return Cell(words, band.mean, f"{task} and {other}: {_spread(band, number)}")
+def _cosine_cell(band: SeedBand, task: str, other: str) -> TableCell:
+    words = f"{band.mean:.2f}" if math.isfinite(band.mean) else EMPTY_CELL
+    return TableCell(words, band.mean, f"{task} and {other}: {_format_mean(band, format_number)}")
 
 
-def _each(records: Sequence[Record], name: str) -> list:
+def _unique_values(records: Sequence[Record], name: str) -> list:
     """The values of a column, in the order they come."""
     return list(dict.fromkeys(record[name] for record in records))
 
 
-def _places(chains: Sequence[str]) -> list[str]:
+def _row_header(trainings: Sequence[str]) -> list[str]:
     """The columns that say what a row is of."""
-    return ["training", "layer"] if len(chains) > 1 else ["layer"]
+    return ["training", "layer"] if len(trainings) > 1 else ["layer"]
 
 
-def _place(chain: str, layer: str, chains: Sequence[str]) -> list[Cell]:
-    return [Cell(chain), Cell(layer)] if len(chains) > 1 else [Cell(layer)]
+def _row_cells(training: str, layer: str, trainings: Sequence[str]) -> list[TableCell]:
+    return [TableCell(training), TableCell(layer)] if len(trainings) > 1 else [TableCell(layer)]
 
 
-def _of(chain: str) -> str:
-    return "these models" if chain == "given" else chain
+def _training_label(training: str) -> str:
+    return "these models" if training == "given" else training
 
 
-def _in(chain: str) -> str:
-    return "" if chain == "given" else f", {chain}"
+def _training_suffix(training: str) -> str:
+    return "" if training == "given" else f", {training}"

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError
-from ..base import PREFIX, Checkpoint
-from ..dtypes import Spec, widen
-from ..remote.hub import hub_id
+from ..base import HUB_PREFIX, Checkpoint
+from ..dtypes import TensorSpec, widen
+from ..remote.hub import parse_hub_id
 from ..remote.urls import is_url
-from .mapping import Adapter
-from .peft import CONFIG, WEIGHTS, PeftFolder
-from .product import scaled_product
+from .mapping import AdapterMapping
+from .peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
+from .product import compute_delta
 
 
 class LoraModel(Checkpoint):
@@ -39,51 +39,51 @@ class LoraModel(Checkpoint):
 
     def __init__(self, folder: Path, base: Checkpoint, label: str) -> None:
         super().__init__(label, {})
-        self.path, self.url = folder if base.stored else None, base.url
-        self._base, self._folder = base, PeftFolder(folder, label)
-        self._adapter = Adapter(self._folder, base)
-        self._updates, self._copies = self._adapter.updates, self._adapter.copies
-        for key in dict.fromkeys([*base.specs, *self._copies]):
-            source = self._adapter.source(key)
-            tuned = Spec("F64" if source.dtype == "F64" else "F32", source.shape)
+        self.path, self.url = folder if base.is_on_disk else None, base.url
+        self._base, self._peft_adapter = base, PeftAdapter(folder, label)
+        self._mapping = AdapterMapping(self._peft_adapter, base)
+        self._updates, self._replacements = self._mapping.updates, self._mapping.replacements
+        for key in dict.fromkeys([*base.specs, *self._replacements]):
+            source = self._mapping.source_spec(key)
+            tuned = TensorSpec("F64" if source.dtype == "F64" else "F32", source.shape)
             self.specs[key] = tuned if key in self._updates else source
         self.aliases = {key: kept for key, kept in base.aliases.items() if key not in self.specs}
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        if key in self._copies:
-            stored = self._folder.read(self._folder.resolve(self._copies[key]), start, stop)
+        if key in self._replacements:
+            stored = self._peft_adapter.read(self._peft_adapter.resolve_alias(self._replacements[key]), start, stop)
         else:
             stored = self._base.read(key, start, stop)
         if key not in self._updates:
             return stored
         with np.errstate(over="ignore", invalid="ignore"):
-            tuned = scaled_product(self._folder, self._updates[key], start, stop, self.specs[key].storage)
-            tuned += widen(stored, self._adapter.source(key).dtype, tuned.dtype)
+            tuned = compute_delta(self._peft_adapter, self._updates[key], start, stop, self.specs[key].storage_dtype)
+            tuned += widen(stored, self._mapping.source_spec(key).dtype, tuned.dtype)
         return tuned
 
     def files(self) -> list[Path]:
-        return [*self._base.files(), *self._folder.files()]
+        return [*self._base.files(), *self._peft_adapter.files()]
 
     def header_digests(self) -> list[str]:
-        return [*self._base.header_digests(), *self._folder.header_digests()]
+        return [*self._base.header_digests(), *self._peft_adapter.header_digests()]
 
-    def fingerprints(self, again: bool = False) -> dict[str, list[object]]:
-        return self._base.fingerprints(again) | self._folder.fingerprints(again)
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        return self._base.fingerprints(refresh) | self._peft_adapter.fingerprints(refresh)
 
-    def hold(self, key: str, start: int, stop: int) -> int:
-        return 0 if key in self._copies else self._base.hold(key, start, stop)
+    def prefetch(self, key: str, start: int, stop: int) -> int:
+        return 0 if key in self._replacements else self._base.prefetch(key, start, stop)
 
-    def release(self, key: str, start: int, stop: int) -> int:
-        return 0 if key in self._copies else self._base.release(key, start, stop)
+    def release_prefetched(self, key: str, start: int, stop: int) -> int:
+        return 0 if key in self._replacements else self._base.release_prefetched(key, start, stop)
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter_folder(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
     others = [file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
-    return (folder / CONFIG).is_file() and not set(others) - {*WEIGHTS, "training_args.bin"}
+    return (folder / ADAPTER_CONFIG).is_file() and not set(others) - {*WEIGHT_FILES, "training_args.bin"}
 
 
-def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
+def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
     """The halves of "BASE+ADAPTER", where nothing has that very name and ADAPTER is the folder of an adapter, or both
     are there or on the hub."""
     if "+" not in text or os.path.lexists(os.path.join(folder, text)):
@@ -92,47 +92,53 @@ def base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
-        if Path(folder, adapter, CONFIG).is_file() or is_url(adapter):
+        if Path(folder, adapter, ADAPTER_CONFIG).is_file() or is_url(adapter):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids
-            if hub_id(adapter, folder) and (hub_id(base, folder) or os.path.lexists(os.path.join(folder, base))):
+            if parse_hub_id(adapter, folder) and (
+                parse_hub_id(base, folder) or os.path.lexists(os.path.join(folder, base))
+            ):
                 return base, adapter
     return None
 
 
-def within(folder: str, text: str) -> str:
+def resolve_path(folder: str, text: str) -> str:
     """A path, or every part of "BASE+ADAPTER", as seen from where `folder` is; an id of the hub as hf://..."""
-    return each_part(text, lambda part: os.path.join(folder, part), folder)
+    return map_parts(text, lambda part: os.path.join(folder, part), folder)
 
 
-def seen_from(folder: str, text: str) -> str:
+def relative_path(folder: str, text: str) -> str:
     """A path, or every part of "BASE+ADAPTER", so that `within(folder, ...)` gives it back."""
-    return each_part(text, lambda part: os.path.relpath(part, folder or "."))
+    return map_parts(text, lambda part: os.path.relpath(part, folder or "."))
 
 
-def path_from(folder: Path, given: object, opened: Checkpoint) -> str | None:
+def portable_path(folder: Path, source: object, checkpoint: Checkpoint) -> str | None:
     """What opens a checkpoint again, as seen from a folder: its ids on the hub, or the path, or every part of
     "BASE+ADAPTER", that was given; None if nothing does."""
-    if opened.origin and all(origin.startswith(PREFIX) for origin in opened.origin.split("+")):
-        return opened.origin
-    if isinstance(given, str | os.PathLike):
-        return seen_from(os.fspath(folder), os.fspath(given))
-    return None if opened.path is None or isinstance(opened, LoraModel) else os.path.relpath(opened.path, folder)
+    if checkpoint.origin and all(origin.startswith(HUB_PREFIX) for origin in checkpoint.origin.split("+")):
+        return checkpoint.origin
+    if isinstance(source, str | os.PathLike):
+        return relative_path(os.fspath(folder), os.fspath(source))
+    return (
+        None
+        if checkpoint.path is None or isinstance(checkpoint, LoraModel)
+        else os.path.relpath(checkpoint.path, folder)
+    )
 
 
-def path_back(folder: Path, told: str) -> str:
-    """What `path_from` told of a folder, as it is seen from here."""
+def resolve_portable_path(folder: Path, source: str) -> str:
+    """What `portable_path` told of a folder, as it is seen from here."""
     here = os.fspath(folder)
-    return each_part(told, lambda part: os.path.normpath(os.path.join(here, part)), here)
+    return map_parts(source, lambda part: os.path.normpath(os.path.join(here, part)), here)
 
 
-def each_part(text: str, change: Callable[[str], str], folder: str = "") -> str:
+def map_parts(text: str, change: Callable[[str], str], folder: str = "") -> str:
     """A path, or every part of "BASE+ADAPTER" (BASE may be a join itself), changed; an id of the hub as hf://...
 
     Paths are seen from `folder`.
     """
-    halves = base_and_adapter(text, folder)
+    halves = split_base_and_adapter(text, folder)
     if halves is not None:
-        return f"{each_part(halves[0], change, folder)}+{each_part(halves[1], change, folder)}"
-    named = hub_id(text, folder)
+        return f"{map_parts(halves[0], change, folder)}+{map_parts(halves[1], change, folder)}"
+    named = parse_hub_id(text, folder)
     return named.address if named else text if is_url(text) else change(text)

@@ -10,32 +10,32 @@ import re
 from collections.abc import Callable, Set
 from functools import lru_cache
 
-LONGEST = 2000
+MAX_LENGTH = 2000
 """Characters of an expression, and of a name that is matched with it."""
-MOST_STEPS = 200_000
+MAX_STEPS = 200_000
 
 Positions = Set[int]
-Node = Callable[["Run", Positions], Positions]
+Matcher = Callable[["MatchRun", Positions], Positions]
 """Given the positions where a part of an expression may begin, those where it may end."""
 
 
-class PatternError(ValueError):
+class BoundedRegexError(ValueError):
     """An expression that is wrong, not supported, or too long to follow."""
 
 
-class Run:
+class MatchRun:
     """One name, and the steps that are left for it."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.left = text, MOST_STEPS
+        self.text, self.steps_left = text, MAX_STEPS
 
-    def step(self, positions: Positions) -> None:
-        self.left -= 1 + len(positions)
-        if self.left < 0:
-            raise PatternError("it takes too many steps; write the modules' names out")
+    def count_steps(self, positions: Positions) -> None:
+        self.steps_left -= 1 + len(positions)
+        if self.steps_left < 0:
+            raise BoundedRegexError("it takes too many steps; write the modules' names out")
 
 
-class Pattern:
+class BoundedRegex:
     """A regular expression as PEFT writes them: characters, classes, groups, alternatives, repetitions, ^ and $.
 
     Raises:
@@ -43,39 +43,39 @@ class Pattern:
     """
 
     def __init__(self, text: str) -> None:
-        if len(text) > LONGEST:
-            raise PatternError(f"it is longer than {LONGEST} characters")
+        if len(text) > MAX_LENGTH:
+            raise BoundedRegexError(f"it is longer than {MAX_LENGTH} characters")
         try:
             re.compile(text)
-            self._text, self._at = text, 0
-            self._node = self._alternatives()
+            self._text, self._position = text, 0
+            self._matcher = self._parse_alternatives()
         except (re.error, RecursionError, OverflowError) as error:
-            raise PatternError(str(error)) from error
+            raise BoundedRegexError(str(error)) from error
 
-    def names(self, module: str) -> bool:
+    def matches_module(self, module: str) -> bool:
         """Whether the expression is the whole of a module's name, or of its end after a dot, as PEFT decides it."""
-        if len(module) > LONGEST:
-            raise PatternError(f"the name of the module is longer than {LONGEST} characters")
+        if len(module) > MAX_LENGTH:
+            raise BoundedRegexError(f"the name of the module is longer than {MAX_LENGTH} characters")
         line = len(module.partition("\n")[0])
         starts = {0, *(at + 1 for at, letter in enumerate(module[:line]) if letter == ".")}
         try:
-            run = Run(module)
-            return bool(_end(run, self._node(run, starts)))
+            run = MatchRun(module)
+            return bool(_match_end(run, self._matcher(run, starts)))
         except RecursionError as error:
-            raise PatternError("it is nested too deeply") from error
+            raise BoundedRegexError("it is nested too deeply") from error
 
-    def _alternatives(self) -> Node:
-        parts = [self._sequence()]
-        while self._next("|"):
-            parts.append(self._sequence())
+    def _parse_alternatives(self) -> Matcher:
+        parts = [self._parse_sequence()]
+        while self._accept("|"):
+            parts.append(self._parse_sequence())
         return parts[0] if len(parts) == 1 else lambda run, found: {p for part in parts for p in part(run, found)}
 
-    def _sequence(self) -> Node:
-        parts: list[Node] = []
-        while self._at < len(self._text) and self._text[self._at] not in "|)":
-            parts.append(self._repeated(self._atom()))
+    def _parse_sequence(self) -> Matcher:
+        parts: list[Matcher] = []
+        while self._position < len(self._text) and self._text[self._position] not in "|)":
+            parts.append(self._parse_repetition(self._parse_atom()))
 
-        def sequence(run: Run, found: Positions) -> Positions:
+        def sequence(run: MatchRun, found: Positions) -> Positions:
             for part in parts:
                 if not found:
                     break
@@ -84,67 +84,67 @@ class Pattern:
 
         return sequence
 
-    def _atom(self) -> Node:
-        if self._next("("):
-            if self._next("?P<"):
-                self._at = self._text.index(">", self._at) + 1
-            elif self._next("?") and not self._next(":"):
-                raise PatternError(f"(?{self._text[self._at]} is not supported")
-            node = self._alternatives()
-            self._at += 1
+    def _parse_atom(self) -> Matcher:
+        if self._accept("("):
+            if self._accept("?P<"):
+                self._position = self._text.index(">", self._position) + 1
+            elif self._accept("?") and not self._accept(":"):
+                raise BoundedRegexError(f"(?{self._text[self._position]} is not supported")
+            node = self._parse_alternatives()
+            self._position += 1
             return node
-        if self._next("^") or self._next("\\A"):
-            return _start
-        if self._next("$"):
-            return _end
-        if self._next("\\Z"):
+        if self._accept("^") or self._accept("\\A"):
+            return _match_start
+        if self._accept("$"):
+            return _match_end
+        if self._accept("\\Z"):
             return lambda run, found: found & {len(run.text)}
-        token = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|.", re.DOTALL).match(self._text, self._at)
+        token = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|.", re.DOTALL).match(self._text, self._position)
         assert token
-        self._at = token.end()
+        self._position = token.end()
         if re.fullmatch(r"\\[^\W_dDwWsSnt]", token[0]):
-            raise PatternError(f"{token[0]} is not supported")
-        return _character(token[0])
+            raise BoundedRegexError(f"{token[0]} is not supported")
+        return _match_character(token[0])
 
-    def _repeated(self, node: Node) -> Node:
+    def _parse_repetition(self, matcher: Matcher) -> Matcher:
         """The node with what stands behind it: *, +, ? or {m,n}."""
-        found = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}").match(self._text, self._at)
+        found = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}").match(self._text, self._position)
         if not found or found[0] == "{}":
-            return node
-        self._at = found.end()
-        if self._next("+"):
-            raise PatternError(f"{found[0]}+ is not supported")
-        self._next("?")
+            return matcher
+        self._position = found.end()
+        if self._accept("+"):
+            raise BoundedRegexError(f"{found[0]}+ is not supported")
+        self._accept("?")
         if len(found[0]) == 1:
-            return _repeat(node, int(found[0] == "+"), 1 if found[0] == "?" else None)
+            return _match_repeat(matcher, int(found[0] == "+"), 1 if found[0] == "?" else None)
         least = int(found[1] or 0)
-        return _repeat(node, least, int(found[3]) if found[3] else None if found[2] else least)
+        return _match_repeat(matcher, least, int(found[3]) if found[3] else None if found[2] else least)
 
-    def _next(self, word: str) -> bool:
-        there = self._text.startswith(word, self._at)
-        self._at += len(word) * there
+    def _accept(self, token: str) -> bool:
+        there = self._text.startswith(token, self._position)
+        self._position += len(token) * there
         return there
 
 
-def _character(token: str) -> Node:
+def _match_character(token: str) -> Matcher:
     one = re.compile(token)
 
-    def character(run: Run, found: Positions) -> Positions:
-        run.step(found)
+    def character(run: MatchRun, found: Positions) -> Positions:
+        run.count_steps(found)
         return {at + 1 for at in found if at < len(run.text) and one.fullmatch(run.text[at])}
 
     return character
 
 
-def _repeat(node: Node, least: int, most: int | None) -> Node:
-    def repeat(run: Run, found: Positions) -> Positions:
-        run.step(found)
-        for _ in range(min(least, len(run.text) + 2)):  # by then every further round reaches the same positions
-            found = node(run, found)
+def _match_repeat(matcher: Matcher, minimum: int, maximum: int | None) -> Matcher:
+    def repeat(run: MatchRun, found: Positions) -> Positions:
+        run.count_steps(found)
+        for _ in range(min(minimum, len(run.text) + 2)):  # by then every further round reaches the same positions
+            found = matcher(run, found)
         seen, fresh, rounds = set(found), found, 0
-        while fresh and (most is None or rounds < most - least):
-            run.step(fresh)
-            fresh = node(run, fresh) - seen
+        while fresh and (maximum is None or rounds < maximum - minimum):
+            run.count_steps(fresh)
+            fresh = matcher(run, fresh) - seen
             seen |= fresh
             rounds += 1
         return seen
@@ -152,15 +152,15 @@ def _repeat(node: Node, least: int, most: int | None) -> Node:
     return repeat
 
 
-def _start(run: Run, found: Positions) -> Positions:
+def _match_start(run: MatchRun, found: Positions) -> Positions:
     return found & {0}
 
 
-def _end(run: Run, found: Positions) -> Positions:
+def _match_end(run: MatchRun, found: Positions) -> Positions:
     return found & {len(run.text), len(run.text) - run.text.endswith("\n")}
 
 
 @lru_cache(4096)
-def pattern(text: str) -> Pattern:
+def compile_regex(text: str) -> BoundedRegex:
     """The expression, parsed once for all the names that it is tried on."""
-    return Pattern(text)
+    return BoundedRegex(text)

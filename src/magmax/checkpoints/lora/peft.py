@@ -12,84 +12,84 @@ from typing import Any, NamedTuple, cast
 import xxhash
 from numpy.typing import NDArray
 
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 from ..base import Checkpoint
-from ..memory import open_pickle
+from ..memory import open_state_dict_file
 from ..safetensors import SafetensorsFile
-from .bounded_regex import PatternError, pattern
+from .bounded_regex import BoundedRegexError, compile_regex
 
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 """How PEFT begins the name of every tensor."""
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-OTHER_METHODS = (
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+UNSUPPORTED_SETTINGS = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Settings under which the tuned weight is more than W + s * B A."""
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weights as they are."""
-INSTEAD = "merge the adapter with PEFT (merge_and_unload), save the model and give that"
+UNSUPPORTED_HINTS = "merge the adapter with PEFT (merge_and_unload), save the model and give that"
 
 
-class Factor(NamedTuple):
+class StoredFactor(NamedTuple):
     """A stored matrix to be read as (rank, length): as it is, or transposed where it is stored (length, rank)."""
 
-    name: str
+    tensor_name: str
     rank: int
     length: int
-    rank_first: bool
+    is_rank_first: bool
 
 
-class Update(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """scale * (left^T right), to be added to a weight that has `left`'s length of rows, each of `right`'s."""
 
-    left: Factor
-    right: Factor
+    left: StoredFactor
+    right: StoredFactor
     scale: float
 
 
-class PeftFolder(Checkpoint):
+class PeftAdapter(Checkpoint):
     """The folder of a LoRA adapter: its own tensors under their own names, and what its settings say of them.
 
     Attributes:
-        settings: the parsed adapter_config.json.
-        pairs: (module, whether it is an embedding) -> "A" and "B" -> the tensor that is this factor.
-        copies: the base's name of a tensor -> the adapter's tensor that stands in its place (modules_to_save, biases).
-        problems: what cannot be used, in words.
+        config: the parsed adapter_config.json.
+        factor_pairs: (module, whether it is an embedding) -> "A" and "B" -> the tensor that is this factor.
+        replacements: the base's name of a tensor -> the adapter's tensor that stands in its place (modules_to_save,
+        biases). problems: what cannot be used, in words.
 
     Raises:
         MagMaxError: an adapter of another kind, or files that are missing or cannot be read.
     """
 
     def __init__(self, folder: Path, label: str) -> None:
-        self._config = folder / CONFIG
-        self.settings = self._read_settings(label)
+        self._config_path = folder / ADAPTER_CONFIG
+        self.config = self._read_config(label)
         self.weights = _open_weights(folder, label)
         super().__init__(label, self.weights.specs)
         self.path, self.aliases = folder, self.weights.aliases
-        self.pairs: dict[tuple[str, bool], dict[str, str]] = {}
-        self.copies: dict[str, str] = {}
+        self.factor_pairs: dict[tuple[str, bool], dict[str, str]] = {}
+        self.replacements: dict[str, str] = {}
         self.problems: list[str] = []
-        self._sort()
+        self._classify_tensors()
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self.weights.read(key, start, stop)
 
     def files(self) -> list[Path]:
-        return [self._config, *self.weights.files()]
+        return [self._config_path, *self.weights.files()]
 
     def header_digests(self) -> list[str]:
         return [self._config_digest, *self.weights.header_digests()]
 
     @property
-    def transposed(self) -> bool:
+    def fan_in_fan_out(self) -> bool:
         """Whether the adapter says that its weights are stored transposed."""
-        return self.settings.get("fan_in_fan_out") is True
+        return self.config.get("fan_in_fan_out") is True
 
-    def pair(self, module: str, embedding: bool) -> tuple[str, str]:
+    def factor_names(self, module: str, is_embedding: bool) -> tuple[str, str]:
         """The names of a module's factors A and B. Raises MagMaxError if one of them is missing."""
-        pair = self.pairs[module, embedding]
+        pair = self.factor_pairs[module, is_embedding]
         if len(pair) < 2:
             ((letter, half),) = pair.items()
             other = "B" if letter == "A" else "A"
@@ -98,74 +98,87 @@ class PeftFolder(Checkpoint):
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """r, and lora_alpha / r or lora_alpha / sqrt(r), after the patterns that name the module."""
-        rank, alpha = self._setting("rank_pattern", "r", module), self._setting("alpha_pattern", "lora_alpha", module)
+        rank, alpha = (
+            self._config_value("rank_pattern", "r", module),
+            self._config_value("alpha_pattern", "lora_alpha", module),
+        )
         if type(rank) is not int or not 0 < rank < 1 << 31:
-            raise MagMaxError(f"{self._config}: the rank r of {module} is {rank!r}; it must be a positive whole number")
-        if type(alpha) not in (int, float) or not _finite(alpha):
-            raise MagMaxError(f"{self._config}: lora_alpha of {module} is {alpha!r}; it must be a finite number")
-        return rank, alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+            raise MagMaxError(
+                f"{self._config_path}: the rank r of {module} is {rank!r}; it must be a positive whole number"
+            )
+        if type(alpha) not in (int, float) or not _is_finite(alpha):
+            raise MagMaxError(f"{self._config_path}: lora_alpha of {module} is {alpha!r}; it must be a finite number")
+        return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _read_settings(self, label: str) -> dict[str, Any]:
+    def _read_config(self, label: str) -> dict[str, Any]:
         try:
-            text = self._config.read_bytes()
+            text = self._config_path.read_bytes()
             read: Any = json.loads(text.decode())
         except (OSError, ValueError, RecursionError) as error:
-            raise MagMaxError(f"{self._config}: cannot be read as an adapter's settings ({error})") from error
+            raise MagMaxError(f"{self._config_path}: cannot be read as an adapter's settings ({error})") from error
         self._config_digest = xxhash.xxh3_128_hexdigest(text)
         if not isinstance(read, dict) or cast("dict[str, Any]", read).get("peft_type") != "LORA":
             kind = cast("dict[str, Any]", read).get("peft_type") if isinstance(read, dict) else None
-            raise MagMaxError(f"{self._config}: peft_type is {kind!r}, and only 'LORA' can be read; {INSTEAD}")
+            raise MagMaxError(
+                f"{self._config_path}: peft_type is {kind!r}, and only 'LORA' can be read; {UNSUPPORTED_HINTS}"
+            )
         settings = cast("dict[str, Any]", read)
         problems = [
-            f"{self._config}: {name} is {settings[name]!r}, which is not supported; {INSTEAD}"
-            for name in OTHER_METHODS
+            f"{self._config_path}: {name} is {settings[name]!r}, which is not supported; {UNSUPPORTED_HINTS}"
+            for name in UNSUPPORTED_SETTINGS
             if settings.get(name)
         ]
-        if settings.get("init_lora_weights") not in PLAIN_STARTS:
+        if settings.get("init_lora_weights") not in SUPPORTED_INITS:
             start = settings["init_lora_weights"]
-            problems.append(f"{self._config}: init_lora_weights {start!r} changes the base's own weights; {INSTEAD}")
+            problems.append(
+                f"{self._config_path}: init_lora_weights {start!r} changes the base's own weights; {UNSUPPORTED_HINTS}"
+            )
         if problems:
-            raise listed(f"{label} is not a plain LoRA adapter", problems)
+            raise list_problems(f"{label} is not a plain LoRA adapter", problems)
         return settings
 
-    def _sort(self) -> None:
+    def _classify_tensors(self) -> None:
         """Tell by its name what each tensor is."""
         for name in [*self.specs, *self.aliases]:
-            plain = name.removeprefix(PREFIX)
+            plain = name.removeprefix(PEFT_PREFIX)
             if match := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)", plain):
-                pair = self.pairs.setdefault((match[1], match[2] is not None), {})
+                pair = self.factor_pairs.setdefault((match[1], match[2] is not None), {})
                 if other := pair.get(match[3]):
                     self.problems.append(f"{self.weights.label}: {name} and {other} are one factor; save it again")
                 pair[match[3]] = name
             elif re.search(r"(^|\.)(lora_|token_adapter\.|trainable_tokens_)", plain):
-                self.problems.append(f"{self.weights.label}: {name} is of a kind that is not supported; {INSTEAD}")
+                self.problems.append(
+                    f"{self.weights.label}: {name} is of a kind that is not supported; {UNSUPPORTED_HINTS}"
+                )
             elif ".original_module." not in plain:
-                self.copies[plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
-        if not self.pairs and not self.copies and not self.problems:
+                self.replacements[plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
+        if not self.factor_pairs and not self.replacements and not self.problems:
             self.problems.append(f"{self.weights.label}: holds no tensor of an adapter; save it again with PEFT")
 
-    def _setting(self, patterns: str, name: str, module: str) -> Any:
-        found: Any = self.settings.get(patterns) or {}
+    def _config_value(self, patterns: str, name: str, module: str) -> Any:
+        found: Any = self.config.get(patterns) or {}
         if not isinstance(found, dict):
-            raise MagMaxError(f"{self._config}: {patterns} is {found!r}; it must be a map of module names to numbers")
+            raise MagMaxError(
+                f"{self._config_path}: {patterns} is {found!r}; it must be a map of module names to numbers"
+            )
         for text, value in cast("dict[str, Any]", found).items():
             try:
-                if pattern(text).names(module):
+                if compile_regex(text).matches_module(module):
                     return value
-            except PatternError as error:
+            except BoundedRegexError as error:
                 told = reprlib.repr(text)
-                raise MagMaxError(f"{self._config}: {patterns} has a bad expression {told}: {error}") from error
-        return self.settings.get(name, 8)
+                raise MagMaxError(f"{self._config_path}: {patterns} has a bad expression {told}: {error}") from error
+        return self.config.get(name, 8)
 
 
 def _open_weights(folder: Path, label: str) -> Checkpoint:
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise MagMaxError(f"{label}: has {CONFIG}, but no {WEIGHTS[0]}; copy the whole folder again")
-    return SafetensorsFile(file) if file.suffix == ".safetensors" else open_pickle(file, str(file))
+        raise MagMaxError(f"{label}: has {ADAPTER_CONFIG}, but no {WEIGHT_FILES[0]}; copy the whole folder again")
+    return SafetensorsFile(file) if file.suffix == ".safetensors" else open_state_dict_file(file, str(file))
 
 
-def _finite(number: float) -> bool:
+def _is_finite(number: float) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # a whole number beyond every float

@@ -7,26 +7,26 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from ...errors import MagMaxError, listed
-from ..dtypes import Spec
-from .peft import PREFIX, Factor, PeftFolder, Update
+from ...errors import MagMaxError, list_problems
+from ..dtypes import TensorSpec
+from .peft import PEFT_PREFIX, LowRankUpdate, PeftAdapter, StoredFactor
 
-FACTOR_LIMIT = 1 << 40
+MAX_UPDATE_ELEMENTS = 1 << 40
 """Elements of a dense update beyond which an adapter's shapes cannot be meant."""
 
 
-class Layer(NamedTuple):
+class AdaptedLayer(NamedTuple):
     """A module that adapters target, whose update is a matrix (rows, columns).
 
     Attributes:
-        embedding: whether its factors are those of an embedding, and so stored transposed.
-        rest: the shape of a row, which is more than one length for a convolution.
+        is_embedding: whether its factors are those of an embedding, and so stored transposed.
+        row_shape: the shape of a row, which is more than one length for a convolution.
     """
 
     module: str
-    embedding: bool
+    is_embedding: bool
     rows: int
-    rest: tuple[int, ...]
+    row_shape: tuple[int, ...]
 
     @property
     def key(self) -> str:
@@ -35,99 +35,101 @@ class Layer(NamedTuple):
 
     @property
     def columns(self) -> int:
-        return Spec("F32", self.rest).elements
+        return TensorSpec("F32", self.row_shape).numel
 
-    def names(self) -> tuple[str, str]:
+    def factor_names(self) -> tuple[str, str]:
         """The names of A and B in an adapter's file."""
-        kind = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
-        return tuple(f"{PREFIX}{self.module}.{kind.format(letter)}" for letter in "AB")  # pyright: ignore[reportReturnType]
+        kind = "lora_embedding_{}" if self.is_embedding else "lora_{}.weight"
+        return tuple(f"{PEFT_PREFIX}{self.module}.{kind.format(letter)}" for letter in "AB")  # pyright: ignore[reportReturnType]
 
-    def specs(self, rank: int, dtype: str) -> dict[str, Spec]:
+    def factor_specs(self, rank: int, dtype: str) -> dict[str, TensorSpec]:
         """The factors A and B as PEFT stores them, at a rank."""
-        a, b = self.names()
-        if self.embedding:
-            return {a: Spec(dtype, (rank, self.rows)), b: Spec(dtype, (self.columns, rank))}
-        units = (1,) * (len(self.rest) - 1)
-        return {a: Spec(dtype, (rank, *self.rest)), b: Spec(dtype, (self.rows, rank, *units))}
+        a, b = self.factor_names()
+        if self.is_embedding:
+            return {a: TensorSpec(dtype, (rank, self.rows)), b: TensorSpec(dtype, (self.columns, rank))}
+        units = (1,) * (len(self.row_shape) - 1)
+        return {a: TensorSpec(dtype, (rank, *self.row_shape)), b: TensorSpec(dtype, (self.rows, rank, *units))}
 
 
-def layers(folder: PeftFolder) -> dict[Layer, Update]:
+def adapted_layers(adapter: PeftAdapter) -> dict[AdaptedLayer, LowRankUpdate]:
     """What an adapter adds to each module that it targets.
 
     Raises:
         MagMaxError: one that lists all that has no meaning without the base: modules and biases saved in full, and
             factors that do not fit together.
     """
-    problems = list(folder.problems)
-    frozen = frozen_weights(folder)
+    problems = list(adapter.problems)
+    frozen = frozen_weights(adapter)
     problems += [
-        f"{folder.label}: saves {name} in full, which can be merged only into its base; give --base BASE and leave out "
+        f"{adapter.label}: saves {name} in full, which can be merged only into its base; give --base BASE and leave "
+        f"out "
         "--adapter-rank"
-        for name in folder.copies.values()
+        for name in adapter.replacements.values()
         if name not in frozen
     ]
-    found: dict[Layer, Update] = {}
-    for module, embedding in folder.pairs:
+    found: dict[AdaptedLayer, LowRankUpdate] = {}
+    for module, embedding in adapter.factor_pairs:
         try:
-            layer, update = _layer(folder, module, embedding)
+            layer, update = _read_update(adapter, module, embedding)
             found[layer] = update
         except MagMaxError as error:
             problems.append(str(error))
     if problems:
-        raise listed(f"{folder.label} cannot be merged into an adapter", problems)
+        raise list_problems(f"{adapter.label} cannot be merged into an adapter", problems)
     return found
 
 
-def frozen_weights(folder: PeftFolder) -> list[str]:
+def frozen_weights(adapter: PeftAdapter) -> list[str]:
     """The base's own weights that PEFT saves with an adapter of an embedding or head: not tuned, at most resized."""
-    modules = {f"{module}.base_layer.weight" for module, _ in folder.pairs}
-    return [name for name in folder.copies.values() if name.removeprefix(PREFIX) in modules]
+    modules = {f"{module}.base_layer.weight" for module, _ in adapter.factor_pairs}
+    return [name for name in adapter.replacements.values() if name.removeprefix(PEFT_PREFIX) in modules]
 
 
-def _layer(folder: PeftFolder, module: str, embedding: bool) -> tuple[Layer, Update]:
-    name_a, name_b = folder.pair(module, embedding)
-    a, b = folder.spec(name_a), folder.spec(name_b)
-    rank, scale = folder.rank_and_scale(module)
+def _read_update(adapter: PeftAdapter, module: str, is_embedding: bool) -> tuple[AdaptedLayer, LowRankUpdate]:
+    name_a, name_b = adapter.factor_names(module, is_embedding)
+    a, b = adapter.spec(name_a), adapter.spec(name_b)
+    rank, scale = adapter.rank_and_scale(module)
     outer, units = b.shape[:1], (1,) * (len(a.shape) - 2)
     fits = len(a.shape) > 1 and a.shape[:1] == (rank,) and b.shape == (*outer, rank, *units)
-    if not (fits and a.elements and b.elements and a.floating and b.floating) or (embedding and units):
+    if not (fits and a.numel and b.numel and a.is_mergeable and b.is_mergeable) or (is_embedding and units):
         raise MagMaxError(
-            f"{folder.weights.label}: {name_a}, {a}, and {name_b}, {b}, are not the factors of an update at rank {rank}"
+            f"{adapter.weights.label}: {name_a}, {a}, and {name_b}, {b}, are not the factors of an update at rank "
+            f"{rank}"
         )
-    by_a = Factor(name_a, rank, a.elements // rank, rank_first=True)
-    by_b = Factor(name_b, rank, b.elements // rank, rank_first=False)
-    if by_a.length * by_b.length > FACTOR_LIMIT:
-        raise MagMaxError(f"{folder.weights.label}: {name_a}, {a}, and {name_b}, {b}: no weight is as large as this")
-    if embedding:
-        return Layer(module, True, by_a.length, outer), Update(by_a, by_b, scale)
-    return Layer(module, False, by_b.length, a.shape[1:]), Update(by_b, by_a, scale)
+    by_a = StoredFactor(name_a, rank, a.numel // rank, is_rank_first=True)
+    by_b = StoredFactor(name_b, rank, b.numel // rank, is_rank_first=False)
+    if by_a.length * by_b.length > MAX_UPDATE_ELEMENTS:
+        raise MagMaxError(f"{adapter.weights.label}: {name_a}, {a}, and {name_b}, {b}: no weight is as large as this")
+    if is_embedding:
+        return AdaptedLayer(module, True, by_a.length, outer), LowRankUpdate(by_a, by_b, scale)
+    return AdaptedLayer(module, False, by_b.length, a.shape[1:]), LowRankUpdate(by_b, by_a, scale)
 
 
-def same_layers(folders: Sequence[PeftFolder]) -> tuple[list[Layer], list[dict[str, Update]]]:
+def common_layers(adapters: Sequence[PeftAdapter]) -> tuple[list[AdaptedLayer], list[dict[str, LowRankUpdate]]]:
     """All modules that any adapter targets, by name, and each adapter's updates by the name of the weight.
 
     Raises:
         MagMaxError: what `layers` refuses, and a module that has one shape in one adapter and another in the next.
     """
-    everyones = [layers(folder) for folder in folders]
-    known: dict[str, tuple[Layer, PeftFolder]] = {}
+    everyones = [adapted_layers(folder) for folder in adapters]
+    known: dict[str, tuple[AdaptedLayer, PeftAdapter]] = {}
     problems: list[str] = []
-    for folder, own in zip(folders, everyones, strict=True):
+    for folder, own in zip(adapters, everyones, strict=True):
         for layer in own:
             first, other = known.setdefault(layer.key, (layer, folder))
             if first != layer:
                 problems.append(
-                    f"{folder.label}: {layer.module} is of shape {[layer.rows, *layer.rest]}"
-                    f"{' (an embedding)' * layer.embedding}, but {[first.rows, *first.rest]}"
-                    f"{' (an embedding)' * first.embedding} in {other.label}"
+                    f"{folder.label}: {layer.module} is of shape {[layer.rows, *layer.row_shape]}"
+                    f"{' (an embedding)' * layer.is_embedding}, but {[first.rows, *first.row_shape]}"
+                    f"{' (an embedding)' * first.is_embedding} in {other.label}"
                 )
     if problems:
-        raise listed("the adapters do not match", problems)
+        raise list_problems("the adapters do not match", problems)
     updates = [{layer.key: update for layer, update in own.items()} for own in everyones]
     return [known[key][0] for key in sorted(known)], updates
 
 
-def config_of(folders: Sequence[PeftFolder], ranks: Mapping[str, int]) -> bytes:
+def merged_config(adapters: Sequence[PeftAdapter], ranks: Mapping[str, int]) -> bytes:
     """The adapter_config.json of an adapter with these ranks by module, whose scale s is 1 everywhere.
 
     What all the given adapters agree on of their base and task is kept.
@@ -135,10 +137,10 @@ def config_of(folders: Sequence[PeftFolder], ranks: Mapping[str, int]) -> bytes:
     shared = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
     kept: dict[str, Any] = {}
     for name in shared:
-        values = [folder.settings.get(name) for folder in folders]
+        values = [folder.config.get(name) for folder in adapters]
         kept[name] = values[0] if all(value == values[0] for value in values) else None
     rank = max(ranks.values())
-    lower = {f"^{_escaped(module)}": r for module, r in ranks.items() if r != rank}
+    lower = {f"^{_escape(module)}": r for module, r in ranks.items() if r != rank}
     config = {
         **kept,
         "peft_type": "LORA",
@@ -146,8 +148,8 @@ def config_of(folders: Sequence[PeftFolder], ranks: Mapping[str, int]) -> bytes:
         "lora_alpha": rank,
         "rank_pattern": lower,
         "alpha_pattern": lower,
-        "target_modules": _targets(folders, list(ranks)),
-        "fan_in_fan_out": any(folder.transposed for folder in folders),
+        "target_modules": _target_modules(adapters, list(ranks)),
+        "fan_in_fan_out": any(folder.fan_in_fan_out for folder in adapters),
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -159,19 +161,19 @@ def config_of(folders: Sequence[PeftFolder], ranks: Mapping[str, int]) -> bytes:
     return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def _targets(folders: Sequence[PeftFolder], modules: Sequence[str]) -> list[str]:
+def _target_modules(adapters: Sequence[PeftAdapter], modules: Sequence[str]) -> list[str]:
     """Ends of names that stand for exactly these modules: the adapters' own, where they say it so; else all names."""
     narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
     own: set[str] = set()
-    for folder in folders:
-        given: Any = folder.settings.get("target_modules")
-        if not isinstance(given, list) or any(folder.settings.get(name) for name in narrowed):
+    for folder in adapters:
+        given: Any = folder.config.get("target_modules")
+        if not isinstance(given, list) or any(folder.config.get(name) for name in narrowed):
             return sorted(modules)
         own.update(name for name in cast("list[Any]", given) if type(name) is str)
     covered = all(any(f".{module}".endswith(f".{name}") for name in own) for module in modules)
     return sorted(own) if covered else sorted(modules)
 
 
-def _escaped(module: str) -> str:
+def _escape(module: str) -> str:
     """A name as an expression of itself, escaped no more than is needed."""
     return re.escape(module).replace("\\-", "-")

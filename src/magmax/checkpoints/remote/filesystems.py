@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ...errors import MagMaxError
-from .urls import WEB, NotThereError, changed, file_system, shown
+from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, changed_file_error, display_url, open_filesystem
 
-PATIENCE = 60.0
+READ_TIMEOUT = 60.0
 """Seconds without a single byte after which a connection counts as broken."""
-TELLING = (
+STAMP_FIELDS = (
     "ETag",
     "etag",
     "generation",
@@ -27,7 +27,7 @@ TELLING = (
 """What file systems call that which changes with a file."""
 
 
-class Piece(NamedTuple):
+class RangeResponse(NamedTuple):
     """What an answer holds: its bytes, how many the whole file has, and what tells that the file is unchanged."""
 
     content: bytes
@@ -35,68 +35,68 @@ class Piece(NamedTuple):
     stamp: list[object]
 
 
-class Source(ABC):
+class RemoteSource(ABC):
     """A file, as far as a server gives it."""
 
     @abstractmethod
-    def get(self, begin: int, end: int) -> Piece:
+    def read_range(self, begin: int, end: int) -> RangeResponse:
         """Bytes begin..end, or fewer where the file ends before; one try. The stamp may be left out (empty)."""
 
     @abstractmethod
-    def stamp(self) -> list[object]:
+    def read_stamp(self) -> list[object]:
         """Size, and ETag or time, as the server tells them now."""
 
 
-class Stored(Source):
+class FsspecSource(RemoteSource):
     """A file in an object store, or in any other file system of fsspec's."""
 
     def __init__(self, url: str) -> None:
-        self._files, self._path = file_system(url)
-        self._label, self._size = shown(url), -1
+        self._filesystem, self._path = open_filesystem(url)
+        self._label, self._size = display_url(url), -1
 
-    def get(self, begin: int, end: int) -> Piece:
-        stamp = [] if self._size >= 0 else self.stamp()
+    def read_range(self, begin: int, end: int) -> RangeResponse:
+        stamp = [] if self._size >= 0 else self.read_stamp()
         if stamp:
             self._size = int(str(stamp[0]))
         end = min(end, self._size)
-        content = self._files.cat_file(self._path, start=begin, end=end) if begin < end else b""
-        return Piece(content, self._size, stamp)
+        content = self._filesystem.cat_file(self._path, start=begin, end=end) if begin < end else b""
+        return RangeResponse(content, self._size, stamp)
 
-    def stamp(self) -> list[object]:
-        self._files.invalidate_cache()
-        told: dict[str, Any] = self._files.info(self._path)
+    def read_stamp(self) -> list[object]:
+        self._filesystem.invalidate_cache()
+        told: dict[str, Any] = self._filesystem.info(self._path)
         if told.get("type") == "directory":
-            raise NotThereError(f"{self._label}: is a folder")
-        return [told["size"], *(str(told[name]) for name in TELLING if told.get(name) is not None)]
+            raise RemoteFileNotFoundError(f"{self._label}: is a folder")
+        return [told["size"], *(str(told[name]) for name in STAMP_FIELDS if told.get(name) is not None)]
 
 
-class Web(Source):
+class HttpSource(RemoteSource):
     """A file of an HTTP server. Every answer must be of the asked range and of the file as it was first seen."""
 
     def __init__(self, url: str) -> None:
-        self._files, self._url = file_system(url)
-        self._label = shown(url)
+        self._filesystem, self._url = open_filesystem(url)
+        self._label = display_url(url)
         self._sync: Any = import_module("fsspec.asyn").sync
-        self._client: Any = import_module("aiohttp")
-        self._first: list[object] = []
+        self._aiohttp: Any = import_module("aiohttp")
+        self._first_stamp: list[object] = []
 
-    def get(self, begin: int, end: int) -> Piece:
-        return self._sync(self._files.loop, self._get, begin, end)
+    def read_range(self, begin: int, end: int) -> RangeResponse:
+        return self._sync(self._filesystem.loop, self._read_range, begin, end)
 
-    def stamp(self) -> list[object]:
-        return self.get(0, 1).stamp
+    def read_stamp(self) -> list[object]:
+        return self.read_range(0, 1).stamp
 
-    async def _get(self, begin: int, end: int) -> Piece:
-        session = await self._files.set_session()
-        settings = dict(self._files.kwargs)
+    async def _read_range(self, begin: int, end: int) -> RangeResponse:
+        session = await self._filesystem.set_session()
+        settings = dict(self._filesystem.kwargs)
         headers = {**settings.pop("headers", {}), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        settings["timeout"] = self._client.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
-        async with session.get(self._files.encode_url(self._url), headers=headers, **settings) as response:
-            size = self._size(response, begin)
+        settings["timeout"] = self._aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
+        async with session.get(self._filesystem.encode_url(self._url), headers=headers, **settings) as response:
+            size = self._total_size(response, begin)
             stamp: list[object] = [size, response.headers.get("ETag") or response.headers.get("Last-Modified")]
-            self._first = self._first or stamp
-            if stamp != self._first:
-                raise changed(self._label)
+            self._first_stamp = self._first_stamp or stamp
+            if stamp != self._first_stamp:
+                raise changed_file_error(self._label)
             wanted = max(0, min(end, size) - begin)
             content = bytearray()
             async for part in response.content.iter_any():
@@ -106,9 +106,9 @@ class Web(Source):
                         f"{self._label}: the server sends more than the bytes {begin:,} to {begin + wanted:,} that "
                         "were asked for; download the file first"
                     )
-            return Piece(bytes(content), size, stamp)
+            return RangeResponse(bytes(content), size, stamp)
 
-    def _size(self, response: Any, begin: int) -> int:
+    def _total_size(self, response: Any, begin: int) -> int:
         """The bytes of the whole file, from an answer that holds a part of it."""
         status = int(response.status)
         if status in (404, 410):
@@ -116,7 +116,7 @@ class Web(Source):
         if status in (401, 403):
             raise PermissionError(f"status {status}")
         if status == 412:
-            raise changed(self._label)
+            raise changed_file_error(self._label)
         said = str(response.headers.get("Content-Range", ""))
         if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", said)):
             return int(match[1])
@@ -138,6 +138,6 @@ class Web(Source):
         return int(match[3])
 
 
-def source_of(url: str) -> Source:
+def open_source(url: str) -> RemoteSource:
     """What gives the file of a URL."""
-    return Web(url) if url.lower().startswith(WEB) else Stored(url)
+    return HttpSource(url) if url.lower().startswith(HTTP_SCHEMES) else FsspecSource(url)

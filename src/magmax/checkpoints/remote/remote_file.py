@@ -9,12 +9,12 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ...errors import MagMaxError
-from .filesystems import source_of
-from .urls import changed, patiently, shown
+from .filesystems import open_source
+from .urls import changed_file_error, display_url, with_retries
 
-BLOCK = 2 << 20
+FETCH_BYTES = 2 << 20
 """Bytes that are asked for at once; small tensors that lie side by side share a block."""
-HEAD = 64 << 10
+FIRST_FETCH_BYTES = 64 << 10
 """Bytes that are asked for first, so that most headers take one request."""
 CONNECTIONS = 16
 
@@ -25,8 +25,9 @@ Result = TypeVar("Result")
 class RemoteFile:
     """A file on another machine, open for reading at any place.
 
-    What `hold` announces is fetched in the background, in blocks that end where multiples of `BLOCK` do, and stays in
-    memory until `release`; anything else is fetched when `fill` asks for it.
+    What `prefetch` announces is fetched in the background, in blocks that end where multiples of `FETCH_BYTES` do, and
+    stays in
+    memory until `release_prefetched`; anything else is fetched when `fill` asks for it.
 
     Attributes:
         url: where it is, without anything secret.
@@ -38,11 +39,11 @@ class RemoteFile:
     """
 
     def __init__(self, url: str) -> None:
-        self._given, self.url = url, shown(url)
-        self._source = source_of(url)
-        first = patiently(self.url, lambda: self._source.get(0, HEAD))
+        self._full_url, self.url = url, display_url(url)
+        self._source = open_source(url)
+        first = with_retries(self.url, lambda: self._source.read_range(0, FIRST_FETCH_BYTES))
         self._head, self.size, self.stamp = first.content, first.size, first.stamp
-        self._blocks: dict[int, _Block] = {}
+        self._fetches: dict[int, _Fetch] = {}
         self._lock = threading.Lock()
 
     def __str__(self) -> str:
@@ -50,9 +51,9 @@ class RemoteFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the file is opened again; it must be the same still."""
-        return _reopened, (self._given, self.stamp)
+        return _reopen, (self._full_url, self.stamp)
 
-    def fill(self, view: memoryview, offset: int, of: str = "") -> None:
+    def read_into(self, view: memoryview, offset: int, of: str = "") -> None:
         """Fill `view` with the bytes from `offset` on; `of` names the tensor that they belong to.
 
         Raises:
@@ -60,107 +61,107 @@ class RemoteFile:
             UnfinishedError: the server cannot be reached, for the time being.
         """
         while view:
-            content = self._some(offset, len(view), of)
+            content = self._read_some(offset, len(view), of)
             view[: len(content)] = content
             view, offset = view[len(content) :], offset + len(content)
 
-    def bytes(self, offset: int, length: int) -> bytes:
+    def read_bytes(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on."""
         content = bytearray(length)
-        self.fill(memoryview(content), offset)
+        self.read_into(memoryview(content), offset)
         return bytes(content)
 
-    def hold(self, begin: int, end: int) -> int:
+    def prefetch(self, begin: int, end: int) -> int:
         """Begin to fetch the blocks of a range and keep them; the bytes of memory that they take beside those held."""
         taken = 0
         with self._lock:
-            for index in _blocks(begin, end):
-                if index not in self._blocks:
-                    at, until = self._bounds(index)
-                    self._blocks[index] = _Block(fetchers().submit(self._fetch, at, until, ""))
+            for index in _fetch_indices(begin, end):
+                if index not in self._fetches:
+                    at, until = self._fetch_bounds(index)
+                    self._fetches[index] = _Fetch(fetch_pool().submit(self._fetch, at, until, ""))
                     taken += until - at
-                self._blocks[index].holders += 1
+                self._fetches[index].users += 1
         return taken
 
-    def release(self, begin: int, end: int) -> int:
+    def release_prefetched(self, begin: int, end: int) -> int:
         """Give up one hold on a range; the bytes of memory that this frees."""
         freed = 0
         with self._lock:
-            for index in _blocks(begin, end):
-                block = self._blocks[index]
-                block.holders -= 1
-                if not block.holders:
-                    block.content.cancel()
-                    del self._blocks[index]
-                    at, until = self._bounds(index)
+            for index in _fetch_indices(begin, end):
+                block = self._fetches[index]
+                block.users -= 1
+                if not block.users:
+                    block.future.cancel()
+                    del self._fetches[index]
+                    at, until = self._fetch_bounds(index)
                     freed += until - at
         return freed
 
-    def stamp_now(self) -> list[object]:
+    def read_stamp(self) -> list[object]:
         """The stamp that the server gives now."""
-        return patiently(self.url, self._source.stamp)
+        return with_retries(self.url, self._source.read_stamp)
 
-    def _some(self, offset: int, most: int, of: str) -> memoryview:
+    def _read_some(self, offset: int, max_bytes: int, tensor_name: str) -> memoryview:
         """At least one byte from `offset` on: first read, of a held block, or fetched up to the next such block."""
         if offset < len(self._head):
-            return memoryview(self._head)[offset : offset + most]
-        index, end = offset // BLOCK, offset + most
+            return memoryview(self._head)[offset : offset + max_bytes]
+        index, end = offset // FETCH_BYTES, offset + max_bytes
         with self._lock:
-            block = self._blocks.get(index)
-            end = min([end, *(held * BLOCK for held in self._blocks if held > index)])
+            block = self._fetches.get(index)
+            end = min([end, *(held * FETCH_BYTES for held in self._fetches if held > index)])
         if block is None:
-            return memoryview(self._fetch(offset, end, of))
+            return memoryview(self._fetch(offset, end, tensor_name))
         try:
-            content = block.content.result()
+            content = block.future.result()
         except (MagMaxError, CancelledError):
             content = None
         if content is None:  # its tries are over, or it was given up; another may do, and its error names the tensor
-            return memoryview(self._fetch(offset, min(end, (index + 1) * BLOCK), of))
-        return memoryview(content)[offset - index * BLOCK :][:most]
+            return memoryview(self._fetch(offset, min(end, (index + 1) * FETCH_BYTES), tensor_name))
+        return memoryview(content)[offset - index * FETCH_BYTES :][:max_bytes]
 
-    def _fetch(self, begin: int, end: int, of: str) -> bytes:
-        what = f"{self.url}: {of and f'{of}: '}bytes {begin:,} to {end:,}"
+    def _fetch(self, begin: int, end: int, tensor_name: str) -> bytes:
+        what = f"{self.url}: {tensor_name and f'{tensor_name}: '}bytes {begin:,} to {end:,}"
         if end > self.size:
             raise MagMaxError(f"{what}: the file has {self.size:,} bytes; it is truncated: upload it again")
-        return patiently(what, lambda: self._checked(begin, end, what))
+        return with_retries(what, lambda: self._fetch_once(begin, end, what))
 
-    def _checked(self, begin: int, end: int, what: str) -> bytes:
-        piece = self._source.get(begin, end)
+    def _fetch_once(self, begin: int, end: int, label: str) -> bytes:
+        piece = self._source.read_range(begin, end)
         if piece.stamp and piece.stamp != self.stamp:
-            raise changed(self.url)
+            raise changed_file_error(self.url)
         if len(piece.content) != end - begin:
             raise ConnectionError(f"{len(piece.content):,} bytes came instead of {end - begin:,}")
         return piece.content
 
-    def _bounds(self, index: int) -> tuple[int, int]:
-        return index * BLOCK, min((index + 1) * BLOCK, self.size)
+    def _fetch_bounds(self, index: int) -> tuple[int, int]:
+        return index * FETCH_BYTES, min((index + 1) * FETCH_BYTES, self.size)
 
 
-def _reopened(url: str, stamp: list[object]) -> RemoteFile:
+def _reopen(url: str, stamp: list[object]) -> RemoteFile:
     file = RemoteFile(url)
     if file.stamp != stamp:
-        raise changed(file.url)
+        raise changed_file_error(file.url)
     return file
 
 
-class _Block:
+class _Fetch:
     """A block under way or here, and how many want it."""
 
     def __init__(self, content: Future[bytes]) -> None:
-        self.content, self.holders = content, 0
+        self.future, self.users = content, 0
 
 
-def in_parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """`work` of each item, several at once: for what waits for a network. Not to be called within itself."""
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="magmax-open") as pool:
         return list(pool.map(work, items))
 
 
-def _blocks(begin: int, end: int) -> Iterator[int]:
-    return iter(range(begin // BLOCK, -(-end // BLOCK)) if end > begin else ())
+def _fetch_indices(begin: int, end: int) -> Iterator[int]:
+    return iter(range(begin // FETCH_BYTES, -(-end // FETCH_BYTES)) if end > begin else ())
 
 
 @lru_cache(maxsize=1)
-def fetchers() -> ThreadPoolExecutor:
+def fetch_pool() -> ThreadPoolExecutor:
     """The threads that fetch: as many as there are connections at once, for all files together."""
     return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="magmax-fetch")

@@ -12,18 +12,18 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import MagMaxError
 from ..safetensors import is_string_map
-from .remote_file import RemoteFile, in_parallel
-from .urls import WEB, NotThereError, file_system, patiently, shown
+from .remote_file import RemoteFile, map_parallel
+from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, display_url, open_filesystem, with_retries
 
-INDEX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")
-SMALL = (
+MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "modules.json",
 )  # fmt: skip
 """What is asked for by name where a server does not list its folders."""
-LARGEST = 200_000_000
+MAX_MODEL_FILE_BYTES = 200_000_000
 
 
 class RemoteFolder:
@@ -37,87 +37,94 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self.index_url = shown(url), ""
+        self.url, self.index_url = display_url(url), ""
         parts = urlsplit(url)
-        self._parts = parts._replace(path=parts.path.rstrip("/") + "/")
-        self._named = self._index = self._copies = None
+        self._url_parts = parts._replace(path=parts.path.rstrip("/") + "/")
+        self._index_name = self._index_file = self._local_copies = None
         if parts.path.endswith(".index.json"):
-            self._named = PurePosixPath(parts.path).name
-            self._parts = parts._replace(path=parts.path.rpartition("/")[0] + "/")
-        self._names = None if url.lower().startswith(WEB) else self._listed()
+            self._index_name = PurePosixPath(parts.path).name
+            self._url_parts = parts._replace(path=parts.path.rpartition("/")[0] + "/")
+        self._file_names = None if url.lower().startswith(HTTP_SCHEMES) else self._list_files()
 
-    def inside(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         """The URL of a file in the folder."""
-        return urlunsplit(self._parts._replace(path=self._parts.path + name))
+        return urlunsplit(self._url_parts._replace(path=self._url_parts.path + name))
 
-    def weight_map(self) -> dict[str, str] | None:
+    def read_weight_map(self) -> dict[str, str] | None:
         """Tensor name -> file name, of the one index of safetensors; None where there is none."""
-        names = self._names if self._names is not None else [stem + INDEX for stem in STEMS]
-        indexes = [self._named] if self._named else [name for name in names if name.endswith(INDEX) and "/" not in name]
-        if self._names is not None and len(indexes) > 1:
+        names = self._file_names if self._file_names is not None else [stem + INDEX_SUFFIX for stem in STEMS]
+        indexes = (
+            [self._index_name]
+            if self._index_name
+            else [name for name in names if name.endswith(INDEX_SUFFIX) and "/" not in name]
+        )
+        if self._file_names is not None and len(indexes) > 1:
             raise MagMaxError(f"{self.url}: has several indexes ({', '.join(indexes)}); name one of them")
         for name in indexes:
             try:
-                self._index = RemoteFile(self.inside(name))
-            except NotThereError:
-                if self._named:
+                self._index_file = RemoteFile(self.url_of(name))
+            except RemoteFileNotFoundError:
+                if self._index_name:
                     raise
                 continue
-            self.index_url = self._index.url
-            return weight_map_of(self._index.bytes(0, self._index.size).decode(errors="replace"), self.index_url)
+            self.index_url = self._index_file.url
+            return parse_weight_map(
+                self._index_file.read_bytes(0, self._index_file.size).decode(errors="replace"), self.index_url
+            )
         return None
 
-    def only(self) -> str:
+    def find_single_file(self) -> str:
         """The URL of the one safetensors file. Raises MagMaxError for none, several, or another kind of model."""
-        if self._names is None:
+        if self._file_names is None:
             for stem in STEMS:
                 try:
-                    return RemoteFile(self.inside(f"{stem}.safetensors"))._given  # pyright: ignore[reportPrivateUsage]
-                except NotThereError:
+                    return RemoteFile(self.url_of(f"{stem}.safetensors"))._full_url  # pyright: ignore[reportPrivateUsage]
+                except RemoteFileNotFoundError:
                     continue
             raise MagMaxError(
-                f"{self.url}: has neither {STEMS[0]}{INDEX} nor {STEMS[0]}.safetensors; name the .safetensors file"
+                f"{self.url}: has neither {STEMS[0]}{INDEX_SUFFIX} nor {STEMS[0]}.safetensors; name the .safetensors "
+                f"file"
             )
-        found = [name for name in self._names if name.endswith(".safetensors") and "/" not in name]
-        if "adapter_config.json" in self._names:
+        found = [name for name in self._file_names if name.endswith(".safetensors") and "/" not in name]
+        if "adapter_config.json" in self._file_names:
             raise MagMaxError(f"{self.url}: adapters are not read from another machine; download the folder first")
         if len(found) != 1:
             what = f"{len(found)} safetensors files and no index" if found else "no safetensors"
-            other = [name for name in self._names if name.endswith((".bin", ".pt", ".pth", ".distcp"))]
+            other = [name for name in self._file_names if name.endswith((".bin", ".pt", ".pth", ".distcp"))]
             remedy = "it is not of safetensors: download it first" if other and not found else "name the file itself"
             raise MagMaxError(f"{self.url}: the folder holds {what}; {remedy}")
-        return self.inside(found[0])
+        return self.url_of(found[0])
 
-    def fingerprints(self, again: bool) -> dict[str, list[object]]:
+    def fingerprints(self, refresh: bool) -> dict[str, list[object]]:
         """What tells that the index is unchanged."""
-        if self._index is None:
+        if self._index_file is None:
             return {}
-        return {self.index_url: self._index.stamp_now() if again else self._index.stamp}
+        return {self.index_url: self._index_file.read_stamp() if refresh else self._index_file.stamp}
 
-    def companions(self, endings: Collection[str]) -> Path:
+    def download_model_files(self, suffixes: Collection[str]) -> Path:
         """A folder on this machine with copies of the small files, which is deleted with this object."""
-        if self._copies is None:
+        if self._local_copies is None:
             copies = tempfile.TemporaryDirectory(prefix="magmax-")
             weakref.finalize(self, copies.cleanup)
-            names = SMALL if self._names is None else self._names
-            wanted = [n for n in names if PurePosixPath(n).suffix in endings and not n.endswith(".index.json")]
-            in_parallel(lambda name: self._copied(name, Path(copies.name)), wanted)
-            self._copies = Path(copies.name)
-        return self._copies
+            names = MODEL_FILES if self._file_names is None else self._file_names
+            wanted = [n for n in names if PurePosixPath(n).suffix in suffixes and not n.endswith(".index.json")]
+            map_parallel(lambda name: self._download_file(name, Path(copies.name)), wanted)
+            self._local_copies = Path(copies.name)
+        return self._local_copies
 
-    def _copied(self, name: str, folder: Path) -> None:
+    def _download_file(self, name: str, folder: Path) -> None:
         try:
-            file = RemoteFile(self.inside(name))
-        except NotThereError:
+            file = RemoteFile(self.url_of(name))
+        except RemoteFileNotFoundError:
             return
-        if file.size <= LARGEST:
+        if file.size <= MAX_MODEL_FILE_BYTES:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.bytes(0, file.size))
+            path.write_bytes(file.read_bytes(0, file.size))
 
-    def _listed(self) -> list[str]:
+    def _list_files(self) -> list[str]:
         """The names of the files in the folder and in the folders in it."""
-        files, path = file_system(urlunsplit(self._parts))
+        files, path = open_filesystem(urlunsplit(self._url_parts))
         top = path.rstrip("/") + "/"
 
         def names() -> list[str]:
@@ -125,13 +132,13 @@ class RemoteFolder:
             found: list[str] = [name[len(top) :] for name in files.find(top, maxdepth=2) if name.startswith(top)]
             return [name for name in found if ".." not in name.split("/")]
 
-        found = patiently(self.url, names)
+        found = with_retries(self.url, names)
         if not found:
-            raise NotThereError(f"{self.url}: there is no such file or folder")
+            raise RemoteFileNotFoundError(f"{self.url}: there is no such file or folder")
         return found
 
 
-def weight_map_of(text: str, index: str) -> dict[str, str]:
+def parse_weight_map(text: str, index: str) -> dict[str, str]:
     """Tensor name -> file name, from the text of an index. Raises MagMaxError where it is none."""
     try:
         where: Any = json.loads(text)["weight_map"]

@@ -9,16 +9,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import MagMaxError, UnfinishedError
-from ..base import PREFIX
-from .remote_file import in_parallel
-from .urls import WEB, cache_folder, file_system, patiently, shown
+from ..base import HUB_PREFIX
+from .remote_file import map_parallel
+from .urls import HTTP_SCHEMES, cache_folder, display_url, open_filesystem, with_retries
 
-MARKER = ".magmax-uploading"
+UPLOAD_MARKER = ".magmax-uploading"
 """An object in a folder whose upload has begun and not ended."""
-PIECE = 8 << 20
+PART_BYTES = 8 << 20
 
 
-def staged(url: str) -> Path:
+def staging_path(url: str) -> Path:
     """Where the output for a URL is made on this machine."""
     place = hashlib.sha256(url.encode()).hexdigest()[:16]
     return Path(cache_folder(), "outgoing", place, PurePosixPath(urlsplit(url).path).name)
@@ -35,29 +35,29 @@ class Upload:
     """
 
     def __init__(self, url: str) -> None:
-        self.name = shown(url)
-        if url.lower().startswith((*WEB, PREFIX)):
-            raise MagMaxError(f"{self.name}: cannot be written to; merge into a folder and upload that")
-        self._files, path = file_system(url)
+        self.label = display_url(url)
+        if url.lower().startswith((*HTTP_SCHEMES, HUB_PREFIX)):
+            raise MagMaxError(f"{self.label}: cannot be written to; merge into a folder and upload that")
+        self._filesystem, path = open_filesystem(url)
         self._path = path.rstrip("/")
 
-    def problems(self, folder: bool, inputs: Collection[str]) -> list[str]:
+    def find_problems(self, is_folder: bool, inputs: Collection[str]) -> list[str]:
         """What forbids to write here, seen without writing."""
-        if self.name in inputs or any(each.startswith(self.name + "/") for each in inputs):
-            return [f"{self.name}: is one of the inputs, or holds one; choose another place for the output"]
-        return patiently(self.name, lambda: self._taken(folder))
+        if self.label in inputs or any(each.startswith(self.label + "/") for each in inputs):
+            return [f"{self.label}: is one of the inputs, or holds one; choose another place for the output"]
+        return with_retries(self.label, lambda: self._find_conflicts(is_folder))
 
-    def begin(self, folder: bool) -> None:
+    def write_marker(self, is_folder: bool) -> None:
         """Write a mark, which shows before any work whether this place can be written; in a folder it stays."""
-        mark = self._inside(MARKER) if folder else f"{self._path}{MARKER}"
-        patiently(self.name, lambda: self._files.pipe_file(mark, b""))
-        if not folder:
+        mark = self._path_of(UPLOAD_MARKER) if is_folder else f"{self._path}{UPLOAD_MARKER}"
+        with_retries(self.label, lambda: self._filesystem.pipe_file(mark, b""))
+        if not is_folder:
             self._delete(mark)
 
-    def give_up(self, folder: bool) -> None:
+    def abandon(self, is_folder: bool) -> None:
         """Take the mark back, if nothing else is there."""
-        found: list[str] = patiently(self.name, lambda: self._files.find(self._path)) if folder else []
-        if found == [self._inside(MARKER)]:
+        found: list[str] = with_retries(self.label, lambda: self._filesystem.find(self._path)) if is_folder else []
+        if found == [self._path_of(UPLOAD_MARKER)]:
             self._delete(found[0])
 
     def send(self, path: Path) -> None:
@@ -67,29 +67,29 @@ class Upload:
             UnfinishedError: what was made here is kept, and what was written there is given up.
         """
         if path.is_file():
-            self._commit(self._written(path, self._path), path, self._path)
+            self._commit(self._write_uncommitted(path, self._path), path, self._path)
             return
         names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
         last = [n for n in names if n.endswith(".index.json")] or [n for n in names if n.endswith(".safetensors")]
         order = [name for name in names if name not in last] + last
         opened: dict[str, Any] = {}
         try:
-            in_parallel(lambda n: opened.__setitem__(n, self._written(path / n, self._inside(n))), order)
+            map_parallel(lambda n: opened.__setitem__(n, self._write_uncommitted(path / n, self._path_of(n))), order)
             for name in order:
-                self._commit(opened.pop(name), path / name, self._inside(name))
+                self._commit(opened.pop(name), path / name, self._path_of(name))
         finally:
             for file in opened.values():
                 file.discard()
-        self._delete(self._inside(MARKER))
+        self._delete(self._path_of(UPLOAD_MARKER))
 
-    def _written(self, source: Path, to: str) -> Any:
+    def _write_uncommitted(self, source: Path, to: str) -> Any:
         """The file open there, with everything in it but not yet to be seen."""
 
         def once() -> Any:
-            file = self._files.open(to, "wb", autocommit=False)
+            file = self._filesystem.open(to, "wb", autocommit=False)
             try:
                 with open(source, "rb") as content:
-                    while piece := content.read(PIECE):
+                    while piece := content.read(PART_BYTES):
                         file.write(piece)
                 file.close()
             except BaseException:
@@ -97,28 +97,28 @@ class Upload:
                 raise
             return file
 
-        return patiently(f"{self.name}: {source.name}", once)
+        return with_retries(f"{self.label}: {source.name}", once)
 
     def _commit(self, file: Any, source: Path, to: str) -> None:
-        what = f"{self.name}: {source.name}"
-        patiently(what, file.commit)
-        self._files.invalidate_cache()
-        size = patiently(what, lambda: self._files.info(to)["size"])
+        what = f"{self.label}: {source.name}"
+        with_retries(what, file.commit)
+        self._filesystem.invalidate_cache()
+        size = with_retries(what, lambda: self._filesystem.info(to)["size"])
         if size != source.stat().st_size:
             raise UnfinishedError(f"{what}: has {size:,} of {source.stat().st_size:,} bytes there; run this again")
 
-    def _taken(self, folder: bool) -> list[str]:
-        self._files.invalidate_cache()
-        found: list[str] = self._files.find(self._path)
+    def _find_conflicts(self, is_folder: bool) -> list[str]:
+        self._filesystem.invalidate_cache()
+        found: list[str] = self._filesystem.find(self._path)
         inside = [name for name in found if name.startswith(self._path + "/")]
-        if not folder and inside:
-            return [f"{self.name}: is a folder; choose another name"]
-        if folder and found and self._inside(MARKER) not in found:
-            return [f"{self.name}: is there already ({len(found)} objects); delete it, or choose another place"]
+        if not is_folder and inside:
+            return [f"{self.label}: is a folder; choose another name"]
+        if is_folder and found and self._path_of(UPLOAD_MARKER) not in found:
+            return [f"{self.label}: is there already ({len(found)} objects); delete it, or choose another place"]
         return []
 
     def _delete(self, path: str) -> None:
-        patiently(self.name, lambda: self._files.rm_file(path))
+        with_retries(self.label, lambda: self._filesystem.rm_file(path))
 
-    def _inside(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
         return f"{self._path}/{name}"

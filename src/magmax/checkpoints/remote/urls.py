@@ -12,27 +12,27 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ...errors import MagMaxError, UnfinishedError
-from ..base import PREFIX
+from ..base import HUB_PREFIX
 
-TRIES = 5
-WAIT = 0.2
+MAX_TRIES = 5
+RETRY_WAIT = 0.2
 """Seconds before the second try; twice as many before each later one."""
-SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-WEB = ("http://", "https://")
+SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+HTTP_SCHEMES = ("http://", "https://")
 
 Result = TypeVar("Result")
 
 
-class NotThereError(MagMaxError):
+class RemoteFileNotFoundError(MagMaxError):
     """There is no such file."""
 
 
 def is_url(text: str) -> bool:
     """Whether a text names something on another machine, models of the hub apart."""
-    return SCHEME.match(text) is not None and not text.startswith(PREFIX)
+    return SCHEME_PATTERN.match(text) is not None and not text.startswith(HUB_PREFIX)
 
 
-def shown(url: str) -> str:
+def display_url(url: str) -> str:
     """A URL as messages show it: a user's name and password left out, and a query told by its digest alone."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
@@ -40,21 +40,23 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}{query}"
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def open_filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Raises MagMaxError where a package for it is missing."""
     try:
         core: Any = import_module("fsspec.core")
     except ModuleNotFoundError as error:
-        raise MagMaxError(f"{shown(url)}: is on another machine; to read it: pip install 'magmax[remote]'") from error
+        raise MagMaxError(
+            f"{display_url(url)}: is on another machine; to read it: pip install 'magmax[remote]'"
+        ) from error
     try:
         found, path = core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         told = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
-        raise MagMaxError(f"{shown(url)}: cannot be opened: {told}") from error
+        raise MagMaxError(f"{display_url(url)}: cannot be opened: {told}") from error
     return found, path
 
 
-def patiently(what: str, work: Callable[[], Result], tries: int = TRIES) -> Result:
+def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES) -> Result:
     """The result of `work`, tried again where it fails by what may pass: broken connections, busy servers.
 
     Raises:
@@ -69,20 +71,20 @@ def patiently(what: str, work: Callable[[], Result], tries: int = TRIES) -> Resu
         except MagMaxError:
             raise
         except FileNotFoundError as error:
-            raise NotThereError(f"{what}: there is no such file") from error
+            raise RemoteFileNotFoundError(f"{label}: there is no such file") from error
         except PermissionError as error:
-            raise MagMaxError(f"{what}: access is refused ({error}); log in, or mind the name") from error
+            raise MagMaxError(f"{label}: access is refused ({error}); log in, or mind the name") from error
         except Exception as error:  # every library of a network has errors of its own
             if number == tries - 1:
                 told = (str(error).strip() or type(error).__name__)[:300]
-                raise UnfinishedError(f"{what}: failed {tries} times ({told}); run the same command again") from error
-            time.sleep(WAIT * 2**number)
+                raise UnfinishedError(f"{label}: failed {tries} times ({told}); run the same command again") from error
+            time.sleep(RETRY_WAIT * 2**number)
     raise AssertionError("the last try returns or raises")
 
 
-def changed(name: str) -> MagMaxError:
+def changed_file_error(label: str) -> MagMaxError:
     """The error for a file that is no longer what it was when it was opened."""
-    return MagMaxError(f"{name}: changed while it was read; wait until nothing writes it, and start again")
+    return MagMaxError(f"{label}: changed while it was read; wait until nothing writes it, and start again")
 
 
 def cache_folder() -> str:

@@ -16,21 +16,21 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 from ..base import Checkpoint
 from ..byte_ranges import RangeFile
-from ..dtypes import BITS, Spec
+from ..dtypes import BITS_PER_ELEMENT, TensorSpec
 from ..safetensors import LENGTH_LIMIT
-from .pickled_models import MODEL_NAMES
-from .safe_unpickler import Machine, Record
-from .torch_file import UNITS, Stored, TorchFile, dtype_of
+from .pickled_models import MODEL_KEYS
+from .safe_unpickler import OpaqueObject, SafeUnpickler
+from .torch_file import UNSIGNED_DTYPES, StoredTensor, TorchFile, dtype_of
 
-METADATA = ".metadata"
-LARGEST_METADATA = 1 << 30
+METADATA_FILE = ".metadata"
+MAX_METADATA_BYTES = 1 << 30
 Shape = tuple[int, ...]
 
 
-class Chunk(NamedTuple):
+class StoredBox(NamedTuple):
     """A box of a tensor, and the bytes of a file that hold it."""
 
     offsets: Shape
@@ -40,10 +40,10 @@ class Chunk(NamedTuple):
     length: int
 
 
-class Box(NamedTuple):
+class IndexBox(NamedTuple):
     """A run of a flattened tensor that is a box: these indices, then a range of the next one, then all of the rest."""
 
-    fixed: Shape
+    leading_indices: Shape
     start: int
     stop: int
 
@@ -52,7 +52,7 @@ class DistributedCheckpoint(Checkpoint):
     """A torch.distributed checkpoint, or a part of one, as named tensors.
 
     Which tensors: those below `part` (a name such as "ema", or "app/model"); without it the model, which is what lies
-    below "model" (or another of `MODEL_NAMES`) at any depth, if something does, and else everything that lies at the
+    below "model" (or another of `MODEL_KEYS`) at any depth, if something does, and else everything that lies at the
     top. Names are those of the model's own state dict: without what leads to it. Everything else, such as the
     optimizer's state, is left out; `notes` say so.
 
@@ -66,74 +66,74 @@ class DistributedCheckpoint(Checkpoint):
     def __init__(self, folder: Path, label: str, part: tuple[str, ...] = ()) -> None:
         super().__init__(label, {})
         self.path = folder.joinpath(*part)
-        self._metadata = folder / METADATA
+        self._metadata = folder / METADATA_FILE
         source = RangeFile(self._metadata)
-        if source.size > LARGEST_METADATA:
+        if source.size > MAX_METADATA_BYTES:
             raise MagMaxError(f"{self._metadata}: has {source.size:,} bytes, too many for the metadata of a checkpoint")
-        content = source.bytes(0, source.size)
+        content = source.read_bytes(0, source.size)
         self._digest = xxhash.xxh3_128_hexdigest(content)
         told = _read_metadata(content, str(self._metadata))
-        chosen = _chosen(told, part, label)
-        self._chunks: dict[str, list[Chunk]] = {}
+        chosen = _select_entries(told, part, label)
+        self._chunks: dict[str, list[StoredBox]] = {}
         problems: list[str] = []
         for name, key in chosen.items():
             if name in told.tensors:
                 self.specs[key] = told.tensors[name][0]
-                self._chunks[key], found = _placed(name, told, label)
+                self._chunks[key], found = _locate_chunks(name, told, label)
                 problems += found
-        self._ends: dict[str, int] = {}
+        self._required_sizes: dict[str, int] = {}
         """Each file that is needed, and how many bytes it must have."""
         for chunk in (c for chunks in self._chunks.values() for c in chunks):
-            self._ends[chunk.file] = max(chunk.begin + chunk.length, self._ends.get(chunk.file, 0))
-        self._open: dict[str, RangeFile] = {}
-        problems += self._missing(folder)
+            self._required_sizes[chunk.file] = max(chunk.begin + chunk.length, self._required_sizes.get(chunk.file, 0))
+        self._open_files: dict[str, RangeFile] = {}
+        problems += self._check_files(folder)
         if problems:
-            raise listed(f"{label} is not whole", problems)
+            raise list_problems(f"{label} is not whole", problems)
         if not self.specs:
             raise MagMaxError(f"{label}: holds no tensor of a model")
-        self._items: dict[tuple[str, int], Stored] = {}
-        self._note(told, chosen)
+        self._chunk_tensors: dict[tuple[str, int], StoredTensor] = {}
+        self._add_notes(told, chosen)
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
-        if spec.floating:
-            return self._elements(key, start, stop).view(spec.storage)
-        size = BITS[spec.dtype] // 8
+        if spec.is_mergeable:
+            return self._read_elements(key, start, stop).view(spec.storage_dtype)
+        size = BITS_PER_ELEMENT[spec.dtype] // 8
         first = start // size
-        found = self._elements(key, first, -(-stop // size)).view(np.uint8)
+        found = self._read_elements(key, first, -(-stop // size)).view(np.uint8)
         return found[start - first * size : stop - first * size]
 
     def files(self) -> list[Path]:
-        return [self._metadata, *(self._metadata.parent / name for name in self._ends)]
+        return [self._metadata, *(self._metadata.parent / name for name in self._required_sizes)]
 
     def header_digests(self) -> list[str]:
-        return [self._digest, *("" for _ in self._ends)]
+        return [self._digest, *("" for _ in self._required_sizes)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: another process opens it again."""
         return {**self.__dict__, "_metadata": self._metadata.absolute(), "_open": {}, "_items": {}}
 
-    def _elements(self, key: str, start: int, stop: int) -> NDArray[Any]:
+    def _read_elements(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
-        found = np.empty(stop - start, UNITS[BITS[spec.dtype] // 8])
+        found = np.empty(stop - start, UNSIGNED_DTYPES[BITS_PER_ELEMENT[spec.dtype] // 8])
         at = 0
-        for box in boxes(spec.shape, start, stop):
-            depth = len(box.fixed)
+        for box in split_into_boxes(spec.shape, start, stop):
+            depth = len(box.leading_indices)
             shape = (box.stop - box.start, *spec.shape[depth + 1 :])
             count = math.prod(shape)
             part = found[at : at + count].reshape(shape)
             for chunk in self._chunks[key]:
-                self._copy(key, chunk, box, part)
+                self._copy_chunk(key, chunk, box, part)
             at += count
         return found
 
-    def _copy(self, key: str, chunk: Chunk, box: Box, out: NDArray[Any]) -> None:
+    def _copy_chunk(self, key: str, chunk: StoredBox, box: IndexBox, out: NDArray[Any]) -> None:
         """Put what `chunk` has of `box` into `out`, which is that box of the tensor."""
         if not chunk.offsets:
-            out[:] = self._item(key, chunk).elements(0, 1)
+            out[:] = self._chunk_tensor(key, chunk).read_elements(0, 1)
             return
-        depth = len(box.fixed)
-        fixed = zip(box.fixed, chunk.offsets, chunk.sizes, strict=False)
+        depth = len(box.leading_indices)
+        fixed = zip(box.leading_indices, chunk.offsets, chunk.sizes, strict=False)
         first = max(box.start, chunk.offsets[depth])
         last = min(box.stop, chunk.offsets[depth] + chunk.sizes[depth])
         if first >= last or not all(offset <= i < offset + size for i, offset, size in fixed):
@@ -141,34 +141,34 @@ class DistributedCheckpoint(Checkpoint):
         inner = chunk.sizes[depth + 1 :]
         row = math.prod(inner)
         at = 0
-        for i, offset, size in zip((*box.fixed, first), chunk.offsets, chunk.sizes, strict=False):
+        for i, offset, size in zip((*box.leading_indices, first), chunk.offsets, chunk.sizes, strict=False):
             at = at * size + i - offset
-        content = self._item(key, chunk).elements(at * row, (at + last - first) * row)
+        content = self._chunk_tensor(key, chunk).read_elements(at * row, (at + last - first) * row)
         where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets[depth + 1 :], inner, strict=True))
         out[(slice(first - box.start, last - box.start), *where)] = content.reshape(last - first, *inner)
 
-    def _item(self, key: str, chunk: Chunk) -> Stored:
+    def _chunk_tensor(self, key: str, chunk: StoredBox) -> StoredTensor:
         """A chunk's own tensor, once its headers are read."""
         place = chunk.file, chunk.begin
-        if place not in self._items:
+        if place not in self._chunk_tensors:
             label = f"{self._metadata.parent / chunk.file}, at byte {chunk.begin:,}"
-            found = TorchFile(self._file(chunk.file), chunk.begin, chunk.length, label)
-            spec = Spec(self.specs[key].dtype, chunk.sizes)
-            if not isinstance(found.root, Stored) or found.root.spec != spec:
-                has = found.root.spec if isinstance(found.root, Stored) else "no tensor"
+            found = TorchFile(self._open_file(chunk.file), chunk.begin, chunk.length, label)
+            spec = TensorSpec(self.specs[key].dtype, chunk.sizes)
+            if not isinstance(found.root, StoredTensor) or found.root.spec != spec:
+                has = found.root.spec if isinstance(found.root, StoredTensor) else "no tensor"
                 raise MagMaxError(f"{label}: holds {has}, but {spec} was promised for a part of {key}")
-            self._items[place] = found.laid_out(found.root)
-        return self._items[place]
+            self._chunk_tensors[place] = found.locate_tensor(found.root)
+        return self._chunk_tensors[place]
 
-    def _file(self, name: str) -> RangeFile:
-        if name not in self._open:
-            self._open[name] = RangeFile(self._metadata.parent / name)
-        return self._open[name]
+    def _open_file(self, name: str) -> RangeFile:
+        if name not in self._open_files:
+            self._open_files[name] = RangeFile(self._metadata.parent / name)
+        return self._open_files[name]
 
-    def _missing(self, folder: Path) -> list[str]:
+    def _check_files(self, folder: Path) -> list[str]:
         """What is wrong with the shards' files, as far as their sizes tell."""
         problems: list[str] = []
-        for name, needed in sorted(self._ends.items()):
+        for name, needed in sorted(self._required_sizes.items()):
             if Path(name).name != name:
                 problems.append(f"{self._metadata}: names the file {name!r}, which is outside the folder")
             elif not (folder / name).is_file():
@@ -177,81 +177,84 @@ class DistributedCheckpoint(Checkpoint):
                 problems.append(f"{folder / name}: has {size:,} bytes, but {needed:,} were promised; copy it again")
         return problems
 
-    def _note(self, told: Told, chosen: Mapping[str, str]) -> None:
-        if left := [name for name in told.tensors if name not in chosen]:
-            tops = sorted({told.paths.get(name, (name,))[0] for name in left})
+    def _add_notes(self, metadata: DcpMetadata, selected: Mapping[str, str]) -> None:
+        if left := [name for name in metadata.tensors if name not in selected]:
+            tops = sorted({metadata.paths.get(name, (name,))[0] for name in left})
             more = ", ..." * (len(tops) > 5)
             self.notes.append(
                 f"{self.label}: {len(left)} tensors beside the model left out ({', '.join(tops[:5])}{more})"
             )
-        if inside := [name for name in told.others if name in chosen]:
+        if inside := [name for name in metadata.non_tensors if name in selected]:
             self.notes.append(f"{self.label}: {', '.join(inside[:5])}: no tensors, left out")
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+def split_into_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[IndexBox]:
     """Elements start..stop of a flattened tensor as boxes, in order: at most two for each dimension but the last."""
     if start >= stop:
         return
     row = math.prod(shape[1:])
     if len(shape) < 2:
-        yield Box((), start, stop)
+        yield IndexBox((), start, stop)
         return
     first, head = divmod(start, row)
     last, tail = divmod(stop, row)
     if first == last:
-        yield from _within(first, shape, head, tail)
+        yield from _boxes_in_row(first, shape, head, tail)
         return
     if head:
-        yield from _within(first, shape, head, row)
+        yield from _boxes_in_row(first, shape, head, row)
         first += 1
     if first < last:
-        yield Box((), first, last)
-    yield from _within(last, shape, 0, tail)
+        yield IndexBox((), first, last)
+    yield from _boxes_in_row(last, shape, 0, tail)
 
 
-def _within(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    return (Box((row, *box.fixed), box.start, box.stop) for box in boxes(shape[1:], start, stop))
+def _boxes_in_row(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[IndexBox]:
+    return (
+        IndexBox((row, *box.leading_indices), box.start, box.stop) for box in split_into_boxes(shape[1:], start, stop)
+    )
 
 
-class Told(NamedTuple):
+class DcpMetadata(NamedTuple):
     """What a `.metadata` says.
 
     Attributes:
         tensors: name -> spec and the (offsets, sizes) of its chunks.
-        others: the names of what is no tensor.
+        non_tensors: the names of what is no tensor.
         paths: name -> where it was in the nested state dict, as far as it is told.
-        places: (name, offsets) -> file, first byte, length.
+        locations: (name, offsets) -> file, first byte, length.
     """
 
-    tensors: dict[str, tuple[Spec, list[tuple[Shape, Shape]]]]
-    others: list[str]
+    tensors: dict[str, tuple[TensorSpec, list[tuple[Shape, Shape]]]]
+    non_tensors: list[str]
     paths: dict[str, tuple[str, ...]]
-    places: dict[tuple[str, Shape], tuple[str, int, int]]
+    locations: dict[tuple[str, Shape], tuple[str, int, int]]
 
 
-def _read_metadata(content: bytes, label: str) -> Told:
+def _read_metadata(content: bytes, label: str) -> DcpMetadata:
     """Parse a `.metadata`. Raises MagMaxError for any pickle that is not one."""
-    root = Machine(io.BytesIO(content), label, {}).run()
-    told = Told({}, [], {}, {})
+    root = SafeUnpickler(io.BytesIO(content), label, {}).load()
+    told = DcpMetadata({}, [], {}, {})
     try:
-        if not isinstance(root, Record) or not root.name.endswith(".Metadata"):
+        if not isinstance(root, OpaqueObject) or not root.name.endswith(".Metadata"):
             raise TypeError("it holds no Metadata")
         whole = root.attributes
         for name, entry in whole["state_dict_metadata"].items():
-            if not isinstance(entry, Record) or "chunks" not in entry.attributes:
-                told.others.append(str(name))
+            if not isinstance(entry, OpaqueObject) or "chunks" not in entry.attributes:
+                told.non_tensors.append(str(name))
                 continue
-            size, properties = _shape(entry.attributes["size"]), entry.attributes["properties"]
+            size, properties = _parse_shape(entry.attributes["size"]), entry.attributes["properties"]
             chunks = [
-                (_shape(c.attributes["offsets"]), _shape(c.attributes["sizes"])) for c in entry.attributes["chunks"]
+                (_parse_shape(c.attributes["offsets"]), _parse_shape(c.attributes["sizes"]))
+                for c in entry.attributes["chunks"]
             ]
-            told.tensors[str(name)] = Spec(dtype_of(properties.state[0]), size), chunks
+            told.tensors[str(name)] = TensorSpec(dtype_of(properties.state[0]), size), chunks
         for index, info in whole["storage_data"].items():
             at, where = index.attributes, info.attributes
             if where.get("transform_descriptors"):
                 raise TypeError(f"{at['fqn']} was written through {where['transform_descriptors']}")
             place = str(where["relative_path"]), int(where["offset"]), int(where["length"])
-            told.places[str(at["fqn"]), _shape(at.get("offset") or ())] = place
+            told.locations[str(at["fqn"]), _parse_shape(at.get("offset") or ())] = place
         paths = whole.get("planner_data")
         if isinstance(paths, dict):
             for name, path in cast("dict[Any, Any]", paths).items():
@@ -264,37 +267,37 @@ def _read_metadata(content: bytes, label: str) -> Told:
     return told
 
 
-def _shape(given: Any) -> Shape:
-    if not isinstance(given, tuple) or any(
-        type(n) is not int or not 0 <= n < LENGTH_LIMIT for n in cast("Shape", given)
+def _parse_shape(value: Any) -> Shape:
+    if not isinstance(value, tuple) or any(
+        type(n) is not int or not 0 <= n < LENGTH_LIMIT for n in cast("Shape", value)
     ):
         raise TypeError("a shape that is none")
-    return cast("Shape", given)
+    return cast("Shape", value)
 
 
-def _chosen(told: Told, part: tuple[str, ...], label: str) -> dict[str, str]:
+def _select_entries(metadata: DcpMetadata, part: tuple[str, ...], label: str) -> dict[str, str]:
     """The entries below `part`, or those of the model: name in the checkpoint -> name in the model's state dict."""
-    names = [*told.tensors, *told.others]
-    paths = {name: told.paths.get(name, (name,)) for name in names}
+    names = [*metadata.tensors, *metadata.non_tensors]
+    paths = {name: metadata.paths.get(name, (name,)) for name in names}
     if part:
         flat = ".".join(part) + "."
         found = {name: name.removeprefix(flat) for name in names if name.startswith(flat)}
-        if not found.keys() & told.tensors.keys():
-            raise MagMaxError(f"{label}: holds nothing below {'/'.join(part)}; {_parts(told)}")
+        if not found.keys() & metadata.tensors.keys():
+            raise MagMaxError(f"{label}: holds nothing below {'/'.join(part)}; {_list_parts(metadata)}")
         return found
     holders = {
         path[:depth]
-        for path in (paths[name] for name in told.tensors)
+        for path in (paths[name] for name in metadata.tensors)
         for depth in range(1, len(path))
-        if path[depth - 1] in MODEL_NAMES
+        if path[depth - 1] in MODEL_KEYS
     }
     shortest = min((len(holder) for holder in holders), default=0)
     above = sorted(holder for holder in holders if len(holder) == shortest)
     if len(above) > 1:
-        raise MagMaxError(f"{label}: holds several models; {_parts(told)}")
+        raise MagMaxError(f"{label}: holds several models; {_list_parts(metadata)}")
     holder = above[0] if above else ()
-    if told.tensors and not holder and all(len(paths[name]) > 1 for name in told.tensors):
-        raise MagMaxError(f"{label}: which part of it is the model cannot be told; {_parts(told)}")
+    if metadata.tensors and not holder and all(len(paths[name]) > 1 for name in metadata.tensors):
+        raise MagMaxError(f"{label}: which part of it is the model cannot be told; {_list_parts(metadata)}")
     return {
         name: ".".join(path[shortest:])
         for name, path in paths.items()
@@ -302,24 +305,26 @@ def _chosen(told: Told, part: tuple[str, ...], label: str) -> dict[str, str]:
     }
 
 
-def _parts(told: Told) -> str:
-    paths = [told.paths.get(name, (name,)) for name in told.tensors]
+def _list_parts(metadata: DcpMetadata) -> str:
+    paths = [metadata.paths.get(name, (name,)) for name in metadata.tensors]
     found = sorted({"/".join(path[:depth]) for path in paths for depth in (1, 2) if len(path) > depth})
     return f"add one of its parts to the path: {', '.join(found[:20]) or 'it has none'}"
 
 
-def _placed(name: str, told: Told, label: str) -> tuple[list[Chunk], list[str]]:
+def _locate_chunks(name: str, metadata: DcpMetadata, label: str) -> tuple[list[StoredBox], list[str]]:
     """A tensor's chunks that hold something, and what is wrong with them."""
-    spec, cuts = told.tensors[name]
-    chunks: list[Chunk] = []
+    spec, cuts = metadata.tensors[name]
+    chunks: list[StoredBox] = []
     for offsets, sizes in cuts:
         if 0 in sizes:
             continue
-        place = told.places.get((name, offsets)) or told.places.get((name, ()) if not any(offsets) else ("", ()))
+        place = metadata.locations.get((name, offsets)) or metadata.locations.get(
+            (name, ()) if not any(offsets) else ("", ())
+        )
         if place is None:
             return [], [f"{label}: does not say where the part of {name} from {list(offsets)} on is"]
-        chunks.append(Chunk(offsets, sizes, *place))
-    if spec.elements >= LENGTH_LIMIT:
+        chunks.append(StoredBox(offsets, sizes, *place))
+    if spec.numel >= LENGTH_LIMIT:
         return [], [f"{label}: describes {name} with more elements than any file can hold"]
     if any(len(c.offsets) != len(spec.shape) or len(c.sizes) != len(spec.shape) for c in chunks):
         return [], [f"{label}: the parts of {name} have not its {len(spec.shape)} dimensions"]
@@ -328,17 +333,15 @@ def _placed(name: str, told: Told, label: str) -> tuple[list[Chunk], list[str]]:
     covered = sum(math.prod(c.sizes) for c in chunks)
     beyond = bool((high > np.array(spec.shape, np.int64)).any())
     twice = any(((low[:n] < high[n]) & (low[n] < high[:n])).all(1).any() for n in range(len(chunks)))
-    if covered != spec.elements or beyond or twice:
-        return [], [
-            f"{label}: the parts of {name}, {spec}, do not make it up: {covered:,} of {spec.elements:,} elements"
-        ]
+    if covered != spec.numel or beyond or twice:
+        return [], [f"{label}: the parts of {name}, {spec}, do not make it up: {covered:,} of {spec.numel:,} elements"]
     return sorted(chunks), []
 
 
-def distributed(path: Path) -> tuple[Path, tuple[str, ...]] | None:
+def find_dcp(path: Path) -> tuple[Path, tuple[str, ...]] | None:
     """The folder of a torch.distributed checkpoint and the part of it that a path names, if it names one."""
     for folder in (path, *path.parents):
-        if (folder / METADATA).is_file():
+        if (folder / METADATA_FILE).is_file():
             weights = any(True for kind in ("*.safetensors", "*.bin") for _ in folder.glob(kind))
             return None if weights else (folder, path.parts[len(folder.parts) :])
         if folder.exists():

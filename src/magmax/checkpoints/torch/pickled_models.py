@@ -9,18 +9,18 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 from ..base import Checkpoint
 from ..byte_ranges import RangeFile
-from .safe_unpickler import Record, told
-from .torch_file import Stored, TorchFile
+from .safe_unpickler import OpaqueObject, describe
+from .torch_file import StoredTensor, TorchFile
 
-MODEL_NAMES = ("model", "state_dict", "model_state_dict", "module")
+MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 """What savers call the model, where they save it beside other things."""
-SCRIPT = "__torch__."
-DEEPEST = 100
-MOST_PARTS = 1_000_000
-DATA_PARALLEL = "module."
+TORCHSCRIPT_PREFIX = "__torch__."
+MAX_DEPTH = 100
+MAX_VISITS = 1_000_000
+DATA_PARALLEL_PREFIX = "module."
 
 
 class PickledModel(Checkpoint):
@@ -33,7 +33,7 @@ class PickledModel(Checkpoint):
 
     Args:
         part: the model's place in what was pickled, such as "ema" or "state/model"; by default the module itself, or
-            what is called by one of `MODEL_NAMES`, or the one thing there that holds tensors.
+            what is called by one of `MODEL_KEYS`, or the one thing there that holds tensors.
         strip: keep the tensors whose names begin with this, and take it off.
         inert: calls of the pickle to be kept as notes of themselves, beyond those known to be harmless.
 
@@ -47,164 +47,175 @@ class PickledModel(Checkpoint):
         self.path = path
         file = RangeFile(path, label)
         source = TorchFile(file, 0, file.size, label, inert)
-        found = self._named(self._model(source.root, [p for p in part.split("/") if p]))
+        found = self._collect_tensors(self._find_model(source.root, [p for p in part.split("/") if p]))
         if strip:
-            found = self._stripped(found, strip)
-        elif found and all(name.startswith(DATA_PARALLEL) for name in found):
+            found = self._strip_prefix(found, strip)
+        elif found and all(name.startswith(DATA_PARALLEL_PREFIX) for name in found):
             self.notes.append(
-                f"{label}: every name begins with {DATA_PARALLEL!r}; --strip {DATA_PARALLEL} takes it off"
+                f"{label}: every name begins with {DATA_PARALLEL_PREFIX!r}; --strip {DATA_PARALLEL_PREFIX} takes it off"
             )
-        self._tensors: dict[str, Stored] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         seen: dict[tuple[Any, ...], str] = {}
         for name, tensor in found.items():
-            if tensor.spec.elements and tensor.place in seen:
-                self.aliases[name] = seen[tensor.place]
+            if tensor.spec.numel and tensor.memory_key in seen:
+                self.aliases[name] = seen[tensor.memory_key]
                 continue
-            seen[tensor.place] = name
-            self.specs[name], self._tensors[name] = tensor.spec, source.laid_out(tensor)
+            seen[tensor.memory_key] = name
+            self.specs[name], self._tensors[name] = tensor.spec, source.locate_tensor(tensor)
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        return self._tensors[key].units(start, stop)
+        return self._tensors[key].read_units(start, stop)
 
     def files(self) -> list[Path]:
         return [] if self.path is None else [self.path]
 
-    def _model(self, root: Any, part: list[str]) -> Any:
+    def _find_model(self, root: Any, part: list[str]) -> Any:
         """The part of `root` that is the model."""
         for name in part:
-            inside = _parts(root)
+            inside = _named_children(root)
             if name not in inside:
-                raise MagMaxError(f"{self.label}: has no part {name!r}; {_listing(root)}")
+                raise MagMaxError(f"{self.label}: has no part {name!r}; {_list_parts(root)}")
             root = inside[name]
         known: dict[tuple[int, int], bool] = {}
         for level in itertools.count():
             if part or _is_module(root):
                 break
-            if level > DEEPEST:
-                raise self._endless()
-            holding = {name: value for name, value in _parts(root).items() if _holds_tensors(value, known)}
-            direct = [name for name, value in holding.items() if isinstance(value, Stored)]
+            if level > MAX_DEPTH:
+                raise self._cycle_error()
+            holding = {name: value for name, value in _named_children(root).items() if _holds_tensors(value, known)}
+            direct = [name for name, value in holding.items() if isinstance(value, StoredTensor)]
             nested = [name for name in holding if name not in direct]
-            called = [name for name in nested if name in MODEL_NAMES]
+            called = [name for name in nested if name in MODEL_KEYS]
             if not nested:
                 break
             if len(called) != 1 and (direct or len(nested) > 1):
-                raise MagMaxError(f"{self.label}: which part of it is the model cannot be told; {_listing(root)}")
+                raise MagMaxError(f"{self.label}: which part of it is the model cannot be told; {_list_parts(root)}")
             name = called[0] if called else nested[0]
-            if isinstance(root, Record) and name == "vector":
+            if isinstance(root, OpaqueObject) and name == "vector":
                 self.notes.append(
                     f"{self.label}: holds a task vector, what was added to a base; it is no model by itself"
                 )
             root = holding[name]
         return root
 
-    def _named(self, model: Any) -> dict[str, Stored]:
+    def _collect_tensors(self, model: Any) -> dict[str, StoredTensor]:
         """The model's tensors by name."""
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredTensor] = {}
         problems: list[str] = []
         if _is_module(model):
-            self._walk(model, "", found, problems, itertools.count())
+            self._walk_module(model, "", found, problems, itertools.count())
         else:
-            for name, value in _parts(model).items():
-                if isinstance(value, Stored):
+            for name, value in _named_children(model).items():
+                if isinstance(value, StoredTensor):
                     found[name] = value
-            if left := [name for name in _parts(model) if name not in found]:
+            if left := [name for name in _named_children(model) if name not in found]:
                 self.notes.append(f"{self.label}: {', '.join(left[:5])}: no tensors, left out")
         if problems:
-            raise listed(f"{self.label} cannot be read as a model", problems)
+            raise list_problems(f"{self.label} cannot be read as a model", problems)
         if not found:
-            raise MagMaxError(f"{self.label}: holds {_kind(model)}, and no tensor of a model in it")
+            raise MagMaxError(f"{self.label}: holds {_describe_type(model)}, and no tensor of a model in it")
         return found
 
-    def _walk(
+    def _walk_module(
         self,
-        module: Record,
+        module: OpaqueObject,
         prefix: str,
-        found: dict[str, Stored],
+        tensors: dict[str, StoredTensor],
         problems: list[str],
         visits: Iterator[int],
         depth: int = 0,
     ) -> None:
         attributes = module.attributes
-        if module.name.startswith(SCRIPT):
-            children = {n: v for n, v in _parts(attributes).items() if _is_module(v)}
-            own = {n: v for n, v in _parts(attributes).items() if isinstance(v, Stored)}
+        if module.name.startswith(TORCHSCRIPT_PREFIX):
+            children = {n: v for n, v in _named_children(attributes).items() if _is_module(v)}
+            own = {n: v for n, v in _named_children(attributes).items() if isinstance(v, StoredTensor)}
         else:
             passing = attributes.get("_non_persistent_buffers_set", set())
             if not isinstance(passing, set | frozenset):
-                raise MagMaxError(f"{self.label}: {prefix}_non_persistent_buffers_set is {_kind(passing)}, not a set")
-            buffers = {n: v for n, v in _parts(attributes.get("_buffers")).items() if n not in passing}
-            own, children = _parts(attributes["_parameters"]) | buffers, _parts(attributes["_modules"])
+                raise MagMaxError(
+                    f"{self.label}: {prefix}_non_persistent_buffers_set is {_describe_type(passing)}, not a set"
+                )
+            buffers = {n: v for n, v in _named_children(attributes.get("_buffers")).items() if n not in passing}
+            own, children = (
+                _named_children(attributes["_parameters"]) | buffers,
+                _named_children(attributes["_modules"]),
+            )
         for name, value in own.items():
-            self._refuse_endless(depth, visits)
-            if isinstance(value, Stored):
-                found[prefix + name] = value
+            self._check_limits(depth, visits)
+            if isinstance(value, StoredTensor):
+                tensors[prefix + name] = value
             elif value is not None:
-                problems.append(f"{self.label}: {prefix}{name} is {_kind(value)}, not a tensor that can be read")
+                problems.append(
+                    f"{self.label}: {prefix}{name} is {_describe_type(value)}, not a tensor that can be read"
+                )
         for name, child in children.items():
-            self._refuse_endless(depth, visits)
+            self._check_limits(depth, visits)
             if _is_module(child):
-                self._walk(child, f"{prefix}{name}.", found, problems, visits, depth + 1)
+                self._walk_module(child, f"{prefix}{name}.", tensors, problems, visits, depth + 1)
             elif child is not None:
-                problems.append(f"{self.label}: {prefix}{name} is {_kind(child)}, not a module")
+                problems.append(f"{self.label}: {prefix}{name} is {_describe_type(child)}, not a module")
 
-    def _refuse_endless(self, depth: int, visits: Iterator[int]) -> None:
-        if depth > DEEPEST or next(visits) > MOST_PARTS:
-            raise self._endless()
+    def _check_limits(self, depth: int, visits: Iterator[int]) -> None:
+        if depth > MAX_DEPTH or next(visits) > MAX_VISITS:
+            raise self._cycle_error()
 
-    def _endless(self) -> MagMaxError:
+    def _cycle_error(self) -> MagMaxError:
         return MagMaxError(f"{self.label}: its modules lie in one another without an end")
 
-    def _stripped(self, found: dict[str, Stored], prefix: str) -> dict[str, Stored]:
-        kept = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    def _strip_prefix(self, tensors: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+        kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if not kept:
-            raise MagMaxError(f"{self.label}: no name begins with {prefix!r}; the first is {next(iter(found))!r}")
-        if len(kept) < len(found):
-            left = next(name for name in found if not name.startswith(prefix))
-            self.notes.append(f"{self.label}: {len(found) - len(kept)} names without {prefix!r} left out ({left}, ...)")
+            raise MagMaxError(f"{self.label}: no name begins with {prefix!r}; the first is {next(iter(tensors))!r}")
+        if len(kept) < len(tensors):
+            left = next(name for name in tensors if not name.startswith(prefix))
+            self.notes.append(
+                f"{self.label}: {len(tensors) - len(kept)} names without {prefix!r} left out ({left}, ...)"
+            )
         return kept
 
 
 def _is_module(value: Any) -> bool:
-    if not isinstance(value, Record):
+    if not isinstance(value, OpaqueObject):
         return False
-    return value.name.startswith(SCRIPT) or {"_parameters", "_modules"} <= value.attributes.keys()
+    return value.name.startswith(TORCHSCRIPT_PREFIX) or {"_parameters", "_modules"} <= value.attributes.keys()
 
 
-def _parts(value: Any) -> dict[str, Any]:
+def _named_children(value: Any) -> dict[str, Any]:
     """What a mapping or an object of an unknown class holds, by name."""
     if isinstance(value, dict):
         held = list(cast("dict[Any, Any]", value).items())
-    elif isinstance(value, Record):
+    elif isinstance(value, OpaqueObject):
         pairs = [cast("tuple[Any, ...]", item) for item in value.items if isinstance(item, tuple)]
         held = [*value.attributes.items(), *((pair[0], pair[1]) for pair in pairs if len(pair) == 2)]
     else:
         held = []
-    return {_text(name): part for name, part in held}
+    return {_key_name(name): part for name, part in held}
 
 
-def _text(name: Any) -> str:
+def _key_name(name: Any) -> str:
     """A key as a name; of what is neither text nor a number only the kind, for it may hold itself many times over."""
     if isinstance(name, str):
         return name
-    return str(name) if isinstance(name, int) and name.bit_length() < 64 else told(name)
+    return str(name) if isinstance(name, int) and name.bit_length() < 64 else describe(name)
 
 
-def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 0) -> bool:
+def _holds_tensors(value: Any, cache: dict[tuple[int, int], bool], depth: int = 0) -> bool:
     """Whether a tensor is in a value, or in what it holds, a few levels down; what is `known` is not sought again."""
-    if isinstance(value, Stored) or _is_module(value):
+    if isinstance(value, StoredTensor) or _is_module(value):
         return True
     place = id(value), depth
-    if place not in known:
-        known[place] = depth < 4 and any(_holds_tensors(part, known, depth + 1) for part in _parts(value).values())
-    return known[place]
+    if place not in cache:
+        cache[place] = depth < 4 and any(
+            _holds_tensors(part, cache, depth + 1) for part in _named_children(value).values()
+        )
+    return cache[place]
 
 
-def _listing(root: Any) -> str:
+def _list_parts(root: Any) -> str:
     known: dict[tuple[int, int], bool] = {}
-    names = [name for name, value in _parts(root).items() if _holds_tensors(value, known)]
+    names = [name for name, value in _named_children(root).items() if _holds_tensors(value, known)]
     return f"choose one with --part: {', '.join(names[:20]) or 'none holds tensors'}"
 
 
-def _kind(value: Any) -> str:
-    return f"a {told(value)}" if isinstance(value, Record) else f"a {type(value).__name__}"
+def _describe_type(value: Any) -> str:
+    return f"a {describe(value)}" if isinstance(value, OpaqueObject) else f"a {type(value).__name__}"

@@ -1,6 +1,7 @@
 """Pickles read as data: an interpreter of our own, which has no way to import or to call what a pickle names.
 
-Names stay names (`Global`), objects of any class become `Record`s of what the pickle says of them, and a call is made
+Names stay names (`GlobalName`), objects of any class become `OpaqueObject`s of what the pickle says of them, and a
+call is made
 only if it is in a table of pure functions of ours; any other is refused, with its name.
 """
 
@@ -13,22 +14,22 @@ from typing import IO, Any, NamedTuple, cast
 
 from ...errors import MagMaxError
 
-LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-NUMBERS_AND_TEXT = {
+LITERAL_OPCODES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+VALUE_OPCODES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
     "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE",
     "BINUNICODE", "BINUNICODE8",
 }  # fmt: skip
 
 
-class Global(NamedTuple):
+class GlobalName(NamedTuple):
     """The name of a class or function, "module.name"; never looked up."""
 
     name: str
 
 
 @dataclass(eq=False)
-class Record:
+class OpaqueObject:
     """An object of a class that is not known here: the class's name and all that the pickle would have given it."""
 
     name: str
@@ -47,46 +48,46 @@ class Record:
         return found
 
 
-Calls = Mapping[str, Callable[..., Any]]
+CallTable = Mapping[str, Callable[..., Any]]
 
 
-def _copied(kind: Callable[..., Any]) -> Callable[..., Any]:
+def _constructor(kind: Callable[..., Any]) -> Callable[..., Any]:
     def copied(items: Any = ()) -> Any:
         return kind(items)
 
     return copied
 
 
-def _flat(key: Any) -> Any:
+def _check_key(key: Any) -> Any:
     """A key, if it is one that can be hashed: to hash what is nested deep enough would overflow the stack."""
     parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else ()
-    if any(isinstance(part, tuple | frozenset) and not isinstance(part, Global) for part in parts):
+    if any(isinstance(part, tuple | frozenset) and not isinstance(part, GlobalName) for part in parts):
         raise ValueError("a key within a key")
     return cast("object", key)
 
 
-def _keys(keys: Iterable[Any]) -> list[Any]:
-    return [_flat(key) for key in keys]
+def _check_keys(keys: Iterable[Any]) -> list[Any]:
+    return [_check_key(key) for key in keys]
 
 
-def _mapping(items: Any = ()) -> dict[Any, Any]:
+def _make_dict(items: Any = ()) -> dict[Any, Any]:
     pairs: Any = cast("dict[Any, Any]", items).items() if isinstance(items, dict) else items
-    return {_flat(key): value for key, value in pairs}
+    return {_check_key(key): value for key, value in pairs}
 
 
-def _default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
-    return _mapping(items)
+def _make_default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
+    return _make_dict(items)
 
 
-def _set(items: Any = ()) -> set[Any]:
-    return set(_keys(items))
+def _make_set(items: Any = ()) -> set[Any]:
+    return set(_check_keys(items))
 
 
-def _frozenset(items: Any = ()) -> frozenset[Any]:
-    return frozenset(_keys(items))
+def _make_frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_check_keys(items))
 
 
-def _bytes(content: Any = b"") -> bytes:
+def _make_bytes(content: Any = b"") -> bytes:
     if not isinstance(content, bytes):
         raise TypeError("bytes made of something else")
     return content
@@ -98,33 +99,33 @@ def _encode(text: str, codec: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _text(text: Any) -> str:
+def _check_text(text: Any) -> str:
     if type(text) is not str:
         raise TypeError("a name that is no text")
     return text
 
 
-def _old_object(kind: Global, *_: Any) -> Record:
-    return Record(kind.name)
+def _reconstruct(kind: GlobalName, *_: Any) -> OpaqueObject:
+    return OpaqueObject(kind.name)
 
 
-def _new_object(kind: Global, *args: Any) -> Record:
-    return Record(kind.name, args)
+def _new_object(kind: GlobalName, *args: Any) -> OpaqueObject:
+    return OpaqueObject(kind.name, args)
 
 
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _mapping,
-    "collections.defaultdict": _default_dict,
-    "dict": _mapping, "list": _copied(list), "tuple": _copied(tuple), "set": _set,
-    "frozenset": _frozenset, "bytearray": _bytes, "complex": complex,
+_PLAIN_CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _make_dict,
+    "collections.defaultdict": _make_default_dict,
+    "dict": _make_dict, "list": _constructor(list), "tuple": _constructor(tuple), "set": _make_set,
+    "frozenset": _make_frozenset, "bytearray": _make_bytes, "complex": complex,
     "_codecs.encode": _encode,
-    "copyreg._reconstructor": _old_object, "copyreg.__newobj__": _new_object,
-    "torch.Size": _copied(tuple), "torch.serialization._get_layout": _text,
+    "copyreg._reconstructor": _reconstruct, "copyreg.__newobj__": _new_object,
+    "torch.Size": _constructor(tuple), "torch.serialization._get_layout": _check_text,
 }  # fmt: skip
-PLAIN: Calls = _PLAIN
+PLAIN_CALLS: CallTable = _PLAIN_CALLS
 """Calls that make plain data; the names of builtins are without their module."""
 
-INERT = frozenset({
+INERT_CALLS = frozenset({
     "getattr", "functools.partial", "torch.device", "argparse.Namespace", "uuid.UUID", "datetime.datetime",
     "datetime.timedelta", "decimal.Decimal", "types.SimpleNamespace", "numpy.dtype", "random.Random",
     *(f"pathlib{sub}.{kind}" for sub in ("", "._local") for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
@@ -136,14 +137,14 @@ INERT = frozenset({
 """Calls that are kept as records of themselves: settings, paths, enums, whose values nobody needs here."""
 
 
-class Machine:
+class SafeUnpickler:
     """One pickle, run opcode by opcode over a stack of plain data.
 
     Args:
         stream: read from where it stands to the end of the pickle.
         label: what messages call the file.
-        calls: functions to be called, by the name that the pickle gives them, beyond `PLAIN`.
-        inert: calls to be kept as records, beyond `INERT`.
+        calls: functions to be called, by the name that the pickle gives them, beyond `PLAIN_CALLS`.
+        inert: calls to be kept as records, beyond `INERT_CALLS`.
         persistent: what a persistent id stands for.
 
     Raises:
@@ -154,56 +155,56 @@ class Machine:
         self,
         stream: IO[bytes],
         label: str,
-        calls: Calls,
+        calls: CallTable,
         inert: Iterable[str] = (),
-        persistent: Callable[[Any], Any] | None = None,
+        persistent_load: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._stream, self._label, self._persistent = stream, label, persistent
-        self._calls, self._inert = {**PLAIN, **calls}, INERT | set(inert)
+        self._stream, self._label, self._persistent_load = stream, label, persistent_load
+        self._calls, self._inert = {**PLAIN_CALLS, **calls}, INERT_CALLS | set(inert)
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        push, pop, marked = self._push, self._pop, self._marked
+        push, pop, marked = self._push, self._pop, self._pop_to_mark
         self._handlers: dict[str, Callable[[Any], None]] = {
-            **{name: self._literal(value) for name, value in LITERALS.items()},
-            **dict.fromkeys(NUMBERS_AND_TEXT, push),
-            **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self._remember),
+            **{name: self._push_literal(value) for name, value in LITERAL_OPCODES.items()},
+            **dict.fromkeys(VALUE_OPCODES, push),
+            **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), self._memoize),
             **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), lambda arg: push(self._memo[arg])),
             **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
-            "MEMOIZE": lambda _: self._remember(len(self._memo)),
-            "MARK": lambda _: self._mark(),
-            "POP": lambda _: self._drop(),
-            "POP_MARK": lambda _: self._drop_marked(),
+            "MEMOIZE": lambda _: self._memoize(len(self._memo)),
+            "MARK": lambda _: self._push_mark(),
+            "POP": lambda _: self._discard(),
+            "POP_MARK": lambda _: self._discard_to_mark(),
             "DUP": lambda _: push(self._stack[-1]),
             "EMPTY_DICT": lambda _: push({}),
             "EMPTY_LIST": lambda _: push([]),
             "EMPTY_SET": lambda _: push(set()),
             "EMPTY_TUPLE": lambda _: push(()),
-            "DICT": lambda _: self._dict(marked()),
+            "DICT": lambda _: self._build_dict(marked()),
             "LIST": lambda _: push(marked()),
-            "FROZENSET": lambda _: push(_frozenset(marked())),
+            "FROZENSET": lambda _: push(_make_frozenset(marked())),
             "TUPLE": lambda _: push(tuple(marked())),
-            "TUPLE1": lambda _: self._tuple(1),
-            "TUPLE2": lambda _: self._tuple(2),
-            "TUPLE3": lambda _: self._tuple(3),
+            "TUPLE1": lambda _: self._build_tuple(1),
+            "TUPLE2": lambda _: self._build_tuple(2),
+            "TUPLE3": lambda _: self._build_tuple(3),
             "APPEND": lambda _: self._extend([pop()]),
             "APPENDS": lambda _: self._extend(marked()),
             "ADDITEMS": lambda _: self._extend(marked()),
-            "SETITEM": lambda _: self._put([pop(), pop()][::-1]),
-            "SETITEMS": lambda _: self._put(marked()),
-            "GLOBAL": lambda arg: self._global(*arg.split(" ", 1)),
-            "STACK_GLOBAL": lambda _: self._global(*[pop(), pop()][::-1]),
+            "SETITEM": lambda _: self._set_items([pop(), pop()][::-1]),
+            "SETITEMS": lambda _: self._set_items(marked()),
+            "GLOBAL": lambda arg: self._push_global(*arg.split(" ", 1)),
+            "STACK_GLOBAL": lambda _: self._push_global(*[pop(), pop()][::-1]),
             "REDUCE": lambda _: self._call(*[pop(), pop()][::-1]),
-            "NEWOBJ": lambda _: self._new(*[pop(), pop()][::-1]),
-            "NEWOBJ_EX": lambda _: self._new(*[pop(), pop(), pop()][:0:-1]),
-            "INST": lambda arg: self._instance([Global(arg.replace(" ", ".", 1)), *marked()]),
+            "NEWOBJ": lambda _: self._new_object(*[pop(), pop()][::-1]),
+            "NEWOBJ_EX": lambda _: self._new_object(*[pop(), pop(), pop()][:0:-1]),
+            "INST": lambda arg: self._instance([GlobalName(arg.replace(" ", ".", 1)), *marked()]),
             "OBJ": lambda _: self._instance(marked()),
-            "BUILD": lambda _: self._build(pop()),
-            "PERSID": lambda arg: self._identified(arg),
-            "BINPERSID": lambda _: self._identified(pop()),
+            "BUILD": lambda _: self._set_state(pop()),
+            "PERSID": lambda arg: self._load_persistent(arg),
+            "BINPERSID": lambda _: self._load_persistent(pop()),
         }
 
-    def run(self) -> Any:
+    def load(self) -> Any:
         """The object that the pickle describes."""
         try:
             for opcode, arg, _ in pickletools.genops(self._stream):
@@ -228,107 +229,112 @@ class Machine:
             told = str(error) or type(error).__name__
             raise MagMaxError(f"{self._label}: holds no whole pickle ({told[:200]}); is it truncated?") from error
 
-    def _push(self, made: Any) -> None:
-        self._stack.append(made)
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
     def _pop(self) -> Any:
         return self._stack.pop()
 
-    def _literal(self, value: Any) -> Callable[[Any], None]:
+    def _push_literal(self, value: Any) -> Callable[[Any], None]:
         return lambda _: self._push(value)
 
-    def _remember(self, number: int) -> None:
+    def _memoize(self, number: int) -> None:
         self._memo[number] = self._stack[-1]
 
-    def _mark(self) -> None:
+    def _push_mark(self) -> None:
         self._marks.append(self._stack)
         self._stack = []
 
-    def _marked(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
         """What was pushed since the last mark."""
         items, self._stack = self._stack, self._marks.pop()
         return items
 
-    def _drop(self) -> None:
+    def _discard(self) -> None:
         if self._stack:
             self._stack.pop()
         else:
-            self._marked()
+            self._pop_to_mark()
 
-    def _drop_marked(self) -> None:
-        self._marked()
+    def _discard_to_mark(self) -> None:
+        self._pop_to_mark()
 
-    def _tuple(self, count: int) -> None:
+    def _build_tuple(self, count: int) -> None:
         parts = tuple(self._stack[-count:])
         if len(parts) < count:
             raise ValueError("a tuple of too few parts")
         self._stack[-count:] = [parts]
 
-    def _global(self, module: Any, name: Any) -> None:
+    def _push_global(self, module: Any, name: Any) -> None:
         if type(name) is not str or type(module) is not str:
             raise ValueError("a name that is no text")
         builtin = module in ("builtins", "__builtin__")
         module = "copyreg" if module == "copy_reg" else module
-        self._push(Global(name if builtin else f"{module}.{name}"))
+        self._push(GlobalName(name if builtin else f"{module}.{name}"))
 
     def _call(self, function: Any, args: Any) -> None:
         if not isinstance(args, tuple):
             raise ValueError("arguments that are no tuple")
         given = cast("tuple[Any, ...]", args)
-        if isinstance(function, Global) and function.name in self._calls:
+        if isinstance(function, GlobalName) and function.name in self._calls:
             self._push(self._calls[function.name](*given))
-        elif isinstance(function, Global) and function.name in self._inert:
-            self._push(Record(function.name, given))
+        elif isinstance(function, GlobalName) and function.name in self._inert:
+            self._push(OpaqueObject(function.name, given))
         else:
             raise MagMaxError(
-                f"{self._label}: this pickle would call {told(function)}, which is refused; it did not run"
+                f"{self._label}: this pickle would call {describe(function)}, which is refused; it did not run"
             )
 
-    def _new(self, kind: Any, args: Any) -> None:
-        if not isinstance(kind, Global) or kind.name in self._calls:
+    def _new_object(self, kind: Any, args: Any) -> None:
+        if not isinstance(kind, GlobalName) or kind.name in self._calls:
             self._call(kind, args)
         else:
-            self._push(Record(kind.name, args))
+            self._push(OpaqueObject(kind.name, args))
 
     def _instance(self, parts: list[Any]) -> None:
         self._call(parts[0], tuple(parts[1:]))
 
-    def _build(self, state: Any) -> None:
+    def _set_state(self, state: Any) -> None:
         made = self._stack[-1]
-        if isinstance(made, Record):
+        if isinstance(made, OpaqueObject):
             made.state = state
         elif not isinstance(made, dict | list | set):  # what a subclass of these has besides holds no weights
-            raise MagMaxError(f"{self._label}: this pickle would change {told(made)}, which is refused")
+            raise MagMaxError(f"{self._label}: this pickle would change {describe(made)}, which is refused")
 
-    def _put(self, pairs: list[Any]) -> None:
+    def _set_items(self, pairs: list[Any]) -> None:
         into = self._stack[-1]
         found = list(zip(pairs[::2], pairs[1::2], strict=True))
-        if isinstance(into, Record):
+        if isinstance(into, OpaqueObject):
             into.items += found
         else:
-            cast("dict[Any, Any]", into).update(_mapping(found))
+            cast("dict[Any, Any]", into).update(_make_dict(found))
 
     def _extend(self, items: list[Any]) -> None:
         into = self._stack[-1]
         if isinstance(into, set):
-            cast("set[Any]", into).update(_keys(items))
+            cast("set[Any]", into).update(_check_keys(items))
         else:
-            cast("list[Any]", into.items if isinstance(into, Record) else into).extend(items)
+            cast("list[Any]", into.items if isinstance(into, OpaqueObject) else into).extend(items)
 
-    def _dict(self, pairs: list[Any]) -> None:
+    def _build_dict(self, pairs: list[Any]) -> None:
         self._push({})
-        self._put(pairs)
+        self._set_items(pairs)
 
-    def _identified(self, identity: Any) -> None:
-        if self._persistent is None:
+    def _load_persistent(self, identity: Any) -> None:
+        if self._persistent_load is None:
             raise MagMaxError(f"{self._label}: this pickle speaks of things outside of it, which is refused")
-        self._push(self._persistent(identity))
+        self._push(self._persistent_load(identity))
 
 
-def told(made: Any, deep: int = 9) -> str:
+def describe(value: Any, depth: int = 9) -> str:
     """What messages call something found in a pickle."""
-    if deep and isinstance(made, Record) and made.name == "getattr" and [type(a) for a in made.args[1:]] == [str]:
-        return f"{told(made.args[0], deep - 1)}.{made.args[1]}"
-    if isinstance(made, Global | Record):
-        return made.name if "." in made.name else f"builtins.{made.name}"
-    return f"an object of type {type(made).__name__}"
+    if (
+        depth
+        and isinstance(value, OpaqueObject)
+        and value.name == "getattr"
+        and [type(a) for a in value.args[1:]] == [str]
+    ):
+        return f"{describe(value.args[0], depth - 1)}.{value.args[1]}"
+    if isinstance(value, GlobalName | OpaqueObject):
+        return value.name if "." in value.name else f"builtins.{value.name}"
+    return f"an object of type {type(value).__name__}"

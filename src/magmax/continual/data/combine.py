@@ -9,10 +9,10 @@ from typing import Any, overload
 import numpy as np
 
 from ...errors import MagMaxError
-from .datasets import Dataset, Labelled
+from .datasets import Dataset, LabelledExamples
 
 
-def joined(of: Mapping[str, Any] | Sequence[Any]) -> Dataset:
+def joined_datasets(of: Mapping[str, Any] | Sequence[Any]) -> Dataset:
     """Several data sets as one, each with classes of its own: for the scenario `data_sets`.
 
     `of` lists data sets as a recipe writes them, a name or {name: {option: value}}, or maps names to them. A data
@@ -24,10 +24,10 @@ def joined(of: Mapping[str, Any] | Sequence[Any]) -> Dataset:
     choices = of if isinstance(of, Mapping) else {split("data", choice)[0]: choice for choice in of}
     if not choices or len(choices) != len(of):
         raise MagMaxError(f"joined: give at least one data set, each under a name of its own, not {of!r}")
-    return join({name: build("data", choice) for name, choice in choices.items()})
+    return join_datasets({name: build("data", choice) for name, choice in choices.items()})
 
 
-def join(parts: Mapping[str, Dataset]) -> Dataset:
+def join_datasets(parts: Mapping[str, Dataset]) -> Dataset:
     """The data sets as one; class c of a data set that begins at class b is class b + c."""
     begins = np.cumsum([0, *(len(part.classes) for part in parts.values())]).tolist()
     owned = [(name, tuple(range(a, b))) for name, a, b in zip(parts, begins, begins[1:], strict=False)]
@@ -45,12 +45,12 @@ def _prompts(part: Dataset) -> Sequence[Sequence[str]]:
     return part.prompts or [[name] for name in part.classes]
 
 
-def _chain(parts: list[Labelled], begins: Sequence[int]) -> Labelled:
+def _chain(parts: list[LabelledExamples], begins: Sequence[int]) -> LabelledExamples:
     labels = [part.labels + begin for part, begin in zip(parts, begins, strict=False)]
-    return Labelled(Chained([part.items for part in parts]), np.concatenate(labels))
+    return LabelledExamples(ConcatenatedSequence([part.items for part in parts]), np.concatenate(labels))
 
 
-class Chained(Sequence[Any]):
+class ConcatenatedSequence(Sequence[Any]):
     """Sequences one after another, none of them copied."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
@@ -84,10 +84,10 @@ def long_tail(of: Any, imbalance: float = 100.0, seed: int = 0) -> Dataset:
     """
     from ..registry import build
 
-    return thinned(build("data", of), imbalance, seed)
+    return thin_classes(build("data", of), imbalance, seed)
 
 
-def thinned(dataset: Dataset, imbalance: float, seed: int) -> Dataset:
+def thin_classes(dataset: Dataset, imbalance: float, seed: int) -> Dataset:
     """The data set with a long tail of training classes."""
     if imbalance < 1:
         raise MagMaxError(f"long_tail: imbalance {imbalance} is the largest class over the smallest; choose 1 or more")

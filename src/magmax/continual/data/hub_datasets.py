@@ -15,9 +15,9 @@ from typing import Any, overload
 import numpy as np
 
 from ...errors import MagMaxError
-from ...rules import nearest
-from .combine import join
-from .datasets import Dataset, Labelled, held_out
+from ...rules import nearest_hint
+from .combine import join_datasets
+from .datasets import Dataset, LabelledExamples, hold_out_groups
 from .downloads import cache_folder
 
 FILE_NAME = "file name"
@@ -52,7 +52,7 @@ class HubPictures(Sequence[Any]):
 
 
 @dataclass(frozen=True)
-class Format:
+class HubFormat:
     """Where a data set is and what is in it; see `images`."""
 
     path: str
@@ -83,9 +83,11 @@ def hub(
     """
     known = _table()["sets"]
     if name not in known:
-        raise MagMaxError(f"hub: there is no data set {name!r}; {nearest(name, list(known))}; others: use 'images'")
+        raise MagMaxError(
+            f"hub: there is no data set {name!r}; {nearest_hint(name, list(known))}; others: use 'images'"
+        )
     given = {"path": path, "templates": templates, "classes": classes}
-    form = Format(**{**known[name], **{key: value for key, value in given.items() if value is not None}})
+    form = HubFormat(**{**known[name], **{key: value for key, value in given.items() if value is not None}})
     splits = _load(form)
     if path is not None:  # a local copy may call its columns otherwise
         features = next(iter(splits.values())).features
@@ -106,9 +108,9 @@ def pool(
     """
     pools = _table()["pools"]
     if name not in pools:
-        raise MagMaxError(f"pool: there is no pool {name!r}; {nearest(name, list(pools))}")
+        raise MagMaxError(f"pool: there is no pool {name!r}; {nearest_hint(name, list(pools))}")
     paths = {part: None if folder is None else os.path.join(folder, part) for part in pools[name]}
-    return join({part: hub(part, path, train_per_class, test_per_class, seed) for part, path in paths.items()})
+    return join_datasets({part: hub(part, path, train_per_class, test_per_class, seed) for part, path in paths.items()})
 
 
 def images(
@@ -134,11 +136,11 @@ def images(
     fifth of each class (always the same) is held out. classes: names for classes that have only numbers.
     The data are taken as they are: duplicates of training and test data, if there are any, stay, as in the papers.
     """
-    form = Format(path, image, label, names, domain, config, train, test, templates, classes)
+    form = HubFormat(path, image, label, names, domain, config, train, test, templates, classes)
     return _read(form, _load(form), seed, train_per_class, test_per_class)
 
 
-def _read(form: Format, splits: Mapping[str, Any], seed: int, *limits: int | None) -> Dataset:
+def _read(form: HubFormat, splits: Mapping[str, Any], seed: int, *limits: int | None) -> Dataset:
     if form.train not in splits:
         raise MagMaxError(f"{form.path} has no split {form.train!r}; it has {', '.join(splits)}")
     form = _with_columns(form, splits[form.train].features)
@@ -150,7 +152,7 @@ def _read(form: Format, splits: Mapping[str, Any], seed: int, *limits: int | Non
         parts, labels, numbers = _split(parts[0], labels[0], numbers[0])
     data = []
     for part, own, of, n in zip(parts, labels, numbers, limits, strict=True):
-        whole = Labelled(HubPictures(part, str(form.image)), own, of)
+        whole = LabelledExamples(HubPictures(part, str(form.image)), own, of)
         data.append(whole if n is None else whole.sample_per_class(n, seed))
     prompts = [[template.format(word) for template in form.templates] for word in words]
     return Dataset(data[0], data[1], words, domains, prompts)
@@ -161,7 +163,7 @@ def _table() -> dict[str, Any]:
     return json.loads(files("magmax.continual.data").joinpath("hub.json").read_text(encoding="utf-8"))
 
 
-def _load(form: Format) -> dict[str, Any]:
+def _load(form: HubFormat) -> dict[str, Any]:
     """The splits by name."""
     try:
         import datasets
@@ -192,7 +194,7 @@ def _cache() -> str:
     return str(cache_folder() / "datasets")
 
 
-def _with_columns(form: Format, features: Mapping[str, Any]) -> Format:
+def _with_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
     """The format with every column known to be there; pictures and classes are found where they are not named."""
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     labels = [name for name in ("label", "labels") if name in features]
@@ -207,7 +209,7 @@ def _with_columns(form: Format, features: Mapping[str, Any]) -> Format:
     return found
 
 
-def _classes(form: Format, parts: list[Any]) -> tuple[list[str], list[np.ndarray]]:
+def _classes(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray]]:
     """The classes in words, and the class of every row of each part."""
     found = [np.asarray(part[form.label][:]) for part in parts]
     known = list(getattr(parts[0].features[form.label], "names", ()))
@@ -226,7 +228,7 @@ def _classes(form: Format, parts: list[Any]) -> tuple[list[str], list[np.ndarray
     return [_plain(word) for word in words], labels
 
 
-def _domains(form: Format, parts: list[Any]) -> tuple[list[str], list[np.ndarray | None]]:
+def _domains(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray | None]]:
     if form.domain is None:
         return [], [None for _ in parts]
     if form.domain == FILE_NAME:
@@ -263,7 +265,7 @@ def _split(
     cell = labels if domains is None else labels * (1 + domains.max()) + domains
     for value in np.unique(cell):
         rows = np.flatnonzero(cell == value)
-        test[rows] = held_out(rows.tolist(), 0.2, seed=0) & (len(rows) > 1)
+        test[rows] = hold_out_groups(rows.tolist(), 0.2, seed=0) & (len(rows) > 1)
     parts = [np.flatnonzero(~test), np.flatnonzero(test)]
     of = [None if domains is None else domains[rows] for rows in parts]
     return [table.select(rows) for rows in parts], [labels[rows] for rows in parts], of

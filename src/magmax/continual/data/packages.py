@@ -21,7 +21,7 @@ class FetchError(MagMaxError):
 
 
 @dataclass(frozen=True)
-class Client:
+class PackageClient:
     """A package manager: its command, what one types by hand, the archive's name, and what to do where it is absent.
 
     {package}, {version} and {python} are filled in; `archive` is a glob, matched whatever the case.
@@ -37,23 +37,23 @@ PIP_OPTIONS = ("--no-deps", "--ignore-requires-python", "--disable-pip-version-c
 PIP = ("{python}", "-m", "pip", "download", *PIP_OPTIONS, "--dest", ".", "{package}=={version}")
 NO_PIP = "{python} has no pip. Run: {python} -m ensurepip."
 
-CLIENTS: dict[Kind, Client] = {
-    "wheel": Client(
+CLIENTS: dict[Kind, PackageClient] = {
+    "wheel": PackageClient(
         (*PIP, "--only-binary=:all:"), "pip download --no-deps {package}=={version}", "{name}-{version}-*.whl", NO_PIP
     ),
-    "sdist": Client(
+    "sdist": PackageClient(
         (*PIP, "--no-binary=:all:"),
         "pip download --no-deps --no-binary=:all: {package}=={version}",
         "{name}-{version}.tar.gz",
         NO_PIP,
     ),
-    "npm": Client(
+    "npm": PackageClient(
         ("npm", "pack", "--silent", "{package}@{version}"),
         "npm pack {package}@{version}",
         "{package}-{version}.tgz",
         "npm is not installed; it comes with Node.js.",
     ),
-    "deb": Client(
+    "deb": PackageClient(
         ("apt-get", "download", "{package}"),
         "apt-get download {package}",
         "{package}_*.deb",

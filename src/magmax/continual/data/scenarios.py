@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import MagMaxError, listed
-from ...rules import nearest
+from ...errors import MagMaxError, list_problems
+from ...rules import nearest_hint
 from .datasets import Dataset
 
 Tasks = TypeVar("Tasks", bound=Sequence["Task"])
@@ -65,11 +65,11 @@ def class_incremental_tasks(
     n = len(dataset.classes)
     chosen: Sequence[int] = shuffled_classes(n, seed) if shuffled else range(n)
     if order is not None:
-        chosen = published("classes", order) if isinstance(order, str) else order
+        chosen = published_order("classes", order) if isinstance(order, str) else order
     strangers = sorted(set(chosen) - set(range(n)))
     if strangers:
         raise MagMaxError(f"class order: the data set has the classes 0 to {n - 1}, not {strangers}")
-    return checked(dataset, class_incremental(chosen, tasks))
+    return check_tasks(dataset, class_incremental(chosen, tasks))
 
 
 def domain_incremental(
@@ -84,7 +84,7 @@ def domain_incremental(
         raise MagMaxError("domain_incremental needs a data set with domains; this one has none")
     chosen = _named("domain", names, "domains", order, seed if shuffled else None)
     classes = tuple(range(len(dataset.classes)))
-    return checked(dataset, tuple(Task(name, classes, domain=names.index(name)) for name in chosen))
+    return check_tasks(dataset, tuple(Task(name, classes, domain=names.index(name)) for name in chosen))
 
 
 def data_sets(
@@ -100,7 +100,7 @@ def data_sets(
         raise MagMaxError("data_sets needs several data sets joined into one; see the data set 'joined'")
     chosen = _named("data set", list(parts), "data_sets", order, seed if shuffled else None)
     tasks = tuple(Task(name, parts[name], among=parts[name] if aware else None) for name in chosen)
-    return checked(dataset, tasks)
+    return check_tasks(dataset, tasks)
 
 
 def _named(
@@ -109,23 +109,25 @@ def _named(
     """The names in the order asked for, each once."""
     if order is None:
         return names if seed is None else [names[i] for i in shuffled_classes(len(names), seed)]
-    wanted = published(kind, order) if isinstance(order, str) else order
-    strangers = [f"there is no {what} {name!r}; {nearest(str(name), names)}" for name in wanted if name not in names]
+    wanted = published_order(kind, order) if isinstance(order, str) else order
+    strangers = [
+        f"there is no {what} {name!r}; {nearest_hint(str(name), names)}" for name in wanted if name not in names
+    ]
     twice = [f"{what} {name!r} stands twice" for name in dict.fromkeys(wanted) if list(wanted).count(name) > 1]
     if strangers or twice:
-        raise listed(f"the order of the {what}s does not fit", strangers + twice)
+        raise list_problems(f"the order of the {what}s does not fit", strangers + twice)
     return wanted
 
 
-def published(kind: str, name: str) -> Any:
+def published_order(kind: str, name: str) -> Any:
     """An order published with MagMax's experiments: kind is classes, domains or data_sets."""
     orders = json.loads(files("magmax.continual.data").joinpath("orders.json").read_text(encoding="utf-8"))[kind]
     if name not in orders:
-        raise MagMaxError(f"there is no published order of {kind} called {name!r}; {nearest(name, list(orders))}")
+        raise MagMaxError(f"there is no published order of {kind} called {name!r}; {nearest_hint(name, list(orders))}")
     return orders[name]
 
 
-def checked(dataset: Dataset, tasks: Tasks) -> Tasks:
+def check_tasks(dataset: Dataset, tasks: Tasks) -> Tasks:
     """The tasks as given. Raises MagMaxError that lists everything that training or evaluation would trip over:
 
     labels or domains out of range, not one label for each example, tasks without examples, and classes without any
@@ -143,7 +145,7 @@ def checked(dataset: Dataset, tasks: Tasks) -> Tasks:
             missing = sorted(held - set(data.labels.tolist()))
             problems += [f"class {c} ({dataset.classes[c]}) has no {part} example" for c in missing]
     if problems:
-        raise listed("the data do not fit the tasks", problems)
+        raise list_problems("the data do not fit the tasks", problems)
     return tasks
 
 

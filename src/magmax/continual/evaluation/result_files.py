@@ -29,14 +29,14 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     files = {
         "results.csv": as_csv(rows),
         "results.json": json.dumps(_plain(content), indent=1) + "\n",
-        "results.md": markdown(rows, about(experiment, records), not_run(experiment, records)),
+        "results.md": markdown(rows, describe_experiment(experiment, records), not_run(experiment, records)),
     }
     for name, text in files.items():
         write_bytes(text.encode(), out / name)
     return [out / name for name in files]
 
 
-def show(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> None:
+def print_results(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> None:
     """The table on the terminal, as wide as it needs to be; without records, only what is not run."""
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +52,7 @@ def show(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> None:
     for line in table(rows):
         drawn.add_row(*line)
     console.print(drawn)
-    for line in (*about(experiment, records), *comparisons(rows), *not_run(experiment, records)):
+    for line in (*describe_experiment(experiment, records), *comparisons(rows), *not_run(experiment, records)):
         console.print(line, highlight=False)
 
 
@@ -67,7 +67,7 @@ def not_run(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> lis
     return [f"Not run: {'; '.join(words)}."] if words else []
 
 
-def about(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_experiment(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was measured, in words that stand above or below the table."""
     fit, seeds = experiment.fit, sorted({record["seed"] for record in records})
     warm = f"{fit.warmup:.0%} of the steps" if fit.warmup < 1 else f"{fit.warmup:g} steps"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..experiment import UNMERGED, ZERO_SHOT
+from ..experiment import REFERENCES, ZERO_SHOT
 from .measures import MEASURES, matrix
 
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class Mean:
+class SeedMean:
     """Over seeds: the mean, the standard deviation (n - 1) and the half width of the 95 % confidence interval (t)."""
 
     mean: float
@@ -69,7 +69,7 @@ class Mean:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def of(cls, values: Sequence[float]) -> SeedMean:
         """NaN for what a single seed cannot tell."""
         from scipy.stats import t
 
@@ -79,16 +79,16 @@ class Mean:
         return cls(float(np.mean(values)), std, half, n)
 
 
-def summary(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Mean]]:
+def summary(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, SeedMean]]:
     """For each (method, variant) the mean of each measure over seeds."""
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["variant"]), {}).setdefault(row["measure"], []).append(row["value"])
-    return {key: {name: Mean.of(values) for name, values in found.items()} for key, found in groups.items()}
+    return {key: {name: SeedMean.of(values) for name, values in found.items()} for key, found in groups.items()}
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two methods on the same seeds: the mean difference of a measure, its interval, and what two tests say.
 
     `p_t`: the two-sided paired t-test; `p_wilcoxon`: the exact two-sided signed-rank test, whose smallest possible
@@ -99,13 +99,13 @@ class Paired:
     ours: str
     other: str
     variant: str
-    difference: Mean
+    difference: SeedMean
     p_t: float
     p_wilcoxon: float
     wins: int
 
 
-def against_best(rows: Sequence[Row], variant: str, ours: str = OURS, measure: str = MAIN) -> Paired | None:
+def against_best(rows: Sequence[Row], variant: str, ours: str = OURS, measure: str = MAIN) -> PairedComparison | None:
     """`ours` against the best other method by the mean of a measure; references (joint, replay) do not compete.
 
     Methods without a scaling factor compete in both variants. None where there is nothing to compare.
@@ -113,28 +113,30 @@ def against_best(rows: Sequence[Row], variant: str, ours: str = OURS, measure: s
     by_method: dict[str, dict[int, float]] = {}
     for row in rows:
         competes = row["variant"] == variant or row["scaling_factor"] is None
-        if row["measure"] == measure and competes and row["chain"] not in UNMERGED:
+        if row["measure"] == measure and competes and row["chain"] not in REFERENCES:
             by_method.setdefault(row["method"], {})[row["seed"]] = row["value"]
     mine = by_method.pop(ours, {})
     whole = {m: v for m, v in by_method.items() if v.keys() == mine.keys()}
     if not mine or not whole:
         return None
     best = max(whole, key=lambda m: float(np.mean(list(whole[m].values()))))
-    return paired(ours, best, variant, [mine[s] for s in sorted(mine)], [whole[best][s] for s in sorted(mine)])
+    return compare_paired(ours, best, variant, [mine[s] for s in sorted(mine)], [whole[best][s] for s in sorted(mine)])
 
 
-def paired(ours: str, other: str, variant: str, mine: Sequence[float], theirs: Sequence[float]) -> Paired:
+def compare_paired(
+    ours: str, other: str, variant: str, mine: Sequence[float], theirs: Sequence[float]
+) -> PairedComparison:
     """The comparison of two methods' values, seed by seed."""
     from scipy.stats import t
 
     differences = np.round(np.subtract(mine, theirs), 12)
-    mean = Mean.of(list(differences))
+    mean = SeedMean.of(list(differences))
     if mean.n < 2 or not differences.any():
         p_t, p_w = math.nan if mean.n < 2 else 1.0, 1.0
     else:
         p_w = signed_rank(differences)
         p_t = 0.0 if mean.std < 1e-12 else float(2 * t.sf(abs(mean.mean) / (mean.std / math.sqrt(mean.n)), mean.n - 1))
-    return Paired(ours, other, variant, mean, p_t, p_w, int((differences > 0).sum()))
+    return PairedComparison(ours, other, variant, mean, p_t, p_w, int((differences > 0).sum()))
 
 
 def signed_rank(differences: np.ndarray) -> float:
@@ -200,7 +202,7 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
     return [_told(each) for each in found if each is not None] or [f"{OURS} was not compared: one of two is missing."]
 
 
-def _told(pair: Paired) -> str:
+def _told(pair: PairedComparison) -> str:
     difference = pair.difference
     factor = "the rules' own scaling factors" if pair.variant == "default" else "factors chosen on validation examples"
     words = f"With {factor}, {pair.ours} minus the best other method, {pair.other}: {100 * difference.mean:+.1f} points"
@@ -214,13 +216,13 @@ def _told(pair: Paired) -> str:
     )
 
 
-def _percent(mean: Mean | None) -> str:
+def _percent(mean: SeedMean | None) -> str:
     if mean is None:
         return "-"
     return f"{100 * mean.mean:.1f}" + ("" if mean.n == 1 else f" ± {100 * mean.std:.1f}")
 
 
-def _cost(name: str, mean: Mean | None) -> str:
+def _cost(name: str, mean: SeedMean | None) -> str:
     if mean is None:
         return "-"
     return f"{mean.mean:.0f} s" if name.endswith("seconds") else f"{mean.mean / 1e6:,.0f} MB"

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 from ..data.datasets import Dataset, rows_per_class
 from .text_encoder import Encoder, TextEncoder
 
 TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
 
 
-class Speaking(Protocol):
+class TextFeatureEncoder(Protocol):
     """An encoder that has features for words, in the space of its items' features."""
 
     @property
@@ -26,7 +26,10 @@ class Speaking(Protocol):
 
 
 def zero_shot(
-    encoder: Speaking, dataset: Dataset, templates: Sequence[str] | None = None, temperature: float | None = None
+    encoder: TextFeatureEncoder,
+    dataset: Dataset,
+    templates: Sequence[str] | None = None,
+    temperature: float | None = None,
 ) -> Tensor:
     """The zero-shot head of a data set's class names in the templates, or of its own prompts where it has any.
 
@@ -42,7 +45,9 @@ def zero_shot(
 
 
 @torch.no_grad()
-def prompt_head(encoder: Speaking, prompts: Sequence[Sequence[str]], temperature: float, batch: int = 256) -> Tensor:
+def prompt_head(
+    encoder: TextFeatureEncoder, prompts: Sequence[Sequence[str]], temperature: float, batch: int = 256
+) -> Tensor:
     """A head made of sentences: row c is `temperature * n(mean of encoder.words(prompts[c]))`, n scaling to 1.
 
     Shape (classes, width). Raises MagMaxError where a class has no sentence.
@@ -81,7 +86,7 @@ def nearest_class_mean(
         f"class {c} ({dataset.classes[c]}) has no training example" for c in np.flatnonzero(count == 0).tolist()
     ]
     if problems:
-        raise listed("there is no mean of nothing", problems)
+        raise list_problems("there is no mean of nothing", problems)
     data = data.pick(rows_per_class(data.labels, per_class, seed))
     items = encoder.prepare(data.items)
     training = encoder.model.training

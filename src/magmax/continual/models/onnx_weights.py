@@ -19,7 +19,7 @@ FLOAT = 1
 
 
 @dataclass(frozen=True)
-class Node:
+class OnnxNode:
     """An operation, and the names of what goes in and comes out."""
 
     operation: str
@@ -27,10 +27,10 @@ class Node:
     outputs: tuple[str, ...]
 
 
-def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[Node]]:
+def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[OnnxNode]]:
     """The float32 weights by name, and the operations in order. Raises MagMaxError where the file is no ONNX model."""
     weights: dict[str, np.ndarray] = {}
-    nodes: list[Node] = []
+    nodes: list[OnnxNode] = []
     try:
         for graph in _parts(memoryview(path.read_bytes()), GRAPH):
             nodes += [_node(part) for part in _parts(graph, NODE)]
@@ -42,7 +42,7 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[Node]]:
     return weights, nodes
 
 
-def named_weights(weights: dict[str, np.ndarray], nodes: list[Node]) -> dict[str, np.ndarray]:
+def named_weights(weights: dict[str, np.ndarray], nodes: list[OnnxNode]) -> dict[str, np.ndarray]:
     """The weights under the names that the exported model gave them.
 
     An exporter turns `x @ weight.T + bias` into a product with an unnamed, transposed matrix and a sum with NAME.bias;
@@ -60,12 +60,12 @@ def named_weights(weights: dict[str, np.ndarray], nodes: list[Node]) -> dict[str
     return named
 
 
-def _node(part: memoryview) -> Node:
+def _node(part: memoryview) -> OnnxNode:
     strings: dict[int, list[str]] = {INPUT: [], OUTPUT: [], OPERATION: []}
     for field, value in _fields(part):
         if field in strings and isinstance(value, memoryview):
             strings[field].append(str(value, "utf-8"))
-    return Node("".join(strings[OPERATION]), tuple(strings[INPUT]), tuple(strings[OUTPUT]))
+    return OnnxNode("".join(strings[OPERATION]), tuple(strings[INPUT]), tuple(strings[OUTPUT]))
 
 
 def _weight(part: memoryview) -> tuple[str, np.ndarray] | None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration.image_transforms import View
+from ...calibration.image_transforms import ImageTransform
 from ...errors import MagMaxError
 from .vision import ImageEncoder
 
 
 @dataclass(frozen=True)
-class OpenWords:
+class OpenClipTextTower:
     """The frozen text side of a model: unit features of texts in the space of the pictures' features."""
 
     model: Any
@@ -55,9 +55,9 @@ def open_clip(
     whole.eval().requires_grad_(False)
     size, mean, std = (tower.preprocess_cfg[key] for key in ("size", "mean", "std"))
     side = size if isinstance(size, int) else min(size)
-    view = View(side, side, tuple(mean), tuple(std), mirror=mirror)
+    view = ImageTransform(side, side, tuple(mean), tuple(std), mirror=mirror)
     temperature = float(whole.logit_scale.detach().exp())
-    return ImageEncoder(tower.eval(), _features, view, varied, OpenWords(whole, tokenizer), temperature)
+    return ImageEncoder(tower.eval(), _features, view, varied, OpenClipTextTower(whole, tokenizer), temperature)
 
 
 def _features(tower: nn.Module, pixels: Tensor) -> Tensor:

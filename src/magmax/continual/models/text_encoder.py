@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.datasets import MINILM
 from ..data.downloads import fetch
-from ..progress import Tell, silent
+from ..progress import ProgressCallback, no_progress
 
 
 class Encoder(Protocol):
@@ -22,7 +22,7 @@ class Encoder(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
-    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[Any]:
+    def prepare(self, items: Sequence[Any], progress: ProgressCallback = no_progress) -> Sequence[Any]:
         """A data set's raw items (texts, images) as `__call__` takes them; done once, before any training."""
         ...
 
@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class InBfloat16:
+class Bfloat16Encoder:
     """An encoder that computes in bfloat16 what loses little by it (torch's autocast), with weights and features kept.
 
     On a processor with bfloat16 instructions about twice as fast to train; on one without, slower.
@@ -44,8 +44,8 @@ class InBfloat16:
     def model(self) -> nn.Module:
         return self.encoder.model
 
-    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[Any]:
-        return self.encoder.prepare(items, tell)
+    def prepare(self, items: Sequence[Any], progress: ProgressCallback = no_progress) -> Sequence[Any]:
+        return self.encoder.prepare(items, progress)
 
     def __call__(self, items: Sequence[Any]) -> Tensor:
         # Weights in a cache would go stale where the caller is inside an autocast of its own.
@@ -74,18 +74,20 @@ class TextEncoder:
             model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
 
-    def prepare(self, items: Sequence[str], tell: Tell = silent) -> list[list[int]]:
+    def prepare(self, items: Sequence[str], progress: ProgressCallback = no_progress) -> list[list[int]]:
         """The token ids of each text."""
-        return self.tokenize(items, tell)
+        return self.tokenize(items, progress)
 
-    def tokenize(self, texts: Sequence[str], tell: Tell = silent, chunk: int = 500) -> list[list[int]]:
+    def tokenize(
+        self, texts: Sequence[str], progress: ProgressCallback = no_progress, chunk: int = 500
+    ) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to max_tokens."""
         ids: list[list[int]] = []
         for start in range(0, len(texts), chunk):
             # A word is at least one token, so words beyond max_tokens cannot matter.
             short = [" ".join(text.split()[: self.max_tokens]) for text in texts[start : start + chunk]]
             ids += self.tokenizer(short, truncation=True, max_length=self.max_tokens)["input_ids"]
-            tell(len(ids), len(texts))
+            progress(len(ids), len(texts))
         return ids
 
     def __call__(self, items: Sequence[Sequence[int]]) -> Tensor:

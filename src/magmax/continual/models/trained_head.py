@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import MagMaxError
 from ..data.datasets import Dataset
-from ..progress import Tell, silent
+from ..progress import ProgressCallback, no_progress
 from .heads import nearest_class_mean
 from .text_encoder import Encoder
 
@@ -35,9 +35,9 @@ class HeadedEncoder:
         """As the encoder's."""
         return getattr(self.encoder, "variation", "")
 
-    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[Any]:
+    def prepare(self, items: Sequence[Any], progress: ProgressCallback = no_progress) -> Sequence[Any]:
         """As the encoder does."""
-        return self.encoder.prepare(items, tell)
+        return self.encoder.prepare(items, progress)
 
     def vary(self, items: Sequence[Any], random: np.random.Generator) -> Sequence[Any]:
         """As the encoder does, if it does."""

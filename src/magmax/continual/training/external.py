@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ...checkpoints import Checkpoint, open_checkpoint
-from ...checkpoints.memory import as_tensor
-from ...errors import MagMaxError, listed
+from ...checkpoints.memory import to_tensor
+from ...errors import MagMaxError, list_problems
 from .weight_files import MADE_FROM, read_metadata, write_tensors
 
 
-def take_in(models: Sequence[str], tasks: Sequence[str], base: Mapping[str, Tensor], folder: Path) -> list[Path]:
+def import_checkpoints(
+    models: Sequence[str], tasks: Sequence[str], base: Mapping[str, Tensor], folder: Path
+) -> list[Path]:
     """Write theta_1 .. theta_T from the models, in the order of the tasks; returns their paths.
 
     A model is a file or folder of weights, or a model of the hub. Its tensors stand under the names of `base`; what it
@@ -51,7 +53,7 @@ def located(model: str) -> Path:
 
 def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     opened = open_checkpoint(place)
-    there = {key: opened.resolve(_tied(key, opened, base)) for key in base}
+    there = {key: opened.resolve_alias(_tied(key, opened, base)) for key in base}
     shared = [key for key, name in there.items() if name in opened.specs]
     if not shared:
         ours, theirs = next(iter(base), "nothing"), next(iter(opened.specs), "nothing")
@@ -62,18 +64,18 @@ def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tuple(opened.spec(there[key]).shape) != tuple(base[key].shape)
     ]
     if apart:
-        raise listed(f"{place}: is of another model", apart)
+        raise list_problems(f"{place}: is of another model", apart)
     found: dict[str, Tensor] = {}
     for key in shared:
         spec = opened.spec(there[key])
-        stored = opened.read(there[key], 0, spec.units)
-        found[key] = as_tensor(stored, spec, torch.empty(0)).to(base[key].dtype)
+        stored = opened.read(there[key], 0, spec.num_units)
+        found[key] = to_tensor(stored, spec, torch.empty(0)).to(base[key].dtype)
     return found
 
 
 def _tied(key: str, opened: Checkpoint, base: Mapping[str, Tensor]) -> str:
     """The name under which a file that stores tied weights once, and does not say so, has the tensor."""
-    if opened.resolve(key) in opened.specs:
+    if opened.resolve_alias(key) in opened.specs:
         return key
     twins = (other for other, tensor in base.items() if other in opened.specs and torch.equal(tensor, base[key]))
     return next(twins, key)

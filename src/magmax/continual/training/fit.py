@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MagMaxError
-from ..data.datasets import Labelled
-from ..progress import Tell, silent
-from .parallel import Parallel, spread, whole
-from .snapshot import Snapshot
+from ..data.datasets import LabelledExamples
+from ..progress import ProgressCallback, no_progress
+from .parallel import Parallel, distribute, gather
+from .snapshot import FitSnapshot
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Loss(Protocol):
+class LossFunction(Protocol):
     """What is minimised: a scalar for a batch of n items and their n labels.
 
     One that computes with the model's weights themselves, as a penalty of their size does, and is to run with
@@ -32,7 +32,7 @@ class Loss(Protocol):
     def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor: ...
 
 
-Vary = Callable[[Sequence[Any], np.random.Generator], Sequence[Any]]
+Augment = Callable[[Sequence[Any], np.random.Generator], Sequence[Any]]
 """What training sees of a batch's items, this time (random crops of pictures); evaluation sees them as they are."""
 
 
@@ -62,16 +62,16 @@ class FitSettings:
 
 def fit(
     model: nn.Module,
-    data: Labelled,
-    loss: Loss,
+    data: LabelledExamples,
+    loss: LossFunction,
     settings: FitSettings,
     seed: int | Sequence[int],
     *,
-    tell: Tell = silent,
-    snapshot: Snapshot | None = None,
+    progress: ProgressCallback = no_progress,
+    snapshot: FitSnapshot | None = None,
     team: Accelerator | None = None,
     parallel: Parallel = "ddp",
-    vary: Vary | None = None,
+    vary: Augment | None = None,
 ) -> list[float]:
     """Fine-tunes the model's trainable weights in place; returns each step's loss.
 
@@ -92,11 +92,11 @@ def fit(
         raise MagMaxError(f"this {type(model).__name__} has no weights to train: every requires_grad is off")
     rank, world = (team.process_index, team.num_processes) if team else (0, 1)
     reads = getattr(loss, "reads_weights", False)
-    with spread(_Step(model, loss), team, parallel, reads) as step_of, in_mode(model, settings.dropout):
+    with distribute(_Step(model, loss), team, parallel, reads) as step_of, training_mode(model, settings.dropout):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         losses = snapshot.restore(model, optimizer) if snapshot else []
-        tell(len(losses), settings.steps)
+        progress(len(losses), settings.steps)
         for step, rows in enumerate(
             batches([np.size(item) for item in data.items], settings.batch, settings.steps, seed)
         ):
@@ -109,17 +109,17 @@ def fit(
             items: Sequence[Any] = [data.items[i] for i in own]
             if vary:
                 items = vary(items, np.random.default_rng([*_flat(seed), step, rank]))
-            with _chance(settings.dropout, seed, step, rank):
+            with _seeded_generators(settings.dropout, seed, step, rank):
                 value = step_of(items, labels) * weight
             optimizer.zero_grad()
             value.backward()
-            norm = whole(nn.utils.clip_grad_norm_(weights, settings.clip))
+            norm = gather(nn.utils.clip_grad_norm_(weights, settings.clip))
             mean: Any = team.reduce(value.detach(), "mean") if team else value.detach()
             losses.append(float(mean))
             if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
                 raise MagMaxError(_not_finite(step, losses, settings, norm.item()))
             optimizer.step()
-            tell(len(losses), settings.steps, f"loss {np.mean(losses[-10:]):.3f}")
+            progress(len(losses), settings.steps, f"loss {np.mean(losses[-10:]):.3f}")
             if snapshot and len(losses) < settings.steps:
                 snapshot.save(model, optimizer, losses, write=rank == 0)
     return losses
@@ -128,7 +128,7 @@ def fit(
 class _Step(nn.Module):
     """The loss as a module around the model, so that a wrapper for several processes sees each forward pass."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
@@ -145,7 +145,7 @@ def share_of(rows: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in this mode; afterwards as it was."""
     before = model.training
     model.train(training)
@@ -156,7 +156,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _chance(wanted: bool, seed: int | Sequence[int], step: int, rank: int) -> Iterator[None]:
+def _seeded_generators(wanted: bool, seed: int | Sequence[int], step: int, rank: int) -> Iterator[None]:
     """torch's global generators set by seed, step and process, and put back; nothing where no chance is wanted."""
     if not wanted:
         yield

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..data.datasets import Labelled
+from ..data.datasets import LabelledExamples
 from ..models.text_encoder import Encoder
 
 
@@ -28,7 +28,7 @@ class Classifier:
         return features @ self.head.to(features).T
 
 
-class Penalty(Protocol):
+class ForgettingPenalty(Protocol):
     """A term of the loss with a memory. `state` is that memory: it is saved beside theta_t, and put back on resuming.
 
     A penalty is made anew for every sequence of tasks; on resuming, `state` is set before `before_task` is called.
@@ -44,7 +44,7 @@ class Penalty(Protocol):
         """The scalar to add for a batch; logits of shape (n, all classes)."""
         ...
 
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+    def after_task(self, learner: Classifier, data: LabelledExamples, classes: Sequence[int]) -> None:
         """The task's own data and classes, the learner as it came out of training."""
         ...
 
@@ -58,7 +58,7 @@ class TaskLoss:
 
     learner: Classifier
     classes: Sequence[int]
-    penalty: Penalty | None = None
+    penalty: ForgettingPenalty | None = None
 
     @property
     def reads_weights(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +35,9 @@ def check_team(team: Accelerator | None, parallel: Parallel) -> None:
 
 
 @contextmanager
-def spread(step: nn.Module, team: Accelerator | None, parallel: Parallel, reads_weights: bool) -> Iterator[nn.Module]:
+def distribute(
+    step: nn.Module, team: Accelerator | None, parallel: Parallel, reads_weights: bool
+) -> Iterator[nn.Module]:
     """What every process of a team calls instead of `step`; afterwards its modules are whole again.
 
     After an exception a model that was cut stays so: putting it together takes all processes, and one may be gone.
@@ -78,10 +80,10 @@ def shard(root: nn.Module, mesh: DeviceMesh, reads_weights: bool = False) -> Cal
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    parts = [*blocks(root), root]
+    parts = [*layer_blocks(root), root]
     if problems := _problems(root, parts[:-1]):
-        raise listed("these weights cannot be cut over processes; parallel: ddp leaves them whole", problems)
-    before = [_Before(module) for module in root.modules()]
+        raise list_problems("these weights cannot be cut over processes; parallel: ddp leaves them whole", problems)
+    before = [_OriginalModule(module) for module in root.modules()]
     numbers = {p for p in root.parameters() if p.ndim == 0}
     options: dict[str, Any] = {"ignored_params": numbers} if numbers else {}
     if reads_weights:
@@ -104,20 +106,20 @@ def shard(root: nn.Module, mesh: DeviceMesh, reads_weights: bool = False) -> Cal
     return join
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def layer_blocks(module: nn.Module) -> list[nn.Module]:
     """The layers of a deep model: the items of its outermost `ModuleList`s of several modules of one class."""
     if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(item) for item in module}) == 1:
         return [item for item in dict.fromkeys(module) if any(True for _ in item.parameters())]
-    return list(dict.fromkeys(block for child in module.children() for block in blocks(child)))
+    return list(dict.fromkeys(block for child in module.children() for block in layer_blocks(child)))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes, which must all call this; itself, where it is not cut."""
     together = getattr(tensor, "full_tensor", None)
     return together() if together else tensor
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor cut as `like` is; itself, where that is not cut. All processes must call this."""
     mesh = getattr(like, "device_mesh", None)
     if mesh is None:
@@ -127,7 +129,7 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _Before:
+class _OriginalModule:
     """A module as it was before it was cut. FSDP2 has no way back of its own, and takes no module a second time."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -148,7 +150,7 @@ class _Before:
             current = self.module.get_parameter(name)
             if current is not weight:
                 with torch.no_grad():
-                    weight.data = whole(current)
+                    weight.data = gather(current)
                 setattr(self.module, name, weight)
         for name, found in self.hooks.items():
             hooks: dict[Any, Any] = vars(self.module)[name]

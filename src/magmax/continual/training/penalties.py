@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import Labelled
-from .fit import in_mode
-from .losses import Classifier, Penalty
+from ..data.datasets import LabelledExamples
+from .fit import training_mode
+from .losses import Classifier, ForgettingPenalty
 
 
 @dataclass
@@ -48,12 +48,12 @@ class LwF:
             logits[:, self._seen] / self.temperature, (old / self.temperature).softmax(1)
         )
 
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+    def after_task(self, learner: Classifier, data: LabelledExamples, classes: Sequence[int]) -> None:
         self._old = None
 
 
 @dataclass
-class Anchored(ABC):
+class QuadraticPenalty(ABC):
     """weight * sum_i F_i * (p_i - p_i_old)**2 from task 2 on; p_old are the weights after the last task.
 
     F, the importance of each weight, is a running mean over tasks; `state` holds it.
@@ -75,12 +75,12 @@ class Anchored(ABC):
         return self.weight * total
 
     @abstractmethod
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+    def after_task(self, learner: Classifier, data: LabelledExamples, classes: Sequence[int]) -> None:
         """Renew the importance."""
 
 
 @dataclass
-class EWC(Anchored):
+class EWC(QuadraticPenalty):
     """Elastic weight consolidation: weights that mattered to earlier tasks are held where they were.
 
     F is the diagonal of the Fisher information of the model's own prediction: the mean over up to `samples` items of
@@ -92,14 +92,14 @@ class EWC(Anchored):
     samples: int = 256
     seed: int = 0
 
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+    def after_task(self, learner: Classifier, data: LabelledExamples, classes: Sequence[int]) -> None:
         chosen = np.random.default_rng(self.seed).permutation(len(data))[: self.samples]
         new = fisher(learner, [data.items[i] for i in np.sort(chosen)], classes)
         self.state = {n: self.keep * self.state[n] + (1 - self.keep) * f if self.state else f for n, f in new.items()}
 
 
 @dataclass
-class ReleasedEWC(Anchored):
+class ReleasedEWC(QuadraticPenalty):
     """EWC as MagMax's released code computes it, mistakes included, to reproduce the published baseline.
 
     Gradients of batches are never set to zero, so that each adds to those before it; the square is of that sum of
@@ -109,7 +109,7 @@ class ReleasedEWC(Anchored):
 
     batch: int = 32
 
-    def after_task(self, learner: Classifier, data: Labelled, classes: Sequence[int]) -> None:
+    def after_task(self, learner: Classifier, data: LabelledExamples, classes: Sequence[int]) -> None:
         grown = {name: torch.zeros_like(p) for name, p in _trained(learner.model)}
         new = {name: torch.zeros_like(p) for name, p in _trained(learner.model)}
         count = (len(data) // self.batch + 1) * self.batch
@@ -122,7 +122,7 @@ class ReleasedEWC(Anchored):
         self.state = {name: self.keep * old[name] + (1 - self.keep) * f / count for name, f in new.items()}
 
 
-PENALTIES: Mapping[str, Callable[..., Penalty]] = {
+PENALTIES: Mapping[str, Callable[..., ForgettingPenalty]] = {
     "lwf": LwF,
     "ewc": EWC,
     "ewc_released": ReleasedEWC,
@@ -147,7 +147,7 @@ def _own_gradients(learner: Classifier, items: Sequence[Any], classes: Sequence[
     In evaluation mode: in training mode, batch normalisation would see single items, and keep their statistics.
     """
     named = _trained(learner.model)
-    with in_mode(learner.model, False):
+    with training_mode(learner.model, False):
         logits = learner(items)[:, list(classes)]
         loss = nn.functional.cross_entropy(logits, logits.argmax(1))
         gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)

@@ -14,26 +14,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...errors import MagMaxError, listed
-from ..data.datasets import Labelled
+from ...errors import MagMaxError, list_problems
+from ..data.datasets import LabelledExamples
 from ..data.scenarios import Task
 from ..models.text_encoder import Encoder
-from ..progress import NewBar, no_bars
+from ..progress import BarFactory, no_bars
 from .fit import FitSettings, fit
-from .losses import Classifier, Penalty, TaskLoss
+from .losses import Classifier, ForgettingPenalty, TaskLoss
 from .parallel import Parallel, check_team
-from .snapshot import Snapshot
+from .snapshot import FitSnapshot
 from .weight_files import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Done = Callable[[int, Path], None]
+TaskCallback = Callable[[int, Path], None]
 """Called after each task with its number and theta_t's file, whether it was trained now or kept from an earlier run."""
 
 
 @dataclass(frozen=True)
-class Protocol:
+class TrainingMethod:
     """How a sequence of tasks is learned.
 
     Attributes:
@@ -50,7 +50,7 @@ class Protocol:
 
     settings: FitSettings
     start: Literal["previous", "base"] = "previous"
-    penalty: Callable[[], Penalty] | None = None
+    penalty: Callable[[], ForgettingPenalty] | None = None
     replay: int = 0
     balanced: bool = True
     save_every: int = 0
@@ -60,14 +60,14 @@ class Protocol:
 def fine_tune(
     encoder: Encoder,
     head: Tensor,
-    data: Labelled,
+    data: LabelledExamples,
     tasks: Sequence[Task],
-    protocol: Protocol,
+    protocol: TrainingMethod,
     folder: Path,
     *,
     seed: int,
-    new_bar: NewBar = no_bars,
-    done: Done | None = None,
+    new_bar: BarFactory = no_bars,
+    done: TaskCallback | None = None,
     team: Accelerator | None = None,
 ) -> list[Path]:
     """Fine-tunes on each task in turn, under the head's rows of that task alone; returns theta_0 .. theta_T.
@@ -85,14 +85,14 @@ def fine_tune(
     penalty = protocol.penalty() if protocol.penalty else None
     recipe = _recipe(encoder, head, protocol, penalty, seed)
     paths = [folder / f"theta_{t}.safetensors" for t in range(len(tasks) + 1)]
-    if first and read_metadata(paths[0]) != made_from(recipe):
-        save_weights(encoder.model, paths[0], made_from(recipe))
+    if first and read_metadata(paths[0]) != made_from_metadata(recipe):
+        save_weights(encoder.model, paths[0], made_from_metadata(recipe))
     _wait(team)
     learner, remembered = Classifier(encoder, head), 0
     for t, task in enumerate(tasks, start=1):
         own, part = _examples(data, tasks, t, protocol, seed)
         recipe[f"task {t}"] = [list(own.classes), _digest(part.labels, *map(np.asarray, part.items))]
-        made = made_from(recipe)
+        made = made_from_metadata(recipe)
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
         if read_metadata(paths[t]) == made:
             tell(protocol.settings.steps, protocol.settings.steps, "kept from an earlier run")
@@ -105,9 +105,9 @@ def fine_tune(
             if penalty:
                 penalty.before_task(learner, sorted({c for earlier in tasks[: t - 1] for c in earlier.classes}))
             targets = replace(part, labels=own.targets(part.labels))
-            snapshot = Snapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
+            snapshot = FitSnapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
             loss = TaskLoss(learner, own.classes, penalty)
-            more = {"tell": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
+            more = {"progress": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
             losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], parallel=protocol.parallel, **more)
             if penalty:
                 penalty.after_task(learner, targets, own.classes)
@@ -125,7 +125,7 @@ def fine_tune(
     return paths
 
 
-def check(data: Labelled, tasks: Sequence[Task], classes: int) -> None:
+def check(data: LabelledExamples, tasks: Sequence[Task], classes: int) -> None:
     """Raises MagMaxError, with all problems at once, where the tasks cannot be learned from these data."""
     problems = [] if tasks else ["there is no task"]
     strange = sorted({int(label) for label in data.labels if not 0 <= label < classes})
@@ -141,10 +141,10 @@ def check(data: Labelled, tasks: Sequence[Task], classes: int) -> None:
         elif missing and task.domain is None:
             problems.append(f"{task.name}: no training example is of the classes {missing}; leave them out of it")
     if problems:
-        raise listed("these tasks cannot be learned", problems)
+        raise list_problems("these tasks cannot be learned", problems)
 
 
-def costs(folder: Path) -> dict[str, dict[str, float]]:
+def training_costs(folder: Path) -> dict[str, dict[str, float]]:
     """What each task's training took (seconds, last loss), by its number."""
     try:
         return json.loads((folder / "costs.json").read_text())
@@ -152,12 +152,14 @@ def costs(folder: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-def made_from(recipe: Mapping[str, object]) -> dict[str, str]:
+def made_from_metadata(recipe: Mapping[str, object]) -> dict[str, str]:
     """The metadata that says what a file was made from: a digest."""
     return {MADE_FROM: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()}
 
 
-def _examples(data: Labelled, tasks: Sequence[Task], t: int, protocol: Protocol, seed: int) -> tuple[Task, Labelled]:
+def _examples(
+    data: LabelledExamples, tasks: Sequence[Task], t: int, protocol: TrainingMethod, seed: int
+) -> tuple[Task, LabelledExamples]:
     """The classes and examples that task t (from 1) is trained on: its own and, with replay, some of earlier ones."""
     task = tasks[t - 1]
     rows = task.rows(data.labels, data.domains)
@@ -175,7 +177,7 @@ def _examples(data: Labelled, tasks: Sequence[Task], t: int, protocol: Protocol,
 
 
 def _recipe(
-    encoder: Encoder, head: Tensor, protocol: Protocol, penalty: Penalty | None, seed: int
+    encoder: Encoder, head: Tensor, protocol: TrainingMethod, penalty: ForgettingPenalty | None, seed: int
 ) -> dict[str, object]:
     """Everything but the tasks that decides the weights; a digest where it is long."""
     weights = encoder.model.state_dict()
@@ -205,7 +207,7 @@ def _memory(folder: Path, t: int) -> Path:
     return folder / f"penalty_{t}.safetensors"
 
 
-def _remember(penalty: Penalty | None, folder: Path, t: int) -> int:
+def _remember(penalty: ForgettingPenalty | None, folder: Path, t: int) -> int:
     """Put what the penalty remembered after task t back into it; t, or 0 where there is no such file."""
     if penalty is None or not _memory(folder, t).exists():
         return 0
@@ -217,7 +219,7 @@ def _remember(penalty: Penalty | None, folder: Path, t: int) -> int:
 
 
 def _account(folder: Path, t: int, told: Mapping[str, float]) -> None:
-    content = {**costs(folder), str(t): dict(told)}
+    content = {**training_costs(folder), str(t): dict(told)}
     write_bytes(json.dumps(content, indent=2).encode() + b"\n", folder / "costs.json")
 
 

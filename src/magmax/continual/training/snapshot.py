@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .parallel import placed, whole
+from .parallel import gather, shard_like
 from .weight_files import MADE_FROM, read_metadata, write_tensors
 
 
 @dataclass
-class Snapshot:
+class FitSnapshot:
     """Model, optimizer and losses after every `every` steps; the data's order follows from the seed and the step.
 
     A file that was made from something else (`made_from`: whatever decides the result, in words or as a digest) is
@@ -42,7 +42,7 @@ class Snapshot:
             named |= {f"optimizer/{place}/{name}": value for name, value in state.items()}
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in named.items():
-            found = whole(tensor)
+            found = gather(tensor)
             if write:
                 tensors[name] = found.detach().cpu()
         if write:
@@ -56,14 +56,14 @@ class Snapshot:
             return []
         tensors = load_file(self.path)
         now = model.state_dict()
-        model.load_state_dict({key: placed(tensor, now[key]) for key, tensor in _under("model/", tensors).items()})
+        model.load_state_dict({key: shard_like(tensor, now[key]) for key, tensor in _under("model/", tensors).items()})
         content = optimizer.state_dict()
         content["state"] = {}
         weights = optimizer.param_groups[0]["params"]
         for name, value in _under("optimizer/", tensors).items():
             place, _, key = name.partition("/")
             weight = weights[int(place)]
-            value = placed(value, weight) if value.shape == weight.shape else value
+            value = shard_like(value, weight) if value.shape == weight.shape else value
             content["state"].setdefault(int(place), {})[key] = value
         optimizer.load_state_dict(content)
         self.seconds = float(told["seconds"])

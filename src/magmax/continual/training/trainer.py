@@ -12,10 +12,10 @@ from ...checkpoints.writer import remove
 from ...errors import MagMaxError
 from ...merging.running.running_merge import Running
 from ..cells import with_seed
-from ..context import Context, context
-from ..evaluation.accuracy import Row
-from ..experiment import UNMERGED, Cell, Experiment
-from ..progress import NewBar, no_bars
+from ..context import ExperimentContext, build_context
+from ..evaluation.accuracy import AccuracyRow
+from ..experiment import REFERENCES, BenchmarkCell, Experiment
+from ..progress import BarFactory, no_bars
 from .parallel import check_team
 from .sequence import fine_tune
 from .weight_files import MADE_FROM, load_weights, read_metadata, write_bytes
@@ -29,7 +29,7 @@ MADE = (RECIPE, METRICS, MERGE, MERGED, "costs.json", "theta_", "step_", "penalt
 
 
 @dataclass(frozen=True)
-class Training:
+class ContinualTraining:
     """A chain to be trained in a folder.
 
     In `out`: theta_0 .. theta_T, the running merge in `merge`, `merged.safetensors` at the end, `metrics.json` with
@@ -51,7 +51,7 @@ class Training:
         told |= {"rule": self.rule, "scaling_factor": self.scaling_factor, "among": self.experiment.among}
         return json.loads(json.dumps(told))
 
-    def run(self, new_bar: NewBar = no_bars, team: Accelerator | None = None) -> dict[str, Any]:
+    def run(self, new_bar: BarFactory = no_bars, team: Accelerator | None = None) -> dict[str, Any]:
         """Train, absorb, evaluate; returns the metrics."""
         if self.chain not in self.experiment.chain_choices:
             known = ", ".join(self.experiment.chain_choices)
@@ -63,16 +63,16 @@ class Training:
         if first:
             self.prepare()
         with team.main_process_first() if team else nullcontext():  # one process downloads what is missing
-            here = context(self.experiment, self.seed, new_bar if first else no_bars)
+            here = build_context(self.experiment, self.seed, new_bar if first else no_bars)
         if team:
             here.encoder.model.to(team.device)
-        work = _Work(self, here, new_bar if first else no_bars)
+        work = _TaskFollowUp(self, here, new_bar if first else no_bars)
         fine_tune(
             here.encoder,
             here.head,
             here.train,
             here.tasks_of(self.chain),
-            here.protocol(self.chain),
+            here.training_method(self.chain),
             self.out,
             seed=self.seed,
             new_bar=new_bar if first else no_bars,
@@ -111,18 +111,18 @@ class Training:
             before = json.loads(file.read_text())
         except ValueError as error:
             raise MagMaxError(f"{file}: cannot be read: {error}; begin again with --restart") from error
-        if changed := differences(before, self.recipe()):
+        if changed := recipe_differences(before, self.recipe()):
             raise MagMaxError(
                 f"{self.out}: was begun with another recipe: {'; '.join(changed)}; name another --out, or begin again "
                 "with --restart"
             )
 
 
-class _Work:
+class _TaskFollowUp:
     """What follows each task: absorb it, evaluate the model and the merge, write the metrics."""
 
-    def __init__(self, training: Training, here: Context, new_bar: NewBar) -> None:
-        self.training, self.here, self.new_bar = training, here, new_bar
+    def __init__(self, training: ContinualTraining, context: ExperimentContext, new_bar: BarFactory) -> None:
+        self.training, self.here, self.new_bar = training, context, new_bar
         self.file = training.out / METRICS
         self.metrics: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.running = self.begin()
@@ -130,9 +130,9 @@ class _Work:
     def begin(self) -> Running | None:
         """The running merge, as it was left or new; None for a chain that nothing is merged from."""
         training = self.training
-        if training.chain in UNMERGED:
+        if training.chain in REFERENCES:
             return None
-        rule = with_seed(Cell(seed=training.seed, chain=training.chain, rule=training.rule))
+        rule = with_seed(BenchmarkCell(seed=training.seed, chain=training.chain, rule=training.rule))
         return Running(training.out / MERGE, rule, self.theta(0))
 
     def theta(self, t: int) -> Path:
@@ -171,7 +171,7 @@ class _Work:
         write_bytes(json.dumps(self.metrics, indent=2).encode() + b"\n", self.file)
         tell(2, 2)
 
-    def note(self, what: str, key: str, row: Row) -> None:
+    def note(self, what: str, key: str, row: AccuracyRow) -> None:
         self.metrics.setdefault(what, {})[key] = asdict(row)
 
     def finish(self) -> dict[str, Any]:
@@ -180,19 +180,21 @@ class _Work:
         return self.metrics
 
 
-def evaluate(experiment: Experiment, models: list[str], seed: int, new_bar: NewBar = no_bars) -> dict[str, Row]:
+def evaluate(
+    experiment: Experiment, models: list[str], seed: int, new_bar: BarFactory = no_bars
+) -> dict[str, AccuracyRow]:
     """The accuracies of models (safetensors files of the recipe's model) after all tasks, by their paths."""
-    here = context(experiment, seed, new_bar)
-    found: dict[str, Row] = {}
+    here = build_context(experiment, seed, new_bar)
+    found: dict[str, AccuracyRow] = {}
     for path in models:
         load_weights(here.encoder.model, Path(path))
         found[path] = here.row(len(here.tasks))
     return found
 
 
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
+def recipe_differences(before: Any, now: Any, name: str = "") -> list[str]:
     """Where two recipes differ: "fit.steps was 60 and is 50"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
-        return [d for k in keys for d in differences(before.get(k), now.get(k), f"{name}.{k}" if name else k)]
+        return [d for k in keys for d in recipe_differences(before.get(k), now.get(k), f"{name}.{k}" if name else k)]
     return [] if before == now else [f"{name} was {json.dumps(before)} and is {json.dumps(now)}"]

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoints import Spec
-from ...checkpoints.dtypes import LONG_NAMES
-from ...checkpoints.lora.peft import PeftFolder, Update
-from ...checkpoints.lora.product import Deltas, read_factor
-from ...checkpoints.lora.target_modules import Layer, frozen_weights
+from ...checkpoints import TensorSpec
+from ...checkpoints.dtypes import FLOAT_DTYPES
+from ...checkpoints.lora.peft import LowRankUpdate, PeftAdapter
+from ...checkpoints.lora.product import LoraTaskVectors, read_factor
+from ...checkpoints.lora.target_modules import AdaptedLayer, frozen_weights
 from ...errors import MagMaxError
-from ...rules import Number, Rule, nearest
-from ..execution.pool import Crew
+from ...rules import Number, Rule, nearest_hint
+from ..execution.pool import WorkerPool
 from ..in_memory import MemorySink
 from ..kernel import MergeKernel
-from ..output_options import Options
-from ..pipeline import Pass
-from ..reader import Reader, finite
-from .truncation import Pair, dense_error, dense_norm, nearest_to_dense, nearest_to_sum, product_norm, sum_error
+from ..output_options import OutputOptions
+from ..pipeline import BlockPipeline
+from ..reader import BlockReader, is_finite
+from .truncation import FactorPair, dense_error, dense_norm, nearest_to_dense, nearest_to_sum, product_norm, sum_error
 
 WORST = 5
 """How many layers the report names."""
@@ -47,12 +47,12 @@ class AdapterOptions:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise MagMaxError(f"the rank of the merged adapter must be a positive whole number, not {self.rank!r}")
-        if self.dtype is not None and self.dtype not in LONG_NAMES:
-            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest(self.dtype, list(LONG_NAMES))}")
+        if self.dtype is not None and self.dtype not in FLOAT_DTYPES:
+            raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest_hint(self.dtype, list(FLOAT_DTYPES))}")
 
 
 @dataclass(frozen=True)
-class Fit:
+class LayerFit:
     """How well a layer of the result stands for the merged update M: ||M||, and ||M - B A|| as stored (Frobenius)."""
 
     rank: int
@@ -63,7 +63,7 @@ class Fit:
     def relative(self) -> float:
         return self.error / self.norm if self.norm else 0.0
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"rank": self.rank, "norm": _rounded(self.norm), "relative_error": _rounded(self.relative)}
 
 
@@ -77,67 +77,67 @@ class AdapterMerge:
     """
 
     rule: Rule
-    folders: Sequence[PeftFolder]
+    folders: Sequence[PeftAdapter]
     options: AdapterOptions
-    layers: Sequence[Layer]
-    updates: Sequence[Mapping[str, Update]]
-    fits: dict[str, Fit] = field(default_factory=dict[str, Fit])
+    layers: Sequence[AdaptedLayer]
+    updates: Sequence[Mapping[str, LowRankUpdate]]
+    fits: dict[str, LayerFit] = field(default_factory=dict[str, LayerFit])
 
     @property
     def scaling_factor(self) -> Number:
-        return Options(self.options.scaling_factor).factor(self.rule)
+        return OutputOptions(self.options.scaling_factor).resolve_scaling_factor(self.rule)
 
     @property
     def dtype(self) -> str:
         """The factors' type in the result."""
         found = self._kinds()
-        return LONG_NAMES[self.options.dtype] if self.options.dtype else found.pop() if len(found) == 1 else "F32"
+        return FLOAT_DTYPES[self.options.dtype] if self.options.dtype else found.pop() if len(found) == 1 else "F32"
 
     def ranks(self) -> dict[str, int]:
         """The rank of each module in the result."""
         return {layer.module: self.rank(layer) for layer in self.layers}
 
-    def rank(self, layer: Layer) -> int:
+    def rank(self, layer: AdaptedLayer) -> int:
         """The layer's rank in the result: no more than a matrix of its shape, or the sum of a linear rule, can have."""
         most = min(self.options.rank, layer.rows, layer.columns)
         if not self.rule.linear:
             return most
         return min(most, sum(own[layer.key].left.rank for own in self.updates if layer.key in own))
 
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, TensorSpec]:
         """The tensors of the result."""
-        made = {key: s for layer in self.layers for key, s in layer.specs(self.rank(layer), self.dtype).items()}
+        made = {key: s for layer in self.layers for key, s in layer.factor_specs(self.rank(layer), self.dtype).items()}
         return made | {name: folder.spec(name) for name, folder in self.frozen().items()}
 
-    def frozen(self) -> dict[str, PeftFolder]:
+    def frozen(self) -> dict[str, PeftAdapter]:
         """The base's own weights that come with the adapters, and the first adapter that has each."""
         return {name: folder for folder in reversed(self.folders) for name in frozen_weights(folder)}
 
     def kernel(self) -> MergeKernel:
         """The merge of the updates as models of a base of zeros."""
         wide = "F64" if "F64" in self._kinds() else "F32"
-        specs = {layer.key: Spec(wide, (layer.rows, *layer.rest)) for layer in self.layers}
+        specs = {layer.key: TensorSpec(wide, (layer.rows, *layer.row_shape)) for layer in self.layers}
         return MergeKernel(self._reader(specs), self.rule, len(self.folders), self.scaling_factor, specs, {})
 
-    def fitted(self, layer: Layer, kernel: MergeKernel, threads: int) -> tuple[Pair, Fit]:
+    def fit_layer(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> tuple[FactorPair, LayerFit]:
         """The layer's factors as they are stored, and how well they fit."""
         rank = self.rank(layer)
         if self.rule.linear:
             whole = self._sum(layer, kernel)
             kept, worth = nearest_to_sum(whole, rank).stored(self.dtype)
-            fit = Fit(rank, product_norm(whole), sum_error(whole, worth))
+            fit = LayerFit(rank, product_norm(whole), sum_error(whole, worth))
         else:
             matrix = self._dense(layer, kernel, threads)
             kept, worth = nearest_to_dense(matrix, rank).stored(self.dtype)
-            fit = Fit(rank, dense_norm(matrix), dense_error(matrix, worth))
-        if not all(finite(factor, self.dtype) for factor in kept):
+            fit = LayerFit(rank, dense_norm(matrix), dense_error(matrix, worth))
+        if not all(is_finite(factor, self.dtype) for factor in kept):
             raise MagMaxError(f"{layer.key}: the merged factors overflow {self.dtype}; choose a wider dtype")
         return kept, fit
 
-    def read_bytes(self, layer: Layer) -> int:
+    def read_bytes(self, layer: AdaptedLayer) -> int:
         """Bytes of the adapters' factors for a layer."""
         return sum(
-            folder.spec(factor.name).nbytes
+            folder.spec(factor.tensor_name).nbytes
             for folder, own in zip(self.folders, self.updates, strict=True)
             if layer.key in own
             for factor in (own[layer.key].left, own[layer.key].right)
@@ -152,48 +152,50 @@ class AdapterMerge:
             return max(8 * 4 * r * (x.rows + x.columns) for r, x in zip(ranks, self.layers, strict=True))
         return max(8 * elements + 8 * 4 * side**2 for elements, side in sizes)
 
-    def whole(self) -> Fit:
+    def overall_fit(self) -> LayerFit:
         """All layers as one."""
         fits = self.fits.values()
         norm, error = (
             math.sqrt(math.fsum(n**2 for n in ns)) for ns in ([f.norm for f in fits], [f.error for f in fits])
         )
-        return Fit(max(f.rank for f in fits), norm, error)
+        return LayerFit(max(f.rank for f in fits), norm, error)
 
     def report(self) -> list[str]:
         """The layers that the rank serves worst, and the whole, in words."""
         worst = sorted(self.fits, key=lambda module: (-self.fits[module].relative, module))[:WORST]
         width = max(len(word) for word in ("layer", *worst))
         rows = [f"{m:{width}}  {self.fits[m].rank:4}  {self.fits[m].relative:.3g}" for m in worst]
-        told = f"all {len(self.fits)} layers: relative error {self.whole().relative:.3g} (Frobenius norm)"
+        told = f"all {len(self.fits)} layers: relative error {self.overall_fit().relative:.3g} (Frobenius norm)"
         return [f"{'layer':{width}}  rank  relative error", *rows, told]
 
     def _kinds(self) -> set[str]:
         pairs = zip(self.folders, self.updates, strict=True)
-        return {folder.spec(f.name).dtype for folder, own in pairs for u in own.values() for f in (u.left, u.right)}
+        return {
+            folder.spec(f.tensor_name).dtype for folder, own in pairs for u in own.values() for f in (u.left, u.right)
+        }
 
-    def _reader(self, specs: dict[str, Spec]) -> Reader:
-        updates: Sequence[Mapping[str, Update]] = [{}, *self.updates]
+    def _reader(self, specs: dict[str, TensorSpec]) -> BlockReader:
+        updates: Sequence[Mapping[str, LowRankUpdate]] = [{}, *self.updates]
         folders = [self.folders[0], *self.folders]
-        return Reader([Deltas(folder, own, specs) for folder, own in zip(folders, updates, strict=True)])
+        return BlockReader([LoraTaskVectors(folder, own, specs) for folder, own in zip(folders, updates, strict=True)])
 
-    def _sum(self, layer: Layer, kernel: MergeKernel) -> Pair:
+    def _sum(self, layer: AdaptedLayer, kernel: MergeKernel) -> FactorPair:
         """scaling_factor * sum of c_t * s_t * B_t A_t as one product; c is what a linear rule makes of unit vectors."""
         weights = kernel.rules[layer.key](list(np.eye(len(self.folders))), layer.key)
         factor = kernel.factors[layer.key]
-        parts: list[Pair] = []
+        parts: list[FactorPair] = []
         for weight, folder, own in zip(weights.tolist(), self.folders, self.updates, strict=True):
             if update := own.get(layer.key):
                 factors = (update.left, update.right)
                 left, right = (read_factor(folder, f, slice(0, f.length), np.dtype(np.float64)) for f in factors)
-                parts.append(Pair(left * (factor * weight * update.scale), right))
-        return Pair(*(np.concatenate(factors) for factors in zip(*parts, strict=True)))
+                parts.append(FactorPair(left * (factor * weight * update.scale), right))
+        return FactorPair(*(np.concatenate(factors) for factors in zip(*parts, strict=True)))
 
-    def _dense(self, layer: Layer, kernel: MergeKernel, threads: int) -> NDArray[Any]:
+    def _dense(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> NDArray[Any]:
         """scaling_factor * rule(s_t * B_t A_t) as a matrix."""
         reader = self._reader({layer.key: kernel.out[layer.key]})
         memory = MemorySink(reader.inputs[0].specs)
-        Pass(reader.inputs, [memory], kernel, Crew(threads), digest=False).run(lambda _: None)
+        BlockPipeline(reader.inputs, [memory], kernel, WorkerPool(threads), digest=False).run(lambda _: None)
         return memory.tensors[layer.key].reshape(layer.rows, layer.columns)
 
 

@@ -11,38 +11,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoints import Spec, open_adapter
-from ...checkpoints.blocks import slab_digests, slabs, tensor_digest
+from ...checkpoints import TensorSpec, open_adapter
+from ...checkpoints.blocks import block_digests, canonical_blocks, tensor_digest
 from ...checkpoints.journal import Journal
-from ...checkpoints.lora.peft import CONFIG, PeftFolder
-from ...checkpoints.lora.target_modules import Layer, config_of, same_layers
-from ...checkpoints.writer import Target
+from ...checkpoints.lora.peft import ADAPTER_CONFIG, PeftAdapter
+from ...checkpoints.lora.target_modules import AdaptedLayer, common_layers, merged_config
+from ...checkpoints.writer import OutputPath
 from ...errors import MagMaxError
-from ...rules import Number, Place, Rule, as_rule
-from ...rules.schedules import at, written
-from ..digests import Ledger
-from ..execution.execution_options import Settings
-from ..execution.pool import Crew
+from ...rules import Number, Rule, TensorPosition, as_rule
+from ...rules.schedules import resolve, to_config
+from ..digests import DigestCollector
+from ..execution.execution_options import ExecutionOptions
+from ..execution.pool import WorkerPool
 from ..job import Job, provenance_file
 from ..kernel import MergeKernel
 from ..matching import refuse_same_path
 from ..model_names import default_names
-from ..pipeline import Progress, Sink
+from ..pipeline import Progress, TensorSink
 from ..provenance import Provenance, adapter_card
-from ..reader import finite
-from .adapter_kernel import AdapterMerge, AdapterOptions, Fit
+from ..reader import is_finite
+from .adapter_kernel import AdapterMerge, AdapterOptions, LayerFit
 
 ONE_FILE = 1 << 62
 """Bytes a shard: PEFT reads an adapter from one file."""
 
 
 @dataclass(frozen=True)
-class LayerWork:
+class AdapterRunner:
     """The work of a merge of adapters, layer after layer; finished ones are noted in the journal."""
 
     merge: AdapterMerge
     kernel: MergeKernel
-    sinks: Sequence[Sink]
+    sinks: Sequence[TensorSink]
     threads: int
     journal: Journal
     parts: Sequence[Any]
@@ -52,19 +52,19 @@ class LayerWork:
         done = {module for module, *_ in self.parts}
         return sum(self.merge.read_bytes(layer) for layer in self.merge.layers if layer.module in done)
 
-    def run(self, progress: Progress) -> Ledger:
-        ledger = Ledger({}, 0)
+    def run(self, progress: Progress) -> DigestCollector:
+        ledger = DigestCollector({}, 0)
         made: dict[str, str] = {}
         ledger.tensors = [*(_digests(folder) for folder in self.merge.folders), made]
         made |= self._frozen(ledger.tensors)
         for module, fit, digests in self.parts:
-            self.merge.fits[module] = Fit(*fit)
+            self.merge.fits[module] = LayerFit(*fit)
             made |= digests
         todo = [layer for layer in self.merge.layers if layer.module not in self.merge.fits]
         progress(self.reused)
         kernel = self.kernel
         if todo and not self.merge.rule.linear:
-            kernel = kernel.prepared(Crew(self.threads), progress)
+            kernel = kernel.prepare(WorkerPool(self.threads), progress)
         for layer in todo:
             digests, fit = self._layer(layer, kernel)
             made |= digests
@@ -84,15 +84,15 @@ class LayerWork:
                 if (folder.specs[name], digest) != (first.specs[name], carried[name]):
                     raise MagMaxError(f"{folder.label}: {name} is not what it is in {first.label}; their bases differ")
             for sink in self.sinks:
-                sink.write(name, 0, first.read(name, 0, first.specs[name].units))
+                sink.write(name, 0, first.read(name, 0, first.specs[name].num_units))
         return carried
 
-    def _layer(self, layer: Layer, kernel: MergeKernel) -> tuple[dict[str, str], Fit]:
-        pair, fit = self.merge.fitted(layer, kernel, self.threads)
+    def _layer(self, layer: AdaptedLayer, kernel: MergeKernel) -> tuple[dict[str, str], LayerFit]:
+        pair, fit = self.merge.fit_layer(layer, kernel, self.threads)
         self.merge.fits[layer.module] = fit
-        by_a, by_b = pair if layer.embedding else reversed(pair)
+        by_a, by_b = pair if layer.is_embedding else reversed(pair)
         digests: dict[str, str] = {}
-        for name, stored in zip(layer.names(), (by_a, by_b.T), strict=True):
+        for name, stored in zip(layer.factor_names(), (by_a, by_b.T), strict=True):
             flat = np.ascontiguousarray(stored).reshape(-1)
             for sink in self.sinks:
                 sink.write(name, 0, flat)
@@ -108,8 +108,8 @@ def merge_adapters(
     scaling_factor: Number | None = None,
     *,
     dtype: str | None = None,
-    settings: Settings | None = None,
-) -> dict[str, Fit]:
+    execution: ExecutionOptions | None = None,
+) -> dict[str, LayerFit]:
     """Merge LoRA adapters into one LoRA adapter, without their base.
 
         B A  ~  scaling_factor * rule(s_1 * B_1 A_1, ..., s_T * B_T A_T),  the nearest product of at most that rank
@@ -137,13 +137,13 @@ def merge_adapters(
         raise MagMaxError("adapters must be a list of paths")
     folders = [open_adapter(adapter) for adapter in adapters]
     merge, job = adapter_job(as_rule(rule), folders, Path(fspath(out)), AdapterOptions(rank, scaling_factor, dtype))
-    job.run(settings)
+    job.run(execution)
     return merge.fits
 
 
 def adapter_job(
     rule: Rule,
-    folders: Sequence[PeftFolder],
+    folders: Sequence[PeftAdapter],
     out: Path,
     options: AdapterOptions,
     names: Sequence[str] | None = None,
@@ -155,37 +155,39 @@ def adapter_job(
     refuse_same_path(folders)
     if rule.needs_base:
         raise MagMaxError(f"{rule.name} combines whole weights, and adapters hold changes alone; choose another rule")
-    layers, updates = same_layers(folders)
+    layers, updates = common_layers(folders)
     for layer in layers:
-        first, last = (Place(layer.key, depth) for depth in (0, 1))
+        first, last = (TensorPosition(layer.key, depth) for depth in (0, 1))
         factor = options.scaling_factor
-        if rule.at(first) != rule.at(last) or (factor is not None and at(factor, first) != at(factor, last)):
+        if rule.for_tensor(first) != rule.for_tensor(last) or (
+            factor is not None and resolve(factor, first) != resolve(factor, last)
+        ):
             raise MagMaxError(
                 "adapters do not tell how many layers their base has, which a gradient over layers needs; "
                 "merge into the base (--base), or give numbers by filter"
             )
     merge = AdapterMerge(rule, folders, options, layers, updates)
-    merge.kernel().check_placed()
+    merge.kernel().check_rules()
     recipe = {
         "rule": rule.describe(),
-        "scaling_factor": written(merge.scaling_factor),
+        "scaling_factor": to_config(merge.scaling_factor),
         "dtype": options.dtype or "as the adapters",
         "adapter_rank": options.rank,
     }
 
     def worker(
-        job: Job, sinks: Sequence[Sink], journal: Journal, settings: Settings, parts: Sequence[Any]
-    ) -> LayerWork:
-        if settings.executor is not None:
+        job: Job, sinks: Sequence[TensorSink], journal: Journal, execution: ExecutionOptions, parts: Sequence[Any]
+    ) -> AdapterRunner:
+        if execution.executor is not None:
             raise MagMaxError("adapters are merged into an adapter by threads of this process; give no executor")
-        return LayerWork(merge, merge.kernel(), sinks, settings.threads, journal, parts)
+        return AdapterRunner(merge, merge.kernel(), sinks, execution.threads, journal, parts)
 
     def companions(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
-        fits = {module: fit.told() for module, fit in sorted(merge.fits.items())}
-        told = {"adapter": {**merge.whole().told(), "layers": fits}}
+        fits = {module: fit.to_json() for module, fit in sorted(merge.fits.items())}
+        told = {"adapter": {**merge.overall_fit().to_json(), "layers": fits}}
         card = adapter_card(provenance, merge.dtype, merge.report()).encode()
-        config = config_of(folders, merge.ranks())
-        return {CONFIG: config, "README.md": card, **provenance_file(provenance, digests, told)}
+        config = merged_config(folders, merge.ranks())
+        return {ADAPTER_CONFIG: config, "README.md": card, **provenance_file(provenance, digests, told)}
 
     def refuse_twins(digests: Sequence[str]) -> None:
         seen: dict[object, str] = {}
@@ -196,13 +198,13 @@ def adapter_job(
             seen[same] = folder.label
 
     job = Job(
-        target=Target(out),
+        target=OutputPath(out),
         inputs=folders,
         names=names or default_names([str(folder.path) for folder in folders]),
         recipe=recipe,
         specs=merge.specs(),
         kernel=merge.kernel(),
-        companions=companions,
+        small_files=companions,
         check=refuse_twins,
         extra_passes=rule.passes,
         shard_bytes=ONE_FILE,
@@ -214,17 +216,17 @@ def adapter_job(
     return merge, job
 
 
-def _digests(folder: PeftFolder) -> dict[str, str]:
+def _digests(folder: PeftAdapter) -> dict[str, str]:
     """The digest of each of an adapter's tensors; refuses NaN and infinity, of which no rank is the nearest."""
     found: dict[str, str] = {}
     for key, spec in folder.specs.items():
-        stored = folder.read(key, 0, spec.units)
-        if spec.floating and spec.elements and not finite(stored, spec.dtype):
+        stored = folder.read(key, 0, spec.num_units)
+        if spec.is_mergeable and spec.numel and not is_finite(stored, spec.dtype):
             raise MagMaxError(f"{folder.weights.label}: {key} holds NaN or infinity; mend the adapter")
         found[key] = _digest(stored, key, spec)
     return found
 
 
-def _digest(stored: NDArray[Any], key: str, spec: Spec) -> str:
-    cuts = slabs(key, spec)
-    return tensor_digest(slab_digests(stored, cuts) if cuts else b"")
+def _digest(stored: NDArray[Any], key: str, spec: TensorSpec) -> str:
+    cuts = canonical_blocks(key, spec)
+    return tensor_digest(block_digests(stored, cuts) if cuts else b"")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...checkpoints.dtypes import STORAGE, compute_dtype
+from ...checkpoints.dtypes import STORAGE_DTYPES, compute_dtype
 from ...errors import MagMaxError
 from ..kernel import MergeKernel
-from ..pipeline import Slab
-from ..reader import Reader, finite
+from ..pipeline import InputBlock
+from ..reader import BlockReader, is_finite
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 WIDE = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
@@ -48,7 +48,7 @@ def device_named(name: str) -> torch.device:
 
 
 @contextmanager
-def at_work(device: torch.device) -> Generator[None]:
+def device_stream(device: torch.device) -> Generator[None]:
     """This thread's own stream of the device; of the processor, nothing."""
     if device.type == "cpu":
         yield
@@ -60,32 +60,32 @@ def at_work(device: torch.device) -> Generator[None]:
         yield
 
 
-def sent(stored: NDArray[Any], dtype: str, device: torch.device) -> torch.Tensor:
+def to_device(stored: NDArray[Any], dtype: str, device: torch.device) -> torch.Tensor:
     """Stored units as a tensor of that type on the device; on the processor they share memory."""
     units = torch.as_tensor(stored.view(np.int16) if dtype == "BF16" else stored).view(TYPES[dtype])
     return units if device.type == "cpu" else units.pin_memory().to(device, non_blocking=True)
 
 
-def fetched(values: torch.Tensor, dtype: str) -> NDArray[Any]:
+def from_device(values: torch.Tensor, dtype: str) -> NDArray[Any]:
     """A tensor of that type as stored units."""
     if values.device.type != "cpu":
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         torch.cuda.current_stream(values.device).synchronize()
         values = host
-    return (values.view(torch.int16) if dtype == "BF16" else values).numpy().view(STORAGE[dtype])
+    return (values.view(torch.int16) if dtype == "BF16" else values).numpy().view(STORAGE_DTYPES[dtype])
 
 
 @dataclass(frozen=True)
-class DeviceReader(Reader):
+class DeviceReader(BlockReader):
     """Slabs as tensors on a device."""
 
     device: torch.device = PROCESSORS
 
-    def widened(self, slab: Slab, number: int, stored: NDArray[Any]) -> Any:
+    def widen(self, slab: InputBlock, number: int, stored: NDArray[Any]) -> Any:
         """Units of input `number` as numbers, on the device."""
-        values = sent(stored, slab.spec(number).dtype, self.device)
-        if not self.allow_nonfinite and not self.checked and not bool(torch.isfinite(values).all()):
+        values = to_device(stored, slab.spec(number).dtype, self.device)
+        if not self.allow_nonfinite and not self.finiteness_checked and not bool(torch.isfinite(values).all()):
             raise self._error(number, slab.key)
         return values.to(WIDE[compute_dtype(slab.spec(0).dtype)])
 
@@ -100,23 +100,23 @@ class DeviceKernel(MergeKernel):
     def of(cls, kernel: MergeKernel, device: torch.device) -> DeviceKernel:
         given = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
         reader = kernel.reader
-        given["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.checked, device)
+        given["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.finiteness_checked, device)
         return cls(**given, device=device)
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        with at_work(self.device):
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        with device_stream(self.device):
             return super().__call__(slab)
 
-    def scaled(self, slab: Slab, base: Any, merged: Any) -> NDArray[Any]:
+    def scale(self, slab: InputBlock, base: Any, merged: Any) -> NDArray[Any]:
         """base + scaling_factor * merged, rounded as on the processor, in stored units."""
         merged *= torch.tensor(self.factors[slab.key], dtype=merged.dtype, device=merged.device)
         merged += base
         dtype = self.out[slab.key].dtype
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it
-            return self._stored(slab, fetched(merged, wide))
-        stored = fetched(merged.to(TYPES[dtype]), dtype)
-        return stored if finite(stored, dtype) else self._stored(slab, fetched(merged, wide))
+            return self._stored(slab, from_device(merged, wide))
+        stored = from_device(merged.to(TYPES[dtype]), dtype)
+        return stored if is_finite(stored, dtype) else self._stored(slab, from_device(merged, wide))
 
 
 def on_device(kernel: Any, name: str) -> tuple[Any, str]:
@@ -124,6 +124,6 @@ def on_device(kernel: Any, name: str) -> tuple[Any, str]:
     device = device_named(name)
     if not isinstance(kernel, MergeKernel):
         return kernel, f"this work is done by the processors alone, not on {name}"
-    if hindrances := kernel.rule.hindrances:
+    if hindrances := kernel.rule.cpu_only_parts:
         return kernel, f"{' and '.join(hindrances)}: merged by the processors alone, not on {name}"
     return DeviceKernel.of(kernel, device), ""

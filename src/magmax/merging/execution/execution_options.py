@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ...errors import MagMaxError
 from ..pipeline import Progress
-from .pool import Crew
-from .shared_files import Ground
+from .pool import WorkerPool
+from .shared_files import SharedFiles
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExecutionOptions:
     """How to work, not what to compute: none of this changes a byte of the result, but for what `device` says.
 
     Attributes:
@@ -24,7 +24,7 @@ class Settings:
         executor: its workers work instead of threads of this process: a pool of threads or processes, or the executor
             of a Dask client, `client.get_executor(pure=False)`. Other processes open every file by its path or URL
             again, so that they need the inputs and the output's folder on a file system that all share, or a network.
-        ground: what those workers must see; a job finds out.
+        shared_files: what those workers must see; a job finds out.
         device: where rules merge: "cuda", "cuda:1" ..., or "cpu" for torch on the processors. By default numpy there.
             Rules that take singular values round otherwise on another device, and NaN that are let through may have
             other bits; all else has the same bytes.
@@ -35,7 +35,7 @@ class Settings:
     progress: Progress = lambda _: None
     note: Callable[[str], None] = lambda _: None
     executor: Executor | None = None
-    ground: Ground | None = None
+    shared_files: SharedFiles | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +49,6 @@ class Settings:
             device_named(self.device)
 
     @property
-    def crew(self) -> Crew:
+    def pool(self) -> WorkerPool:
         """Those who work."""
-        return Crew(self.threads, self.executor, self.ground)
+        return WorkerPool(self.threads, self.executor, self.shared_files)

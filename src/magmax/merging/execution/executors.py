@@ -16,7 +16,7 @@ from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
 CONNECT_SECONDS = 20
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -39,7 +39,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
+def connect(address: str) -> tuple[Executor, Callable[[], object]]:
     """The executor of a Dask scheduler at an address, and what closes the connection."""
     try:
         from distributed import Client
@@ -53,12 +53,12 @@ def cluster(address: str) -> tuple[Executor, Callable[[], object]]:
 
 
 @contextmanager
-def at_scheduler(address: str | None) -> Generator[Executor | None]:
+def scheduler_executor(address: str | None) -> Generator[Executor | None]:
     """The executor of a Dask scheduler while the block lasts; none without an address."""
     if address is None:
         yield None
         return
-    executor, close = cluster(address)
+    executor, close = connect(address)
     try:
         yield executor
     finally:
@@ -66,9 +66,9 @@ def at_scheduler(address: str | None) -> Generator[Executor | None]:
 
 
 @contextmanager
-def hired(jobs: int, scheduler: str | None) -> Generator[Executor]:
+def job_executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
     """The workers of a Dask scheduler, or so many processes of this machine, while the block lasts."""
-    with at_scheduler(scheduler) as executor:
+    with scheduler_executor(scheduler) as executor:
         if executor is not None:
             yield executor
             return
@@ -81,13 +81,13 @@ def hired(jobs: int, scheduler: str | None) -> Generator[Executor]:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class DaskCluster:
     """The Dask cluster behind an executor."""
 
     client: Any
 
     @classmethod
-    def of(cls, executor: Executor | None) -> Cluster | None:
+    def of(cls, executor: Executor | None) -> DaskCluster | None:
         """The cluster, if the executor is one's."""
         client = getattr(executor, "_client", None)
         return None if client is None else cls(client)

@@ -28,12 +28,12 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
-from .executors import Cluster, cores
-from .shared_files import Ground
+from .executors import DaskCluster, available_cores
+from .shared_files import SharedFiles
 
 SHARE_BYTES = 64_000_000
 """How much of all inputs one share of the work reads, about."""
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 60.0
 """How long work waits for a cluster that has lost its last worker."""
 IDLE_SECONDS = 30.0
@@ -46,11 +46,11 @@ BROKEN = (
 Item = TypeVar("Item")
 
 
-class Task(ABC):
+class ShareTask(ABC):
     """What is done with each share of some work; whatever it is made of can be pickled."""
 
     @property
-    def alone(self) -> bool:
+    def is_exclusive(self) -> bool:
         """Whether a process does one share at a time, whatever its threads. By default not."""
         return False
 
@@ -60,37 +60,37 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """Those who work.
 
     Attributes:
         threads: of this process, where there is no executor; 0 means one for each processor.
         executor: its workers work instead: a pool of threads or processes, or a Dask cluster's.
-        ground: what each worker must see.
+        shared_files: what each worker must see.
     """
 
     threads: int = 0
     executor: Executor | None = None
-    ground: Ground | None = None
+    shared_files: SharedFiles | None = None
 
     @property
     def count(self) -> int:
         """How many threads of this process work, where there is no executor."""
-        return self.threads or cores()
+        return self.threads or available_cores()
 
-    def muster(self) -> None:
+    def check_workers(self) -> None:
         """Raise UnfinishedError if a Dask cluster has no worker, or one that does not see what it must."""
-        cluster = Cluster.of(self.executor)
-        if cluster is None or self.ground is None:
+        cluster = DaskCluster.of(self.executor)
+        if cluster is None or self.shared_files is None:
             return
         if not cluster.wait():
             raise UnfinishedError(f"{cluster.address}: the scheduler has no workers; start some: dask worker ADDRESS")
-        problems = cluster.ask(self.ground.problem)
+        problems = cluster.ask(self.shared_files.problem)
         if problems:
             raise UnfinishedError("\n".join(["not every worker can do its share", *(f"  - {p}" for p in problems)]))
 
-    def shares(
-        self, task: Task, items: Iterable[Item], cost: Callable[[Item], int], least: int = 0
+    def map_shares(
+        self, task: ShareTask, items: Iterable[Item], cost: Callable[[Item], int], least: int = 0
     ) -> Generator[tuple[list[Item], Any]]:
         """Have the executor's workers do the task on all items; yields each share and its result as they come.
 
@@ -103,54 +103,54 @@ class Crew:
             MagMaxError: the work cannot be sent to other processes; and whatever a share raises.
         """
         submit, unpacked = self._submitter(task)
-        queue = grouped(items, cost, max(SHARE_BYTES, least))
+        queue = group_by_cost(items, cost, max(SHARE_BYTES, least))
         waiting: dict[Future[Any], list[Item]] = {}
-        room = _Room(self.executor)
+        room = _Slots(self.executor)
         try:
             while True:
                 while len(waiting) < room.most() and (share := next(queue, None)) is not None:
                     waiting[submit(share)] = share
                 if not waiting:
                     return
-                done = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED).done
+                done = wait(waiting, POLL_SECONDS, FIRST_COMPLETED).done
                 for future in done:
                     share = waiting.pop(future)
-                    yield share, unpacked(result_of(future))
+                    yield share, unpacked(wait_for_result(future))
         finally:
             wait([future for future in waiting if not future.cancel()])
 
-    def _submitter(self, task: Task) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
+    def _submitter(self, task: ShareTask) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
         """What hands in a share of the task, and what gives its result from what comes back."""
         executor = self.executor
         assert executor is not None
         if isinstance(executor, ThreadPoolExecutor):
-            return partial(submitted, executor, _done, task), lambda result: result
-        cluster = Cluster.of(executor)
+            return partial(submit, executor, _done, task), lambda result: result
+        cluster = DaskCluster.of(executor)
         packed, token = _packed(task, cluster.pickled if cluster else pickle.dumps), uuid4().hex
 
-        def submit(share: list[Any]) -> Future[Any]:
-            return submitted(executor, do_share, token, packed, self.ground, pickle.dumps(share))
+        def submit_share(share: list[Any]) -> Future[Any]:
+            return submit(executor, run_share, token, packed, self.shared_files, pickle.dumps(share))
 
-        return submit, pickle.loads
+        return submit_share, pickle.loads
 
 
-def at_once(executor: Executor | None) -> int:
+def worker_slots(executor: Executor | None) -> int:
     """How many shares the workers of an executor do at once."""
-    cluster = Cluster.of(executor)
-    return sum(cluster.threads().values()) if cluster else getattr(executor, "_max_workers", cores())
+    cluster = DaskCluster.of(executor)
+    return sum(cluster.threads().values()) if cluster else getattr(executor, "_max_workers", available_cores())
 
 
-class _Room:
+class _Slots:
     """How many shares may be under way: two for each thread of a worker, so that none waits for its next."""
 
     def __init__(self, executor: Executor | None) -> None:
-        self._executor, self._cluster = executor, Cluster.of(executor)
+        self._executor, self._cluster = executor, DaskCluster.of(executor)
         self._found, self._looked, self._alive = 1, 0.0, time.monotonic()
 
     def most(self) -> int:
         now = time.monotonic()
-        if not self._looked or (self._cluster and now - self._looked > LOOK_SECONDS):
-            self._found, self._looked = at_once(self._executor), now
+        if not self._looked or (self._cluster and now - self._looked > POLL_SECONDS):
+            self._found, self._looked = worker_slots(self._executor), now
         if self._found:
             self._alive = now
         elif now - self._alive > PATIENCE_SECONDS:
@@ -160,7 +160,7 @@ class _Room:
         return 2 * max(1, self._found)
 
 
-def grouped(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Generator[list[Item]]:
+def group_by_cost(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Generator[list[Item]]:
     """Neighbouring items together, until they cost as much as a share may; a single one may cost more."""
     share: list[Item] = []
     total = 0
@@ -174,7 +174,7 @@ def grouped(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Ge
         yield share
 
 
-def do_share(token: str, packed: bytes, ground: Ground | None, items: bytes) -> bytes:
+def run_share(token: str, packed: bytes, ground: SharedFiles | None, items: bytes) -> bytes:
     """In a worker: one share of the task that `packed` is; kept under its token for the shares to come.
 
     Items and result are pickled here, as Dask's own messages make tuples of named tuples.
@@ -184,18 +184,18 @@ def do_share(token: str, packed: bytes, ground: Ground | None, items: bytes) -> 
     return pickle.dumps(_done(_unpacked(token, packed), pickle.loads(items)))
 
 
-def _done(task: Task, items: Sequence[Any]) -> Any:
-    with _one_at_a_time if task.alone else nullcontext():
+def _done(task: ShareTask, items: Sequence[Any]) -> Any:
+    with _one_at_a_time if task.is_exclusive else nullcontext():
         return task(items)
 
 
 _one_at_a_time = threading.Lock()
-_tasks: dict[str, Task] = {}
+_tasks: dict[str, ShareTask] = {}
 _loading = threading.Lock()
 _idle: list[threading.Timer] = []
 
 
-def _unpacked(token: str, packed: bytes) -> Task:
+def _unpacked(token: str, packed: bytes) -> ShareTask:
     """The task, whose files are opened once for all shares, and closed when no share has come for a while."""
     with _loading:
         if token not in _tasks:
@@ -209,7 +209,7 @@ def _unpacked(token: str, packed: bytes) -> Task:
         return _tasks[token]
 
 
-def _packed(task: Task, dumps: Callable[[Task], bytes]) -> bytes:
+def _packed(task: ShareTask, dumps: Callable[[ShareTask], bytes]) -> bytes:
     try:
         return zlib.compress(dumps(task), 1)
     except MagMaxError:
@@ -221,7 +221,7 @@ def _packed(task: Task, dumps: Callable[[Task], bytes]) -> bytes:
         ) from error
 
 
-def submitted(executor: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
+def submit(executor: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
     """Work handed to an executor. Raises UnfinishedError if it takes none."""
     try:
         return executor.submit(work, *given)
@@ -231,7 +231,7 @@ def submitted(executor: Executor, work: Callable[..., Any], *given: Any) -> Futu
         raise UnfinishedError(f"the executor takes no more work ({error}); {SAME_COMMAND}") from error
 
 
-def result_of(future: Future[Any]) -> Any:
+def wait_for_result(future: Future[Any]) -> Any:
     """What came of work handed to an executor. Raises UnfinishedError if its workers were lost."""
     try:
         return future.result()

@@ -16,14 +16,14 @@ import xxhash
 
 from ..._version import __version__
 from ...checkpoints import Checkpoint
-from ...checkpoints.writer import Target
+from ...checkpoints.writer import OutputPath
 from ...errors import UnfinishedError
 
 HEAD_BYTES = 1 << 20
 REMEDY = "a worker needs every input and the output's folder at the same paths, on a file system that all share"
 
 
-class Seen(NamedTuple):
+class FileStamp(NamedTuple):
     """A file: its size, when it was changed, and the digest of its beginning, where a header is."""
 
     size: int
@@ -31,13 +31,13 @@ class Seen(NamedTuple):
     head: str = ""
 
     @classmethod
-    def at(cls, path: str, thoroughly: bool) -> Seen:
+    def of_file(cls, path: str, thoroughly: bool) -> FileStamp:
         status = Path(path).stat()
         return cls(status.st_size, status.st_mtime_ns, _head(path) if thoroughly else "")
 
 
 @dataclass(frozen=True)
-class Ground:
+class SharedFiles:
     """What each worker must see.
 
     Attributes:
@@ -46,18 +46,18 @@ class Ground:
         version: of magmax.
     """
 
-    files: Mapping[str, Seen] = field(default_factory=dict[str, Seen])
+    files: Mapping[str, FileStamp] = field(default_factory=dict[str, FileStamp])
     probe: str = ""
     version: str = __version__
 
     @classmethod
-    def of(cls, inputs: Iterable[Checkpoint]) -> Ground:
+    def of(cls, inputs: Iterable[Checkpoint]) -> SharedFiles:
         """The ground of a piece of work on these inputs."""
         paths = dict.fromkeys(str(path.absolute()) for checkpoint in inputs for path in checkpoint.files())
-        return cls({path: Seen.at(path, thoroughly=True) for path in paths})
+        return cls({path: FileStamp.of_file(path, thoroughly=True) for path in paths})
 
     @contextmanager
-    def staked(self, target: Target) -> Generator[Ground]:
+    def with_probe(self, target: OutputPath) -> Generator[SharedFiles]:
         """The ground with a probe beside the output, until the block is left."""
         path = target.path.absolute()
         for old in path.parent.glob(f"{escape(path.name)}.probe-*"):
@@ -87,7 +87,7 @@ class Ground:
     def _changed(self, thoroughly: bool) -> str:
         for path, wanted in self.files.items():
             try:
-                found = Seen.at(path, thoroughly)
+                found = FileStamp.of_file(path, thoroughly)
             except OSError as error:
                 return f"{path}: {error.strerror}; {REMEDY}"
             if found != (wanted if thoroughly else wanted._replace(head="")):

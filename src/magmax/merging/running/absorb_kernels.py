@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoints import Spec
-from ...checkpoints.dtypes import LONG_NAMES, compute_dtype, narrow
+from ...checkpoints import TensorSpec
+from ...checkpoints.dtypes import FLOAT_DTYPES, compute_dtype, narrow
 from ...rules import Address, StreamingRule
-from ...rules.contract import bits
-from ..kernel import MergeKernel, placed
-from ..pipeline import Kernel, Slab
-from ..reader import Reader
+from ...rules.contract import as_signed_bits
+from ..kernel import MergeKernel, rules_by_tensor
+from ..pipeline import InputBlock, Kernel
+from ..reader import BlockReader
 
 
-def slot_dtype(rule: StreamingRule, base: Spec, kinds: Sequence[str]) -> str:
+def slot_dtype(rule: StreamingRule, base: TensorSpec, kinds: Sequence[str]) -> str:
     """The type in which a slot holds a tensor of the base.
 
     A rule that selects holds the winner's own value, in the models' type while they all have one. Any other rule
     holds what it computes, in the type it computes in.
     """
-    if rule.selects and len(set(kinds)) == 1:
+    if rule.selects_entries and len(set(kinds)) == 1:
         return kinds[0]
-    return LONG_NAMES[compute_dtype(base.dtype).name]
+    return FLOAT_DTYPES[compute_dtype(base.dtype).name]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class AbsorbKernel(Kernel):
         held: the tensors that the old slots hold.
     """
 
-    reader: Reader
+    reader: BlockReader
     rule: StreamingRule
     task: int
     slots: int
-    specs: Mapping[str, Spec]
-    carried: Container[str]
+    specs: Mapping[str, TensorSpec]
+    unmerged: Container[str]
     winners: bool = False
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
     held: Container[str] = frozenset[str]()
@@ -56,27 +56,29 @@ class AbsorbKernel(Kernel):
     @cached_property
     def rules(self) -> Mapping[str, StreamingRule]:
         """The rule as it is for each tensor."""
-        return placed(self.rule, self.reader.inputs[0].specs)
+        return rules_by_tensor(self.rule, self.reader.inputs[0].specs)
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any] | None]:
-        if slab.key in self.carried:
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
+        if slab.key in self.unmerged:
             return self._nothing(slab)
         head = slab.until(self.extents.get(slab.key, slab.stop))
         count, length = head.stop - head.start, slab.stop - slab.start
-        old = [slab.stored(number)[:count] for number in range(self.slots + 1)]
+        old = [slab.read(number)[:count] for number in range(self.slots + 1)]
         if not count:
-            storages = [self.specs[slab.key].storage] * self.rule.slots(self.task) + [np.dtype("u1")] * self.winners
+            storages = [self.specs[slab.key].storage_dtype] * self.rule.slots(self.task) + [
+                np.dtype("u1")
+            ] * self.winners
             return [np.zeros(length, storage) for storage in storages]
         made = self._merged(head, old)
         return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in made]
 
-    def _merged(self, slab: Slab, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _merged(self, slab: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The new slots, and the map of winners if there is one, from the base and the old slots."""
         rule = self.rules[slab.key]
         dtype = self.specs[slab.key].dtype
-        base, *candidates = (self.reader.widened(slab, number, units) for number, units in enumerate(old))
+        base, *candidates = (self.reader.widen(slab, number, units) for number, units in enumerate(old))
         candidates.append(self.reader.numbers(slab, self.slots + 1))
-        if not self.rule.selects:
+        if not self.rule.selects_entries:
             *held, vector = candidates
             vector -= base
             state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
@@ -84,23 +86,23 @@ class AbsorbKernel(Kernel):
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
         state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-        made = [narrow(_recovered(s, candidates, vectors), dtype) for s in state]
+        made = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
         if self.winners:
             made.append(self._winners(slab, state[0], vectors[-1]))
         return made
 
-    def _nothing(self, slab: Slab) -> list[NDArray[Any] | None]:
+    def _nothing(self, slab: InputBlock) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
-        slab.stored(0)
+        slab.read(0)
         if slab.key in self.held:
             for number in range(1, self.slots + 1):
-                slab.stored(number)
-        slab.digest_alike(self.slots + 1)
+                slab.read(number)
+        slab.read_for_digest(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
 
-    def _winners(self, slab: Slab, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
-        old = slab.stored(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
-        np.copyto(old, np.uint8(self.task), where=bits(chosen) == bits(newest))
+    def _winners(self, slab: InputBlock, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
+        old = slab.read(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
+        np.copyto(old, np.uint8(self.task), where=as_signed_bits(chosen) == as_signed_bits(newest))
         return old
 
 
@@ -111,32 +113,32 @@ class ResultKernel(Kernel):
     merge: MergeKernel
     slots: int
 
-    def __call__(self, slab: Slab) -> list[NDArray[Any]]:
-        if slab.key in self.merge.carried:
-            return [self.merge.kept(slab, slab.stored(0))]
+    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+        if slab.key in self.merge.unmerged:
+            return [self.merge.base_units(slab, slab.read(0))]
         rule = self.merge.rules[slab.key]
         assert isinstance(rule, StreamingRule)
-        stored = [slab.stored(number) for number in range(1, self.slots + 1)]
+        stored = [slab.read(number) for number in range(1, self.slots + 1)]
 
-        def vector(head: Slab, base: NDArray[Any]) -> NDArray[Any]:
+        def vector(head: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
             parts = [units[: head.stop - head.start] for units in stored]
-            state = [self.merge.reader.widened(head, number, part) for number, part in enumerate(parts, start=1)]
-            if rule.selects:
+            state = [self.merge.reader.widen(head, number, part) for number, part in enumerate(parts, start=1)]
+            if rule.selects_entries:
                 for values in state:
                     values -= base
             return rule.finish(tuple(state), self.merge.tasks)
 
-        return [self.merge.joined(slab, vector)]
+        return [self.merge.join(slab, vector)]
 
 
-def _recovered(
+def _recover_values(
     chosen: NDArray[Any], candidates: Sequence[NDArray[Any]], vectors: Sequence[NDArray[Any]]
 ) -> NDArray[Any]:
     """The candidates' values where their task vectors have the chosen bits; the newest is preferred."""
     *older, values = candidates
     values = values.copy()
-    wanted = bits(chosen)
+    wanted = as_signed_bits(chosen)
     for value, vector in zip(older, vectors, strict=False):
-        differs = wanted != bits(vectors[-1])
-        np.copyto(values, value, where=differs & (wanted == bits(vector)))
+        differs = wanted != as_signed_bits(vectors[-1])
+        np.copyto(values, value, where=differs & (wanted == as_signed_bits(vector)))
     return values

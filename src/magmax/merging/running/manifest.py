@@ -19,7 +19,7 @@ FORMAT_OF_PARTS = 2
 
 
 @dataclass(frozen=True)
-class Task:
+class AbsorbedModel:
     """A task that was absorbed: what it is called, and the digest of its model."""
 
     name: str
@@ -27,7 +27,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Version:
     """The state after some absorptions: its tasks in order, its label if any, and the digests of its slots.
 
     Attributes:
@@ -35,14 +35,14 @@ class Generation:
     """
 
     number: int
-    tasks: Sequence[Task]
+    tasks: Sequence[AbsorbedModel]
     slots: Sequence[str]
     label: str | None = None
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass
-class State:
+class Manifest:
     """The content of `state.json`; the base's path is relative to the state's folder."""
 
     rule: StreamingRule
@@ -51,15 +51,15 @@ class State:
     base_path: str | None = None
     base_digest: str | None = None
     current: int | None = None
-    generations: dict[int, Generation] = field(default_factory=dict[int, Generation])
+    generations: dict[int, Version] = field(default_factory=dict[int, Version])
 
     @property
-    def generation(self) -> Generation | None:
+    def generation(self) -> Version | None:
         """The generation that counts."""
         return None if self.current is None else self.generations[self.current]
 
     @property
-    def tasks(self) -> Sequence[Task]:
+    def tasks(self) -> Sequence[AbsorbedModel]:
         return self.generation.tasks if self.generation else ()
 
     @property
@@ -82,7 +82,7 @@ class State:
         replace_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def read_state(file: Path) -> State:
+def read_manifest(file: Path) -> Manifest:
     """Read and check a `state.json`. Raises MagMaxError for anything that this class did not write."""
     try:
         content = json.loads(file.read_text())
@@ -91,13 +91,17 @@ def read_state(file: Path) -> State:
         strict = content["format"] == FORMAT
         ((name, options),) = content["rule"].items()
         found = [
-            Generation(
-                g["number"], [Task(**t) for t in g["tasks"]], g["slots"], g["label"], {} if strict else g["extents"]
+            Version(
+                g["number"],
+                [AbsorbedModel(**t) for t in g["tasks"]],
+                g["slots"],
+                g["label"],
+                {} if strict else g["extents"],
             )
             for g in content["generations"]
         ]
-        state = State(
-            rule=streaming(rule_from({name: options})),
+        state = Manifest(
+            rule=require_streaming(rule_from({name: options})),
             winners=content["winners"],
             mismatch="strict" if strict else content["mismatch"],
             base_path=content["base"]["path"],
@@ -105,21 +109,21 @@ def read_state(file: Path) -> State:
             current=content["current"],
             generations={generation.number: generation for generation in found},
         )
-        if not _sound(state):
+        if not _is_valid(state):
             raise ValueError("its entries do not fit together")
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise MagMaxError(f"{file}: is not the state of a running merge ({error})") from error
     return state
 
 
-def _described(generation: Generation, strict: bool) -> dict[str, Any]:
+def _described(generation: Version, strict: bool) -> dict[str, Any]:
     told = asdict(generation)
     if strict:
         del told["extents"]
     return told
 
 
-def streaming(rule: Rule) -> StreamingRule:
+def require_streaming(rule: Rule) -> StreamingRule:
     """The rule, if it can run over tasks; else an error that names rules that can."""
     if rule.per_model:
         raise MagMaxError(
@@ -134,7 +138,7 @@ def streaming(rule: Rule) -> StreamingRule:
     )
 
 
-def _sound(state: State) -> bool:
+def _is_valid(state: Manifest) -> bool:
     """Whether what was read has the types and numbers that a state has."""
     whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
     whole = whole and state.mismatch in get_args(Mismatch)

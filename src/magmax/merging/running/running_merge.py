@@ -8,40 +8,40 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints import Checkpoint, Spec, open_checkpoint
-from ...checkpoints.base import PREFIX
-from ...checkpoints.lora.adapted_model import base_and_adapter, path_back, path_from
+from ...checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from ...checkpoints.base import HUB_PREFIX
+from ...checkpoints.lora.adapted_model import portable_path, resolve_portable_path, split_base_and_adapter
 from ...checkpoints.prefixed import PrefixedSink
 from ...checkpoints.remote.urls import is_url
-from ...checkpoints.torch.dcp import distributed
-from ...checkpoints.writer import Draft, Target
+from ...checkpoints.torch.dcp import find_dcp
+from ...checkpoints.writer import OutputDraft, OutputPath
 from ...errors import MagMaxError
 from ...rules import Number, Rule, StreamingRule, as_rule
-from ..execution.execution_options import Settings
-from ..in_memory import MemorySink, like
+from ..execution.execution_options import ExecutionOptions
+from ..in_memory import MemorySink, restore_kind
 from ..job import Job, provenance_file
 from ..kernel import MergeKernel
-from ..matching import Match, Mismatch, compare, extents_of, narrowed, refuse_same_path
-from ..merge_job import beside, kept_metadata, recipe_of
+from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
+from ..merge_job import base_metadata, provenance_recipe, small_files
 from ..model_names import default_names
-from ..output_options import Options
-from ..pipeline import Pass, Sink
-from ..reader import Reader
-from ..result import Outcome
+from ..output_options import OutputOptions
+from ..pipeline import BlockPipeline, TensorSink
+from ..reader import BlockReader
+from ..result import MergeResult
 from .absorb_kernels import AbsorbKernel, ResultKernel, slot_dtype
-from .manifest import Generation, State, Task, streaming
-from .versions import MOST_MAPPED_TASKS, WINNERS, Generations, slot_prefix
+from .manifest import AbsorbedModel, Manifest, Version, require_streaming
+from .versions import MOST_MAPPED_TASKS, WINNERS, VersionStore, slot_prefix
 
 
 @dataclass(frozen=True)
-class Status:
+class RunningStatus:
     """A running merge at a glance; `shares` is the part of the elements each task supplies, where that is mapped."""
 
     rule: Mapping[str, Any]
     base: str | None
     base_digest: str | None
-    current: Generation | None
-    generations: Sequence[Generation]
+    current: Version | None
+    generations: Sequence[Version]
     shares: Sequence[float] = ()
 
 
@@ -58,7 +58,8 @@ class Running:
         rule: needed to begin; an existing state has its own, which must be equal if one is given.
         base: a path, state dict or module; an existing state remembers a path.
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
-        mismatch: "strict", "base" or "intersect", as in `Options`, for all models to come; what one model lacks is the
+        mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
+        lacks is the
             base's from then on. An existing state has its own, which must be equal if one is given.
 
     Raises:
@@ -73,19 +74,21 @@ class Running:
         *,
         winners: bool = False,
         mismatch: Mismatch | None = None,
-        settings: Settings | None = None,
+        execution: ExecutionOptions | None = None,
     ) -> None:
         self.path = Path(fspath(path))
-        self._settings = settings or Settings()
+        self._settings = execution or ExecutionOptions()
         self._base_given: Any = base
-        there = Generations.found(self.path)
+        there = VersionStore.find(self.path)
         if there is None:
-            begun = State(streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict")
-            if winners and not (begun.rule.selects and begun.rule.slots(2) == 1):
+            begun = Manifest(
+                require_streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict"
+            )
+            if winners and not (begun.rule.selects_entries and begun.rule.slots(2) == 1):
                 raise MagMaxError(
                     f"the winners of {begun.rule.name} cannot be mapped: its elements are not one task's own"
                 )
-            self._disk = Generations(self.path, begun)
+            self._disk = VersionStore(self.path, begun)
             return
         self._disk = there
         if winners and not self.winners:
@@ -108,7 +111,7 @@ class Running:
         return self._state.winners
 
     @property
-    def tasks(self) -> Sequence[Task]:
+    def tasks(self) -> Sequence[AbsorbedModel]:
         """The tasks absorbed so far, in order."""
         return self._state.tasks
 
@@ -116,7 +119,7 @@ class Running:
         """A model as `absorb` will read it; an adapter is applied to the base."""
         return open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model", self._base())
 
-    def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> Outcome:
+    def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> MergeResult:
         """Take in one more model: one read of base, state and model, one write of the state.
 
         Raises:
@@ -128,27 +131,27 @@ class Running:
         except OSError as error:
             raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
         try:
-            with self._disk.alone():
+            with self._disk.lock():
                 return self._absorb(model, name, label)
         finally:
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def _absorb(self, model: Any, name: str | None, label: str | None) -> Outcome:
+    def _absorb(self, model: Any, name: str | None, label: str | None) -> MergeResult:
         base = self._base()
         opened = self.opened(model, name)
-        match = self._narrowed(base, compare(base, [opened], self._state.mismatch))
+        match = self._narrowed(base, match_to_base(base, [opened], self._state.mismatch))
         refuse_same_path([base, opened])
-        name = name or (default_names([opened.place])[0] if opened.stored else f"task {len(self.tasks) + 1}")
+        name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.refuse_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
         outcome = job.run(self._settings)
         slots = list(outcome.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
-        tasks = [*self.tasks, Task(name, outcome.input_digests[len(self._disk.slots()) + 1])]
+        tasks = [*self.tasks, AbsorbedModel(name, outcome.input_digests[len(self._disk.slots()) + 1])]
         self._state.base_digest = outcome.input_digests[0]
         self._remember_base()
-        self._disk.put(Generation(number, tasks, slots, label, extents_of(base, match)))
+        self._disk.publish(Version(number, tasks, slots, label, extents_of(base, match)))
         return outcome
 
     def result(
@@ -159,47 +162,47 @@ class Running:
         `options` are those of `magmax.merge`: dtype, allow_nonfinite.
         """
         base = self._base()
-        chosen = Options(scaling_factor, **options)
+        chosen = OutputOptions(scaling_factor, **options)
         if out is not None:
             self.result_job(out, chosen).run(self._settings)
             return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
-        if base.stored:
+        if base.is_on_disk:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
         inputs = kernel.merge.reader.inputs
-        ledger = Pass(inputs, [memory], kernel, self._settings.crew).run(self._settings.progress)
+        ledger = BlockPipeline(inputs, [memory], kernel, self._settings.pool).run(self._settings.progress)
         self._disk.verifier()(ledger.digests(inputs))
-        return like(self._base_given, base, memory.tensors, chosen)
+        return restore_kind(self._base_given, base, memory.tensors, chosen)
 
-    def result_job(self, out: str | PathLike[str], options: Options) -> Job:
+    def result_job(self, out: str | PathLike[str], options: OutputOptions) -> Job:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._base()
         kernel = self._result_kernel(base, options)
-        match = self._narrowed(base, compare(base, []))
+        match = self._narrowed(base, match_to_base(base, []))
         return Job(
-            target=Target.of(out),
+            target=OutputPath.parse(out),
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={
-                **recipe_of(self.rule, options),
-                **match.told(),
+                **provenance_recipe(self.rule, options),
+                **match.describe(),
                 "absorbed": [asdict(task) for task in self.tasks],
             },
             specs=kernel.merge.out,
             kernel=kernel,
-            carried=match.carried,
-            partly={key: part.why for key, part in match.partly.items()},
-            metadata=kept_metadata(base),
-            companions=beside(base, kernel.merge.out, options, match),
+            unmerged=match.unmerged,
+            partly_merged={key: part.reason for key, part in match.partly_merged.items()},
+            metadata=base_metadata(base),
+            small_files=small_files(base, kernel.merge.out, options, match),
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
         )
 
-    def status(self) -> Status:
+    def status(self) -> RunningStatus:
         """Where the running merge stands."""
         current = self._state.generation
-        return Status(
+        return RunningStatus(
             self.rule.describe(),
             self._state.base_path,
             self._state.base_digest,
@@ -210,18 +213,18 @@ class Running:
 
     def label(self, label: str) -> None:
         """Name the current generation, so that it is kept."""
-        with self._disk.alone():
+        with self._disk.lock():
             self._remember_base()
             self._disk.label(label)
 
-    def restore(self, which: str | int) -> Sequence[Generation]:
+    def restore(self, which: str | int) -> Sequence[Version]:
         """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
-        with self._disk.alone():
+        with self._disk.lock():
             self._remember_base()
             return self._disk.restore(which)
 
     @property
-    def _state(self) -> State:
+    def _state(self) -> Manifest:
         return self._disk.state
 
     def _base(self) -> Checkpoint:
@@ -229,9 +232,9 @@ class Running:
         if given is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = path_back(self.path, self._state.base_path)
-            gone = not Path(given).exists() and not distributed(Path(given))
-            if gone and not base_and_adapter(given) and not given.startswith(PREFIX) and not is_url(given):
+            given = resolve_portable_path(self.path, self._state.base_path)
+            gone = not Path(given).exists() and not find_dcp(Path(given))
+            if gone and not split_base_and_adapter(given) and not given.startswith(HUB_PREFIX) and not is_url(given):
                 raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
         return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
 
@@ -241,14 +244,14 @@ class Running:
         if self.winners and task > MOST_MAPPED_TASKS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
         specs = {
-            key: Spec(slot_dtype(self.rule, spec, [s.dtype for s in _specs(key, *slots, model)]), spec.shape)
+            key: TensorSpec(slot_dtype(self.rule, spec, [s.dtype for s in _specs(key, *slots, model)]), spec.shape)
             for key, spec in base.specs.items()
-            if spec.floating
+            if spec.is_mergeable
         }
         count = self.rule.slots(task)
         prefixes = [slot_prefix(n) for n in range(count)] + [WINNERS] * self.winners
         written = {
-            prefix + key: Spec("U8", s.shape) if prefix == WINNERS else s
+            prefix + key: TensorSpec("U8", s.shape) if prefix == WINNERS else s
             for prefix in prefixes
             for key, s in specs.items()
         }
@@ -261,10 +264,10 @@ class Running:
             names.append("winners")
         held = {key for key in specs if self._state.extents.get(key, 1)}
         kernel = AbsorbKernel(
-            Reader(inputs), self.rule, task, len(slots), specs, match.carried, self.winners, match.extents, held
+            BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held
         )
 
-        def sinks(draft: Draft) -> Sequence[Sink]:
+        def sinks(draft: OutputDraft) -> Sequence[TensorSink]:
             return [PrefixedSink(draft, prefix) for prefix in prefixes]
 
         verify = self._disk.verifier()
@@ -277,39 +280,41 @@ class Running:
 
         recipe = {"absorb": self.rule.describe(), "task": task}
         return Job(
-            target=Target(self._disk.folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
-            kernel=kernel, carried=match.carried, partly={key: part.why for key, part in match.partly.items()},
-            sinks=sinks, companions=provenance_file, check=check,
+            target=OutputPath(self._disk.folder(number)), inputs=inputs, names=names, recipe=recipe, specs=written,
+            kernel=kernel,
+            unmerged=match.unmerged,
+            partly_merged={key: part.reason for key, part in match.partly_merged.items()},
+            sinks=sinks, small_files=provenance_file, check=check,
         )  # fmt: skip
 
-    def _result_kernel(self, base: Checkpoint, options: Options) -> ResultKernel:
+    def _result_kernel(self, base: Checkpoint, options: OutputOptions) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._disk.slots()
         self._refuse_others(base, slots)
-        match = self._narrowed(base, compare(base, []))
-        reader = Reader([base, *slots], options.allow_nonfinite)
-        factor, out = options.factor(self.rule), options.out_specs(base)
-        merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.carried, match.extents)
-        merge.check_placed()
+        match = self._narrowed(base, match_to_base(base, []))
+        reader = BlockReader([base, *slots], options.allow_nonfinite)
+        factor, out = options.resolve_scaling_factor(self.rule), options.out_specs(base)
+        merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.unmerged, match.extents)
+        merge.check_rules()
         return ResultKernel(merge, len(slots))
 
     def _narrowed(self, base: Checkpoint, match: Match) -> Match:
         """The match of one more model, without what a model absorbed before has not."""
         before = self._state.extents
-        return narrowed(base, match, before) if before else match
+        return narrow_match(base, match, before) if before else match
 
     def _refuse_others(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
-        merged = {key: spec.shape for key, spec in base.specs.items() if spec.floating}
+        merged = {key: spec.shape for key, spec in base.specs.items() if spec.is_mergeable}
         if any({key: spec.shape for key, spec in slot.specs.items()} != merged for slot in slots):
             raise MagMaxError(f"{self.path}: the base is not the one it was begun with: {base.label} has other tensors")
 
     def _remember_base(self) -> None:
         """Note where the base that was given is, as seen from the state, if it can be opened again from there."""
         if self._base_given is not None:
-            self._state.base_path = path_from(self.path, self._base_given, self._base())
+            self._state.base_path = portable_path(self.path, self._base_given, self._base())
 
 
-def _specs(key: str, *checkpoints: Checkpoint) -> list[Spec]:
+def _specs(key: str, *checkpoints: Checkpoint) -> list[TensorSpec]:
     """The specs of a tensor in those checkpoints that have it."""
-    return [c.spec(key) for c in checkpoints if c.resolve(key) in c.specs]
+    return [c.spec(key) for c in checkpoints if c.resolve_alias(key) in c.specs]

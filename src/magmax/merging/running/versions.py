@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoints import Checkpoint, open_checkpoint
-from ...checkpoints.blocks import chunks
-from ...checkpoints.journal import held
-from ...checkpoints.prefixed import PrefixedView
+from ...checkpoints.blocks import iter_chunks
+from ...checkpoints.journal import lock_folder
+from ...checkpoints.prefixed import PrefixedCheckpoint
 from ...checkpoints.writer import remove
 from ...errors import MagMaxError
-from .manifest import Generation, State, read_state
+from .manifest import Manifest, Version, read_manifest
 
 STATE = "state.json"
 WINNERS = "magmax.winner/"
@@ -27,7 +27,7 @@ def slot_prefix(number: int) -> str:
     return f"magmax.slot{number}/" if number else ""
 
 
-class Generations:
+class VersionStore:
     """What a running merge has on disk.
 
     Attributes:
@@ -35,11 +35,11 @@ class Generations:
         state: what its `state.json` says, as it was last read or written here.
     """
 
-    def __init__(self, path: Path, state: State) -> None:
+    def __init__(self, path: Path, state: Manifest) -> None:
         self.path, self.state = path, state
 
     @classmethod
-    def found(cls, path: Path) -> Generations | None:
+    def find(cls, path: Path) -> VersionStore | None:
         """What is there, if something is. Raises MagMaxError for a folder of anything else, and for a damaged one."""
         if (path / STATE).exists():
             return cls(path, _read(path))
@@ -49,9 +49,9 @@ class Generations:
         return None
 
     @contextmanager
-    def alone(self) -> Generator[None]:
+    def lock(self) -> Generator[None]:
         """Hold the folder against other processes, having seen what they did since it was opened."""
-        with held(self.path):
+        with lock_folder(self.path):
             if (self.path / STATE).exists():
                 self.state = _read(self.path)
             yield
@@ -65,22 +65,22 @@ class Generations:
         if self.state.current is None:
             return []
         whole = open_checkpoint(self.folder(self.state.current))
-        own = PrefixedView(whole, "", whole.label)
+        own = PrefixedCheckpoint(whole, "", whole.label)
         own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
         count = self.state.rule.slots(len(self.state.tasks))
-        return [own, *(PrefixedView(whole, slot_prefix(n), whole.label) for n in range(1, count))]
+        return [own, *(PrefixedCheckpoint(whole, slot_prefix(n), whole.label) for n in range(1, count))]
 
     def winners(self) -> Checkpoint:
         """The map of the current generation: which task, from 1, supplied each element, 0 where none did."""
         whole = open_checkpoint(self.folder(self.state.current or 0))
-        return PrefixedView(whole, WINNERS, whole.label)
+        return PrefixedCheckpoint(whole, WINNERS, whole.label)
 
     def shares(self) -> list[float]:
         """The part of the elements that each task supplied."""
         view, tasks = self.winners(), len(self.state.tasks)
         counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
         for key, spec in view.specs.items():
-            for chunk in chunks(key, spec):
+            for chunk in iter_chunks(key, spec):
                 counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
         total = max(1, int(counts[1:].sum()))
         return [int(counts[number]) / total for number in range(1, tasks + 1)]
@@ -114,19 +114,19 @@ class Generations:
         if current is None:
             raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
         self.refuse_label(label)
-        self.put(replace(current, label=label))
+        self.publish(replace(current, label=label))
 
-    def restore(self, which: str | int) -> list[Generation]:
+    def restore(self, which: str | int) -> list[Version]:
         """Make the generation of this label or number the current one; returns those dropped."""
         before = list(self.state.generations.values())
         found = [g for g in before if which in (g.label, g.number, str(g.number))]
         if not found:
             known = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
             raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
-        self.put(found[0])
+        self.publish(found[0])
         return [generation for generation in before if generation.number not in self.state.generations]
 
-    def put(self, generation: Generation) -> None:
+    def publish(self, generation: Version) -> None:
         """Make a generation the one that counts, then drop those that nothing names."""
         known = {**self.state.generations, generation.number: generation}
         self.state.current = generation.number
@@ -137,8 +137,8 @@ class Generations:
                 remove(folder)
 
 
-def _read(path: Path) -> State:
-    state = read_state(path / STATE)
+def _read(path: Path) -> Manifest:
+    state = read_manifest(path / STATE)
     if state.current is not None and not _folder(path, state.current).is_dir():
         raise MagMaxError(f"{path}: its generation {state.current} is missing; the state is damaged")
     return state

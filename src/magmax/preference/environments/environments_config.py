@@ -7,27 +7,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...continual.experiment import UNMERGED, Experiment, digest_of
-from ...errors import MagMaxError, nearest
+from ...continual.experiment import REFERENCES, Experiment, digest_of
+from ...errors import MagMaxError, nearest_hint
 from ..candidates import TEMPERATURES
 from ..mixtures import MIXTURES
 
-FORMAT = 1
+RECORD_FORMAT = 1
 """Of the records; a new one makes old records be computed again."""
 
-AUTO = 2
+AUTO_VERSION = 2
 """Of what `auto` does; a new one makes records with it be computed again."""
 
-Source = Literal["label", "ot", "cos", "mmd", "auto"]
-Selection = Literal["smallest", "random"]
+PreferenceSource = Literal["label", "ot", "cos", "mmd", "auto"]
+SelectionName = Literal["smallest", "random"]
 BASELINES, CURVES, SAMPLES, ARCHIVE = "baselines", "curves", "samples", "archive"
 
 
-class _Words(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Curves(_Words):
+class ControlCurves(_StrictModel):
     """Control curves, over the test examples of all tasks, `selection` optimal.
 
     Attributes:
@@ -41,7 +41,7 @@ class Curves(_Words):
     tasks: int = Field(3, ge=1)
 
 
-class Samples(_Words):
+class SampleCurve(_StrictModel):
     """How many target samples a preference needs: so many times the number of tasks in the environment.
 
     They are drawn by the environment's mixture from the training examples that were held out, and the environments are
@@ -50,17 +50,17 @@ class Samples(_Words):
 
     per_task: list[int] = Field([1, 5, 10, 20], min_length=1)
     draws: int = Field(1, ge=1)
-    sources: list[Source] = ["label", "ot", "auto"]
+    sources: list[PreferenceSource] = ["label", "ot", "auto"]
 
 
-class Archives(_Words):
+class ArchiveComparison(_StrictModel):
     """Archives of these fractions and bits against the models themselves."""
 
     top: list[float] = [0.3]
     bits: list[Literal[8, 16, 32]] = [8]
 
 
-class Study(_Words):
+class EnvironmentsConfig(_StrictModel):
     """What `magmax environments` does.
 
     Attributes:
@@ -88,25 +88,25 @@ class Study(_Words):
     draws: int = Field(5, ge=1)
     crowd_draws: int = Field(2, ge=0)
     target: float = Field(0.1, gt=0, lt=1)
-    sources: list[Source] = list(get_args(Source))
-    selections: dict[Selection, int] = {"smallest": 5, "random": 5}
+    sources: list[PreferenceSource] = list(get_args(PreferenceSource))
+    selections: dict[SelectionName, int] = {"smallest": 5, "random": 5}
     factors: list[float] = []
     temperatures: list[float] = list(TEMPERATURES)
     pull: float = Field(0.01, ge=0)
-    curves: Curves | None = Field(default_factory=lambda: Curves.model_validate({}))
-    samples: Samples | None = Field(default_factory=lambda: Samples.model_validate({}))
-    archive: Archives | None = Field(default_factory=lambda: Archives.model_validate({}))
+    curves: ControlCurves | None = Field(default_factory=lambda: ControlCurves.model_validate({}))
+    samples: SampleCurve | None = Field(default_factory=lambda: SampleCurve.model_validate({}))
+    archive: ArchiveComparison | None = Field(default_factory=lambda: ArchiveComparison.model_validate({}))
 
-    def checked(self, experiment: Experiment) -> Study:
+    def resolve(self, experiment: Experiment) -> EnvironmentsConfig:
         """Itself, with what it leaves to the experiment. Raises MagMaxError for what does not fit that."""
         for kind, given, known in (
-            ("chain", self.chains, [name for name in experiment.chain_choices if name not in UNMERGED]),
+            ("chain", self.chains, [name for name in experiment.chain_choices if name not in REFERENCES]),
             ("seed", self.seeds, experiment.seeds),
             ("mixture", self.mixtures, list(MIXTURES)),
         ):
             for one in given:
                 if one not in known:
-                    raise MagMaxError(f"{kind}s: there is no {one!r}; {nearest(str(one), list(map(str, known)))}")
+                    raise MagMaxError(f"{kind}s: there is no {one!r}; {nearest_hint(str(one), list(map(str, known)))}")
         if not experiment.validation:
             raise MagMaxError(
                 "scaling factors are chosen on training examples that were held out, and the experiment holds out "
@@ -115,24 +115,24 @@ class Study(_Words):
         factors = sorted({0.5, *(self.factors or experiment.factors)})
         return self.model_copy(update={"seeds": self.seeds or experiment.seeds, "factors": factors})
 
-    def parts(self, tasks: int) -> list[str]:
+    def cell_names(self, num_tasks: int) -> list[str]:
         """What is measured of each chain, one record each: the baselines, the environments ("D1-0"), other questions.
 
         Of every kind of environment the first draw comes before any second one.
         """
         widths = {len(MIXTURES[name]) for name in self.mixtures if len(set(MIXTURES[name])) == 1}
-        mixtures = [name for name in self.mixtures if len(MIXTURES[name]) <= tasks]
-        crowds = [f"M{m}" for m in range(1, tasks + 1) if m not in widths]
+        mixtures = [name for name in self.mixtures if len(MIXTURES[name]) <= num_tasks]
+        crowds = [f"M{m}" for m in range(1, num_tasks + 1) if m not in widths]
         drawn = [f"{name}-{draw}" for draw in range(self.draws) for name in mixtures]
         drawn += [f"{name}-{draw}" for draw in range(self.crowd_draws) for name in crowds]
         asked = {CURVES: self.curves, SAMPLES: self.samples, ARCHIVE: self.archive}
         return [BASELINES, *drawn, *(name for name, words in asked.items() if words is not None)]
 
-    def selected(self, kind: str, draw: int) -> list[Selection]:
+    def extra_selections(self, mixture: str, draw: int) -> list[SelectionName]:
         """The other selections that are tried in this environment."""
-        return [name for name, draws in self.selections.items() if kind in MIXTURES and draw < draws]
+        return [name for name, draws in self.selections.items() if mixture in MIXTURES and draw < draws]
 
-    def recipe(self, experiment: Experiment, part: Part) -> dict[str, Any]:
+    def cell_recipe(self, experiment: Experiment, cell: RecordKey) -> dict[str, Any]:
         """All that decides a record."""
         keys = {
             BASELINES: ["factors"],
@@ -141,27 +141,27 @@ class Study(_Words):
             ARCHIVE: ["factors", "archive"],
         }
         environment = ["factors", "target", "sources", "temperatures", "pull"]
-        told = self.model_dump(include=set(keys.get(part.name, environment)))
-        if part.name not in keys:
-            told["selections"] = self.selected(part.kind, part.draw)
-        sources = told["samples"]["sources"] if part.name == SAMPLES else told.get("sources", [])
+        told = self.model_dump(include=set(keys.get(cell.name, environment)))
+        if cell.name not in keys:
+            told["selections"] = self.extra_selections(cell.mixture, cell.draw)
+        sources = told["samples"]["sources"] if cell.name == SAMPLES else told.get("sources", [])
         if "auto" in sources:
-            told["auto"] = AUTO
-        return {"format": FORMAT, **experiment.chain_recipe(part.seed, part.chain), "part": part.name, **told}
+            told["auto"] = AUTO_VERSION
+        return {"format": RECORD_FORMAT, **experiment.chain_recipe(cell.seed, cell.training), "part": cell.name, **told}
 
-    def digest(self, experiment: Experiment, part: Part) -> str:
-        return digest_of(self.recipe(experiment, part))
+    def cell_digest(self, experiment: Experiment, cell: RecordKey) -> str:
+        return digest_of(self.cell_recipe(experiment, cell))
 
 
-class Part(NamedTuple):
+class RecordKey(NamedTuple):
     """One record: a seed, a chain, and what is measured of it."""
 
     seed: int
-    chain: str
+    training: str
     name: str
 
     @property
-    def kind(self) -> str:
+    def mixture(self) -> str:
         """Of an environment "D1-0": D1."""
         return self.name.partition("-")[0]
 
@@ -171,10 +171,14 @@ class Part(NamedTuple):
         return int(self.name.partition("-")[2] or 0)
 
 
-def shares_of(name: str) -> Sequence[float]:
+def mixture_shares(name: str) -> Sequence[float]:
     """The tasks' shares in a kind of environment: of `MIXTURES`, or "M4" for four in equal parts."""
     return MIXTURES[name] if name in MIXTURES else (1 / int(name[1:]),) * int(name[1:])
 
 
-SHAPES: Mapping[str, type[_Words]] = {"curves": Curves, "samples": Samples, "archive": Archives}
+SECTION_CONFIGS: Mapping[str, type[_StrictModel]] = {
+    "curves": ControlCurves,
+    "samples": SampleCurve,
+    "archive": ArchiveComparison,
+}
 """The parts of a study that have keys of their own."""

@@ -9,149 +9,161 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...rules import Average, MagMax, PerModel, Rule, Ties, Tunable
-from ..mixtures import MIXTURES, Environment, environments
-from .environments_config import Part, Study, shares_of
-from .target_texts import TEST, Target, Weights, known
-from .trained_models import Classes, Learned
+from ..mixtures import MIXTURES, TargetEnvironment, draw_environments
+from .environments_config import EnvironmentsConfig, RecordKey, mixture_shares
+from .target_texts import TEST, EnvironmentTarget, Weights, reference_preferences
+from .trained_models import ClassIds, TrainedModels
 
-HALF = 0.5
-RULES: Mapping[str, Rule] = {"average": Average(), "ties": Ties(), "magmax": MagMax()}
-CONTROL = "weighted_average"
-CONTROLLED = ("label", "auto", "oracle")
+FIXED_FACTOR = 0.5
+BASELINE_RULES: Mapping[str, Rule] = {"average": Average(), "ties": Ties(), "magmax": MagMax()}
+CONTROL_METHOD = "weighted_average"
+CONTROL_SOURCES = ("label", "auto", "oracle")
 """The preferences that the weighted average is tried with."""
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
-def baselines(study: Study, learned: Learned) -> dict[str, Any]:
+def measure_baselines(config: EnvironmentsConfig, evaluator: TrainedModels) -> dict[str, Any]:
     """What needs no environment: each rule's factor chosen on held-out training examples, and what it predicts.
 
     A rule's score is the mean over tasks of its accuracy; the lowest factor of equal ones is chosen.
     """
-    here = learned.here
-    everything, labels, held = range(learned.tasks), here.validation.labels, learned.held_task_of
-    learned.put(0)
-    found: dict[str, Classes] = {"zero_shot": learned.seen(here.test, learned.task_of >= 0)}
-    learned.put(learned.tasks)
-    found["last"] = learned.seen(here.test, learned.task_of >= 0)
+    here = evaluator.context
+    everything, labels, held = range(evaluator.num_tasks), here.validation.labels, evaluator.validation_task_ids
+    evaluator.load_checkpoint(0)
+    found: dict[str, ClassIds] = {"zero_shot": evaluator.predict_rows(here.test, evaluator.test_task_ids >= 0)}
+    evaluator.load_checkpoint(evaluator.num_tasks)
+    found["last"] = evaluator.predict_rows(here.test, evaluator.test_task_ids >= 0)
     search: dict[str, dict[str, float]] = {}
     chosen: dict[str, float] = {}
-    for name, rule in RULES.items():
-        factors = sorted({*study.factors, rule.default_factor})
+    for name, rule in BASELINE_RULES.items():
+        factors = sorted({*config.factors, rule.default_scaling_factor})
         scores = {
-            factor: float(np.mean(by_task(learned.seen(here.validation, held >= 0) == labels, held, everything)))
-            for factor, _ in zip(factors, learned.merged(rule, factors), strict=True)
+            factor: float(
+                np.mean(
+                    accuracy_by_task(evaluator.predict_rows(here.validation, held >= 0) == labels, held, everything)
+                )
+            )
+            for factor, _ in zip(factors, evaluator.load_merges(rule, factors), strict=True)
         }
         chosen[name] = max(factors, key=lambda factor: scores[factor])
         search[name] = {f"{factor:g}": score for factor, score in scores.items()}
-        used = list(dict.fromkeys([HALF, chosen[name], rule.default_factor]))
-        for factor, classes in zip(used, learned.predicted(rule, used, everything), strict=True):
+        used = list(dict.fromkeys([FIXED_FACTOR, chosen[name], rule.default_scaling_factor]))
+        for factor, classes in zip(used, evaluator.predict(rule, used, everything), strict=True):
             found[f"{name}@{factor:g}"] = classes
     return {
         "search": search,
         "chosen": chosen,
-        "own": learned.own,
+        "own": evaluator.magmax_shares,
         "predicted": {name: classes.tolist() for name, classes in found.items()},
     }
 
 
-class Tried(NamedTuple):
+class MethodPredictions(NamedTuple):
     """A method in an environment: its name, and the class of each test example at each of its scaling factors."""
 
     method: str
     factors: Mapping[str, float | None]
-    classes: Mapping[str, Classes]
+    predictions: Mapping[str, ClassIds]
     weights: Weights = ()
-    more: Mapping[str, Any] = {}
+    extra: Mapping[str, Any] = {}
 
 
-class Measure:
+class EnvironmentScorer:
     """One chain's records, given its baselines."""
 
-    def __init__(self, study: Study, learned: Learned, base: Mapping[str, Any]) -> None:
-        self.study, self.learned, self.base = study, learned, base
-        self.labels = learned.here.test.labels
-        self.factor = float(base["chosen"]["magmax"])
-        self.variants = {"0.5": HALF, "chosen": self.factor}
+    def __init__(self, config: EnvironmentsConfig, evaluator: TrainedModels, baselines: Mapping[str, Any]) -> None:
+        self.config, self.evaluator, self.baselines = config, evaluator, baselines
+        self.labels = evaluator.context.test.labels
+        self.magmax_factor = float(baselines["chosen"]["magmax"])
+        self.factor_variants = {"0.5": FIXED_FACTOR, "chosen": self.magmax_factor}
 
-    def drawn(self, kind: str, draw: int) -> Environment:
+    def draw_environment(self, mixture: str, draw: int) -> TargetEnvironment:
         """An environment; the same for every chain of a seed, and however many are drawn."""
-        order = list(MIXTURES).index(kind) if kind in MIXTURES else 100 + int(kind[1:])
-        return environments(
-            self.learned.task_of,
-            mixtures={kind: shares_of(kind)},
+        order = list(MIXTURES).index(mixture) if mixture in MIXTURES else 100 + int(mixture[1:])
+        return draw_environments(
+            self.evaluator.test_task_ids,
+            mixtures={mixture: mixture_shares(mixture)},
             draws=draw + 1,
-            target=self.study.target,
-            seed=[self.learned.here.seed, order],
+            target_fraction=self.config.target,
+            seed=[self.evaluator.context.seed, order],
         )[draw]
 
-    def environment(self, part: Part) -> list[Row]:
+    def measure_environment(self, cell: RecordKey) -> list[ResultRow]:
         """Every method in one environment."""
-        environment = self.drawn(part.kind, part.draw)
-        target = Target(self.learned, TEST, environment.target)
-        preferences = {source: self.preference(source, target, part.draw) for source in self.study.sources}
-        mixture = known(shares_of(part.kind), environment.tasks, self.learned.tasks)
+        environment = self.draw_environment(cell.mixture, cell.draw)
+        target = EnvironmentTarget(self.evaluator, TEST, environment.target_rows)
+        preferences = {source: self.compute_preference(source, target, cell.draw) for source in self.config.sources}
+        mixture = reference_preferences(mixture_shares(cell.mixture), environment.tasks, self.evaluator.num_tasks)
         preferences |= {source: {"weights": list(weights)} for source, weights in mixture.items()}
-        rows = self.scored(environment, self.fixed())
+        rows = self.score_results(environment, self.baseline_results())
         for source, found in preferences.items():
-            rows += self.scored(environment, self.preferred(source, found, environment))
+            rows += self.score_results(environment, self.preference_results(source, found, environment))
         return rows
 
-    def preference(self, source: str, target: Target, seed: int) -> dict[str, Any]:
+    def compute_preference(self, source: str, target: EnvironmentTarget, seed: int) -> dict[str, Any]:
         """A source's weights, and what else is to be told of them."""
         if source == "auto":
-            return target.chosen(self.factor, self.study.temperatures, self.study.pull, seed)
-        return {"weights": target.weights(source)}
+            return target.choose_weights(self.magmax_factor, self.config.temperatures, self.config.pull, seed)
+        return {"weights": target.estimate_weights(source)}
 
-    def fixed(self) -> Iterator[Tried]:
+    def baseline_results(self) -> Iterator[MethodPredictions]:
         """The methods without a preference."""
-        predicted = {name: np.array(classes) for name, classes in self.base["predicted"].items()}
+        predicted = {name: np.array(classes) for name, classes in self.baselines["predicted"].items()}
         for name in ("zero_shot", "last"):
-            yield Tried(name, {"": None}, {"": predicted[name]})
-        for name in RULES:
-            factors = {"0.5": HALF, "chosen": float(self.base["chosen"][name])}
-            yield Tried(name, factors, {key: predicted[f"{name}@{factor:g}"] for key, factor in factors.items()})
+            yield MethodPredictions(name, {"": None}, {"": predicted[name]})
+        for name in BASELINE_RULES:
+            factors = {"0.5": FIXED_FACTOR, "chosen": float(self.baselines["chosen"][name])}
+            yield MethodPredictions(
+                name, factors, {key: predicted[f"{name}@{factor:g}"] for key, factor in factors.items()}
+            )
 
-    def preferred(self, source: str, found: Mapping[str, Any], environment: Environment) -> Iterator[Tried]:
+    def preference_results(
+        self, source: str, preference: Mapping[str, Any], environment: TargetEnvironment
+    ) -> Iterator[MethodPredictions]:
         """`tunable` under a preference, by every selection of this draw, and the control."""
-        others = self.study.selected(environment.mixture, environment.draw)
-        yield from self.selected(source, found, environment, ["optimal", *others])
-        if source in CONTROLLED:
-            rule = Average(weights=PerModel(tuple(found["weights"])))
-            factors = {"0.5": HALF, "chosen": float(self.base["chosen"]["average"])}
-            yield self.tried(f"{CONTROL}/{source}", rule, factors, found, environment)
+        others = self.config.extra_selections(environment.mixture, environment.draw)
+        yield from self.tunable_results(source, preference, environment, ["optimal", *others])
+        if source in CONTROL_SOURCES:
+            rule = Average(weights=PerModel(tuple(preference["weights"])))
+            factors = {"0.5": FIXED_FACTOR, "chosen": float(self.baselines["chosen"]["average"])}
+            yield self.evaluate_rule(f"{CONTROL_METHOD}/{source}", rule, factors, preference, environment)
 
-    def selected(
-        self, source: str, found: Mapping[str, Any], environment: Environment, selections: Sequence[str]
-    ) -> Iterator[Tried]:
+    def tunable_results(
+        self, source: str, preference: Mapping[str, Any], environment: TargetEnvironment, selections: Sequence[str]
+    ) -> Iterator[MethodPredictions]:
         """`tunable` under a preference."""
         for selection in selections:
             rule = Tunable(
-                preference=tuple(found["weights"]),
+                preference=tuple(preference["weights"]),
                 selection=cast("Literal['optimal', 'smallest', 'random']", selection),
-                seed=self.learned.here.seed,
+                seed=self.evaluator.context.seed,
             )
-            yield self.tried(f"tunable/{selection}/{source}", rule, self.variants, found, environment)
+            yield self.evaluate_rule(
+                f"tunable/{selection}/{source}", rule, self.factor_variants, preference, environment
+            )
 
-    def tried(
+    def evaluate_rule(
         self,
         method: str,
         rule: Rule,
         factors: Mapping[str, float],
-        found: Mapping[str, Any],
-        environment: Environment,
-    ) -> Tried:
+        preference: Mapping[str, Any],
+        environment: TargetEnvironment,
+    ) -> MethodPredictions:
         """A rule under a preference, on the tasks of an environment."""
-        classes = self.learned.predicted(rule, list(factors.values()), environment.tasks)
-        more = {key: value for key, value in found.items() if key != "weights"}
-        return Tried(method, factors, dict(zip(factors, classes, strict=True)), tuple(found["weights"]), more)
+        classes = self.evaluator.predict(rule, list(factors.values()), environment.tasks)
+        more = {key: value for key, value in preference.items() if key != "weights"}
+        return MethodPredictions(
+            method, factors, dict(zip(factors, classes, strict=True)), tuple(preference["weights"]), more
+        )
 
-    def scored(self, environment: Environment, tried: Iterator[Tried]) -> list[Row]:
+    def score_results(self, environment: TargetEnvironment, results: Iterator[MethodPredictions]) -> list[ResultRow]:
         """The micro accuracy of each on the environment's scored rows."""
-        rows: list[Row] = []
-        for one in tried:
-            for variant, classes in one.classes.items():
-                right = classes[environment.scored] == self.labels[environment.scored]
+        rows: list[ResultRow] = []
+        for one in results:
+            for variant, classes in one.predictions.items():
+                right = classes[environment.scored_rows] == self.labels[environment.scored_rows]
                 rows.append(
                     {
                         "mixture": environment.mixture,
@@ -161,14 +173,14 @@ class Measure:
                         "variant": variant,
                         "scaling_factor": one.factors[variant],
                         "accuracy": float(right.mean()),
-                        "scored": len(environment.scored),
+                        "scored": len(environment.scored_rows),
                         "weights": list(one.weights),
-                        **one.more,
+                        **one.extra,
                     }
                 )
         return rows
 
 
-def by_task(right: NDArray[np.bool_], task_of: Classes, tasks: Sequence[int]) -> list[float]:
+def accuracy_by_task(is_correct: NDArray[np.bool_], task_ids: ClassIds, tasks: Sequence[int]) -> list[float]:
     """The share of each task's examples that are right."""
-    return [float(right[task_of == task].mean()) for task in tasks]
+    return [float(is_correct[task_ids == task].mean()) for task in tasks]

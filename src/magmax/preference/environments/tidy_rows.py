@@ -7,33 +7,33 @@ from typing import Any
 
 import numpy as np
 
-from ...continual.evaluation.tables import Paired, paired
+from ...continual.evaluation.tables import PairedComparison, compare_paired
 from .environment_runs import Record
-from .environments_config import ARCHIVE, BASELINES, CURVES, SAMPLES, shares_of
+from .environments_config import ARCHIVE, BASELINES, CURVES, SAMPLES, mixture_shares
 
-Row = dict[str, Any]
+TidyRow = dict[str, Any]
 COLUMNS = (
     "seed", "chain", "part", "mixture", "draw", "method", "variant", "scaling_factor", "x", "measure", "value",
 )  # fmt: skip
 
 
-def tidy(records: Sequence[Record]) -> list[Row]:
+def tidy_rows(records: Sequence[Record]) -> list[TidyRow]:
     """One row for each number, whatever it was measured in; what does not apply is empty.
 
     `x` is the curve's a or weight, the number of target samples a task, or the archive's fraction. The measure
     "distance" is half the sum of |w - w_oracle|: the share of elements that would have to change hands.
     """
-    found: list[Row] = []
+    found: list[TidyRow] = []
     for record in records:
         if record["part"] != BASELINES:
             for row in record["rows"]:
                 about = {key: record[key] for key in ("seed", "chain", "part")}
                 about |= {key: row.get(key, "") for key in ("mixture", "draw", "method", "variant", "scaling_factor")}
-                found += [{**dict.fromkeys(COLUMNS, ""), **about, **told} for told in _told(record["part"], row)]
+                found += [{**dict.fromkeys(COLUMNS, ""), **about, **told} for told in _expand_row(record["part"], row)]
     return found
 
 
-def _told(part: str, row: Row) -> list[Row]:
+def _expand_row(part: str, row: TidyRow) -> list[TidyRow]:
     if part == CURVES:
         method = "schedule" if row["curve"] == "schedule" else f"weight of task {row['task']}"
         shares = enumerate(row["tasks"], start=1)
@@ -43,25 +43,25 @@ def _told(part: str, row: Row) -> list[Row]:
         measures = ("bytes", "model_bytes", "making", "seconds", "accuracy", "exact", "agreement")
         return [{"method": method, "x": row["top"], "measure": name, "value": row[name]} for name in measures]
     x = {"x": row["per_task"]} if part == SAMPLES else {}
-    told: list[Row] = [{**x, "measure": "accuracy", "value": row["accuracy"]}]
+    told: list[TidyRow] = [{**x, "measure": "accuracy", "value": row["accuracy"]}]
     if row["weights"]:
         oracle = np.zeros(len(row["weights"]))
-        oracle[row["tasks"]] = shares_of(row["mixture"])
+        oracle[row["tasks"]] = mixture_shares(row["mixture"])
         told.append({**x, "measure": "distance", "value": float(abs(oracle - row["weights"]).sum() / 2)})
     return told
 
 
-class Table:
+class ScoreTable:
     """The values of one measure on one chain, by method, variant, kind of environment, seed and draw."""
 
-    def __init__(self, rows: Sequence[Row], measure: str = "accuracy") -> None:
+    def __init__(self, rows: Sequence[TidyRow], measure: str = "accuracy") -> None:
         self.values: dict[tuple[str, str], dict[tuple[str, int, int], float]] = {}
         for row in rows:
             if row["measure"] == measure and row["part"] == f"{row['mixture']}-{row['draw']}":
                 key = row["mixture"], row["seed"], row["draw"]
                 self.values.setdefault((row["method"], row["variant"]), {})[key] = row["value"]
 
-    def by_seed(self, method: str, variant: str, mixtures: Sequence[str], draws: int | None = None) -> list[float]:
+    def seed_means(self, method: str, variant: str, mixtures: Sequence[str], draws: int | None = None) -> list[float]:
         """For each seed that has all these kinds of environments the mean over them and their (first) draws."""
         own = self.values.get((method, variant)) or self.values.get((method, ""), {})
         some = {k: v for k, v in own.items() if k[0] in mixtures and (draws is None or k[2] < draws)}
@@ -73,7 +73,9 @@ class Table:
     def mixtures(self) -> list[str]:
         return list(dict.fromkeys(key[0] for own in self.values.values() for key in own))
 
-    def against(self, ours: str, other: str, variant: str, mixtures: Sequence[str], draws: int | None) -> Paired | None:
+    def compare(
+        self, ours: str, other: str, variant: str, mixtures: Sequence[str], draws: int | None
+    ) -> PairedComparison | None:
         """Two methods seed by seed; None where they were not both measured on the same seeds."""
-        mine, theirs = (self.by_seed(method, variant, mixtures, draws) for method in (ours, other))
-        return paired(ours, other, variant, mine, theirs) if mine and len(mine) == len(theirs) else None
+        mine, theirs = (self.seed_means(method, variant, mixtures, draws) for method in (ours, other))
+        return compare_paired(ours, other, variant, mine, theirs) if mine and len(mine) == len(theirs) else None

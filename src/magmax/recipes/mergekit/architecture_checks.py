@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoints import Checkpoint
 from ...checkpoints.lora.adapted_model import LoraModel
-from ...checkpoints.zero_base import Zeros
+from ...checkpoints.zero_base import ZeroBase
 from ...errors import MagMaxError
 
 Where = str
@@ -17,7 +17,7 @@ Where = str
 
 
 @dataclass(frozen=True)
-class Fitness:
+class ArchitectureCheck:
     """Refuses models for which a recipe means something else in mergekit than here.
 
     Attributes:
@@ -47,7 +47,7 @@ class Fitness:
             _one_vocabulary(self.tokenizer, base, models)
         if self.template:
             _one_template(*self.template, base, models)
-        return Zeros(base) if self.counted else base
+        return ZeroBase(base) if self.counted else base
 
 
 def layers(names: Mapping[str, Any]) -> int:
@@ -64,8 +64,8 @@ def layers(names: Mapping[str, Any]) -> int:
 def _one_type(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     for model in models:
         for key, spec in base.specs.items():
-            theirs = model.specs.get(model.resolve(key))
-            if theirs and spec.floating and theirs.dtype != spec.dtype and not isinstance(model, LoraModel):
+            theirs = model.specs.get(model.resolve_alias(key))
+            if theirs and spec.is_mergeable and theirs.dtype != spec.dtype and not isinstance(model, LoraModel):
                 raise MagMaxError(
                     f"{where}: the models have several types ({key} is {spec.dtype} in {base.label} and {theirs.dtype} "
                     f"in {model.label}), and the recipe names none; give it a dtype or an out_dtype"
@@ -107,7 +107,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 
 def _template(checkpoint: Checkpoint) -> str | None:
-    folder = checkpoint.folder()
+    folder = checkpoint.small_files_folder()
     file = folder / "chat_template.jinja" if folder else None
     found = file.read_text("utf-8") if file and file.is_file() else None
     found = found or _json(checkpoint, "tokenizer_config.json").get("chat_template")
@@ -115,7 +115,7 @@ def _template(checkpoint: Checkpoint) -> str | None:
 
 
 def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    folder = checkpoint.folder()
+    folder = checkpoint.small_files_folder()
     if folder is None or not (folder / name).is_file():
         return {}
     try:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from ...rules import (
     Average,
-    Before,
     Breadcrumbs,
     Dare,
     Della,
@@ -21,15 +20,16 @@ from ...rules import (
     Sce,
     Slerp,
     TaskArithmetic,
+    TaskVectorTransform,
     chain,
 )
-from .parameters import Given
+from .parameters import ParameterLookup
 
 Default = bool | int | float | None
 
 
 @dataclass(frozen=True)
-class Method:
+class MergekitMethod:
     """A merge method.
 
     Attributes:
@@ -40,7 +40,7 @@ class Method:
         least, most: how many models, without the base if that is the start.
     """
 
-    rule: Callable[[Given], Rule]
+    rule: Callable[[ParameterLookup], Rule]
     shared: Mapping[str, Default] = field(default_factory=dict[str, Default])
     own: Mapping[str, Default] = field(default_factory=dict[str, Default])
     counted: bool = False
@@ -49,78 +49,78 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Thinning:
+class Sparsifier:
     """A way to thin out task vectors, with the parameters it has beyond `density`."""
 
-    parts: Callable[[Given, bool], list[Before]]
+    parts: Callable[[ParameterLookup, bool], list[TaskVectorTransform]]
     rescale: bool = False
     own: Mapping[str, Default] = field(default_factory=dict[str, Default])
 
 
-def _linear(given: Given) -> Rule:
+def _linear(given: ParameterLookup) -> Rule:
     weights = given.per_model("weight", None)
     return Average(weights) if given.constant("normalize", True) else TaskArithmetic(weights)
 
 
-def _none(given: Given, rescale: bool) -> list[Before]:
+def _none(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     return []
 
 
-def _largest(given: Given, rescale: bool) -> list[Before]:
+def _largest(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _unscaled(given, rescale)
     return [Prune(keep=given.per_model("density", 1.0), span="tensor")]
 
 
-def _chance(given: Given, rescale: bool) -> list[Before]:
+def _chance(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
         return [Prune(keep=given.per_model("density", 1.0), which="random")]
     return [Dare(drop=given.per_model("density", 1.0, lambda density: 1 - density))]
 
 
-def _middle(given: Given, rescale: bool) -> list[Before]:
+def _middle(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _unscaled(given, rescale)
     return [Breadcrumbs(density=given.per_model("density", 1.0), gamma=given.per_model("gamma", 0.01))]
 
 
-def _rank(given: Given, rescale: bool) -> list[Before]:
+def _rank(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
         raise given.unsupported("rescale", "della without rescaling; leave rescale out")
     return [Della(density=given.per_model("density", 1.0), epsilon=given.per_model("epsilon", 0.15))]
 
 
-def _unscaled(given: Given, rescale: bool) -> None:
+def _unscaled(given: ParameterLookup, rescale: bool) -> None:
     if rescale:
         raise given.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
 
 
-ALL = Thinning(_none)
-LARGEST = Thinning(_largest)
-CHANCE = Thinning(_chance, rescale=True)
-MIDDLE = Thinning(_middle, own={"gamma": 0.01})
-RANK = Thinning(_rank, rescale=True, own={"epsilon": 0.15})
+ALL = Sparsifier(_none)
+LARGEST = Sparsifier(_largest)
+CHANCE = Sparsifier(_chance, rescale=True)
+MIDDLE = Sparsifier(_middle, own={"gamma": 0.01})
+RANK = Sparsifier(_rank, rescale=True, own={"epsilon": 0.15})
 
 
-def _arithmetic(thinning: Thinning, elect: bool, normalize: bool) -> Method:
+def _arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitMethod:
     """Thin out the task vectors, perhaps elect a sign, and add up what is left or take its mean."""
 
-    def rule(given: Given) -> Rule:
+    def rule(given: ParameterLookup) -> Rule:
         weights, mean = given.per_model("weight", None), given.constant("normalize", normalize)
         sums = (Elect, ElectSum) if elect else (Average, TaskArithmetic)
         parts = thinning.parts(given, given.constant("rescale", thinning.rescale))
         return chain(*parts, sums[0](weights) if mean else sums[1](weights))
 
     shared = {"normalize": normalize, "rescale": thinning.rescale, "lambda": 1.0, "int8_mask": False}
-    return Method(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
+    return MergekitMethod(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
 
 
-def _model_stock(given: Given) -> Rule:
+def _model_stock(given: ParameterLookup) -> Rule:
     if given.constant("filter_wise", False):
         raise given.unsupported("filter_wise", "model_stock row by row; leave filter_wise out")
     return ModelStock()
 
 
-METHODS: dict[str, Method] = {
-    "linear": Method(_linear, {"normalize": True}, {"weight": None}, counted=True),
+METHODS: dict[str, MergekitMethod] = {
+    "linear": MergekitMethod(_linear, {"normalize": True}, {"weight": None}, counted=True),
     "task_arithmetic": _arithmetic(ALL, elect=False, normalize=False),
     "ties": _arithmetic(LARGEST, elect=True, normalize=True),
     "dare_linear": _arithmetic(CHANCE, elect=False, normalize=False),
@@ -129,16 +129,18 @@ METHODS: dict[str, Method] = {
     "della": _arithmetic(RANK, elect=True, normalize=True),
     "breadcrumbs": _arithmetic(MIDDLE, elect=False, normalize=False),
     "breadcrumbs_ties": _arithmetic(MIDDLE, elect=True, normalize=False),
-    "sce": Method(lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}),
-    "slerp": Method(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
-    "nearswap": Method(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),
-    "model_stock": Method(_model_stock, {"filter_wise": False}, least=2),
-    "karcher": Method(
+    "sce": MergekitMethod(
+        lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}
+    ),
+    "slerp": MergekitMethod(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
+    "nearswap": MergekitMethod(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),
+    "model_stock": MergekitMethod(_model_stock, {"filter_wise": False}, least=2),
+    "karcher": MergekitMethod(
         lambda given: Karcher(max_iter=given.constant("max_iter", 10), tol=given.constant("tol", 1e-5)),
         {"max_iter": 10, "tol": 1e-5},
         counted=True,
     ),
-    "passthrough": Method(
+    "passthrough": MergekitMethod(
         lambda given: TaskArithmetic(given.per_model("scale", 1.0)), {}, {"scale": 1.0}, counted=True, most=1
     ),
 }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...errors import MagMaxError
 from ...rules import Filters, Layers, Number, Numbers, PerModel
-from ...yaml_documents import Document
+from ...yaml_documents import YamlDocument
 from .schema import Settings
 
 Turn = Callable[[float], float]
@@ -15,21 +15,23 @@ Entry = tuple[str | None, float | Layers]
 Kind = TypeVar("Kind", bool, int, float)
 
 
-class Level(NamedTuple):
+class ParameterLevel(NamedTuple):
     """Settings of one level, and the place of their keys in the document."""
 
     place: tuple[str | int, ...]
     settings: Settings
 
 
-class Given:
+class ParameterLookup:
     """What a recipe sets, from the most particular level to the most general: a model's own, the slice's, everyone's.
 
     A value that names no filter holds for all tensors; of a list of filters the first that is a part of the tensor's
     name holds; where none is, the next level is asked, and at last the method's default.
     """
 
-    def __init__(self, document: Document, shared: Sequence[Level], own: Sequence[Sequence[Level]]) -> None:
+    def __init__(
+        self, document: YamlDocument, shared: Sequence[ParameterLevel], own: Sequence[Sequence[ParameterLevel]]
+    ) -> None:
         self._document, self._shared, self._own = document, shared, own
 
     def per_model(self, name: str, default: float | None, turn: Turn = float) -> Numbers:
@@ -54,7 +56,7 @@ class Given:
         level = next(level for level in self._shared if name in level.settings)
         return MagMaxError(f"{self._at(level, name)}: not supported here: {what}")
 
-    def _number(self, name: str, default: float | None, levels: Sequence[Level], turn: Turn) -> Number:
+    def _number(self, name: str, default: float | None, levels: Sequence[ParameterLevel], turn: Turn) -> Number:
         entries: list[Entry] = []
         for level in levels:
             if name in level.settings:
@@ -68,16 +70,16 @@ class Given:
         cut = next(n for n, (part, _) in enumerate(entries, start=1) if part is None)
         return entries[0][1] if cut == 1 else Filters(tuple(entries[:cut]))
 
-    def _missing(self, name: str, entries: Sequence[Entry], levels: Sequence[Level]) -> MagMaxError:
-        where = self._document.at(*(levels[0].place if levels else ("merge_method",)))
+    def _missing(self, name: str, entries: Sequence[Entry], levels: Sequence[ParameterLevel]) -> MagMaxError:
+        where = self._document.locate(*(levels[0].place if levels else ("merge_method",)))
         if not entries:
             return MagMaxError(f"{where}: {name} is missing; the merge method has no default for it")
         return MagMaxError(
             f"{where}: {name} is missing for tensors that no filter fits; add a last {{value: ...}} without a filter"
         )
 
-    def _at(self, level: Level, name: str) -> str:
-        return self._document.at(*level.place, name)
+    def _at(self, level: ParameterLevel, name: str) -> str:
+        return self._document.locate(*level.place, name)
 
 
 def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:

@@ -36,7 +36,7 @@ Settings = dict[str, Any]
 """Parameters as they are written: a value, a list over the layers, or {filter, value} pairs."""
 
 
-class Input(BaseModel):
+class MergekitModel(BaseModel):
     """A model, its layers from the first number up to but not with the second, and the parameters that are its own."""
 
     model_config = STRICT
@@ -45,23 +45,23 @@ class Input(BaseModel):
     parameters: Settings | None = None
 
 
-class Slice(BaseModel):
+class MergekitSlice(BaseModel):
     """Layers of the output, and where they come from."""
 
     model_config = STRICT
-    sources: list[Input]
+    sources: list[MergekitModel]
     base_model: Reference | None = None
     parameters: Settings | None = None
 
 
-class Recipe(BaseModel):
+class MergekitRecipe(BaseModel):
     """A whole recipe."""
 
     model_config = STRICT
     merge_method: str
     base_model: Reference | None = None
-    models: list[Input] | None = None
-    slices: list[Slice] | None = None
+    models: list[MergekitModel] | None = None
+    slices: list[MergekitSlice] | None = None
     modules: Any = None
     parameters: Settings | None = None
     dtype: Dtype | None = None
@@ -71,8 +71,8 @@ class Recipe(BaseModel):
     chat_template: Any = None
 
 
-def known(parts: Sequence[str]) -> list[str]:
+def valid_keys(parts: Sequence[str]) -> list[str]:
     """The valid keys beside a place in a recipe."""
     if len(parts) == 1:
-        return list(Recipe.model_fields)
-    return list((Input if parts[0] == "models" or "sources" in parts else Slice).model_fields)
+        return list(MergekitRecipe.model_fields)
+    return list((MergekitModel if parts[0] == "models" or "sources" in parts else MergekitSlice).model_fields)

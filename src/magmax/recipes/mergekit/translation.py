@@ -6,19 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...checkpoints.lora.adapted_model import base_and_adapter, within
-from ...checkpoints.remote.hub import hub_id
+from ...checkpoints.lora.adapted_model import resolve_path, split_base_and_adapter
+from ...checkpoints.remote.hub import parse_hub_id
 from ...checkpoints.remote.urls import is_url
-from ...errors import MagMaxError, listed
+from ...errors import MagMaxError, list_problems
 from ...merging.model_names import default_names
-from ...merging.output_options import Options
-from ...rules import nearest
-from ...yaml_documents import Document, parse_yaml, validated
-from ..request import Plan
-from .architecture_checks import Fitness
-from .methods import ELSEWHERE, METHODS, PARAMETERS, Method
-from .parameters import Given, Level
-from .schema import Input, Recipe, known
+from ...merging.output_options import OutputOptions
+from ...rules import nearest_hint
+from ...yaml_documents import YamlDocument, parse_yaml, validate
+from ..request import MergeRequest
+from .architecture_checks import ArchitectureCheck
+from .methods import ELSEWHERE, METHODS, PARAMETERS, MergekitMethod
+from .parameters import ParameterLevel, ParameterLookup
+from .schema import MergekitModel, MergekitRecipe, valid_keys
 
 OURS = ("out", "mismatch", "allow_nonfinite")
 """What assignments and flags may say beyond mergekit's own keys."""
@@ -29,7 +29,9 @@ def is_mergekit(content: Mapping[str, Any]) -> bool:
     return "merge_method" in content
 
 
-def build(document: Document, overrides: Sequence[str], flags: Mapping[str, Any], folder: str) -> Plan:
+def build_request(
+    document: YamlDocument, overrides: Sequence[str], flags: Mapping[str, Any], folder: str
+) -> MergeRequest:
     """A plan from a mergekit recipe.
 
     Args:
@@ -43,8 +45,8 @@ def build(document: Document, overrides: Sequence[str], flags: Mapping[str, Any]
             mergekit's that has no equal here: each with its line, all that can be seen at once.
     """
     content, ours = _assigned(document.content, overrides, flags)
-    recipe = validated(Recipe, Document(document.file, content, document.lines), known)
-    return _Reading(document, recipe, folder).plan(ours)
+    recipe = validate(MergekitRecipe, YamlDocument(document.file, content, document.lines), valid_keys)
+    return _Translation(document, recipe, folder).plan(ours)
 
 
 def _assigned(
@@ -59,11 +61,11 @@ def _assigned(
             ours[name] = value
         elif head == "parameters" and len(rest) == 1:
             theirs["parameters"] = {**(theirs.get("parameters") or {}), rest[0]: value}
-        elif name in Recipe.model_fields and name not in ("models", "slices"):
+        elif name in MergekitRecipe.model_fields and name not in ("models", "slices"):
             theirs[name] = value
         else:
-            options = [*Recipe.model_fields, *OURS, *(f"parameters.{p}" for p in PARAMETERS)]
-            raise MagMaxError(f"cannot set {name} of a mergekit recipe; {nearest(name, options)}")
+            options = [*MergekitRecipe.model_fields, *OURS, *(f"parameters.{p}" for p in PARAMETERS)]
+            raise MagMaxError(f"cannot set {name} of a mergekit recipe; {nearest_hint(name, options)}")
     for name, value in flags.items():
         if name in OURS:
             ours[name] = value
@@ -76,22 +78,22 @@ def _assigned(
     return theirs, ours
 
 
-class _Reading:
+class _Translation:
     """A recipe on its way to a plan: what is found wrong or worth a note on the way is gathered."""
 
-    def __init__(self, document: Document, recipe: Recipe, folder: str) -> None:
+    def __init__(self, document: YamlDocument, recipe: MergekitRecipe, folder: str) -> None:
         self.document, self.recipe, self.folder = document, recipe, folder
         self.problems: list[str] = []
         self.notes: list[str] = []
 
-    def plan(self, ours: Mapping[str, Any]) -> Plan:
+    def plan(self, ours: Mapping[str, Any]) -> MergeRequest:
         method = self._method()
         inputs, shared, base = self._inputs()
-        levels = {place: Level((*place, "parameters"), i.parameters or {}) for place, i in inputs.items()}
+        levels = {place: ParameterLevel((*place, "parameters"), i.parameters or {}) for place, i in inputs.items()}
         merged = {place: i.model for place, i in inputs.items() if method.counted or i.model != base}
         if method.counted and base and base not in merged.values() and self.recipe.slices is None:
             merged["base_model",] = base
-            levels["base_model",] = Level(("base_model",), {})
+            levels["base_model",] = ParameterLevel(("base_model",), {})
         self._count(method, base, merged)
         for place, level in levels.items():
             own = place in merged
@@ -103,32 +105,34 @@ class _Reading:
         paths = [self._located(model, place) for place, model in merged.items()]
         start = self._located(base, ("base_model",)) if base else (paths or [""])[0]
         if self.problems:
-            raise listed(f"{self.document.file} cannot be merged here", self.problems)
-        given = Given(self.document, shared, [[levels[place]] for place in merged])
-        return Plan(
+            raise list_problems(f"{self.document.file} cannot be merged here", self.problems)
+        given = ParameterLookup(self.document, shared, [[levels[place]] for place in merged])
+        return MergeRequest(
             rule=self._rule(method, given),
             base=start,
             models=paths,
             names=self._names(paths),
             options=self._options(method, given, ours),
             out=self._out(ours.get("out")),
-            checked=self._fitness(method, ranges),
+            check=self._fitness(method, ranges),
             notes=self.notes,
         )
 
-    def _method(self) -> Method:
-        name, where = self.recipe.merge_method, self.document.at("merge_method")
+    def _method(self) -> MergekitMethod:
+        name, where = self.recipe.merge_method, self.document.locate("merge_method")
         if name in ELSEWHERE:
             raise MagMaxError(f"{where}: not supported here: merge_method {name}; {ELSEWHERE[name]}")
         if name not in METHODS:
-            raise MagMaxError(f"{where}: there is no merge_method {name!r}; {nearest(name, [*METHODS, *ELSEWHERE])}")
+            raise MagMaxError(
+                f"{where}: there is no merge_method {name!r}; {nearest_hint(name, [*METHODS, *ELSEWHERE])}"
+            )
         return METHODS[name]
 
-    def _inputs(self) -> tuple[dict[tuple[str | int, ...], Input], list[Level], str | None]:
+    def _inputs(self) -> tuple[dict[tuple[str | int, ...], MergekitModel], list[ParameterLevel], str | None]:
         """The models by their place, the levels of parameters that they share, and the base, if there is one."""
-        recipe, everyone = self.recipe, Level(("parameters",), self.recipe.parameters or {})
+        recipe, everyone = self.recipe, ParameterLevel(("parameters",), self.recipe.parameters or {})
         if recipe.modules is not None:
-            where = self.document.at("modules")
+            where = self.document.locate("modules")
             raise MagMaxError(f"{where}: not supported here: modules; one recipe merges one model, with the key models")
         if (recipe.models is None) == (recipe.slices is None):
             which = "both models and slices" if recipe.models is not None else "neither models nor slices"
@@ -137,18 +141,18 @@ class _Reading:
             found = {("models", n): each for n, each in enumerate(recipe.models or [])}
             return found, [everyone], recipe.base_model
         if len(recipe.slices) != 1:
-            where = self.document.at("slices")
+            where = self.document.locate("slices")
             raise MagMaxError(f"{where}: not supported here: a model put together of {len(recipe.slices)} slices; "
                               "one slice with all layers, or models, is")  # fmt: skip
         (only,) = recipe.slices
         found = {("slices", 0, "sources", n): each for n, each in enumerate(only.sources)}
-        shared = [Level(("slices", 0, "parameters"), only.parameters or {}), everyone]
+        shared = [ParameterLevel(("slices", 0, "parameters"), only.parameters or {}), everyone]
         return found, shared, only.base_model or recipe.base_model
 
-    def _count(self, method: Method, base: str | None, merged: Mapping[Any, str]) -> None:
-        name, where = self.recipe.merge_method, self.document.at("slices" if self.recipe.slices else "models")
+    def _count(self, method: MergekitMethod, base: str | None, merged: Mapping[Any, str]) -> None:
+        name, where = self.recipe.merge_method, self.document.locate("slices" if self.recipe.slices else "models")
         if base is None and not method.counted:
-            self.problems.append(f"{self.document.at('merge_method')}: {name} needs a base_model")
+            self.problems.append(f"{self.document.locate('merge_method')}: {name} needs a base_model")
         if twice := sorted({model for model in merged.values() if list(merged.values()).count(model) > 1}):
             self.problems.append(f"{where}: {', '.join(twice)} is given twice; name each model once")
         most = method.most or len(merged)
@@ -157,13 +161,15 @@ class _Reading:
             beside = "" if method.counted else " beside the base"
             self.problems.append(f"{where}: {name} merges {wanted}{beside}, not {len(merged)}")
 
-    def _parameters(self, method: Method, level: Level, used: Mapping[str, Any], whose: str) -> None:
+    def _parameters(self, method: MergekitMethod, level: ParameterLevel, used: Mapping[str, Any], whose: str) -> None:
         """Unknown parameters are problems; those that have no effect in mergekit either are notes."""
         for name, value in level.settings.items():
-            where = self.document.at(*level.place, name)
+            where = self.document.locate(*level.place, name)
             if name not in PARAMETERS:
                 options = list({**method.shared, **method.own})
-                self.problems.append(f"{where}: unknown parameter {name!r}; {nearest(name, options or PARAMETERS)}")
+                self.problems.append(
+                    f"{where}: unknown parameter {name!r}; {nearest_hint(name, options or PARAMETERS)}"
+                )
             elif name == "int8_mask" and value:
                 self.notes.append(f"{where}: int8_mask saves memory in mergekit, and changes nothing here")
             elif name not in used and value is not None:
@@ -171,12 +177,12 @@ class _Reading:
                     f"{where}: {name} has no effect as {whose} parameter of {self.recipe.merge_method}, in mergekit too"
                 )
 
-    def _ranges(self, inputs: Mapping[tuple[str | int, ...], Input]) -> list[tuple[str, list[int]]]:
+    def _ranges(self, inputs: Mapping[tuple[str | int, ...], MergekitModel]) -> list[tuple[str, list[int]]]:
         for place, given in inputs.items():
             if place[0] == "slices" and given.layer_range is None:
-                self.problems.append(f"{self.document.at(*place)}: layer_range is missing")
+                self.problems.append(f"{self.document.locate(*place)}: layer_range is missing")
         return [
-            (self.document.at(*place, "layer_range"), given.layer_range)
+            (self.document.locate(*place, "layer_range"), given.layer_range)
             for place, given in inputs.items()
             if given.layer_range is not None
         ]
@@ -186,48 +192,49 @@ class _Reading:
         recipe = self.recipe
         if recipe.dtype == "float64":
             self.problems.append(
-                f"{self.document.at('dtype')}: not supported here: float64 arithmetic on narrower models; leave dtype "
+                f"{self.document.locate('dtype')}: not supported here: float64 arithmetic on narrower models; leave "
+                "dtype "
                 "out (models stored in float64 are computed in it), or write out_dtype: float64"
             )
         if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
-            self.problems.append(f"{self.document.at('tokenizer')}: has a tokenizer_source beside it; keep one")
+            self.problems.append(f"{self.document.locate('tokenizer')}: has a tokenizer_source beside it; keep one")
         extra = [key for key in recipe.tokenizer or {} if key != "source"] if isinstance(recipe.tokenizer, dict) else []
         for key in extra:
-            where = self.document.at("tokenizer", key)
+            where = self.document.locate("tokenizer", key)
             self.problems.append(f"{where}: not supported here: tokenizer.{key}; the base's tokenizer is copied")
 
-    def _rule(self, method: Method, given: Given) -> Any:
+    def _rule(self, method: MergekitMethod, given: ParameterLookup) -> Any:
         try:
             return method.rule(given)
         except MagMaxError as error:
             if str(error).startswith(self.document.file):
                 raise
             key = "parameters" if self.recipe.parameters else "merge_method"
-            raise MagMaxError(f"{self.document.at(key)}: {error}") from error
+            raise MagMaxError(f"{self.document.locate(key)}: {error}") from error
 
-    def _options(self, method: Method, given: Given, ours: Mapping[str, Any]) -> Options:
+    def _options(self, method: MergekitMethod, given: ParameterLookup, ours: Mapping[str, Any]) -> OutputOptions:
         factor = given.number("lambda", 1.0) if "lambda" in method.shared else 1.0
         mismatch, allowed = ours.get("mismatch", "strict"), ours.get("allow_nonfinite", False)
         if mismatch not in ("strict", "base"):
             raise MagMaxError(f"mismatch is strict or base, not {mismatch!r}")
         if mismatch == "base" and method.counted:
-            where, name = self.document.at("merge_method"), self.recipe.merge_method
+            where, name = self.document.locate("merge_method"), self.recipe.merge_method
             raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
-        return Options(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
+        return OutputOptions(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
 
     def _names(self, paths: Sequence[str]) -> list[str]:
-        names = default_names([(base_and_adapter(path) or (path,))[-1] for path in paths])
+        names = default_names([(split_base_and_adapter(path) or (path,))[-1] for path in paths])
         return names if len(set(names)) == len(names) else [f"{n} {name}" for n, name in enumerate(names, start=1)]
 
-    def _fitness(self, method: Method, ranges: Sequence[tuple[str, list[int]]]) -> Fitness:
+    def _fitness(self, method: MergekitMethod, ranges: Sequence[tuple[str, list[int]]]) -> ArchitectureCheck:
         recipe, document = self.recipe, self.document
         key = "tokenizer" if recipe.tokenizer is not None else "tokenizer_source"
-        return Fitness(
+        return ArchitectureCheck(
             counted=method.counted,
-            untyped=None if recipe.dtype or recipe.out_dtype else document.at("merge_method"),
+            untyped=None if recipe.dtype or recipe.out_dtype else document.locate("merge_method"),
             ranges=ranges,
-            tokenizer=document.at(key) if recipe.tokenizer or recipe.tokenizer_source else None,
-            template=(document.at("chat_template"), str(recipe.chat_template)) if recipe.chat_template else None,
+            tokenizer=document.locate(key) if recipe.tokenizer or recipe.tokenizer_source else None,
+            template=(document.locate("chat_template"), str(recipe.chat_template)) if recipe.chat_template else None,
         )
 
     def _out(self, out: object) -> str | None:
@@ -235,14 +242,14 @@ class _Reading:
 
     def _located(self, model: str, place: tuple[str | int, ...]) -> str:
         """Where a model lies: as given, which is from the current folder, as mergekit has it; or from the recipe's."""
-        halves = base_and_adapter(model) or (model,)
+        halves = split_base_and_adapter(model) or (model,)
         if all(map(os.path.lexists, halves)):
             return model
-        beside = within(self.folder, model)
-        if all(map(os.path.lexists, base_and_adapter(beside) or (beside,))):
+        beside = resolve_path(self.folder, model)
+        if all(map(os.path.lexists, split_base_and_adapter(beside) or (beside,))):
             return beside
-        if is_url(model) or all(hub_id(half, self.folder) for half in model.split("+")):
+        if is_url(model) or all(parse_hub_id(half, self.folder) for half in model.split("+")):
             return model
-        where = self.document.at(*place)
+        where = self.document.locate(*place)
         self.problems.append(f"{where}: there is no {model}, neither in the current folder nor beside the recipe")
         return model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..statistics import Array, namespace
-from .svd import SpectralRule, largest, total
+from .svd import SpectralRule, leading_singular_vectors, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class IsoC(SpectralRule):
     scaling_factor: ClassVar[float] = 1.0
     paper: ClassVar[str] = "Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959"
 
-    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
-        summed = total(matrices)
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+        summed = sum_in_float64(matrices)
         rank = min(summed.shape)
-        u, s, vh = largest(summed, rank, sum(noises))
+        u, s, vh = leading_singular_vectors(summed, rank, sum(noises))
         return u * (namespace(s).sum(s) / rank) @ vh

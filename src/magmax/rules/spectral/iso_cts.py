@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ...errors import MagMaxError
 from ..statistics import Array, namespace
-from .svd import SpectralRule, largest, nearest_isometry, total, wide
+from .svd import SpectralRule, as_float64, leading_singular_vectors, nearest_isometry, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class IsoCTS(SpectralRule):
         if not 0 <= self.common <= 1:
             raise MagMaxError(f"iso_cts needs common, a fraction, from 0 to 1, not {self.common}")
 
-    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
         tasks, rank = len(matrices), min(matrices[0].shape)
         each = min(round((rank - int(self.common * rank)) / tasks), rank // tasks)
-        common = largest(total(matrices), rank - each * tasks, sum(noises))
+        common = leading_singular_vectors(sum_in_float64(matrices), rank - each * tasks, sum(noises))
         xp = namespace(matrices[0])
         parts: list[tuple[Array, Array, Array]] = []
         for matrix, noise in zip(matrices, noises, strict=True):
-            rest = wide(matrix)
+            rest = as_float64(matrix)
             rest -= common[0] @ (xp.matrix_transpose(common[0]) @ rest)
-            parts.append(largest(rest, each, noise))
+            parts.append(leading_singular_vectors(rest, each, noise))
         us, ss, vhs = zip(*parts, common, strict=True)
         isometry = nearest_isometry(xp.concat(us, axis=1), matrices[0])
         return isometry * (xp.sum(xp.concat(ss)) / rank) @ nearest_isometry(xp.concat(vhs, axis=0), matrices[0])

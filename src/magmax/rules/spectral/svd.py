@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import MagMaxError
-from ..contract import Rule, divide
-from ..statistics import Answer, Array, Block, namespace
+from ..contract import Rule, divide_in_place
+from ..statistics import Array, Block, Statistics, namespace
 
-LARGEST = 1e38
+LARGEST_DIMENSION = 1e38
 """A number that float32 can hold, that no weight comes near, and whose square is still a float64."""
 ACCURATE = 1e-6
 """The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
@@ -30,28 +30,31 @@ class SpectralRule(Rule):
     """
 
     @property
-    def whole(self) -> bool:
+    def whole_tensor(self) -> bool:
         return True
 
     @abstractmethod
-    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
         """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type.
 
         Singular values up to `noises`, one for each matrix, are what rounding may have made of zero.
         """
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        shape, (first, *_) = block.shape, block.deltas
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        shape, (first, *_) = block.shape, block.task_vectors
         xp = namespace(first)
         if shape is None or len(shape) != 2 or 0 in shape:
-            return mean(block.deltas)
-        if not all(bool(xp.all(abs(delta) < LARGEST)) for delta in block.deltas):
+            return mean(block.task_vectors)
+        if not all(bool(xp.all(abs(delta) < LARGEST_DIMENSION)) for delta in block.task_vectors):
             raise MagMaxError(
-                f"{block.at.key}: {self.name} takes singular values, not of NaN, infinity or above {LARGEST:g}"
+                f"{block.address.key}: {self.name} takes singular values, not of NaN, infinity or above "
+                f"{LARGEST_DIMENSION:g}"
             )
         size = 0.0 if block.base is None else norm(block.base)
-        noises = [_noise(size + norm(delta), shape, float(xp.finfo(delta.dtype).eps)) for delta in block.deltas]
-        merged = self.merged([xp.reshape(delta, shape) for delta in block.deltas], noises)
+        noises = [
+            _rounding_norm(size + norm(delta), shape, float(xp.finfo(delta.dtype).eps)) for delta in block.task_vectors
+        ]
+        merged = self.merge_matrices([xp.reshape(delta, shape) for delta in block.task_vectors], noises)
         return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
 
 
@@ -60,25 +63,25 @@ def mean(arrays: Sequence[Array]) -> Array:
     merged = arrays[0] + 0
     for array in arrays[1:]:
         merged += array
-    divide(merged, len(arrays))
+    divide_in_place(merged, len(arrays))
     return merged
 
 
-def total(matrices: Sequence[Array]) -> Array:
+def sum_in_float64(matrices: Sequence[Array]) -> Array:
     """The sum, a left fold in float64."""
-    merged = wide(matrices[0])
+    merged = as_float64(matrices[0])
     for matrix in matrices[1:]:
         merged += matrix
     return merged
 
 
-def wide(matrix: Array) -> Array:
+def as_float64(matrix: Array) -> Array:
     """A copy in float64."""
     xp = namespace(matrix)
     return xp.astype(matrix, xp.float64)
 
 
-def _noise(size: float, shape: tuple[int, ...], eps: float) -> float:
+def _rounding_norm(size: float, shape: tuple[int, ...], eps: float) -> float:
     """The largest singular value of the rounding errors in a matrix of numbers of that Frobenius norm, with a margin.
 
     Errors that are independent, eps / 4 of each element in the root mean square, have the norm
@@ -89,7 +92,7 @@ def _noise(size: float, shape: tuple[int, ...], eps: float) -> float:
     return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), own)
 
 
-def largest(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
+def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
     """The `count` largest singular values s of a float64 matrix, largest first, with their vectors: u * s @ vh.
 
     Fewer, where others are zero: those that rounding alone makes, up to `noise` or to max(rows, columns) * 2^-52 times
@@ -98,7 +101,7 @@ def largest(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array
     xp = namespace(matrix)
     rows, columns = matrix.shape
     if rows > columns:
-        v, s, uh = largest(xp.matrix_transpose(matrix), count, noise)
+        v, s, uh = leading_singular_vectors(xp.matrix_transpose(matrix), count, noise)
         return xp.matrix_transpose(uh), s, xp.matrix_transpose(v)
     if count == 0 or rows == 0:
         return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
@@ -128,11 +131,11 @@ def nearest_isometry(matrix: Array, like: Array) -> Array:
     Its columns or rows are singular vectors of matrices of the type of `like`, known to its precision.
     """
     precision = 64 * float(namespace(like).finfo(like.dtype).eps)
-    u, _, vh = largest(matrix, min(matrix.shape), precision)
+    u, _, vh = leading_singular_vectors(matrix, min(matrix.shape), precision)
     return u @ vh
 
 
 def norm(matrix: Array) -> float:
     """The Frobenius norm."""
     xp = namespace(matrix)
-    return math.sqrt(float(xp.sum(wide(matrix) ** 2)))
+    return math.sqrt(float(xp.sum(as_float64(matrix) ** 2)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..statistics import Array, namespace
-from .svd import SpectralRule, largest, mean, nearest_isometry, wide
+from .svd import SpectralRule, as_float64, leading_singular_vectors, mean, nearest_isometry
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,15 @@ class TsvM(SpectralRule):
     scaling_factor: ClassVar[float] = 1.0
     paper: ClassVar[str] = "Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081"
 
-    def merged(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
         each = min(matrices[0].shape) // len(matrices)
         if each == 0:
             return mean(matrices)
         xp = namespace(matrices[0])
-        parts = [largest(wide(matrix), each, noise) for matrix, noise in zip(matrices, noises, strict=True)]
+        parts = [
+            leading_singular_vectors(as_float64(matrix), each, noise)
+            for matrix, noise in zip(matrices, noises, strict=True)
+        ]
         us, ss, vhs = zip(*parts, strict=True)
         isometry = nearest_isometry(xp.concat(us, axis=1), matrices[0])
         return isometry * xp.concat(ss) @ nearest_isometry(xp.concat(vhs, axis=0), matrices[0])

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...errors import MagMaxError
-from ..contract import Before, bits
-from ..schedules import Numbers, each, need
-from ..selection import apply_mask, largest
-from ..statistics import Address, Answer, Array, Block, Plan, Scope, Span, seen
+from ..contract import TaskVectorTransform, as_signed_bits
+from ..schedules import Numbers, for_all_models, validate_range
+from ..selection import apply_mask, request_largest
+from ..statistics import Address, Array, Block, Scope, Span, Statistics, StatisticsRequest, through
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(Before):
+class Breadcrumbs(TaskVectorTransform):
     """Drop the `gamma` n entries of largest magnitude, then keep the `density` n that are largest of the rest.
 
     Of the n entries in the span, exactly round(density * n) are kept, below round(gamma * n) that are dropped; where
@@ -37,34 +37,34 @@ class Breadcrumbs(Before):
     def __post_init__(self) -> None:
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"breadcrumbs needs span to be model or tensor, not {self.span!r}")
-        need(self.name, "density", self.density, 0, 1)
-        need(self.name, "gamma", self.gamma, 0, 1)
+        validate_range(self.name, "density", self.density, 0, 1)
+        validate_range(self.name, "gamma", self.gamma, 0, 1)
 
     @property
     def passes(self) -> int:
         return 3
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span(self.span)
 
-    def plan(self, scope: Scope) -> Plan:
-        numbers = zip(each(self.density, scope.tasks), each(self.gamma, scope.tasks), strict=True)
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        numbers = zip(for_all_models(self.density, scope.tasks), for_all_models(self.gamma, scope.tasks), strict=True)
         kept = [(round(density * scope.elements), round(gamma * scope.elements)) for density, gamma in numbers]
         dropped = [min(outliers, scope.elements - keep) for keep, outliers in kept]
         reached = [outliers + keep for outliers, (keep, _) in zip(dropped, kept, strict=True)]
-        twice = Scope(2 * scope.tasks, scope.elements, scope.wide)
-        cuts = yield from seen(largest([*dropped, *reached], twice), _twice)
+        twice = Scope(2 * scope.tasks, scope.elements, scope.float64)
+        cuts = yield from through(request_largest([*dropped, *reached], twice), _doubled)
         return list(zip(cuts[: scope.tasks], cuts[scope.tasks :], strict=True))
 
-    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
-        outliers, reached = answer[task - 1]
-        mask = ~outliers.mask(delta, at)
-        mask &= reached.mask(delta, at)
-        apply_mask(bits(delta), mask)
-        return delta
+    def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
+        outliers, reached = statistics[task - 1]
+        mask = ~outliers.mask(task_vector, address)
+        mask &= reached.mask(task_vector, address)
+        apply_mask(as_signed_bits(task_vector), mask)
+        return task_vector
 
 
-def _twice(block: Block) -> Block:
+def _doubled(block: Block) -> Block:
     """The block with every task vector twice, so that two cuts of each are found at once; counting changes none."""
-    return Block(block.at, [*block.deltas, *block.deltas])
+    return Block(block.address, [*block.task_vectors, *block.task_vectors])

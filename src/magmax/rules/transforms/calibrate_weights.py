@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import MagMaxError, nearest
-from ..contract import After, Merge
-from ..norms import Lengths, cosines, mean_angle, measured
-from ..statistics import Answer, Array, Block, Plan, Scope, Sums, namespace
+from ...errors import MagMaxError, nearest_hint
+from ..contract import MergedTransform, MergeFunction
+from ..norms import NormStatistics, cosines, mean_cosine, request_norms
+from ..statistics import Array, Block, Scope, Statistics, StatisticsRequest, Sums, namespace
 from .sensitive_tensors import read_sensitivity
 
 EPSILON = 1e-8
@@ -27,7 +27,7 @@ APART = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared\.|position|relative_att
 
 
 @dataclass(frozen=True)
-class CalibrateWeights(After):
+class CalibrateWeights(MergedTransform):
     """Multiply each merged matrix by a xi that gives it the magnitude of the task vectors as they came in.
 
         norm:       xi = mean_k |tau_k| / |m|
@@ -52,7 +52,7 @@ class CalibrateWeights(After):
 
     name: ClassVar[str] = "calibrate_weights"
     paper: ClassVar[str] = "Li et al., MAGIC, 2025, arXiv 2512.19320"
-    numpy_alone: ClassVar[bool] = True
+    cpu_only: ClassVar[bool] = True
 
     form: Literal["norm", "ellipsoid"] = "norm"
     per: Literal["tensor", "row"] | None = None
@@ -81,31 +81,31 @@ class CalibrateWeights(After):
         return 1
 
     @property
-    def angles(self) -> bool:
+    def needs_angles(self) -> bool:
         """Whether the angles between vectors matter, not their lengths alone."""
         return self.form == "ellipsoid" or self.guard < 1
 
     def check_names(self, names: Collection[str]) -> None:
         for name in self.sensitive:
             if name not in names:
-                hint = nearest(name, sorted(names))
+                hint = nearest_hint(name, sorted(names))
                 raise MagMaxError(f"{self.name}: sensitive names {name!r}, which is no tensor of the model; {hint}")
 
-    def plan(self, scope: Scope, merge: Merge) -> Plan:
+    def statistics(self, scope: Scope, merge: MergeFunction) -> StatisticsRequest:
         rows = self.per == "row" or (self.per is None and self.form == "ellipsoid")
         parts = {
             key: math.prod(shape[1:] if rows else shape)
             for key, shape in scope.shapes.items()
             if is_calibrated(key, shape)
         }
-        return (yield from measured(parts, merge, scope.tasks, self.angles))
+        return (yield from request_norms(parts, merge, scope.tasks, self.needs_angles))
 
-    def apply(self, block: Block, merge: Merge, answer: Answer, factor: float) -> Array:
-        lengths: Lengths = answer
-        key = block.at.key
-        if key not in lengths.parts or self.guarded(lengths.vectors[key]):
+    def apply(self, block: Block, merge: MergeFunction, statistics: Statistics, factor: float) -> Array:
+        lengths: NormStatistics = statistics
+        key = block.address.key
+        if key not in lengths.parts or self.is_guarded(lengths.vectors[key]):
             return merge(block)
-        merged, found = lengths.of(block, merge, self.angles)
+        merged, found = lengths.of(block, merge, self.needs_angles)
         xi = self.coefficients(found, factor)
         if self.sensitive:
             xi = np.minimum(xi, 1) if key in self.sensitive else np.maximum(xi, 1)
@@ -114,7 +114,7 @@ class CalibrateWeights(After):
         rows *= xp.asarray(xi[:, None], dtype=rows.dtype, device=getattr(rows, "device", None))
         return xp.reshape(rows, (-1,))
 
-    def guarded(self, vectors: Sums) -> bool:
+    def is_guarded(self, vectors: Sums) -> bool:
         """Whether task vectors of these measures are too much alike."""
         return self.guard < 1 and float(cosines(vectors[:, :-1]).mean()) > self.guard
 
@@ -135,12 +135,12 @@ class CalibrateWeights(After):
                 xi = 1 / np.sqrt((a**2).sum(axis=1) + across / (mean**2 + EPSILON) + EPSILON)
         return np.where((size > 0) & (xi < LARGEST), xi, 1.0)
 
-    def explain(self, answers: Collection[Answer]) -> str:
-        vectors = {key: own for answer in answers for key, own in answer.vectors.items()}
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
+        vectors = {key: own for answer in all_statistics for key, own in answer.vectors.items()}
         told: list[str] = []
-        if guarded := [key for key in vectors if self.guarded(vectors[key])]:
+        if guarded := [key for key in vectors if self.is_guarded(vectors[key])]:
             told.append(f"{self.name}: the guard leaves {len(guarded)} of {len(vectors)} tensors as they were")
-        means = {key: mean_angle(own[:, :-1]) for key, own in vectors.items()} if self.form == "ellipsoid" else {}
+        means = {key: mean_cosine(own[:, :-1]) for key, own in vectors.items()} if self.form == "ellipsoid" else {}
         mean = math.fsum(means.values()) / max(1, len(means))
         if mean > CORRELATED:
             most = max(means, key=lambda key: means[key])

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import MagMaxError
-from ..contract import Before, divide
-from ..random import masked_at_random
-from ..schedules import Numbers, need, numbers, one
-from ..statistics import Address, Answer, Array
+from ..contract import TaskVectorTransform, divide_in_place
+from ..random import keep_at_random
+from ..schedules import Numbers, all_numbers, for_model, validate_range
+from ..statistics import Address, Array, Statistics
 
 
 @dataclass(frozen=True)
-class Dare(Before):
+class Dare(TaskVectorTransform):
     """Each entry is zeroed with probability `drop`; the others are divided by 1 - drop, so that the mean stays.
 
     The draws depend on (seed, tensor name, flat offset, task) alone. FusionBench's and mergekit's draws depend on the
@@ -27,12 +27,12 @@ class Dare(Before):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        need(self.name, "drop", self.drop, 0, 1)
-        if 1 in numbers(self.drop):
+        validate_range(self.name, "drop", self.drop, 0, 1)
+        if 1 in all_numbers(self.drop):
             raise MagMaxError("dare needs drop below 1; at 1 nothing would be left to rescale")
 
-    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
-        keep = 1 - one(self.drop, task)
-        kept = masked_at_random(delta, keep, "dare", self.seed, task, at)
-        divide(kept, keep)
+    def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
+        keep = 1 - for_model(self.drop, task)
+        kept = keep_at_random(task_vector, keep, "dare", self.seed, task, address)
+        divide_in_place(kept, keep)
         return kept

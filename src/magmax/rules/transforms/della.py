@@ -10,42 +10,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError
-from ..contract import Before
-from ..random import masked_at_random
-from ..schedules import Numbers, PerModel, each, need, one
-from ..selection import BINS, Window, magnitude_codes
-from ..statistics import Address, Answer, Array, Counts, Plan, Scope, Span, namespace
+from ..contract import TaskVectorTransform
+from ..random import keep_at_random
+from ..schedules import Numbers, PerModel, for_all_models, for_model, validate_range
+from ..selection import BINS, CodeHistogram, magnitude_codes
+from ..statistics import Address, Array, Counts, Scope, Span, Statistics, StatisticsRequest, namespace
 
 
-class Ranks(NamedTuple):
+class MagnitudeRanks(NamedTuple):
     """How entries are ranked, from 0 for the smallest magnitude to 1 for the largest.
 
     Attributes:
         row: the length of the rows to rank within; 0 where `tables` tell the ranks.
         tables: for each task the magnitudes it has, as the first 16 of their bits, and their ranks.
-        wide: whether the magnitudes are of float64.
+        float64: whether the magnitudes are of float64.
     """
 
     row: int
     tables: Sequence[tuple[NDArray[np.uint16], NDArray[np.float64]]] = ()
-    wide: bool = False
+    float64: bool = False
 
-    def of(self, delta: Array, task: int, at: Address) -> NDArray[np.float64]:
-        codes = np.asarray(magnitude_codes(delta, self.wide)).reshape(-1)
+    def of(self, task_vector: Array, task: int, address: Address) -> NDArray[np.float64]:
+        codes = np.asarray(magnitude_codes(task_vector, self.float64)).reshape(-1)
         if not self.row:
             there, ranks = self.tables[task - 1]
             table: NDArray[np.float64] = np.zeros(BINS)
             table[there] = ranks
-            return table[codes >> (47 if self.wide else 15)]
-        if at.offset % self.row or len(codes) % self.row:
+            return table[codes >> (47 if self.float64 else 15)]
+        if address.offset % self.row or len(codes) % self.row:
             raise MagMaxError(
-                f"{at.key}: its rows of {self.row:,} elements are too long to be ranked by della; use span: tensor"
+                f"{address.key}: its rows of {self.row:,} elements are too long to be ranked by della; use span: tensor"
             )
-        places = _places(codes.reshape(-1, self.row)).reshape(-1)
+        places = _rank_in_row(codes.reshape(-1, self.row)).reshape(-1)
         return places / (self.row - 1) if self.row > 1 else np.full(len(codes), 0.5)
 
 
-def _places(rows: NDArray[Any]) -> NDArray[np.int64]:
+def _rank_in_row(rows: NDArray[Any]) -> NDArray[np.int64]:
     """Each number's place in its row, the smallest first; of equal ones, the last first."""
     last: int = rows.shape[1] - 1
     if rows.itemsize == 4:
@@ -63,7 +63,7 @@ def _places(rows: NDArray[Any]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Della(Before):
+class Della(TaskVectorTransform):
     """Keep each entry with a probability that grows with the rank of its magnitude; divide it by that probability.
 
         p = density - epsilon + 2 epsilon r,  r = 0 for the smallest entry in the span, ..., 1 for the largest
@@ -79,7 +79,7 @@ class Della(Before):
 
     name: ClassVar[str] = "della"
     paper: ClassVar[str] = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
-    numpy_alone: ClassVar[bool] = True
+    cpu_only: ClassVar[bool] = True
 
     density: Numbers = 0.5
     epsilon: Numbers = 0.15
@@ -89,12 +89,14 @@ class Della(Before):
     def __post_init__(self) -> None:
         if self.span not in ("row", "tensor", "model"):
             raise MagMaxError(f"della needs span to be row, tensor or model, not {self.span!r}")
-        need(self.name, "density", self.density, 0, 1)
-        need(self.name, "epsilon", self.epsilon, 0, 1)
-        if self.varies:
+        validate_range(self.name, "density", self.density, 0, 1)
+        validate_range(self.name, "epsilon", self.epsilon, 0, 1)
+        if self.varies_by_tensor:
             return
         tasks = min([len(v.values) for v in (self.density, self.epsilon) if isinstance(v, PerModel)], default=1)
-        for density, epsilon in zip(each(self.density, tasks), each(self.epsilon, tasks), strict=True):
+        for density, epsilon in zip(
+            for_all_models(self.density, tasks), for_all_models(self.epsilon, tasks), strict=True
+        ):
             if density < 1 and not 0 <= density - epsilon <= density + epsilon <= 1:
                 raise MagMaxError(f"della needs density -+ epsilon from 0 to 1, not {density:g} -+ {epsilon:g}")
 
@@ -103,30 +105,34 @@ class Della(Before):
         return 0 if self.span == "row" else 1
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span.MODEL if self.span == "model" else Span.TENSOR
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         if self.span == "row":
-            return Ranks(scope.row, wide=scope.wide)
-        counted: Counts = yield Window([0] * scope.tasks, 47 if scope.wide else 15, scope.wide)
+            return MagnitudeRanks(scope.row_elements, float64=scope.float64)
+        counted: Counts = yield CodeHistogram([0] * scope.tasks, 47 if scope.float64 else 15, scope.float64)
         equal = counted[:, 1:]
         below = np.cumsum(equal, axis=1) - equal
         last = scope.elements - 1
         ranks = (below + (equal - 1) / 2) / last if last else np.full(equal.shape, 0.5)
         there = [np.flatnonzero(of_task).astype(np.uint16) for of_task in equal]  # few: every tensor has its own
-        return Ranks(0, [(codes, of_task[codes]) for codes, of_task in zip(there, ranks, strict=True)], scope.wide)
+        return MagnitudeRanks(
+            0, [(codes, of_task[codes]) for codes, of_task in zip(there, ranks, strict=True)], scope.float64
+        )
 
-    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
-        ranks: Ranks = answer
-        density, epsilon = one(self.density, task), one(self.epsilon, task)
+    def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
+        ranks: MagnitudeRanks = statistics
+        density, epsilon = for_model(self.density, task), for_model(self.epsilon, task)
         if density == 1:
-            return delta
-        keep = density - epsilon + 2 * epsilon * ranks.of(delta, task, at)
-        kept = masked_at_random(delta, keep, "della", self.seed, task, at)
-        xp = namespace(delta)
+            return task_vector
+        keep = density - epsilon + 2 * epsilon * ranks.of(task_vector, task, address)
+        kept = keep_at_random(task_vector, keep, "della", self.seed, task, address)
+        xp = namespace(task_vector)
         kept /= xp.reshape(
-            xp.asarray(np.where(keep > 0, keep, 1), dtype=delta.dtype, device=getattr(delta, "device", None)),
-            delta.shape,
+            xp.asarray(
+                np.where(keep > 0, keep, 1), dtype=task_vector.dtype, device=getattr(task_vector, "device", None)
+            ),
+            task_vector.shape,
         )
         return kept

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ...errors import MagMaxError
-from ..contract import Before, bits
-from ..random import masked_at_random
-from ..schedules import Numbers, each, need, one
-from ..selection import apply_mask, largest
-from ..statistics import Address, Answer, Array, Plan, Scope, Span
+from ..contract import TaskVectorTransform, as_signed_bits
+from ..random import keep_at_random
+from ..schedules import Numbers, for_all_models, for_model, validate_range
+from ..selection import apply_mask, request_largest
+from ..statistics import Address, Array, Scope, Span, Statistics, StatisticsRequest
 
 
 @dataclass(frozen=True)
-class Prune(Before):
+class Prune(TaskVectorTransform):
     """Keep the fraction `keep` of each task vector's entries: the largest, the smallest, or some at random.
 
     Exactly round(keep * n) entries of largest (or smallest) magnitude are kept of the n in the span; of equal
@@ -35,24 +35,28 @@ class Prune(Before):
             raise MagMaxError(f"prune needs which to be top, bottom or random, not {self.which!r}")
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"prune needs span to be model or tensor, not {self.span!r}")
-        need(self.name, "keep", self.keep, 0, 1)
+        validate_range(self.name, "keep", self.keep, 0, 1)
 
     @property
     def passes(self) -> int:
         return 0 if self.which == "random" else 3
 
     @property
-    def questions_span(self) -> Span | None:
+    def statistics_span(self) -> Span | None:
         return None if self.which == "random" else Span(self.span)
 
-    def plan(self, scope: Scope) -> Plan:
+    def statistics(self, scope: Scope) -> StatisticsRequest:
         if self.which == "random":
             return None
-        keeps = [round(keep * scope.elements) for keep in each(self.keep, scope.tasks)]
-        return (yield from largest(keeps if self.which == "top" else [scope.elements - k for k in keeps], scope))
+        keeps = [round(keep * scope.elements) for keep in for_all_models(self.keep, scope.tasks)]
+        return (
+            yield from request_largest(keeps if self.which == "top" else [scope.elements - k for k in keeps], scope)
+        )
 
-    def apply(self, delta: Array, task: int, at: Address, answer: Answer) -> Array:
+    def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
         if self.which == "random":
-            return masked_at_random(delta, one(self.keep, task), "prune", self.seed, task, at)
-        apply_mask(bits(delta), answer[task - 1].mask(delta, at), invert=self.which == "bottom")
-        return delta
+            return keep_at_random(task_vector, for_model(self.keep, task), "prune", self.seed, task, address)
+        apply_mask(
+            as_signed_bits(task_vector), statistics[task - 1].mask(task_vector, address), invert=self.which == "bottom"
+        )
+        return task_vector

@@ -14,7 +14,7 @@ from ...errors import MagMaxError
 FORMAT = "magmax sensitivity 1"
 
 
-class Drop(NamedTuple):
+class ScoreDrop(NamedTuple):
     """What growing one tensor's update cost.
 
     Attributes:
@@ -26,7 +26,7 @@ class Drop(NamedTuple):
     noise: float
 
     @property
-    def real(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether it is a drop beyond the noise."""
         return self.drop > self.noise
 
@@ -50,7 +50,7 @@ class Sensitivity:
     metric: str
     factor: float
     samples: int
-    drops: Mapping[str, Drop]
+    drops: Mapping[str, ScoreDrop]
     sensitive: Sequence[str]
 
     def __post_init__(self) -> None:
@@ -64,23 +64,23 @@ class Sensitivity:
         for key in self.sensitive:
             if key not in self.drops:
                 return f"{key} is called sensitive and was not measured"
-            if not self.drops[key].real:
+            if not self.drops[key].is_significant:
                 drop, noise = self.drops[key]
                 return f"{key} is called sensitive, and its drop of {drop:g} lies within the noise of {noise:g}"
         if len(set(self.sensitive)) < len(self.sensitive):
             return "a tensor is called sensitive twice"
         return None
 
-    def text(self) -> str:
+    def to_json(self) -> str:
         """The file's content."""
         drops = {key: drop._asdict() for key, drop in self.drops.items()}
         told = asdict(self) | {"drops": drops, "sensitive": list(self.sensitive)}
         return json.dumps({"format": FORMAT, **told}, indent=2, allow_nan=False) + "\n"
 
 
-def worst(drops: Mapping[str, Drop], count: int = 10) -> list[str]:
+def largest_drops(drops: Mapping[str, ScoreDrop], count: int = 10) -> list[str]:
     """The tensors of largest drop, at most `count`, of those whose drop is real; of equal ones the first by name."""
-    real = [key for key, drop in drops.items() if drop.real]
+    real = [key for key, drop in drops.items() if drop.is_significant]
     return sorted(real, key=lambda key: (-drops[key].drop, key))[:count]
 
 
@@ -108,8 +108,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
         raise MagMaxError(f"{path}: {error}") from error
 
 
-def _drop(content: Mapping[str, Any]) -> Drop:
-    return Drop(_of(float, content["drop"]), _of(float, content["noise"]))
+def _drop(content: Mapping[str, Any]) -> ScoreDrop:
+    return ScoreDrop(_of(float, content["drop"]), _of(float, content["noise"]))
 
 
 def _of(kind: type, value: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import bits
+from ..contract import as_signed_bits
 from ..selection import magnitude_codes
-from ..statistics import Address, Array, Block, Counts, Fold, namespace
+from ..statistics import Address, Array, Block, Counts, Reduction, namespace
 
 Codes = Sequence[NDArray[Any]]
 Winners = NDArray[np.int16]
@@ -19,12 +19,12 @@ PIECE = 1 << 15
 """How many elements are worked on at once, so that they stay in the processor's cache."""
 
 
-def codes_of(deltas: Sequence[NDArray[Any]], wide: bool) -> Codes:
+def codes_of(task_vectors: Sequence[NDArray[Any]], wide: bool) -> Codes:
     """Each task's magnitudes, as integers of the same order."""
-    return [magnitude_codes(delta, wide) for delta in deltas]
+    return [magnitude_codes(delta, wide) for delta in task_vectors]
 
 
-def strongest(codes: Codes, among: Sequence[int]) -> Winners:
+def largest_magnitude_task(codes: Codes, among: Sequence[int]) -> Winners:
     """The task of largest magnitude among these (ascending, from 0); of equal ones the latest."""
     best = codes[among[0]].copy()
     winners = np.full(len(best), among[0], np.int16)
@@ -37,7 +37,7 @@ def strongest(codes: Codes, among: Sequence[int]) -> Winners:
     return winners
 
 
-def moved(codes: Codes) -> NDArray[np.bool_]:
+def moved_mask(codes: Codes) -> NDArray[np.bool_]:
     """Where any task vector is not zero."""
     anything = codes[0].copy()
     for code in codes[1:]:
@@ -45,37 +45,40 @@ def moved(codes: Codes) -> NDArray[np.bool_]:
     return anything != 0
 
 
-def pieces(block: Block) -> Generator[tuple[Address, list[NDArray[Any]]]]:
+def split_block(block: Block) -> Generator[tuple[Address, list[NDArray[Any]]]]:
     """The block's task vectors, a part at a time, each with its address."""
-    deltas = [np.asarray(delta).reshape(-1) for delta in block.deltas]
+    deltas = [np.asarray(delta).reshape(-1) for delta in block.task_vectors]
     for start in range(0, len(deltas[0]), PIECE):
-        yield Address(block.at.key, block.at.offset + start), [delta[start : start + PIECE] for delta in deltas]
+        yield (
+            Address(block.address.key, block.address.offset + start),
+            [delta[start : start + PIECE] for delta in deltas],
+        )
 
 
-def picked(block: Block, winners: Winners) -> Array:
+def take_from_winners(block: Block, winners: Winners) -> Array:
     """Each element verbatim from the task that supplies it."""
-    xp = namespace(block.deltas[0])
-    merged = xp.asarray(xp.reshape(block.deltas[0], (-1,)), copy=True)
-    held, device = bits(merged), getattr(merged, "device", None)
-    for task, delta in enumerate(block.deltas[1:], start=1):
+    xp = namespace(block.task_vectors[0])
+    merged = xp.asarray(xp.reshape(block.task_vectors[0], (-1,)), copy=True)
+    held, device = as_signed_bits(merged), getattr(merged, "device", None)
+    for task, delta in enumerate(block.task_vectors[1:], start=1):
         mask = -xp.astype(xp.asarray(winners == task, device=device), held.dtype)
-        mask &= held ^ bits(xp.reshape(delta, (-1,)))
+        mask &= held ^ as_signed_bits(xp.reshape(delta, (-1,)))
         held ^= mask
-    return xp.reshape(merged, block.deltas[0].shape)
+    return xp.reshape(merged, block.task_vectors[0].shape)
 
 
 @dataclass(frozen=True)
-class Supply(Fold):
+class SupplyCount(Reduction):
     """Per task: how many of the elements that moved MagMax takes from it."""
 
     tasks: int
-    wide: bool
+    float64: bool
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(self.tasks, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
-        for _, deltas in pieces(block):
-            codes = codes_of(deltas, self.wide)
-            winners, there = strongest(codes, range(self.tasks)), moved(codes)
+    def update(self, block: Block, into: Counts) -> None:
+        for _, deltas in split_block(block):
+            codes = codes_of(deltas, self.float64)
+            winners, there = largest_magnitude_task(codes, range(self.tasks)), moved_mask(codes)
             into += [np.count_nonzero(there & (winners == task)) for task in range(self.tasks)]

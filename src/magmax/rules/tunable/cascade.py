@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..random import draws
+from ..random import random_words
 from ..statistics import Address, Block
-from .assignment import Codes, Winners, codes_of, moved, pieces, strongest
-from .thresholds import Cutting, Keys, Mask, Places, Steps, Window
+from .assignment import Codes, Winners, codes_of, largest_magnitude_task, moved_mask, split_block
+from .thresholds import CascadeSteps, Keys, Mask, Places, ThresholdWindow, WindowSteps
 
 
-class Elements(NamedTuple):
+class CascadeElements(NamedTuple):
     """Some elements: magnitudes by row of `among`, whether each is to be followed, and random words by stream."""
 
     codes: Codes
@@ -29,7 +29,7 @@ class Elements(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
+class Cascade:
     """All steps, and where each cuts.
 
     Step n < A releases winners of the n-th last of the A tasks in `among`; then, for each but the first, which of the
@@ -39,7 +39,7 @@ class Replay:
         tasks: how many task vectors there are.
         among: the tasks with a quota, in order, counted from 0.
         at_random: release random elements of a task, not its smallest.
-        wide: whether magnitudes are compared as float64.
+        float64: whether magnitudes are compared as float64.
         windows: of each step; none at all means that nobody releases anything.
     """
 
@@ -47,16 +47,16 @@ class Replay:
     among: Sequence[int]
     at_random: bool
     seed: int
-    wide: bool
-    windows: Sequence[Window] = ()
+    float64: bool
+    windows: Sequence[ThresholdWindow] = ()
 
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element, once all cuts are exact."""
-        found = np.empty(math.prod(block.deltas[0].shape), np.int16)
+        found = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
         among = np.asarray(self.among, np.int16)
-        for at, deltas in pieces(block):
-            start = at.offset - block.at.offset
-            rows = self.followed(self.elements(at, deltas), Cutting(self.windows, at))
+        for at, deltas in split_block(block):
+            start = at.offset - block.address.offset
+            rows = self.run_steps(self.elements(at, deltas), WindowSteps(self.windows, at))
             found[start : start + len(rows)] = among[rows]
         return found
 
@@ -65,20 +65,20 @@ class Replay:
         """Of the random words."""
         return [*(task + 1 for task in self.among if self.at_random), 0, self.tasks + 1]
 
-    def elements(self, at: Address, deltas: Sequence[NDArray[Any]]) -> Elements:
+    def elements(self, address: Address, task_vectors: Sequence[NDArray[Any]]) -> CascadeElements:
         """Those that begin at an address."""
-        codes = codes_of(deltas, self.wide)
+        codes = codes_of(task_vectors, self.float64)
 
         def words(stream: int) -> NDArray[Any]:
-            return draws("tunable", self.seed, stream, at, len(deltas[0]))
+            return random_words("tunable", self.seed, stream, address, len(task_vectors[0]))
 
-        return Elements([codes[task] for task in self.among], moved(codes), words)
+        return CascadeElements([codes[task] for task in self.among], moved_mask(codes), words)
 
-    def followed(self, elements: Elements, steps: Steps) -> Winners:
+    def run_steps(self, elements: CascadeElements, steps: CascadeSteps) -> Winners:
         """Take all steps; returns the row of `among` of each element. What is undecided is no longer `alive`."""
         codes, alive, words = elements
         tasks = len(codes)
-        winners = strongest(codes, range(tasks))
+        winners = largest_magnitude_task(codes, range(tasks))
         if not self.windows:
             return winners
         for step, row in enumerate(reversed(range(tasks))):
@@ -91,15 +91,15 @@ class Replay:
             alive[spots[most & ~sure]] = False
             gone = spots[~most]
             if row:
-                winners[gone] = strongest([code[gone] for code in codes[:row]], range(row))
+                winners[gone] = largest_magnitude_task([code[gone] for code in codes[:row]], range(row))
             else:
-                self._given_out(elements, steps, winners, gone)
+                self._assign_released(elements, steps, winners, gone)
         return winners
 
-    def _given_out(self, elements: Elements, steps: Steps, winners: Winners, gone: Places) -> None:
+    def _assign_released(self, elements: CascadeElements, steps: CascadeSteps, winners: Winners, gone: Places) -> None:
         """Give what the first task released to those in want of some, where they are the strongest, and then at all."""
         codes, alive, words = elements
-        labels = 1 + strongest([code[gone] for code in codes[1:]], range(len(codes) - 1))
+        labels = 1 + largest_magnitude_task([code[gone] for code in codes[1:]], range(len(codes) - 1))
         keys = self._keys(words(0), gone)
         left = np.ones(len(gone), np.bool_)
         for row in range(1, len(codes)):
@@ -120,4 +120,4 @@ class Replay:
         """Magnitudes, or 31 random bits, of some elements; the very largest count as equal."""
         keys = values[spots]
         keys = (keys >> 1 if values.dtype == np.uint32 else keys).astype(np.int64)
-        return np.minimum(keys, (1 << 63) - 1 - (1 << 47) if self.wide else (1 << 31) - 1 - (1 << 15))
+        return np.minimum(keys, (1 << 63) - 1 - (1 << 47) if self.float64 else (1 << 31) - 1 - (1 << 15))

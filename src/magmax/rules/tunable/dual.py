@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..random import draws
+from ..random import random_words
 from ..statistics import Address, Block
-from .assignment import Winners, pieces
-from .transport import Floats, Places, best_of
+from .assignment import Winners, split_block
+from .transport import Floats, Places, best_rows
 
 LARGEST = 1e300
 
 
 @dataclass(frozen=True)
-class Priced:
+class PricedAssignment:
     """Which task supplies an element: argmax_t (|tau_t| + noise * u_t - price_t), but for some exceptions.
 
     u_t is a random number in [0, 1) that depends on (seed, tensor name, flat offset, task): it decides between equal
@@ -48,36 +48,36 @@ class Priced:
 
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element."""
-        found = np.empty(math.prod(block.deltas[0].shape), np.int16)
+        found = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
         among = np.asarray(self.among, np.int16)
-        for at, deltas in pieces(block):
+        for at, deltas in split_block(block):
             best, _, lead, margin = self.leaders(deltas)
             close = np.flatnonzero(~(lead > margin))
             if len(close):
                 columns = self.columns(at, deltas, self.words(at, len(best)), close)
-                best[close] = best_of(self.net(columns))
-            start = at.offset - block.at.offset
+                best[close] = best_rows(self.net(columns))
+            start = at.offset - block.address.offset
             found[start : start + len(best)] = among[best]
-        offsets, tasks = self.exceptions.get(block.at.key, (np.zeros(0, np.int64), np.zeros(0, np.int16)))
-        first, last = np.searchsorted(offsets, [block.at.offset, block.at.offset + len(found)])
-        found[offsets[first:last] - block.at.offset] = tasks[first:last]
+        offsets, tasks = self.exceptions.get(block.address.key, (np.zeros(0, np.int64), np.zeros(0, np.int16)))
+        first, last = np.searchsorted(offsets, [block.address.offset, block.address.offset + len(found)])
+        found[offsets[first:last] - block.address.offset] = tasks[first:last]
         return found
 
-    def leaders(self, deltas: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], NDArray[Any], float]:
+    def leaders(self, task_vectors: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], NDArray[Any], float]:
         """Of some elements the best of `among` (its row), its worth less its price, and by how much it leads the next.
 
         All are told in the type of the task vectors and without the noise; the last answer is the most that this
         matters to a lead. Where numbers are not finite, the lead does not exceed it.
         """
-        kind = deltas[0].dtype.type
+        kind = task_vectors[0].dtype.type
         with np.errstate(over="ignore", invalid="ignore"):
             prices = np.asarray(self.prices).astype(kind)
-            best = np.abs(deltas[self.among[0]])
+            best = np.abs(task_vectors[self.among[0]])
             best -= prices[0]
             winners, beats = np.zeros(len(best), np.int16), np.empty(len(best), np.int16)
             second, net, lower = np.full_like(best, -np.inf), np.empty_like(best), np.empty_like(best)
             for row, task in enumerate(self.among[1:], start=1):
-                np.abs(deltas[task], out=net)
+                np.abs(task_vectors[task], out=net)
                 net -= prices[row]
                 np.multiply(net >= best, np.int16(row), out=beats)
                 np.maximum(winners, beats, out=winners)
@@ -88,23 +88,25 @@ class Priced:
             scale = abs(float(best.max(initial=0.0))) + 2 * float(np.abs(prices).max())
             return winners, best, best - second, self.noise + 8 * (float(info.eps) * scale + float(info.tiny))
 
-    def words(self, at: Address, count: int) -> NDArray[np.uint32]:
+    def words(self, address: Address, count: int) -> NDArray[np.uint32]:
         """A random word for each of so many elements from an address on."""
-        return draws("tunable", self.seed, 0, at, count)
+        return random_words("tunable", self.seed, 0, address, count)
 
-    def columns(self, at: Address, deltas: Sequence[NDArray[Any]], words: NDArray[np.uint32], spots: Places) -> Columns:
+    def columns(
+        self, address: Address, task_vectors: Sequence[NDArray[Any]], words: NDArray[np.uint32], spots: Places
+    ) -> Candidates:
         """Some of the elements that begin at an address."""
         magnitudes = np.empty((len(self.among), len(spots)))
         for row, task in zip(magnitudes, self.among, strict=True):
-            np.fmin(np.abs(deltas[task][spots], out=row), LARGEST, out=row)
-        return Columns(magnitudes, words[spots], spots + at.offset)
+            np.fmin(np.abs(task_vectors[task][spots], out=row), LARGEST, out=row)
+        return Candidates(magnitudes, words[spots], spots + address.offset)
 
-    def net(self, columns: Columns) -> Floats:
+    def net(self, columns: Candidates) -> Floats:
         """Worths less prices."""
         return columns.worth(self.noise) - np.array(self.prices)[:, None]
 
 
-class Columns(NamedTuple):
+class Candidates(NamedTuple):
     """Some elements: magnitudes (task, element), a random word and the flat offset of each."""
 
     magnitudes: Floats

@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..statistics import Address, Block, Counts, Fold
-from .assignment import Winners, codes_of, moved, picked, pieces
-from .dual import LARGEST, Columns, Priced
-from .transport import Floats, Places, balanced, best_of, misplaced, narrowed, settled, undecided
+from ..statistics import Address, Block, Counts, Reduction
+from .assignment import Winners, codes_of, moved_mask, split_block, take_from_winners
+from .dual import LARGEST, Candidates, PricedAssignment
+from .transport import (
+    Floats,
+    Places,
+    balance_prices,
+    best_rows,
+    count_misplaced,
+    find_undecided,
+    narrow_windows,
+    solve_exactly,
+)
 
 ROOM = 1 << 21
 """Magnitudes held at once, but for at least LEAST_ROOM elements."""
@@ -41,7 +50,7 @@ SAMPLER = 0x9E3779B1
 
 
 @dataclass(frozen=True)
-class Undecided(Fold):
+class UndecidedReduction(Reduction):
     """What prices decide, and the elements that they nearly leave open.
 
     Of each block: how many moved elements each task wins by more than its `windows` over every other, the sums of their
@@ -49,26 +58,26 @@ class Undecided(Fold):
     offset, random word and magnitudes.
     """
 
-    priced: Priced
+    priced: PricedAssignment
     windows: Floats
     rate: float
-    apart: bool = True
+    per_block: bool = True
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(0, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
+    def update(self, block: Block, into: Counts) -> None:
         clear, sums, near = np.zeros(len(self.priced.among), np.int64), np.zeros(2), 0
-        parts: list[Columns] = []
-        for at, deltas in pieces(block):
-            alive = moved(codes_of(deltas, deltas[0].dtype == np.float64))
+        parts: list[Candidates] = []
+        for at, deltas in split_block(block):
+            alive = moved_mask(codes_of(deltas, deltas[0].dtype == np.float64))
             words = self.priced.words(at, len(alive))
             if np.isinf(self.windows).all():
                 open_ = np.flatnonzero(alive)
             else:
                 open_ = self._open(at, deltas, alive, words, clear, sums)
             near += len(open_)
-            taken = open_[_sampled(words[open_], self.rate)]
+            taken = open_[_sample_mask(words[open_], self.rate)]
             parts.append(self.priced.columns(at, deltas, words, taken))
         body = [
             np.vstack([part.offsets, part.words.astype(np.int64), part.magnitudes.view(np.int64)]) for part in parts
@@ -79,8 +88,8 @@ class Undecided(Fold):
 
     def _open(
         self,
-        at: Address,
-        deltas: Sequence[NDArray[Any]],
+        address: Address,
+        task_vectors: Sequence[NDArray[Any]],
         alive: NDArray[np.bool_],
         words: NDArray[np.uint32],
         clear: Counts,
@@ -91,20 +100,20 @@ class Undecided(Fold):
         Noise and rounding are looked into only where they may matter.
         """
         priced = self.priced
-        best, top, lead, margin = priced.leaders(deltas)
+        best, top, lead, margin = priced.leaders(task_vectors)
         with np.errstate(over="ignore"):
             reach = (self.windows + margin).astype(lead.dtype)
         np.fill_diagonal(reach, -np.inf)
         near = np.flatnonzero(alive & ~(lead > reach.max(axis=1)[best]))
-        near = near[self._close(deltas, near, best[near], top[near], reach)]
+        near = near[self._close(task_vectors, near, best[near], top[near], reach)]
         sure = alive.copy()
         sure[near] = False
-        columns = priced.columns(at, deltas, words, near)
-        winners, open_ = undecided(priced.net(columns), self.windows)
+        columns = priced.columns(address, task_vectors, words, near)
+        winners, open_ = find_undecided(priced.net(columns), self.windows)
         spots, own = np.flatnonzero(~open_), winners[~open_]
         clear += np.bincount(own, minlength=len(clear))
         clear += [np.count_nonzero(sure & (best == row)) for row in range(len(clear))]
-        kept = np.abs(picked(Block(at, deltas), np.asarray(priced.among, np.int16)[best]))
+        kept = np.abs(take_from_winners(Block(address, task_vectors), np.asarray(priced.among, np.int16)[best]))
         kept *= sure
         total = kept.sum(dtype=np.float64)
         sums[0] += total + columns.magnitudes[own, spots].sum()
@@ -112,34 +121,34 @@ class Undecided(Fold):
         return near[open_]
 
     def _close(
-        self, deltas: Sequence[NDArray[Any]], spots: Places, best: Winners, top: NDArray[Any], reach: NDArray[Any]
+        self, task_vectors: Sequence[NDArray[Any]], spots: Places, best: Winners, top: NDArray[Any], reach: NDArray[Any]
     ) -> NDArray[np.bool_]:
         """Which of the elements at these spots their best may not lead some other by as much as it must."""
         close = np.zeros(len(spots), bool)
         prices = np.asarray(self.priced.prices).astype(top.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             for row, task in enumerate(self.priced.among):
-                lead = top - (np.abs(deltas[task][spots]) - prices[row])
+                lead = top - (np.abs(task_vectors[task][spots]) - prices[row])
                 close |= ~(lead > reach[:, row][best])
         return close
 
 
-def _sampled(words: NDArray[np.uint32], rate: float) -> NDArray[np.bool_]:
+def _sample_mask(words: NDArray[np.uint32], rate: float) -> NDArray[np.bool_]:
     return words * np.uint32(SAMPLER) <= rate * ((1 << 32) - 1)
 
 
-class Found(NamedTuple):
-    """The replies of all blocks to `Undecided`, together, in the order of their addresses."""
+class UndecidedElements(NamedTuple):
+    """The replies of all blocks to `UndecidedReduction`, together, in the order of their addresses."""
 
     clear: NDArray[np.int64]
     retained: float
     worth: float
     near: int
-    columns: Columns
+    columns: Candidates
     keys: list[str]
 
     @classmethod
-    def read(cls, replies: Mapping[Address, Counts], tasks: int) -> Found:
+    def read(cls, replies: Mapping[Address, Counts], tasks: int) -> UndecidedElements:
         order = sorted(replies)
         heads = np.stack([replies[at][: tasks + 3] for at in order])
         bodies = [replies[at][tasks + 3 :].reshape(tasks + 2, -1) for at in order]
@@ -147,27 +156,29 @@ class Found(NamedTuple):
         sums = np.ascontiguousarray(heads[:, tasks : tasks + 2]).view(np.float64)
         keys = [at.key for at, part in zip(order, bodies, strict=True) for _ in range(part.shape[1])]
         magnitudes = np.ascontiguousarray(body[2:]).view(np.float64)
-        columns = Columns(magnitudes, body[1].astype(np.uint32), body[0])
+        columns = Candidates(magnitudes, body[1].astype(np.uint32), body[0])
         retained, worth = (math.fsum(column) for column in sums.T)
         return cls(heads[:, :tasks].sum(axis=0), retained, worth, int(heads[:, -1].sum()), columns, keys)
 
-    def thinned(self, rate: float) -> Found:
+    def thinned(self, rate: float) -> UndecidedElements:
         """With such a part of the elements only."""
-        some = np.flatnonzero(_sampled(self.columns.words, rate))
+        some = np.flatnonzero(_sample_mask(self.columns.words, rate))
         magnitudes, words, offsets = self.columns
-        columns = Columns(magnitudes[:, some], words[some], offsets[some])
+        columns = Candidates(magnitudes[:, some], words[some], offsets[some])
         return self._replace(columns=columns, keys=[self.keys[place] for place in some])
 
 
-def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[Fold, Any, Priced]:
+def request_prices(
+    among: Sequence[int], wanted: Sequence[int], seed: int
+) -> Generator[Reduction, Any, PricedAssignment]:
     """Find who supplies each element, so that each of `among` supplies what is `wanted` of it and most is retained."""
     tasks, quota = len(among), np.array(wanted)
     room = max(LEAST_ROOM, ROOM // tasks)
-    state = Priced(among, [0.0] * tasks, 0.0, seed, {})
+    state = PricedAssignment(among, [0.0] * tasks, 0.0, seed, {})
     windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / sum(wanted))
-    best: Priced | None = None
+    best: PricedAssignment | None = None
     for left in reversed(range(ROUNDS)):
-        found = Found.read((yield Undecided(state, windows, rate)), tasks)
+        found = UndecidedElements.read((yield UndecidedReduction(state, windows, rate)), tasks)
         if len(found.keys) > 2 * room and left:
             rate = room / found.near
             found = found.thinned(rate)
@@ -176,26 +187,26 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
         worth, old = found.columns.worth(state.noise), np.array(state.prices)
         share = quota - found.clear
         if rate == 1 and share.min() >= 0:
-            prices = balanced(worth, share, old)
-            if not left or misplaced(worth, share, prices) <= MOST_MOVES:
+            prices = balance_prices(worth, share, old)
+            if not left or count_misplaced(worth, share, prices) <= MOST_MOVES:
                 shift = prices - old
-                prices, at = settled(worth, share, prices, windows - (shift[:, None] - shift))
-                if _sound(prices - old, windows).all():
-                    return _finished(state, found, worth - prices[:, None], prices, at, share)
-                best = _better(best, _finished(state, found, worth - old[:, None], old, at, share))
+                prices, at = solve_exactly(worth, share, prices, windows - (shift[:, None] - shift))
+                if _order_holds(prices - old, windows).all():
+                    return _final_assignment(state, found, worth - prices[:, None], prices, at, share)
+                best = _better_assignment(best, _final_assignment(state, found, worth - old[:, None], old, at, share))
                 if best.gap < NEGLIGIBLE:
                     return best
         else:
-            prices = balanced(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
+            prices = balance_prices(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
         if np.isfinite(windows).all():
-            prices = old + reachable((prices - old) * DAMP, windows)
+            prices = old + largest_safe_shift((prices - old) * DAMP, windows)
         state = replace(state, prices=prices.tolist())
         near = found.near
         if near > 0.9 * room:
             part = 0.9 * room / near if near < 2 * ZOOM * room else 1 / ZOOM
-            net, sound = worth - prices[:, None], _sound(prices - old, windows)
-            windows = np.where(sound, narrowed(net, windows, part), windows)
-            near *= part if sound.all() else float(undecided(net, windows)[1].mean())
+            net, sound = worth - prices[:, None], _order_holds(prices - old, windows)
+            windows = np.where(sound, narrow_windows(net, windows, part), windows)
+            near *= part if sound.all() else float(find_undecided(net, windows)[1].mean())
         rate = min(1.0, room / near)
         if left == 1:
             if best is not None:
@@ -204,14 +215,14 @@ def priced(among: Sequence[int], wanted: Sequence[int], seed: int) -> Generator[
     raise AssertionError("in the last round every element is known")
 
 
-def _better(best: Priced | None, made: Priced) -> Priced:
+def _better_assignment(best: PricedAssignment | None, made: PricedAssignment) -> PricedAssignment:
     """What retains more, with the lower of both bounds."""
     if best is None:
         return made
     return replace(max(best, made, key=lambda one: one.retained), bound=min(best.bound, made.bound))
 
 
-def reachable(shift: Floats, windows: Floats) -> Floats:
+def largest_safe_shift(shift: Floats, windows: Floats) -> Floats:
     """The largest change of prices, none above `shift`, under which every element that was clear is still its task's.
 
     Of what lies beyond the windows nothing is known, so that a price must not go there at once.
@@ -221,7 +232,7 @@ def reachable(shift: Floats, windows: Floats) -> Floats:
     return shift
 
 
-def _sound(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
+def _order_holds(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
     """For which pairs of tasks, after a change of prices, every element that was the first's is not the second's."""
     return shift[:, None] - shift <= windows
 
@@ -232,9 +243,11 @@ def tie_breaker(magnitudes: Floats) -> float:
     return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
 
 
-def _finished(state: Priced, found: Found, net: Floats, prices: Floats, at: Places, share: NDArray[np.int64]) -> Priced:
+def _final_assignment(
+    state: PricedAssignment, found: UndecidedElements, net: Floats, prices: Floats, at: Places, share: NDArray[np.int64]
+) -> PricedAssignment:
     """The answer, once every undecided element has its task `at`, and each task its `share` of them."""
-    astray = np.flatnonzero(best_of(net) != at)
+    astray = np.flatnonzero(best_rows(net) != at)
     tasks = np.asarray(state.among, np.int16)[at[astray]]
     keys = np.array([found.keys[place] for place in astray], object)
     exceptions = {

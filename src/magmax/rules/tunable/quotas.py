@@ -12,10 +12,10 @@ from ...errors import MagMaxError
 
 MOST = 1e300
 Weights = tuple[float, ...]
-Named = tuple[tuple[str, float], ...]
+NamedWeights = tuple[tuple[str, float], ...]
 
 
-def weights_of(given: Any) -> Weights | Named:
+def parse_weights(given: Any) -> Weights | NamedWeights:
     """A preference as it was written, checked: weights in the models' order, or (name, weight) pairs.
 
     Raises MagMaxError for what is neither a list nor a map, and for a weight that is no finite number of 0 or more.
@@ -29,7 +29,7 @@ def weights_of(given: Any) -> Weights | Named:
         raise MagMaxError(f"a preference is a list of weights or a map of names to weights, not {given!r}")
     items = list(cast("Sequence[Any]", given))
     if items and all(isinstance(item, tuple | list) for item in items):
-        return weights_of({str(name): weight for name, weight in items})
+        return parse_weights({str(name): weight for name, weight in items})
     weights = tuple(_weight(weight, f"number {n}: ") for n, weight in enumerate(items, start=1))
     if weights:
         _some(weights)

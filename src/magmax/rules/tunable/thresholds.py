@@ -16,18 +16,18 @@ Mask = NDArray[np.bool_]
 Places = NDArray[np.intp]
 
 
-class Cut(NamedTuple):
+class StepThreshold(NamedTuple):
     """Which members of a step stay: those of larger keys, and of the key itself those up to an address, if any."""
 
     key: int
     last: Address | None = None
 
-    def keeps(self, keys: Keys, spots: Places, at: Address) -> Mask:
+    def keeps(self, keys: Keys, spots: Places, address: Address) -> Mask:
         """Which of some members stay, `spots` behind an address."""
         kept = keys > self.key
-        if self.last is not None and at.key <= self.last.key:
+        if self.last is not None and address.key <= self.last.key:
             equal = keys == self.key
-            kept |= equal if at.key < self.last.key else equal & (spots <= self.last.offset - at.offset)
+            kept |= equal if address.key < self.last.key else equal & (spots <= self.last.offset - address.offset)
         return kept
 
     @property
@@ -36,17 +36,17 @@ class Cut(NamedTuple):
         return -self.key, self.last or Address("", -1)
 
 
-EVERY, NONE = Cut(-1), Cut((1 << 63) - 1)
+EVERY, NONE = StepThreshold(-1), StepThreshold((1 << 63) - 1)
 
 
-class Window(NamedTuple):
+class ThresholdWindow(NamedTuple):
     """Where a cut may lie: what surely stays, and what may."""
 
-    sure: Cut = NONE
-    most: Cut = EVERY
+    surely_kept: StepThreshold = NONE
+    possibly_kept: StepThreshold = EVERY
 
 
-class Steps(ABC):
+class CascadeSteps(ABC):
     """What decides at each step who stays."""
 
     @abstractmethod
@@ -58,18 +58,20 @@ class Steps(ABC):
         """Which members stay surely, and which may."""
 
 
-class Cutting(Steps):
+class WindowSteps(CascadeSteps):
     """What the windows of all steps decide of the elements that begin at an address; counts it, if asked to.
 
     Attributes:
         counts: for each step, how many members stay surely, and how many surely go.
     """
 
-    def __init__(self, windows: Sequence[Window], at: Address, counts: NDArray[np.int64] | None = None) -> None:
-        self._windows, self._at, self.counts = windows, at, counts
+    def __init__(
+        self, windows: Sequence[ThresholdWindow], address: Address, counts: NDArray[np.int64] | None = None
+    ) -> None:
+        self._windows, self._at, self.counts = windows, address, counts
 
     def all_stay(self, step: int, members: Mask) -> bool:
-        if self._windows[step].sure != EVERY:
+        if self._windows[step].surely_kept != EVERY:
             return False
         if self.counts is not None:
             self.counts[step, 0] += np.count_nonzero(members)
@@ -77,8 +79,8 @@ class Cutting(Steps):
 
     def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
         window = self._windows[step]
-        sure = window.sure.keeps(keys, spots, self._at)
-        most = sure if window.most == window.sure else window.most.keeps(keys, spots, self._at)
+        sure = window.surely_kept.keeps(keys, spots, self._at)
+        most = sure if window.possibly_kept == window.surely_kept else window.possibly_kept.keeps(keys, spots, self._at)
         if self.counts is not None:
             self.counts[step] += np.count_nonzero(sure), np.count_nonzero(~most)
         return sure, most

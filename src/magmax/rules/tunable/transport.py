@@ -16,7 +16,7 @@ COARSE = (64, 8, 1)
 """Prices are first found on every 64th element, then on every 8th."""
 
 
-def best_of(net: Floats) -> Places:
+def best_rows(net: Floats) -> Places:
     """The row of the largest entry of each column; of equal ones the last."""
     best, found = net[0].copy(), np.zeros(net.shape[1], np.int16)
     beats = np.empty_like(found)
@@ -27,7 +27,7 @@ def best_of(net: Floats) -> Places:
     return found.astype(np.intp)
 
 
-def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
+def balance_prices(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
     """Prices under which about `wanted` elements go to each task, an element going to argmax_t worth_t - price_t.
 
     One price after another is set so that its task gets what is wanted, the others' prices staying; only comparisons,
@@ -42,8 +42,8 @@ def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
         least, kept = None, prices
         stale = 0
         for _ in range(SWEEPS):
-            prices = _swept(part, counts, prices)
-            off = int(np.abs(np.bincount(best_of(part - prices[:, None]), minlength=len(worth)) - counts).sum())
+            prices = _sweep_prices(part, counts, prices)
+            off = int(np.abs(np.bincount(best_rows(part - prices[:, None]), minlength=len(worth)) - counts).sum())
             stale = stale + 1 if least is not None and off >= least else 0
             if least is None or off < least:
                 least, kept = off, prices
@@ -53,7 +53,7 @@ def balanced(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
     return prices
 
 
-def _swept(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> Floats:
+def _sweep_prices(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> Floats:
     """Each price in turn set for what is wanted of its task."""
     prices = prices.copy()
     later = _best_of_later(worth, prices)
@@ -85,22 +85,22 @@ def _threshold(lead: Floats, count: int, old: float) -> float:
     return float(below + (above - below) / 2)
 
 
-def undecided(net: Floats, windows: Floats) -> tuple[Places, NDArray[np.bool_]]:
+def find_undecided(net: Floats, windows: Floats) -> tuple[Places, NDArray[np.bool_]]:
     """The best task of each element, and whether that leads some other task by no more than their window."""
-    best = best_of(net)
+    best = best_rows(net)
     leads = net.max(axis=0) - net
     leads[best, np.arange(len(best))] = np.inf
     return best, (leads <= windows.T[:, best]).any(axis=0)
 
 
-def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
+def narrow_windows(net: Floats, windows: Floats, part: float) -> Floats:
     """For each ordered pair of tasks, by how much the first must lead the second for an element to be clear.
 
     `part` of the elements, at most, are not clear in some pair. In each pair it is a number of them that goes with the
     square root of what the lesser of the two tasks has, as does the error of prices that were found on a sample; and
     not a distance, as equal magnitudes may put most elements of one pair closer together than any of another.
     """
-    at = best_of(net)
+    at = best_rows(net)
     leads = {task: net[task, at == task] - net[:, at == task] for task in range(len(net)) if (at == task).any()}
     ordered = {task: np.sort(lead, axis=1) for task, lead in leads.items()}
 
@@ -125,13 +125,13 @@ def narrowed(net: Floats, windows: Floats, part: float) -> Floats:
     return found
 
 
-def misplaced(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> int:
+def count_misplaced(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> int:
     """How many elements go to another task, under these prices, than they must for all to have what is wanted."""
-    counts = np.bincount(best_of(worth - prices[:, None]), minlength=len(worth))
+    counts = np.bincount(best_rows(worth - prices[:, None]), minlength=len(worth))
     return int((counts - wanted).clip(0).sum())
 
 
-def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reach: Floats) -> tuple[Floats, Places]:
+def solve_exactly(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reach: Floats) -> tuple[Floats, Places]:
     """The choice of most worth that gives each task just what is wanted, and prices that prove it.
 
     Of such prices some are given, if there are any, of which none rises against another by more than their `reach`.
@@ -139,14 +139,14 @@ def settled(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reach: Flo
     Starts from the choice under `prices`, the best for the counts it has, and moves one element after another along the
     cheapest chain of tasks from a surplus to a deficit (successive shortest paths).
     """
-    at = best_of(worth - prices[:, None])
+    at = best_rows(worth - prices[:, None])
     surplus = np.bincount(at, minlength=len(worth)) - wanted
     moves = int(surplus.clip(0).sum())
     columns = _candidates(worth, at, moves)
     near, spot = worth[:, columns], at[columns]
     costs, movers = _costs(near, spot, prices)
     for _ in range(moves):
-        chain = _cheapest(costs, surplus)
+        chain = _cheapest_path(costs, surplus)
         for task, other in pairwise(chain):
             spot[movers[task, other]] = other
         surplus[chain[0]] -= 1
@@ -187,7 +187,7 @@ def _costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
     return costs, movers
 
 
-def _cheapest(costs: Floats, surplus: NDArray[np.int64]) -> list[int]:
+def _cheapest_path(costs: Floats, surplus: NDArray[np.int64]) -> list[int]:
     """The chain of tasks of least total cost from one in surplus to one in deficit (Bellman and Ford)."""
     reach = np.where(surplus > 0, 0.0, np.inf)
     source = np.full(len(costs), -1)

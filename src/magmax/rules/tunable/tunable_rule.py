@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
-from ...errors import MagMaxError, nearest
+from ...errors import MagMaxError, nearest_hint
 from ..contract import Rule
-from ..statistics import Answer, Array, Block, Plan, Scope, Span
+from ..statistics import Array, Block, Scope, Span, Statistics, StatisticsRequest
 from . import windows
-from .assignment import Supply, picked
-from .cascade import Replay
-from .dual import Priced
-from .dual_prices import COPIES, LEAST_ROOM, ROOM, priced
-from .quotas import Named, Weights, quotas, weights_of
+from .assignment import SupplyCount, take_from_winners
+from .cascade import Cascade
+from .dual import PricedAssignment
+from .dual_prices import COPIES, LEAST_ROOM, ROOM, request_prices
+from .quotas import NamedWeights, Weights, parse_weights, quotas
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tunable(Rule):
     name: ClassVar[str] = "tunable"
     scaling_factor: ClassVar[float] = 0.5
     paper: ClassVar[str] = "Hiroshima et al., Tunable MagMax, arXiv 2605.20803"
-    numpy_alone: ClassVar[bool] = True
+    cpu_only: ClassVar[bool] = True
 
     preference: Sequence[float] | Mapping[str, float] = ()
     span: Literal["model", "tensor"] = "model"
@@ -59,7 +59,7 @@ class Tunable(Rule):
                 raise MagMaxError(
                     f"tunable needs {option} to be one of {', '.join(known)}, not {getattr(self, option)!r}"
                 )
-        object.__setattr__(self, "preference", weights_of(self.preference))
+        object.__setattr__(self, "preference", parse_weights(self.preference))
 
     @property
     def passes(self) -> int:
@@ -72,7 +72,7 @@ class Tunable(Rule):
         return windows.memory(len(self._weights), self.selection == "random")
 
     @property
-    def questions_span(self) -> Span:
+    def statistics_span(self) -> Span:
         return Span(self.span)
 
     @property
@@ -83,7 +83,7 @@ class Tunable(Rule):
     @property
     def _weights(self) -> Weights:
         if self.preference and isinstance(next(iter(self.preference)), tuple):
-            return tuple(weight for _, weight in cast("Named", self.preference))
+            return tuple(weight for _, weight in cast("NamedWeights", self.preference))
         return cast("Weights", self.preference)
 
     @property
@@ -93,15 +93,15 @@ class Tunable(Rule):
     def for_models(self, names: Sequence[str]) -> Self:
         if self._weights is self.preference:
             return self
-        given = dict(cast("Named", self.preference))
+        given = dict(cast("NamedWeights", self.preference))
         for name in given:
             if name not in names:
-                hint = nearest(name, list(names))
+                hint = nearest_hint(name, list(names))
                 raise MagMaxError(f"the preference names {name!r}, which is none of the models; {hint}")
         return replace(self, preference=[given.get(name, 0.0) for name in names])
 
     def describe(self) -> dict[str, Any]:
-        told = list(self._weights) if self._weights is self.preference else dict(cast("Named", self.preference))
+        told = list(self._weights) if self._weights is self.preference else dict(cast("NamedWeights", self.preference))
         return {self.name: {**super().describe()[self.name], "preference": told}}
 
     def check(self, tasks: int) -> None:
@@ -116,10 +116,10 @@ class Tunable(Rule):
                 f"{list(self._weights)}"
             )
 
-    def plan(self, scope: Scope) -> Plan:
-        supply: list[int] = (yield Supply(scope.tasks, scope.wide)).tolist()
+    def statistics(self, scope: Scope) -> StatisticsRequest:
+        supply: list[int] = (yield SupplyCount(scope.tasks, scope.float64)).tolist()
         wanted = quotas(self._weights, sum(supply))
-        everyone = Replay(scope.tasks, range(scope.tasks), self.selection == "random", self.seed, scope.wide)
+        everyone = Cascade(scope.tasks, range(scope.tasks), self.selection == "random", self.seed, scope.float64)
         if wanted == supply:
             return everyone
         among = [task for task, count in enumerate(wanted) if count]
@@ -127,15 +127,15 @@ class Tunable(Rule):
         if len(among) == 1:
             return replace(everyone, among=among)
         if self.selection == "optimal":
-            return (yield from priced(among, quota, self.seed))
-        return (yield from windows.replayed(replace(everyone, among=among), quota))
+            return (yield from request_prices(among, quota, self.seed))
+        return (yield from windows.request_windows(replace(everyone, among=among), quota))
 
-    def merge(self, block: Block, answer: Answer) -> Array:
-        chosen: Replay | Priced = answer
-        return picked(block, chosen.winners(block))
+    def merge(self, block: Block, statistics: Statistics) -> Array:
+        chosen: Cascade | PricedAssignment = statistics
+        return take_from_winners(block, chosen.winners(block))
 
-    def explain(self, answers: Collection[Answer]) -> str:
-        found = [answer for answer in answers if isinstance(answer, Priced)]
+    def summarize(self, all_statistics: Collection[Statistics]) -> str:
+        found = [answer for answer in all_statistics if isinstance(answer, PricedAssignment)]
         if not found:
             return ""
         retained, bound = sum(one.retained for one in found), sum(one.bound for one in found)

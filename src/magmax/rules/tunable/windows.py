@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..random import draws
-from ..statistics import Address, Block, Counts, Fold
-from .assignment import pieces
-from .cascade import Elements, Replay
-from .thresholds import EVERY, NONE, Cut, Cutting, Keys, Mask, Places, Steps, Window
+from ..random import random_words
+from ..statistics import Address, Block, Counts, Reduction
+from .assignment import split_block
+from .cascade import Cascade, CascadeElements
+from .thresholds import EVERY, NONE, CascadeSteps, Keys, Mask, Places, StepThreshold, ThresholdWindow, WindowSteps
 
 ROOM = 1 << 23
 """Words of 32 bits held at once."""
@@ -34,34 +34,34 @@ MARGIN = 3.0
 
 
 @dataclass(frozen=True)
-class Unsettled(Fold):
+class UndecidedSteps(Reduction):
     """What the windows decide, and the elements that they leave open.
 
     Of each block: for each step how many members surely stay and surely go, the number of elements that are open, and
     of a part of these (`rate`, chosen by their address) offset, magnitudes and random words.
     """
 
-    replay: Replay
+    cascade: Cascade
     rate: float
-    apart: bool = True
+    per_block: bool = True
 
-    def zeros(self) -> Counts:
+    def initial(self) -> Counts:
         return np.zeros(0, np.int64)
 
-    def count(self, block: Block, into: Counts) -> None:
-        replay = self.replay
+    def update(self, block: Block, into: Counts) -> None:
+        replay = self.cascade
         counts = np.zeros((len(replay.windows), 2), np.int64)
         near, parts = 0, list[NDArray[np.uint32]]()
-        for at, deltas in pieces(block):
+        for at, deltas in split_block(block):
             elements = replay.elements(at, deltas)
             open_ = elements.alive.copy()
-            if any(window != Window() for window in replay.windows):
-                replay.followed(elements, Cutting(replay.windows, at, counts))
+            if any(window != ThresholdWindow() for window in replay.windows):
+                replay.run_steps(elements, WindowSteps(replay.windows, at, counts))
                 open_ &= ~elements.alive
             spots = np.flatnonzero(open_)
             near += len(spots)
             if self.rate < 1:
-                chosen = draws("tunable sample", replay.seed, 0, at, len(open_))[spots]
+                chosen = random_words("tunable sample", replay.seed, 0, at, len(open_))[spots]
                 spots = spots[chosen <= self.rate * ((1 << 32) - 1)]
             rows = [*elements.codes, *(elements.words(stream) for stream in replay.streams)]
             parts.append(_packed([spots + at.offset, *(row[spots] for row in rows)]))
@@ -78,8 +78,8 @@ def _packed(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
     return np.vstack([*rows, np.zeros((odd, count), np.uint32)])
 
 
-class Found(NamedTuple):
-    """The replies of all blocks to `Unsettled`, together.
+class SampledElements(NamedTuple):
+    """The replies of all blocks to `UndecidedSteps`, together.
 
     Attributes:
         order: the addresses of the blocks, sorted.
@@ -91,16 +91,16 @@ class Found(NamedTuple):
     order: Sequence[Address]
     starts: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    elements: Elements
+    elements: CascadeElements
 
     @classmethod
-    def read(cls, replies: Mapping[Address, Counts], replay: Replay) -> Found:
+    def read(cls, replies: Mapping[Address, Counts], replay: Cascade) -> SampledElements:
         order, steps = sorted(replies), len(replay.windows)
-        width = 2 if replay.wide else 1
+        width = 2 if replay.float64 else 1
         rows = 2 + width * len(replay.among) + len(replay.streams)
         bodies = [replies[at][2 * steps + 1 :].view(np.uint32).reshape(rows + rows % 2, -1) for at in order]
         body = np.hstack(bodies)
-        kind = np.int64 if replay.wide else np.int32
+        kind = np.int64 if replay.float64 else np.int32
 
         def column(first: int, words: int, kind: Any) -> NDArray[Any]:
             return np.ascontiguousarray(body[first : first + words].T).view(kind).reshape(-1)
@@ -113,7 +113,7 @@ class Found(NamedTuple):
             order,
             np.cumsum([0, *(part.shape[1] for part in bodies)]),
             column(0, 2, np.int64),
-            Elements(codes, np.ones(body.shape[1], np.bool_), streams.__getitem__),
+            CascadeElements(codes, np.ones(body.shape[1], np.bool_), streams.__getitem__),
         )
 
     def address(self, number: int) -> Address:
@@ -132,7 +132,7 @@ class Found(NamedTuple):
         return first + int(np.searchsorted(self.offsets[first:end], last.offset, side="right"))
 
 
-class Guessing(Steps):
+class GuessedSteps(CascadeSteps):
     """Takes the steps on those elements that were found, and so finds about where each cuts; exactly, if all were.
 
     Attributes:
@@ -142,7 +142,12 @@ class Guessing(Steps):
     """
 
     def __init__(
-        self, found: Found, windows: Sequence[Window], wanted: Sequence[int], rate: float, margin: float
+        self,
+        found: SampledElements,
+        windows: Sequence[ThresholdWindow],
+        wanted: Sequence[int],
+        rate: float,
+        margin: float,
     ) -> None:
         self._found, self._wanted, self._rate, self._margin = found, wanted, rate, margin
         self.windows = list(windows)
@@ -171,45 +176,47 @@ class Guessing(Steps):
         least, most = (int(np.count_nonzero(self._kept(cut, keys, spots))) for cut in old)
         self.failed |= (stay > 0 and rank < least - off) or (go > 0 and rank > most + off)
 
-        def cut_at(rank: float) -> Cut:
+        def cut_at(rank: float) -> StepThreshold:
             if rank == least or (rank < least and stay):
-                return old.sure
+                return old.surely_kept
             if rank == most or (rank > most and go):
-                return old.most
+                return old.possibly_kept
             return self._largest(math.floor(rank), keys, spots)
 
         guess = self._kept(cut_at(round(rank)), keys, spots)
-        self.windows[step] = window = Window(cut_at(rank - off), cut_at(rank + off))
-        self.open[spots[self._kept(window.most, keys, spots) & ~self._kept(window.sure, keys, spots)]] = True
+        self.windows[step] = window = ThresholdWindow(cut_at(rank - off), cut_at(rank + off))
+        self.open[
+            spots[self._kept(window.possibly_kept, keys, spots) & ~self._kept(window.surely_kept, keys, spots)]
+        ] = True
         if releases:
             self._gone += int(np.count_nonzero(~guess))
         return guess, guess
 
-    def _largest(self, rank: int, keys: Keys, spots: Places) -> Cut:
+    def _largest(self, rank: int, keys: Keys, spots: Places) -> StepThreshold:
         """The cut above which so many members are; of equal keys the first."""
         if not 0 < rank < len(keys):
             return NONE if rank <= 0 else EVERY
         key = int(np.partition(keys, len(keys) - rank)[len(keys) - rank])
         above = np.count_nonzero(keys > key)
-        return Cut(key, self._found.address(int(spots[np.flatnonzero(keys == key)[rank - above - 1]])))
+        return StepThreshold(key, self._found.address(int(spots[np.flatnonzero(keys == key)[rank - above - 1]])))
 
-    def _kept(self, cut: Cut, keys: Keys, spots: Places) -> Mask:
+    def _kept(self, cut: StepThreshold, keys: Keys, spots: Places) -> Mask:
         kept = keys > cut.key
         if cut.last is not None:
             kept |= (keys == cut.key) & (spots < self._found.upto(cut.last))
         return kept
 
 
-def replayed(replay: Replay, wanted: Sequence[int]) -> Generator[Fold, Any, Replay]:
+def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reduction, Any, Cascade]:
     """Find where each step cuts; `wanted` is the quota of each task of `among`."""
-    unknown = [Window()] * (3 * len(wanted) - 2)
-    words = _words(len(wanted), replay.at_random, replay.wide)
+    unknown = [ThresholdWindow()] * (3 * len(wanted) - 2)
+    words = _words(len(wanted), replay.at_random, replay.float64)
     room, total, margin = max(LEAST, ROOM // words), sum(wanted), MARGIN
     replay, rate = replace(replay, windows=unknown), min(1.0, room / total)
     for left in reversed(range(ROUNDS)):
-        found = Found.read((yield Unsettled(replay, rate)), replay)
-        guess = Guessing(found, replay.windows, wanted, rate, margin)
-        replay.followed(found.elements, guess)
+        found = SampledElements.read((yield UndecidedSteps(replay, rate)), replay)
+        guess = GuessedSteps(found, replay.windows, wanted, rate, margin)
+        replay.run_steps(found.elements, guess)
         near = np.count_nonzero(guess.open) / rate
         if guess.failed or (rate < 1 and near >= found.near):
             replay, near, margin = replace(replay, windows=unknown), total, 2 * margin
