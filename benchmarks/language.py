@@ -16,7 +16,7 @@ from harness.decoder import (
     mean_perplexity,
     measure_sequence,
     prepare,
-    read_cell,
+    read_cells,
 )
 from harness.machine import git_commit, hardware
 from harness.places import BENCHMARKS, RESULTS, WORK
@@ -40,7 +40,7 @@ def main(
     jobs: int = 1,
     discard: bool = False,
 ) -> None:
-    """Trains, merges and measures what is missing; writes OUT/cells, OUT/results.json and OUT/results.md.
+    """Trains, merges and measures what is missing; writes OUT/cells.jsonl, OUT/results.json and OUT/results.md.
 
     Parameters
     ----------
@@ -67,13 +67,13 @@ def main(
 
 def write_results(config: LanguageConfig, out: Path) -> None:
     """Write the tables of all cells that are there."""
-    records = [
-        record
+    recipes = [
+        cell_recipe(config, seed, name, rule, how)
         for seed in config.seeds
         for name in config.chains
         for rule, how in cell_choices(config)
-        if (record := read_cell(out, cell_recipe(config, seed, name, rule, how))) is not None
     ]
+    records = [record for record in read_cells(out, recipes) if record is not None]
     about = {"commit": git_commit(), "hardware": hardware(), "recipe": config.model_dump(mode="json")}
     write_bytes(json.dumps({**about, "records": records}, indent=1).encode() + b"\n", out / "results.json")
     write_bytes(render_markdown(config, records).encode(), out / "results.md")

@@ -13,7 +13,7 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture
-def model_files(tmp_path: Path) -> tuple[Path, list[Path]]:
+def files(tmp_path: Path) -> tuple[Path, list[Path]]:
     """A base and four fine-tuned models on disk."""
     base = save_tensors(small_model(0), tmp_path / "in" / "base.safetensors")
     return base, [save_tensors(small_model(n), tmp_path / "in" / f"task{n}.safetensors") for n in range(1, 5)]

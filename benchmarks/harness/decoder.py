@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 import magmax
 from harness.machine import git_commit
 from magmax.calibration import calibrate_features
+from magmax.continual.cell_store import CellStore, Record
 from magmax.continual.cells import digest_of_file, environment
 from magmax.continual.data.datasets import LabelledExamples
+from magmax.continual.experiment import digest_of
 from magmax.continual.language import (
     NextTokenLoss,
     bytes_of,
@@ -222,18 +224,10 @@ def cell_recipe(config: LanguageConfig, seed: int, training: str, rule: str, cal
     return told | {"seed": seed, "chain": training, "rule": rule, "calibration": calibration}
 
 
-def cell_path(out: Path, recipe: Mapping[str, Any]) -> Path:
-    rule = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in recipe["rule"])
-    stem = f"{rule}-{recipe['calibration']}-{recipe['chain']}-seed{recipe['seed']}"
-    return out / "cells" / f"{stem}-{json_digest(recipe)[:8]}.json"
-
-
-def read_cell(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(cell_path(out, recipe).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record["recipe"] == recipe else None
+def read_cells(out: Path, recipes: Sequence[Mapping[str, Any]]) -> list[Record | None]:
+    """The record of each recipe, if it is there."""
+    there = CellStore(out).by_digest()
+    return [there.get(digest_of(recipe)) for recipe in recipes]
 
 
 def measure_sequence(
@@ -245,7 +239,8 @@ def measure_sequence(
     """
     chosen = LanguageConfig.model_validate(config)
     recipes = [(rule, how, cell_recipe(chosen, seed, training, rule, how)) for rule, how in cell_choices(chosen)]
-    missing = [cell for cell in recipes if read_cell(out, cell[-1]) is None]
+    there = read_cells(out, [recipe for _, _, recipe in recipes])
+    missing = [cell for cell, record in zip(recipes, there, strict=True) if record is None]
     if not missing:
         return f"{training}, seed {seed}: from an earlier run"
     ready = prepare(chosen, work)
@@ -267,7 +262,7 @@ def measure_sequence(
             "commit": made_at,
             "environment": environment(1),
         }
-        write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_path(out, recipe))
+        CellStore(out).append(record)
     if discard:
         shutil.rmtree(paths[0].parent)
     return f"{training}, seed {seed}"

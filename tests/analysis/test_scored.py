@@ -17,6 +17,7 @@ from magmax.analysis.method_comparison import compare_best_two, summarise_method
 from magmax.analysis.recommendations import recommend_from_accuracies
 from magmax.analysis.records import aggregate
 from magmax.analysis.run_folders import load_results
+from magmax.continual.cell_store import CellStore
 from magmax.continual.evaluation.measures import average_accuracy
 from magmax.errors import MagMaxError
 
@@ -146,6 +147,20 @@ def test_a_benchmark_without_such_cells_is_told_what_to_run(records) -> None:
         with pytest.raises(MagMaxError, match=rf"study/{sweep.recipe}"):
             run_accuracy_study(kind, few)
         assert (Path(__file__).parents[2] / "benchmarks" / "continual" / "study" / sweep.recipe).is_file()
+
+
+def test_a_benchmark_that_is_still_running_has_the_cells_that_are_finished(records, tmp_path: Path) -> None:
+    store = CellStore(tmp_path / "running")
+    for n, record in enumerate(records):
+        store.append({**record, "digest": str(n)})
+    with store.file.open("a") as file:
+        file.write('{"seed": 0, "meth')
+    found = load_results(tmp_path / "running")
+    assert [record["method"] for record in found.records] == [record["method"] for record in records]
+    assert found.recipe == {"data": "toys", "model": "tiny"}
+    runs.write_results(tmp_path / "running", few=True)
+    whole = load_results(tmp_path / "running")
+    assert len(whole.cells) == len(whole.records) + len(records), "those of other recipes beside the last one's"
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

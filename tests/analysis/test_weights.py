@@ -53,7 +53,7 @@ def keys_of(layer: str, vectors: naive.Vectors) -> list[str]:
 
 
 def test_layers_come_in_their_order(given) -> None:
-    assert list(given[0].layers()) == [WHOLE_MODEL, "block.9", "block.10", "embed.tokens"]
+    assert list(given[0].by_layer()) == [WHOLE_MODEL, "block.9", "block.10", "embed.tokens"]
 
 
 def test_conflicts(given) -> None:
@@ -70,7 +70,7 @@ def test_conflicts(given) -> None:
 def test_contribution(given) -> None:
     found, vectors = given
     records = contribution_study({ModelsOrigin(): found}).records
-    for layer in found.layers():
+    for layer in found.by_layer():
         columns = naive.element_columns(vectors, keys_of(layer, vectors))
         expected = naive.count_winners(columns)
         own = [record for record in records if record["layer"] == layer]
@@ -97,7 +97,7 @@ def test_cosines_and_norms(given) -> None:
     found, vectors = given
     angles = {(r["layer"], r["task"], r["other"]): r["cosine"] for r in cosine_study({ModelsOrigin(): found}).records}
     lengths = {(r["layer"], r["task"]): r["norm"] for r in norms_study({ModelsOrigin(): found}).records}
-    for layer in found.layers():
+    for layer in found.by_layer():
         rows = [np.concatenate([vectors[key][t] for key in keys_of(layer, vectors)]) for t in range(3)]
         for t, one in enumerate(NAMES):
             assert lengths[layer, one] == pytest.approx(np.linalg.norm(rows[t]), rel=1e-6)

@@ -193,10 +193,10 @@ def test_weights_that_two_layers_share_are_calibrated_once_and_what_cannot_be_fo
     assert told["head"].why == "shares embed.weight with embed, and is calibrated there"
     assert told["head"].xi == 1
     assert model.head.weight is model.embed.weight
-    assert list(found.left) == ["Words"]
-    assert found.lines()[-1].startswith("left alone: Words (Words with token is no kind of layer")
+    assert list(found.left) == ["TiedEmbedding"]
+    assert found.lines()[-1].startswith("left alone: TiedEmbedding (TiedEmbedding with token is no kind of layer")
     assert "head: shares embed.weight with embed, and is calibrated there" in found.lines()
-    assert "token" in found.left["Words"]
+    assert "token" in found.left["TiedEmbedding"]
     assert torch.equal(model.token, merged["token"])
 
 
@@ -224,7 +224,7 @@ def test_a_norm_is_known_by_its_weight_and_only_if_its_features_are_affine_in_it
     told = {layer.name: layer for layer in calibrate_features(model, base, models, floats(2, 6)).report.layers}
     assert told["0"].xi == pytest.approx(xis["0"], rel=1e-9)
     assert (told["1"].kind, told["1"].why) == ("norm", "")
-    assert told["2"].why == "the features of this Curved are not affine in its weights"
+    assert told["2"].why == "the features of this NonAffineNorm are not affine in its weights"
     assert torch.equal(model[2].weight, merged["2.weight"])
 
 

@@ -119,16 +119,18 @@ def test_a_second_run_reads_and_a_new_rule_measures_only_itself(
     tmp_path: Path, executor: Executor, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Benchmark(experiment(), tmp_path, executor).run()
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert len(lines) == len(first)
     trained.clear()
     assert Benchmark(experiment(), tmp_path, executor).run() == first
     assert trained == []
+    assert (tmp_path / "cells.jsonl").read_text().splitlines() == lines
     more = Benchmark(experiment(rules=["average", "magmax", {"ties": {"density": 0.5}}]), tmp_path, executor).run()
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert len(more) == len(first) + 4
     other = Benchmark(experiment(fit={**toys.RECIPE["fit"], "steps": 2}), tmp_path, executor).run()
     assert len(other) == len(first)
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    grown = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert (grown[: len(lines)], len(grown)) == (lines, len(lines) + 4 + len(other))
     assert records_of(Benchmark(experiment(), tmp_path, executor).run()) == records_of(first)
 
 
@@ -148,11 +150,33 @@ def test_a_benchmark_stopped_midway_goes_on_with_what_is_missing(
         Benchmark(experiment(), tmp_path / "killed", executor, progress=stop).run()
     assert done == 7
     executor.submit(int).result()  # what was running when it stopped is over
-    found = list((tmp_path / "killed" / "cells").glob("*.json"))
-    assert 0 < len(found) < len(whole)
-    found[0].write_text("{")  # a damaged record is measured again
+    file = tmp_path / "killed" / "cells.jsonl"
+    found = file.read_bytes().splitlines(keepends=True)
+    assert 1 < len(found) < len(whole)
+    file.write_bytes(b"".join(found)[:-100])  # a record that was cut short is measured again
     again = Benchmark(experiment(), tmp_path / "killed", executor).run()
     assert records_of(again) == records_of(whole)
+    assert len(file.read_bytes().splitlines()) == len(whole)
+    file.write_bytes(b"{\n" + file.read_bytes())
+    with pytest.raises(MagMaxError, match=r"cells\.jsonl, line 1: is not a JSON object"):
+        Benchmark(experiment(), tmp_path / "killed", executor).run()
+
+
+def test_the_cells_of_an_earlier_version_are_not_measured_again(
+    tmp_path: Path, executor: Executor, trained: list[str]
+) -> None:
+    whole = Benchmark(experiment(), tmp_path, executor).run()
+    (tmp_path / "cells.jsonl").unlink()
+    (tmp_path / "cells").mkdir()
+    for record in whole[1:]:
+        name = f"{record['method'].replace('/', '-')}-seed{record['seed']}-{record['digest'][:8]}.json"
+        (tmp_path / "cells" / name).write_text(json.dumps(record, indent=2) + "\n")
+    trained.clear()
+    assert records_of(Benchmark(experiment(), tmp_path, executor).run()) == records_of(whole)
+    assert trained == []
+    (line,) = (tmp_path / "cells.jsonl").read_text().splitlines()
+    assert json.loads(line)["digest"] == whole[0]["digest"]
+    assert len(list((tmp_path / "cells").iterdir())) == len(whole) - 1
 
 
 def test_processes_give_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
@@ -160,6 +184,8 @@ def test_processes_give_what_a_thread_gives(tmp_path: Path, executor: Executor) 
     with process_pool(2) as pool:
         apart = Benchmark(work, tmp_path / "apart", pool).run()
     assert records_of(apart) == records_of(Benchmark(work, tmp_path / "here", executor).run())
+    lines = (tmp_path / "apart" / "cells.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["digest"] for line in lines) == sorted(record["digest"] for record in apart)
 
 
 def test_discarded_checkpoints_are_gone_and_the_records_stay(tmp_path: Path, executor: Executor) -> None:
@@ -200,7 +226,7 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
 
 
 def test_a_merge_has_the_statistics_that_the_recipe_says(tmp_path: Path, executor: Executor) -> None:
-    changes: dict[str, Any] = {"model": f"{toys.MODULE}:normed", "seeds": [0], "chains": ["sequential"]}
+    changes: dict[str, Any] = {"model": f"{toys.MODULE}:batch_norm_encoder", "seeds": [0], "chains": ["sequential"]}
     changes |= {"rules": ["magmax"], "rows": "last"}
     work = experiment(**changes, batch_norm="recalibrated")
     frozen = Benchmark(experiment(**changes), tmp_path, executor).run()

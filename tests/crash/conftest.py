@@ -7,7 +7,7 @@ from tests.crash.harness import ForkServer
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
+def child() -> Iterator[ForkServer]:
     """Does a piece of work in a process of its own, on a disk that may fail."""
     nursery = ForkServer()
     yield nursery

@@ -224,7 +224,7 @@ def check_recipe(rng: random.Random, folder: Path) -> None:
     ]
     for name in ("base", "a", "b"):
         write_safetensors(folder / f"{name}.safetensors", small_model(ord(name[0])))
-    with allow_refusal(folder, named=False):
+    with allow_refusal(folder, names_path=False):
         plan = load_recipe(str(file), words)
         said = yaml.safe_load(content.decode())
         if not words:
@@ -245,7 +245,7 @@ def check_state(rng: random.Random, folder: Path) -> None:
         told = mutate_tree(rng, told)
     content = json.dumps(told).encode()
     file.write_bytes(mutate_bytes(rng, content) if rng.random() < 0.4 else content)
-    with allow_refusal(folder, named=False):
+    with allow_refusal(folder, names_path=False):
         running = Running(folder / "state", None, base)
         running.status()
         running.absorb(folder / "task2.safetensors")
@@ -357,7 +357,7 @@ def check_adapter(rng: random.Random, folder: Path) -> None:
     other.mkdir()
     (other / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
     write_safetensors(other / "adapter_model.safetensors", make_adapter(2))
-    with allow_refusal(path, named=False):
+    with allow_refusal(path, names_path=False):
         rule = rng.choice(["task_arithmetic", "magmax"])
         fits = merge_adapters(rule, [other, path], 5, folder / "merged", 1.0)
         if rule == "magmax" or not expected:

@@ -140,7 +140,7 @@ def classes_of(plain: Plain, tasks: list[int]) -> list[int]:
 
 
 def scored_rows(name: str, row: dict[str, Any]) -> list[int]:
-    return environment_of(name, row["draw"]).scored.tolist()
+    return environment_of(name, row["draw"]).scored_rows.tolist()
 
 
 def environment_of(name: str, draw: int) -> Any:
@@ -175,7 +175,7 @@ def test_preferences_are_those_of_the_target_sample_alone(records: dict[str, Any
     for row in [*records["D3-0"]["rows"], *records["D3-1"]["rows"]]:
         environment = environment_of("D3", row["draw"])
         assert environment.tasks == row["tasks"]
-        target = environment.target
+        target = environment.target_rows
         source = row["method"].rpartition("/")[2]
         if source == "label":
             expected = from_labels(test.labels[target].tolist(), [task.classes for task in plain.here.tasks])
@@ -194,7 +194,7 @@ def test_auto_takes_the_source_whose_halves_give_the_right_classes_most_probabil
     test, theta = plain.here.test, plain.theta
     own = records["baselines"]["own"]
     factor = records["baselines"]["chosen"]["magmax"]
-    target = environment_of("D4", 1).target
+    target = environment_of("D4", 1).target_rows
     rows = {(row["method"], row["variant"]): row for row in records["D4-1"]["rows"]}
     row = rows["tunable/optimal/auto", "chosen"]
 
@@ -248,20 +248,22 @@ def test_curves_samples_and_archives_are_what_they_say(records: dict[str, Any], 
 def test_what_is_there_is_read_and_what_is_damaged_is_measured_again(
     records: dict[str, Any], place: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = place / "environments" / "cells"
-    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    file = place / "environments" / "cells.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
     assert EnvironmentRuns(study(), EXPERIMENT, place, executor).run() == list(records.values())
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == stamps
-    next(folder.glob("D4-1-*")).write_text("{")
+    assert file.read_text().splitlines(keepends=True) == lines
+    (damaged,) = (line for line in lines if json.loads(line)["part"] == "D4-1")
+    others = [line for line in lines if line != damaged]
+    file.write_text("".join(others) + damaged[:-100])
     again = {record["part"]: record for record in EnvironmentRuns(study(), EXPERIMENT, place, executor).run()}
     assert again["D4-1"]["rows"] == records["D4-1"]["rows"]
-    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
+    assert (file.read_text().splitlines(keepends=True)[:-1], len(lines)) == (others, len(others) + 1)
     monkeypatch.setattr(running, "measure_baselines", None)  # known already
     more = EnvironmentRuns(
         study(curves={"schedule": [1.0], "weights": [], "tasks": 1}), EXPERIMENT, place, executor
     ).run()
     assert len(more) == len(records)
-    assert len(list(folder.iterdir())) == len(stamps) + 1
+    assert len(file.read_text().splitlines()) == len(lines) + 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -323,7 +325,7 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
     assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
     assert "| tunable/optimal/label | chosen |" in out
     assert "paired t-test over 2 seeds" in out
-    assert len(list((tmp_path / "out" / "environments" / "cells").iterdir())) == 4
+    assert len((tmp_path / "out" / "environments" / "cells.jsonl").read_text().splitlines()) == 4
     code, _, err = run("environments", tmp_path / "study.yaml", "sauces=[ot]", "--out", tmp_path / "out")
     assert code == 2
     assert "did you mean 'sources'" in err

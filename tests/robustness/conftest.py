@@ -21,7 +21,7 @@ def tuned(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def assert_refused(tmp_path: Path) -> Callable[..., str]:
+def refused(tmp_path: Path) -> Callable[..., str]:
     """The words with which something is refused, after seeing that it changed nothing on the disk."""
 
     def refusal(work: Callable[..., Any], *given: Any, **more: Any) -> str:
@@ -35,7 +35,7 @@ def assert_refused(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def assert_merge_refused(refused: Callable[..., str], base: Path, tmp_path: Path) -> Callable[..., str]:
+def merge_refused(refused: Callable[..., str], base: Path, tmp_path: Path) -> Callable[..., str]:
     """The words with which a merge of these models into the base is refused, to a file and to a folder alike."""
 
     def refusal(*models: Path | str, into: Path | str = base) -> str:

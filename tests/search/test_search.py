@@ -177,7 +177,7 @@ def test_a_preference_is_searched_for(toy):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"score": f"{HERE}:nothing"}, "every score must be a finite number"),
+        ({"score": f"{HERE}:nan_score"}, "every score must be a finite number"),
         ({"score": f"{HERE}:nowhere"}, "cannot be imported"),
         ({"score": "nowhere"}, "package.module:function"),
         ({"objectives": ["else"]}, "there is no score of else; there are score"),

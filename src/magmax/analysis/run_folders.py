@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import open_checkpoint
+from ..continual.cell_store import FILE, CellStore
 from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT, digest_of, rule_name
 from ..errors import MagMaxError
 from ..merging.pipeline import Progress
@@ -63,12 +64,12 @@ def load_results(folder: Path) -> FinishedRun:
     """
     if not folder.is_dir():
         raise MagMaxError(f"{folder}: there is no such folder")
-    if (folder / "results.json").is_file() or (folder / "cells").is_dir():
+    if (folder / "results.json").is_file() or CellStore(folder).exists():
         return _load_benchmark(folder)
     if (folder / "metrics.json").is_file() and (folder / "recipe.json").is_file():
         return _load_training(folder)
     raise MagMaxError(
-        f"{folder}: has no results.json or cells (of magmax bench) and no metrics.json (of magmax train); for "
+        f"{folder}: has no results.json or {FILE} (of magmax bench) and no metrics.json (of magmax train); for "
         "checkpoints, give --base BASE and the models"
     )
 
@@ -82,10 +83,9 @@ def _load_benchmark(folder: Path) -> FinishedRun:
             raise MagMaxError(f"{whole}: is not what magmax bench writes; run the benchmark again")
         records, recipe = content["records"], content.get("recipe") or content["records"][0]["recipe"]
     else:
-        cells = sorted((folder / "cells").glob("*.json"))
-        records = [_read_json(cell) for cell in cells]
+        records = CellStore(folder).records()
         if not _is_record_list(records):
-            raise MagMaxError(f"{folder / 'cells'}: has no finished cell of magmax bench yet")
+            raise MagMaxError(f"{folder}: has no finished cell of magmax bench yet")
         recipe = {key: value for key, value in records[0]["recipe"].items() if key not in ("rule", "chain", "seed")}
     cells = [*records, *_related_cells(folder, records)]
     chains: dict[ModelsOrigin, Sequence[Path]] = {}
@@ -108,10 +108,9 @@ def _related_cells(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[M
         return {key: record["recipe"].get(key) for key in SETTING_KEYS}
 
     known = {record.get("digest") for record in records}
-    found = [_read_json(path) for path in sorted((folder / "cells").glob("*.json"))]
     return [
         record
-        for record in found
+        for record in CellStore(folder).records()
         if _is_record_list([record]) and record.get("digest") not in known and setting(record) == setting(records[0])
     ]
 

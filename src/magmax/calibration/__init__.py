@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .feature_space import FeatureCalibration, FeatureOptions, calibrate_features
     from .forward import run_items
     from .hooks import calibration_hooks
-    from .plot import plot_results
+    from .plot import draw
     from .sensitive_layers import find_sensitive
 
 _HOMES = {
@@ -19,7 +19,7 @@ _HOMES = {
     "LayerReport": ".calibration_report",
     "CalibrationReport": ".calibration_report",
     "calibrate_features": ".feature_space",
-    "plot_results": ".plot",
+    "draw": ".plot",
     "find_sensitive": ".sensitive_layers",
     "run_items": ".forward",
     "calibration_hooks": ".hooks",
@@ -32,8 +32,8 @@ __all__ = [
     "LayerReport",
     "calibrate_features",
     "calibration_hooks",
+    "draw",
     "find_sensitive",
-    "plot_results",
     "run_items",
 ]
 

@@ -148,8 +148,8 @@ def bench(
     assignments
         Changes to it, such as fit.steps=20 or seeds=[0].
     out
-        The folder for the checkpoints (chains), the finished cells, results.csv, results.json and results.md. Cells of
-        the same recipe that are there are not measured again.
+        The folder for the checkpoints (chains), the finished cells (cells.jsonl), results.csv, results.json and
+        results.md. Cells of the same recipe that are there are not measured again.
     jobs
         Processes that work at once.
     threads

@@ -34,8 +34,8 @@ def environments(
         Changes to it, such as draws=2 or seeds=[0].
     out
         The folder that magmax bench was given: its checkpoints (chains) are used, and trained where they lack. Finished
-        records, results.csv, results.json and results.md come into its subfolder environments; records of the same
-        recipe that are there are not measured again.
+        records (cells.jsonl), results.csv, results.json and results.md come into its subfolder environments; records of
+        the same recipe that are there are not measured again.
     jobs
         Processes that work at once, on one chain each.
     threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -10,18 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cells import cell_file, chain_folder, run_cell, run_chain
+from .cell_store import CellStore, Record
+from .cells import chain_folder, run_cell, run_chain
 from .experiment import ZERO_SHOT, BenchmarkCell, Experiment, digest_of
 from .progress import ProgressCallback, no_progress
-
-Record = dict[str, Any]
 
 
 @dataclass
 class Benchmark:
     """All cells of an experiment, measured by an executor's workers.
 
-    A finished cell is one JSON file in `out`/cells; one of the same recipe is read and not measured again. The
+    A finished cell is one line of `out`/cells.jsonl; one of the same recipe is read and not measured again. The
     checkpoints of a chain, in `out`/chains, serve every rule; with `discard` they are deleted once all are measured.
 
     Attributes:
@@ -43,8 +41,8 @@ class Benchmark:
         Raises what a job raised; cells that were finished stay.
         """
         self.experiment.check()
-        cells = self.experiment.cells()
-        missing = [cell for cell in cells if read(self.experiment, self.out, cell) is None]
+        cells = read(self.experiment, self.out)
+        missing = [cell for cell, record in cells if record is None]
         done, total = 0, len(missing) + len(self.chains_of(missing))
         self.progress(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
         self.begin(missing)
@@ -89,13 +87,10 @@ class Benchmark:
 
 def finished(experiment: Experiment, out: Path) -> list[Record]:
     """The records that are there, of all the experiment's cells."""
-    return [record for cell in experiment.cells() if (record := read(experiment, out, cell)) is not None]
+    return [record for _, record in read(experiment, out) if record is not None]
 
 
-def read(experiment: Experiment, out: Path, cell: BenchmarkCell) -> Record | None:
-    """The record of a cell, if one of the same recipe is there."""
-    try:
-        record = json.loads(cell_file(out, experiment, cell).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("digest") == digest_of(experiment.cell_recipe(cell)) else None
+def read(experiment: Experiment, out: Path) -> list[tuple[BenchmarkCell, Record | None]]:
+    """Return all cells of the experiment, each with its record if one of the same recipe is there."""
+    there = CellStore(out).by_digest()
+    return [(cell, there.get(digest_of(experiment.cell_recipe(cell)))) for cell in experiment.cells()]

@@ -26,6 +26,7 @@ from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.in_memory import InMemoryMerges, restore_kind
 from ..merging.output_options import OutputOptions
 from ..rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
+from .cell_store import CellStore
 from .context import ExperimentContext, build_context, context_lock, device
 from .data.scenarios import Task
 from .evaluation.accuracy import AccuracyRow
@@ -39,12 +40,6 @@ from .training.weight_files import load_weights, write_bytes
 def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Path:
     """Where a chain's checkpoints go; another recipe has another folder."""
     return out / "chains" / f"{chain}-seed{seed}-{digest_of(experiment.chain_recipe(seed, chain))[:8]}"
-
-
-def cell_file(out: Path, experiment: Experiment, cell: BenchmarkCell) -> Path:
-    """Where a cell's record goes; another recipe has another file."""
-    name = f"{cell.method.replace('/', '-')}-seed{cell.seed}-{digest_of(experiment.cell_recipe(cell))[:8]}.json"
-    return out / "cells" / name
 
 
 MEMORY = "memory.json"
@@ -75,7 +70,7 @@ def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: in
 
 
 def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
-    """Measure a cell whose chain is trained, and write its record. Returns its name."""
+    """Measure a cell whose chain is trained, and append its record. Returns its name."""
     with context_lock:
         return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
 
@@ -106,7 +101,7 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
         "recipe": recipe_of_cell,
         "environment": environment(threads),
     }
-    write_bytes(json.dumps(record, indent=2).encode() + b"\n", cell_file(out, experiment, cell))
+    CellStore(out).append(record)
     return f"{cell.method}, seed {cell.seed}"
 
 

@@ -142,7 +142,7 @@ class Archive:
 class ArchivedTaskVector(Checkpoint):
     """A task vector as an archive keeps it; tensors that are not merged are read from the base."""
 
-    relative = True
+    is_task_vector = True
 
     def __init__(self, archive: Archive, task: int, name: str, base: Checkpoint) -> None:
         specs = {

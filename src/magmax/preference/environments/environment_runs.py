@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, wait
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 
+from ...continual.cell_store import CellStore, Record
 from ...continual.cells import chain_folder, digest_of_file, environment, run_chain
 from ...continual.context import build_context
 from ...continual.experiment import Experiment
 from ...continual.progress import ProgressCallback, no_progress
-from ...continual.training.weight_files import write_bytes
 from .ablations import measure_archives, measure_curves, measure_sample_counts
 from .environments_config import ARCHIVE, BASELINES, CURVES, SAMPLES, EnvironmentsConfig, RecordKey
 from .scores import EnvironmentScorer, measure_baselines
 from .trained_models import TrainedModels
 
-Record = dict[str, Any]
 FOLDER_NAME = "environments"
 POLL_SECONDS = 2.0
 """Seconds between two looks at what the workers have finished."""
@@ -35,7 +33,7 @@ _encoder_lock = threading.Lock()
 class EnvironmentRuns:
     """A study of the chains in `out`/chains, which are trained where they are not there.
 
-    A finished part is one JSON file in `out`/environments/cells; one of the same recipe is not measured again.
+    A finished part is one line of `out`/environments/cells.jsonl; one of the same recipe is not measured again.
     """
 
     config: EnvironmentsConfig
@@ -50,7 +48,7 @@ class EnvironmentRuns:
         parts = self.cells
         pairs = list(dict.fromkeys((part.seed, part.training) for part in parts))
         words = self.config.model_dump_json(), self.experiment.model_dump_json(), str(self.out)
-        missing = {part[:2] for part in parts if self.read_cell(part) is None}
+        missing = {cell[:2] for cell, record in self.read_cells() if record is None}
         jobs = [self.executor.submit(run_cells, *words, *pair, self.threads) for pair in pairs if pair in missing]
         waiting = set(jobs)
         try:
@@ -58,7 +56,7 @@ class EnvironmentRuns:
                 done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                 for job in done:
                     job.result()
-                self.progress(sum(self.read_cell(part) is not None for part in parts), len(parts))
+                self.progress(len(self.read_finished()), len(parts))
         finally:
             for job in jobs:
                 job.cancel()
@@ -73,26 +71,12 @@ class EnvironmentRuns:
 
     def read_finished(self) -> list[Record]:
         """The records of all parts that are measured."""
-        return [record for part in self.cells if (record := self.read_cell(part)) is not None]
+        return [record for _, record in self.read_cells() if record is not None]
 
-    def read_cell(self, cell: RecordKey) -> Record | None:
-        """The record of a part, if one of the same recipe is there."""
-        return read_cell(self.config, self.experiment, self.out, cell)
-
-
-def read_cell(config: EnvironmentsConfig, experiment: Experiment, out: Path, cell: RecordKey) -> Record | None:
-    """The record of a part, if one of the same recipe is there."""
-    try:
-        record = json.loads(cell_path(config, experiment, out, cell).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("digest") == config.cell_digest(experiment, cell) else None
-
-
-def cell_path(config: EnvironmentsConfig, experiment: Experiment, out: Path, cell: RecordKey) -> Path:
-    """Where a record goes; another recipe has another file."""
-    name = f"{cell.name}-{cell.training}-seed{cell.seed}-{config.cell_digest(experiment, cell)[:8]}.json"
-    return out / FOLDER_NAME / "cells" / name
+    def read_cells(self) -> list[tuple[RecordKey, Record | None]]:
+        """Return all cells, each with its record if one of the same recipe is there."""
+        there = CellStore(self.out / FOLDER_NAME).by_digest()
+        return [(cell, there.get(self.config.cell_digest(self.experiment, cell))) for cell in self.cells]
 
 
 def run_cells(config_json: str, experiment_json: str, out: str, seed: int, training: str, threads: int = 1) -> str:
@@ -114,7 +98,8 @@ class _SequenceRunner:
         self, config: EnvironmentsConfig, experiment: Experiment, out: Path, seed: int, training: str, threads: int
     ) -> None:
         torch.set_num_threads(threads)
-        self.config, self.experiment, self.out, self.threads = config, experiment, out, threads
+        self.config, self.experiment, self.threads = config, experiment, threads
+        self.store = CellStore(out / FOLDER_NAME)
         here = build_context(experiment, seed)
         self.folder = chain_folder(out, experiment, seed, training)
         self.paths = [self.folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks) + 1)]
@@ -123,15 +108,19 @@ class _SequenceRunner:
         self.evaluator = TrainedModels(here, self.paths)
 
     def run(self) -> None:
-        base = read_cell(self.config, self.experiment, self.out, self.cells[0])
+        there = self.store.by_digest()
+        base = there.get(self.digest(self.cells[0]))
         for part in self.cells:
-            if read_cell(self.config, self.experiment, self.out, part) is None:
+            if self.digest(part) not in there:
                 began, merges = time.perf_counter(), self.evaluator.merge_count
                 content = self.measure_cell(part, base)
                 seconds = round(time.perf_counter() - began, 1)
                 self.write_record(part, content, {"seconds": seconds, "merges": self.evaluator.merge_count - merges})
             if part.name == BASELINES:
-                base = read_cell(self.config, self.experiment, self.out, part)
+                base = self.store.find(self.digest(part))
+
+    def digest(self, cell: RecordKey) -> str:
+        return self.config.cell_digest(self.experiment, cell)
 
     def measure_cell(self, cell: RecordKey, baselines: Record | None) -> dict[str, Any]:
         if cell.name == BASELINES:
@@ -152,12 +141,11 @@ class _SequenceRunner:
             "seed": cell.seed,
             "chain": cell.training,
             "part": cell.name,
-            "digest": self.config.cell_digest(self.experiment, cell),
+            "digest": self.digest(cell),
             **cost,
             **content,
             "models": self.model_digests,
             "recipe": recipe,
             "environment": environment(self.threads),
         }
-        file = cell_path(self.config, self.experiment, self.out, cell)
-        write_bytes(json.dumps(record).encode() + b"\n", file)
+        self.store.append(record)
