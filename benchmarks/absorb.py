@@ -23,11 +23,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def measure_absorb(model: Path, state: Path, import_bytes: tuple[int, int]) -> dict[str, Any]:
-    """One `magmax absorb`, less the bytes that starting the command reads and writes."""
+    """One `magmax running absorb`, less the bytes that starting the command reads and writes."""
     base = VIT_88M.inputs()[0]
     before = folder_bytes(state) if state.exists() else 0
     run = measure_process(
-        [MAGMAX, "absorb", str(state), str(model), "--base", str(base), "--name", model.parent.name],
+        [MAGMAX, "running", "absorb", str(state), str(model), "--base", str(base), "--name", model.parent.name],
         TIME_LIMIT_S,
         CHILDREN,
     )
@@ -59,7 +59,7 @@ def main(*, models: int = 3) -> None:
     start = measure_process([sys.executable, "-c", "import magmax.cli, magmax.merging"], TIME_LIMIT_S, CHILDREN)
     imports = (start.bytes_read, start.bytes_written)
     records = [measure_absorb(model, OUTPUT / "state", imports) for model in VIT_88M.inputs()[1 : models + 1]]
-    title = f"magmax absorb, {VIT_88M.parameters() / 1e6:.0f} M float32 parameters, model after model"
+    title = f"magmax running absorb, {VIT_88M.parameters() / 1e6:.0f} M float32 parameters, model after model"
     found = make_entry(title, records, load)
     publish_entry("absorb", "absorb", found, {"absorb": ABSORB_COLUMNS}, save=True)
     shutil.rmtree(OUTPUT, ignore_errors=True)

@@ -60,7 +60,7 @@ def main(*, parameters: int = 20_000_000, tasks: list[int] | None = None) -> Non
         models.append(write_model(OUTPUT / f"task-{task}.safetensors", parameters, task))
         state, names = OUTPUT / "state", [str(model) for model in models]
         step = measure_command(
-            "running magmax", task, [MAGMAX, "absorb", str(state), names[-1], "--base", str(base)], [state]
+            "running magmax", task, [MAGMAX, "running", "absorb", str(state), names[-1], "--base", str(base)], [state]
         )
         if task not in wanted:
             continue

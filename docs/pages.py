@@ -40,7 +40,7 @@ def rules_page() -> str:
     parts = [
         "# Rules",
         "A rule makes one merged task vector `m` of the task vectors `tau_1 ... tau_T`; the merged model is "
-        "`theta_0 + scaling_factor * m`. `magmax rules` prints the same in short.",
+        "`theta_0 + scaling_factor * m`. `magmax recipes rules` prints the same in short.",
         *(section(kind) for kind in merging),
         "# Before a rule",
         "Transforms of each task vector, ahead of a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",

@@ -122,7 +122,7 @@ def test_a_dry_run_reports_problems_with_exit_code_2(run, files, tmp_path):
 
 
 def test_the_rules_are_listed_with_their_passes_and_memory(run):
-    code, out, _ = run("rules")
+    code, out, _ = run("recipes", "rules")
     rows = {line.split()[0]: line for line in out.splitlines()[1 : 1 + len(BUILT_IN)]}
     assert code == 0
     assert list(rows) == list(BUILT_IN)
@@ -143,25 +143,25 @@ def test_a_dry_run_says_that_tensors_are_held_whole(run, files, tmp_path):
 def test_absorb_status_result_label_restore(run, files, tmp_path):
     base, tasks = files
     state = tmp_path / "state"
-    assert run("absorb", state, tasks[0], "--base", base, "--winners")[0] == 0
-    assert run("absorb", state, tasks[1], "--name", "second", "--label", "two")[0] == 0
-    assert run("absorb", state, tasks[2])[0] == 0
-    code, out, _ = run("status", state)
+    assert run("running", "absorb", state, tasks[0], "--base", base, "--winners")[0] == 0
+    assert run("running", "absorb", state, tasks[1], "--name", "second", "--label", "two")[0] == 0
+    assert run("running", "absorb", state, tasks[2])[0] == 0
+    code, out, _ = run("running", "status", state)
     assert code == 0
     for word in ("rule   magmax", "second", "3 (current)", "two", "%"):
         assert word in out
-    assert run("result", state, "--out", tmp_path / "ours.safetensors")[0] == 0
+    assert run("running", "result", state, "--out", tmp_path / "ours.safetensors")[0] == 0
     theirs = magmax.merge("magmax", base, tasks[:3], out=tmp_path / "theirs.safetensors")
     assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(theirs))
-    assert run("restore", state, "two")[0] == 0
-    assert run("label", state, "again")[0] == 0
-    assert "again" in run("status", state)[1]
+    assert run("running", "restore", state, "two")[0] == 0
+    assert run("running", "label", state, "again")[0] == 0
+    assert "again" in run("running", "status", state)[1]
 
 
 @pytest.mark.parametrize("verb", ["status", "label", "restore", "result"])
 def test_a_folder_that_is_no_state_is_refused_and_not_made(verb, run, tmp_path):
     words = {"label": ["x"], "restore": ["x"], "result": ["--out", tmp_path / "o.safetensors"]}.get(verb, [])
-    code, _, err = run(verb, tmp_path / "nowhere", *words)
+    code, _, err = run("running", verb, tmp_path / "nowhere", *words)
     assert code == 2
     assert "is not a running merge" in err
     assert not (tmp_path / "nowhere").exists()
@@ -170,13 +170,13 @@ def test_a_folder_that_is_no_state_is_refused_and_not_made(verb, run, tmp_path):
 def test_inspect_shows_tensors_and_provenance(run, files, tmp_path):
     base, tasks = files
     run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors")
-    _, out, _ = run("inspect", tmp_path / "out.safetensors")
+    _, out, _ = run("checkpoint", "inspect", tmp_path / "out.safetensors")
     for word in ("embed.weight", "130x24", "F32", '"magmax"', "task4"):
         assert word in out
-    told = json.loads(run("inspect", tmp_path / "out.safetensors", "--json")[1])
+    told = json.loads(run("checkpoint", "inspect", tmp_path / "out.safetensors", "--json")[1])
     assert told["tensors"]["layer.weight"] == {"dtype": "F32", "shape": [48, 33], "bytes": 48 * 33 * 4}
     assert told["provenance"]["recipe"]["scaling_factor"] == 0.5
-    assert "provenance: none" in run("inspect", base)[1]
+    assert "provenance: none" in run("checkpoint", "inspect", base)[1]
 
 
 def test_diff_measures_the_task_vector(run, tmp_path):
@@ -184,12 +184,12 @@ def test_diff_measures_the_task_vector(run, tmp_path):
     end["layer.bias"] = start["layer.bias"].clone()
     end["extra"] = end["scale"].clone()
     base, model = save_tensors(start, tmp_path / "base.safetensors"), save_tensors(end, tmp_path / "model.safetensors")
-    told = json.loads(run("diff", base, model, "--json")[1])
+    told = json.loads(run("checkpoint", "diff", base, model, "--json")[1])
     norms = {m["key"]: m["norm"] for m in told["tensors"]}
     for key in ("embed.weight", "wide.weight"):
         assert norms[key] == pytest.approx((end[key].double() - start[key].double()).norm().item(), rel=1e-12)
     assert norms["layer.bias"] == 0
-    _, out, _ = run("diff", base, model, "--top", "1")
+    _, out, _ = run("checkpoint", "diff", base, model, "--limit", "1")
     assert "wide.weight" in out
     assert "embed.weight" not in out
     assert "not compared" in out
@@ -200,7 +200,7 @@ def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
     base, tasks = files
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"base: {base}\nmodels: [{', '.join(map(str, tasks))}]\nout: merged.safetensors\n")
-    code, out, _ = run("sweep", recipe, "scaling_factor=0.5:1.0:0.5")
+    code, out, _ = run("search", "sweep", recipe, "scaling_factor=0.5:1.0:0.5")
     assert code == 0
     assert "merged-0.5.safetensors" in out
     assert same_bytes(
@@ -209,11 +209,11 @@ def test_sweep_writes_each_result_or_scores_it(run, files, tmp_path):
     )
     score = tmp_path / "score.py"
     score.write_text("import os, sys\nprint('some words')\nprint(os.path.getsize(sys.argv[1]))\n")
-    code, out, _ = run("sweep", recipe, "scaling_factor=0.2,0.4", "--eval", f"{sys.executable} {score}")
+    code, out, _ = run("search", "sweep", recipe, "scaling_factor=0.2,0.4", "--eval", f"{sys.executable} {score}")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["scaling_factor", "0.2", "0.4"]
     assert not list(tmp_path.glob("merged-0.2*"))
-    code, _, err = run("sweep", recipe, "scaling_factor=0.2", "--eval", "false")
+    code, _, err = run("search", "sweep", recipe, "scaling_factor=0.2", "--eval", "false")
     assert code == 2
     assert "exit code 1" in err
     assert not list(tmp_path.glob("merged-0.2*"))
@@ -231,7 +231,7 @@ def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path
     run("merge", "--base", base, *tasks, "--rule", rule, "--out", tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     archive = tmp_path / "archive"
-    code, out, _ = run("archive", "--base", base, *tasks, "--out", archive, "--top", "1", "--bits", "32")
+    code, out, _ = run("archive", "create", "--base", base, *tasks, "--out", archive, "--density", "1", "--bits", "32")
     assert code == 0
     assert "archived task1, task2, task3, task4" in out
     words = ["tune", "--archive", archive, "--prefer", "task1=3", "--prefer", "task3=1", "--save", "mine"]
@@ -239,12 +239,12 @@ def test_tuning_from_models_from_an_archive_and_by_a_preset(run, files, tmp_path
     assert run("tune", "--archive", archive, "--preset", "mine", "--out", tmp_path / "d.safetensors")[0] == 0
     for name in "cd":
         assert same_bytes(load_tensors(tmp_path / f"{name}.safetensors"), load_tensors(tmp_path / "a.safetensors"))
-    assert run("presets", archive)[1].splitlines()[1].split() == ["mine", "3", "0", "1", "0"]
+    assert run("archive", "presets", archive)[1].splitlines()[1].split() == ["mine", "3", "0", "1", "0"]
     code, _, err = run("tune", "--archive", archive, "--preset", "mine", "--out", archive / "x.safetensors")
     assert code == 2
     assert "inside it; choose another place" in err
-    assert run("presets", archive)[0] == 0
-    code, _, err = run("archive", "--base", base, *tasks[::-1], "--out", archive)
+    assert run("archive", "presets", archive)[0] == 0
+    code, _, err = run("archive", "create", "--base", base, *tasks[::-1], "--out", archive)
     assert code == 2
     assert "holds presets (mine) for other models" in err
 
@@ -257,7 +257,7 @@ def test_a_preset_gives_the_bytes_of_the_run_that_saved_it(run, tmp_path):
         for name in ("b", "x", "y")
     ]
     archive = tmp_path / "archive"
-    assert run("archive", "--base", *paths, "--out", archive, "--top", "1", "--bits", "32")[0] == 0
+    assert run("archive", "create", "--base", *paths, "--out", archive, "--density", "1", "--bits", "32")[0] == 0
     words, given = ["tune", "--archive", archive], ["--prefer", "x=1", "--prefer", "y=5", "--save", "mine"]
     assert run(*words, *given, "--out", tmp_path / "saved.safetensors")[0] == 0
     assert json.loads((archive / "archive.json").read_text())["presets"] == {"mine": {"x": 1, "y": 5}}
@@ -293,10 +293,10 @@ def test_a_sweep_never_touches_what_is_there(run, files, tmp_path):
     before = kept.read_bytes()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"base: {base}\nmodels: [{kept}, {tasks[0]}]\nout: m.safetensors\n")
-    code, _, err = run("sweep", recipe, "scaling_factor=1,2")
+    code, _, err = run("search", "sweep", recipe, "scaling_factor=1,2")
     assert (code, "is one of the inputs" in err) == (2, True)
     recipe.write_text(f"base: {base}\nmodels: [{tasks[0]}]\nout: m.safetensors\n")
-    code, _, err = run("sweep", recipe, "scaling_factor=1,2", "--eval", "true")
+    code, _, err = run("search", "sweep", recipe, "scaling_factor=1,2", "--eval", "true")
     assert (code, "is there already" in err) == (2, True)
     assert kept.read_bytes() == before
 
@@ -308,8 +308,8 @@ def test_a_sweep_never_touches_what_is_there(run, files, tmp_path):
         (["merge", "--base", "nowhere.safetensors", "b.safetensors", "--out", "o.safetensors"], "no such file"),
         (["merge", "--bass", "x"], "--bass"),
         (["merge", "--base", "b", "--dtype", "int4"], "int4"),
-        (["inspect", "nowhere"], "no such file"),
-        (["sweep", "r.yaml"], "needs one range"),
+        (["checkpoint", "inspect", "nowhere"], "no such file"),
+        (["search", "sweep", "r.yaml"], "needs one range"),
         (["mrge"], "mrge"),
     ],
 )
@@ -340,29 +340,97 @@ def test_merging_safetensors_needs_no_torch(files, tmp_path):
     )
 
 
-def test_every_verb_explains_itself(run):
-    for verb in (
-        "merge",
-        "sweep",
-        "absorb",
-        "result",
-        "status",
-        "label",
-        "restore",
-        "inspect",
-        "diff",
-        "tune",
-        "archive",
-        "presets",
-    ):
-        code, out, _ = run(verb, "--help")
-        assert code == 0
-        assert "Usage: magmax " + verb in out
+COMMANDS = [
+    *("merge", "search", "search sweep", "search run", "calibrate"),
+    *("checkpoint", "checkpoint inspect", "checkpoint diff", "checkpoint convert"),
+    *("running", "running absorb", "running result", "running status", "running label", "running restore"),
+    *("tune", "archive", "archive create", "archive presets", "ui"),
+    *("train", "eval", "bench", "study", "study environments", "report"),
+    *("recipes", "recipes list", "recipes copy", "recipes check", "recipes rules"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_can_be_quiet(command, run):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage: magmax " + command in out
+    assert "--quiet" in out
+
+
+def test_the_top_level_has_fourteen_commands_in_seven_groups(run):
+    names = [name for name in cli.app if not name.startswith("-")]
+    assert sorted(names) == sorted(command for command in COMMANDS if " " not in command)
+    assert len(names) == 14
+    out = run("--help")[1]
+    groups = ["Merge", "Checkpoints", "Running merge", "Tunable", "Continual learning", "Analysis", "Reference"]
+    places = [out.index(f" {group} \u2500") for group in groups]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        ("sweep recipe.yaml", "magmax search sweep"),
+        ("search search.yaml", "magmax search run"),
+        ("absorb state model", "magmax running absorb"),
+        ("result state", "magmax running result"),
+        ("status state", "magmax running status"),
+        ("label state x", "magmax running label"),
+        ("restore state x", "magmax running restore"),
+        ("inspect model", "magmax checkpoint inspect"),
+        ("diff base model", "magmax checkpoint diff"),
+        ("convert old new", "magmax checkpoint convert MODEL --out OUT"),
+        ("rules", "magmax recipes rules"),
+        ("archive a b --base c", "magmax archive create"),
+        ("presets archive", "magmax archive presets"),
+        ("environments study.yaml", "magmax study environments"),
+        ("recipes ls", "magmax recipes list"),
+        ("recipes cp magmax", "magmax recipes copy NAME --out FILE"),
+        ("train recipe.yaml --out run --chain ewc", "--training"),
+        ("search sweep recipe.yaml --keep", "--keep-results"),
+        ("archive create a --base b --out c --top=0.3", "--density"),
+        ("study conflicts a b --base c --top 0.3", "--density"),
+        ("checkpoint diff base model --top 3", "--limit"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(words, new, run):
+    code, out, err = run(*words.split())
+    assert (code, out) == (2, "")
+    assert new in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--quiet", "-q"])
+def test_quiet_commands_print_results_and_errors_alone(option, run, files, tmp_path):
+    _, tasks = files
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text(
+        f"merge_method: linear\nmodels:\n  - {{model: {tasks[0]}, parameters: {{weight: 1, density: 0.5}}}}\n"
+        "dtype: float32\n"
+    )
+    words = ("merge", recipe, "--out", tmp_path / "out.safetensors")
+    assert "note: " in run(*words)[2]
+    code, out, err = run(*words, option)
+    assert (code, err) == (0, "")
+    assert "merged 1 models" in out
+    assert "no such file" in run("checkpoint", "inspect", tmp_path / "nowhere", option)[2]
+
+
+def test_what_is_printed_as_a_table_is_printed_as_json_too(run, files, tmp_path):
+    base, tasks = files
+    state, archive = tmp_path / "state", tmp_path / "archive"
+    assert run("running", "absorb", state, tasks[0], "--base", base, "--name", "cars")[0] == 0
+    assert json.loads(run("running", "status", state, "--json")[1])["current"]["tasks"][0]["name"] == "cars"
+    assert run("archive", "create", "--base", base, *tasks, "--out", archive)[0] == 0
+    assert json.loads(run("archive", "presets", archive, "--json")[1])["presets"] == {}
+    assert "magmax" in json.loads(run("recipes", "list", "--json")[1])
+    assert json.loads(run("recipes", "rules", "--json")[1])[0]["name"] == "magmax"
 
 
 def test_inputs_are_never_changed(run, files, tmp_path):
     base, tasks = files
     before = [Path(p).read_bytes() for p in (base, *tasks)]
     run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors")
-    run("absorb", tmp_path / "state", tasks[0], "--base", base)
+    run("running", "absorb", tmp_path / "state", tasks[0], "--base", base)
     assert [Path(p).read_bytes() for p in (base, *tasks)] == before

@@ -228,18 +228,18 @@ def test_recipes_sweeps_and_running_merges_take_ids(offline: Path) -> None:
     ]
     run("merge", "sub/recipe.yaml", "--base", "org/base", "--out", "flag.safetensors")
     assert Path("flag.safetensors").read_bytes() == Path("sub/out.safetensors").read_bytes()
-    run("sweep", "sub/recipe.yaml", "scaling_factor=0.5,0.7", "--out", "swept.safetensors")
+    run("search", "sweep", "sub/recipe.yaml", "scaling_factor=0.5,0.7", "--out", "swept.safetensors")
     assert Path("swept-0.5.safetensors").read_bytes() == Path("sub/out.safetensors").read_bytes()
     for model in ("org/cars", "org/cars@v1", "sub/local.safetensors"):
-        run("absorb", "state", model, *(("--base", "org/base") if model == "org/cars" else ()))
-    run("result", "state", "--out", "absorbed.safetensors")
+        run("running", "absorb", "state", model, *(("--base", "org/base") if model == "org/cars" else ()))
+    run("running", "result", "state", "--out", "absorbed.safetensors")
     assert same_bytes(load_tensors(Path("absorbed.safetensors")), load_tensors(Path("sub/out.safetensors")))
     told = json.loads(Path("state/state.json").read_text())
     assert f"hf://org/base@{ONE}" in json.dumps(told)
     assert str(offline) not in json.dumps(told)
-    run("inspect", "org/cars")
-    run("diff", "org/base", "org/cars")
-    run("convert", "org/cars", "cars.safetensors")
+    run("checkpoint", "inspect", "org/cars")
+    run("checkpoint", "diff", "org/base", "org/cars")
+    run("checkpoint", "convert", "org/cars", "--out", "cars.safetensors")
     assert same_bytes(load_tensors(Path("cars.safetensors")), small_model(1))
 
 
@@ -267,7 +267,11 @@ def test_adapters_by_id(cache: Path) -> None:
             (opened.read(k, 0, s.num_units) == expected.read(k, 0, s.num_units)).all()
             for k, s in expected.specs.items()
         )
-    app(["convert", "org/net+org/lora", "net.safetensors"], exit_on_error=False, result_action="return_value")
+    app(
+        ["checkpoint", "convert", "org/net+org/lora", "--out", "net.safetensors"],
+        exit_on_error=False,
+        result_action="return_value",
+    )
     assert open_checkpoint("net.safetensors").specs == expected.specs
     package.merge("magmax", "org/net", ["org/lora"], 1.0, "out.safetensors")
     package.merge("magmax", "base.safetensors", ["local"], 1.0, "out2.safetensors")
@@ -373,9 +377,9 @@ def test_the_command_over_the_network(online: HubState, cache: Path) -> None:
         load_tensors(Path("out.safetensors")), reference_merge(magmax, small_model(0), [small_model(1)], 0.5)
     )
     assert (cache.parent / "home/hub/models--org--base/snapshots" / ONE).is_dir()
-    again = run("inspect", "org/cars", HF_HUB_OFFLINE="1")
+    again = run("checkpoint", "inspect", "org/cars", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
-    missing = run("inspect", "org/mnist", HF_HUB_OFFLINE="1")
+    missing = run("checkpoint", "inspect", "org/mnist", HF_HUB_OFFLINE="1")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("error: org/mnist: is not, or not whole, in the cache ")
     lean = "import sys; sys.modules['huggingface_hub'] = None; import magmax; magmax.open_checkpoint(sys.argv[1])"

@@ -119,7 +119,7 @@ def test_a_module_without_its_class_gives_its_state_dict(zipped: bool, research:
     path = tmp_path / "finetuned.pt"
     torch.save(model, path, _use_new_zipfile_serialization=zipped)
     research.gone()
-    with pytest.raises(MagMaxError, match=r"magmax convert .*finetuned\.pt finetuned\.safetensors"):
+    with pytest.raises(MagMaxError, match=r"magmax checkpoint convert .*finetuned\.pt --out finetuned\.safetensors"):
         package.open_checkpoint(path)
     opened = PickledModel(path, "old", inert=["research_modeling.Interpolation"])
     assert [*opened.specs, *opened.aliases] == [k for k in expected if k != "head.weight"] + ["head.weight"]
@@ -506,15 +506,15 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     def magmax_says(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", run, *words], cwd=tmp_path, capture_output=True, text=True)
 
-    done = magmax_says("convert", "old.pt", "new.safetensors")
+    done = magmax_says("checkpoint", "convert", "old.pt", "--out", "new.safetensors")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("converted old.pt: new.safetensors")
     assert same_bytes(load_tensors(tmp_path / "new.safetensors"), load_tensors(tmp_path / "expected.safetensors"))
-    folder = magmax_says("convert", "new.safetensors", "folder")
+    folder = magmax_says("checkpoint", "convert", "new.safetensors", "--out", "folder")
     assert folder.returncode == 0, folder.stderr
     assert same_bytes(
         load_tensors(tmp_path / "folder" / "model.safetensors"), load_tensors(tmp_path / "expected.safetensors")
     )
-    wrong = magmax_says("convert", "new.safetensors", "again.safetensors", "--strip", "module.")
+    wrong = magmax_says("checkpoint", "convert", "new.safetensors", "--out", "again.safetensors", "--strip", "module.")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "are for pickles" in wrong.stderr

@@ -131,7 +131,7 @@ def test_a_chain_that_the_recipe_has_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = toys.write_recipe(tmp_path / "toy.yaml")
-    code, _, errors = run(monkeypatch, capsys, "train", recipe, "--chain", "ewc", "--out", tmp_path / "out")
+    code, _, errors = run(monkeypatch, capsys, "train", recipe, "--training", "ewc", "--out", tmp_path / "out")
     assert (code, "the recipe's chains are sequential, independent; 'ewc' is none of them" in errors) == (2, True)
 
 

@@ -47,7 +47,7 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     alone = ContinualTraining(Experiment.model_validate({**toys.RECIPE, **changes}), tmp_path / "alone", "ewc").run()
     recipe = toys.write_recipe(tmp_path / "toy.yaml", **changes)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "magmax.cli", "train", str(recipe), "--chain", "ewc", "--out", str(tmp_path / "team")]
+    command += ["-m", "magmax.cli", "train", str(recipe), "--training", "ewc", "--out", str(tmp_path / "team")]
     there = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--threads", "1"], env=there, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

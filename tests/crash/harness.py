@@ -196,7 +196,7 @@ class ForkServer:
     """Forks children from a process that has neither torch nor threads. Works must be functions of a module."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-c", "from tests.crash.harness import serve; serve()"]
+        command = [sys.executable, "-c", "from tests.crash.harness import serve_forks; serve_forks()"]
         root = Path(__file__).parents[2]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
 

@@ -239,7 +239,7 @@ def merge_command(folder: Path, out: str) -> tuple[int, str, str]:
 
 
 def absorb_command(folder: Path, task: int) -> tuple[int, str, str]:
-    return run_cli("absorb", folder / "state", folder / f"task{task}.safetensors", "--winners")
+    return run_cli("running", "absorb", folder / "state", folder / f"task{task}.safetensors", "--winners")
 
 
 def run_cli(*arguments: object) -> tuple[int, str, str]:

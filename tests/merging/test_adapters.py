@@ -358,7 +358,7 @@ def test_on_the_command_line_and_in_recipes(adapters, tmp_path, monkeypatch, cap
     assert (code, "has no allow_nonfinite" in err) == (2, True)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("models: [task0, task1]\nadapter_rank: 3\nout: swept\n")
-    code, _, err = command(monkeypatch, capsys, "sweep", recipe, "scaling_factor=0.1,0.2")
+    code, _, err = command(monkeypatch, capsys, "search", "sweep", recipe, "scaling_factor=0.1,0.2")
     assert (code, "has no base" in err) == (2, True)
 
 

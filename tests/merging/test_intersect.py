@@ -264,7 +264,7 @@ def test_a_recipe_and_a_sweep(files, tmp_path, monkeypatch, capsys):
         build_request(given, "here", {}, str(tmp_path)).job().run()
         assert same_bytes(load_tensors(tmp_path / "out.safetensors"), wanted)
         (tmp_path / "r.yaml").write_text(json.dumps({**content, "rule": rule}))
-        monkeypatch.setattr("sys.argv", ["magmax", "sweep", str(tmp_path / "r.yaml"), "scaling_factor=0.5,1"])
+        monkeypatch.setattr("sys.argv", ["magmax", "search", "sweep", str(tmp_path / "r.yaml"), "scaling_factor=0.5,1"])
         with pytest.raises(SystemExit):
             main()
         capsys.readouterr()

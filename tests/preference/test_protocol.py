@@ -320,16 +320,16 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
     few = {"curves": None, "samples": None, "archive": None, "mixtures": ["D1"], "sources": ["label"], "crowd_draws": 0}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**SMALL, **few}))
     monkeypatch.setattr(executors, "job_executor", lambda jobs, scheduler: nullcontext(executor))
-    code, out, err = run("environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
+    code, out, err = run("study", "environments", tmp_path / "study.yaml", "draws=1", "--out", tmp_path / "out")
     assert code == 0, err
     assert (tmp_path / "out" / "environments" / "results.md").read_text() in out
     assert "| tunable/optimal/label | chosen |" in out
     assert "paired t-test over 2 seeds" in out
     assert len((tmp_path / "out" / "environments" / "cells.jsonl").read_text().splitlines()) == 4
-    code, _, err = run("environments", tmp_path / "study.yaml", "sauces=[ot]", "--out", tmp_path / "out")
+    code, _, err = run("study", "environments", tmp_path / "study.yaml", "sauces=[ot]", "--out", tmp_path / "out")
     assert code == 2
     assert "did you mean 'sources'" in err
-    code, _, err = run("environments", tmp_path / "study.yaml", "experiment=3", "--out", tmp_path / "out")
+    code, _, err = run("study", "environments", tmp_path / "study.yaml", "experiment=3", "--out", tmp_path / "out")
     assert (code, "whose chains are merged, not 3" in err) == (2, True)
 
 

@@ -172,7 +172,7 @@ def test_a_recipe_may_name_the_target(place, run):  # noqa: F811
     listed = run("merge", recipe, "target=null", "rule={tunable: {preference: [0.25, 0.75, 0]}}", "out=b.safetensors")
     assert listed[0] == 0
     assert (place / "from-recipe.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
-    assert run("sweep", recipe, "scaling_factor=0.5", "--out", place / "swept.safetensors")[0] == 0
+    assert run("search", "sweep", recipe, "scaling_factor=0.5", "--out", place / "swept.safetensors")[0] == 0
     assert (place / "swept-0.5.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
     with pytest.raises(MagMaxError, match="keep one of the two"):
         load_recipe(str(recipe), ["rule.preference=[1, 2, 3]"]).job()

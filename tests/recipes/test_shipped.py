@@ -32,7 +32,7 @@ def run(monkeypatch, *words: str) -> int:
 
 @pytest.mark.parametrize("name", [path.stem for path in shipped_recipes()])
 def test_a_shipped_recipe_merges(name, workplace, monkeypatch):
-    assert run(monkeypatch, "recipes", "cp", name) == 0
+    assert run(monkeypatch, "recipes", "copy", name) == 0
     assert run(monkeypatch, "recipes", "check", f"{name}.yaml") == 0
     assert run(monkeypatch, "merge", f"{name}.yaml") == 0
     out = load_recipe(f"{name}.yaml").out
@@ -47,7 +47,7 @@ def test_every_rule_and_transform_has_a_recipe():
 
 
 def test_they_are_listed_with_what_they_do(capsys, monkeypatch):
-    assert run(monkeypatch, "recipes", "ls") == 0
+    assert run(monkeypatch, "recipes", "list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(shipped_recipes()) >= 13
     assert all(len(line.split()) > 4 for line in lines[1:])
@@ -55,7 +55,7 @@ def test_they_are_listed_with_what_they_do(capsys, monkeypatch):
 
 def test_a_copy_overwrites_nothing_and_an_unknown_name_is_told_the_nearest(workplace, capsys, monkeypatch):
     (workplace / "magmax.yaml").write_text("mine")
-    assert run(monkeypatch, "recipes", "cp", "magmax") == 2
+    assert run(monkeypatch, "recipes", "copy", "magmax") == 2
     assert (workplace / "magmax.yaml").read_text() == "mine"
-    assert run(monkeypatch, "recipes", "cp", "magmx") == 2
+    assert run(monkeypatch, "recipes", "copy", "magmx") == 2
     assert "did you mean 'magmax'?" in capsys.readouterr().err

@@ -72,12 +72,12 @@ def test_a_server_that_fails_other_processes_for_good_is_told_and_the_merge_resu
     monkeypatch.setattr(pool_module, "SHARE_BYTES", 3_000_000)
     base, *models = [f"{web.url}/{name}.safetensors" for name in NAMES]
     out = tmp_path / "web.safetensors"
-    web.spared, web.breaks = 30, -1
+    web.answers_before_break, web.broken_answers = 30, -1
     with process_pool(2) as pool:
         with pytest.raises(UnfinishedError, match=r"\w+\.safetensors: \S+: bytes [\d,]+ to [\d,]+: failed 5 times"):
             magmax.merge("magmax", base, models, out=out, executor=pool)
         assert not out.exists()
-        web.breaks = 0
+        web.broken_answers = 0
         magmax.merge("magmax", base, models, out=out, executor=pool)
     assert out.read_bytes() == at_home(files, tmp_path / "home.safetensors")
 
@@ -85,7 +85,7 @@ def test_a_server_that_fails_other_processes_for_good_is_told_and_the_merge_resu
 def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path, monkeypatch):
     opened = [open_checkpoint(f"{web.url}/{name}.safetensors") for name in NAMES]
     magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors", execution=ExecutionOptions(2))
-    assert web.sent < 1.2 * sum(map(len, web.files.values()))
+    assert web.bytes_sent < 1.2 * sum(map(len, web.files.values()))
     assert not any(checkpoint._file._blocks for checkpoint in opened)
 
 
@@ -105,29 +105,29 @@ def test_memory_ahead_of_the_work_is_bounded(web, files, tmp_path, monkeypatch):
 
 
 def test_broken_connections_and_a_busy_server_are_tried_again(web, files, tmp_path):
-    web.breaks, web.busy = 25, 3
+    web.broken_answers, web.busy_answers = 25, 3
     assert merged(web, tmp_path / "web.safetensors") == at_home(files, tmp_path / "home.safetensors")
-    assert web.breaks == 0
+    assert web.broken_answers == 0
 
 
 def test_a_server_that_fails_for_good_is_an_error_that_names_file_tensor_and_bytes_and_the_merge_resumes(
     web, files, tmp_path
 ):
     out = tmp_path / "web.safetensors"
-    web.spared, web.breaks = 30, -1
+    web.answers_before_break, web.broken_answers = 30, -1
     with pytest.raises(UnfinishedError, match=r"\w+\.safetensors: \S+: bytes [\d,]+ to [\d,]+: failed 5 times"):
         merged(web, out, threads=1)
     assert not out.exists()
-    web.breaks, said = 0, []
+    web.broken_answers, said = 0, []
     assert merged(web, out, said=said) == at_home(files, tmp_path / "home.safetensors")
     assert any("resuming" in line for line in said)
 
 
 def test_a_server_without_ranges_is_refused(web, tmp_path):
-    web.ranges = False
+    web.supports_ranges = False
     with pytest.raises(MagMaxError, match=r"base\.safetensors: the server sends whole files only.*download it first"):
         merged(web, tmp_path / "web.safetensors")
-    assert web.sent < 2 * len(web.files["/base.safetensors"])
+    assert web.bytes_sent < 2 * len(web.files["/base.safetensors"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_server_without_ranges_is_refused(web, tmp_path):
     ],
 )
 def test_a_server_that_sends_other_bytes_than_asked_for_is_caught(web, tmp_path, lie, words):
-    web.lie = lie
+    web.range_error = lie
     with pytest.raises(MagMaxError, match=words):
         merged(web, tmp_path / "web.safetensors")
     assert not (tmp_path / "web.safetensors").exists()
@@ -152,7 +152,7 @@ def test_a_file_that_changes_during_the_merge_is_an_error_and_leaves_nothing(web
         if number == 30:
             web.files["/task2.safetensors"] = new
 
-    web.after = swap
+    web.on_request = swap
     with pytest.raises(MagMaxError, match=r"task2\.safetensors: changed while it was read"):
         merged(web, tmp_path / "web.safetensors")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("web")] == []

@@ -70,12 +70,14 @@ def test_a_rule_of_another_package_merges_and_absorbs(environment, tmp_path):
     assert load_tensors(tmp_path / "o.safetensors")["w"].tolist() == [2, -4, -6]
     for task in tasks:
         assert (
-            run(environment, "absorb", tmp_path / "state", task, "--base", base, "--rule", "toy_smallest").returncode
+            run(
+                environment, "running", "absorb", tmp_path / "state", task, "--base", base, "--rule", "toy_smallest"
+            ).returncode
             == 0
         )
-    run(environment, "result", tmp_path / "state", "--out", tmp_path / "r.safetensors")
+    run(environment, "running", "result", tmp_path / "state", "--out", tmp_path / "r.safetensors")
     assert load_tensors(tmp_path / "r.safetensors")["w"].tolist() == [1, -2, -3]
-    assert "toy_smallest" in run(environment, "rules").stdout
+    assert "toy_smallest" in run(environment, "recipes", "rules").stdout
 
 
 def test_a_misspelt_rule_is_told_the_nearest_of_another_package(environment, tmp_path):

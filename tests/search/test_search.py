@@ -122,7 +122,7 @@ def test_a_killed_search_ends_with_the_same_trials(toy):
     file = written(toy, score=f"{HERE}:slow_peak")
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(root)]), "SCORE_SECONDS": "0.2"}
-    command = [sys.executable, "-m", "magmax.cli", "search", str(file), "--out", str(toy / "out"), "--jobs", "2"]
+    command = [sys.executable, "-m", "magmax.cli", "search", "run", str(file), "--out", str(toy / "out"), "--jobs", "2"]
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as running:
         for line in running.stderr or ():
             if line.startswith("trial 3:"):

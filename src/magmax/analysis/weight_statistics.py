@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass
-class TensorStatistics:
+class TaskVectorStatistics:
     """What is known of one tensor, or of several added up; T is the number of task vectors tau_1..tau_T.
 
     Attributes:
@@ -54,13 +54,13 @@ class TensorStatistics:
     base_squared_norm: float
 
     @classmethod
-    def zeros(cls, tasks: int) -> TensorStatistics:
+    def zeros(cls, tasks: int) -> TaskVectorStatistics:
         one, more = np.zeros(tasks), np.zeros(tasks + 1)
         ints = np.zeros(tasks, np.int64), np.zeros(tasks + 1, np.int64)
         return cls(0, 0, 0, ints[1], more, more.copy(), ints[0], one, np.zeros((tasks, tasks)), 0.0)
 
-    def __add__(self, other: TensorStatistics) -> TensorStatistics:
-        return TensorStatistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: TaskVectorStatistics) -> TaskVectorStatistics:
+        return TaskVectorStatistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def norms(self) -> Floats:
@@ -87,13 +87,13 @@ class WeightStatistics:
     """
 
     task_names: Sequence[str]
-    by_tensor: Mapping[str, TensorStatistics]
+    by_tensor: Mapping[str, TaskVectorStatistics]
     left_out: Mapping[str, str]
     input_digests: Mapping[str, str]
 
-    def by_layer(self) -> dict[str, TensorStatistics]:
+    def by_layer(self) -> dict[str, TaskVectorStatistics]:
         """The tensors of each layer added up, in the order of their names, after WHOLE, which has all of them."""
-        found = {WHOLE_MODEL: TensorStatistics.zeros(len(self.task_names))}
+        found = {WHOLE_MODEL: TaskVectorStatistics.zeros(len(self.task_names))}
         for key in sorted(self.by_tensor, key=_natural_sort_key):
             for name in (WHOLE_MODEL, layer_name(key)):
                 found[name] = found[name] + self.by_tensor[key] if name in found else self.by_tensor[key]
@@ -124,7 +124,7 @@ class _CountingKernel(Kernel):
     excluded: Mapping[str, str]
     prune: Prune | None = None
     prune_statistics: Statistics = None
-    block_counts: dict[str, list[TensorStatistics]] = field(default_factory=dict[str, list[TensorStatistics]])
+    block_counts: dict[str, list[TaskVectorStatistics]] = field(default_factory=dict[str, list[TaskVectorStatistics]])
 
     @property
     def holds_all_inputs(self) -> bool:
@@ -149,7 +149,7 @@ class _CountingKernel(Kernel):
         return []
 
 
-def block_statistics(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> TensorStatistics:
+def block_statistics(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> TaskVectorStatistics:
     """The counts of one block of task vectors."""
     tasks, size = len(vectors), len(base)
     ups = np.zeros(size, np.int16)
@@ -169,7 +169,7 @@ def block_statistics(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> Ten
     some = agreeing > 0
     wide = np.stack(vectors).astype(np.float64, copy=False)
     start = base.astype(np.float64, copy=False)
-    return TensorStatistics(
+    return TaskVectorStatistics(
         elements=size,
         shared=int(np.count_nonzero(ups + downs >= 2)),
         conflicts=int(np.count_nonzero((ups > 0) & (downs > 0))),
@@ -225,7 +225,7 @@ def collect_weight_statistics(
     return WeightStatistics(list(task_names), tensors, apart, digests)
 
 
-def _add_exactly(parts: Sequence[TensorStatistics]) -> TensorStatistics:
+def _add_exactly(parts: Sequence[TaskVectorStatistics]) -> TaskVectorStatistics:
     """All parts added up; floating sums exactly, then rounded once."""
     if len(parts) == 1:
         return parts[0]
@@ -241,4 +241,4 @@ def _add_exactly(parts: Sequence[TensorStatistics]) -> TensorStatistics:
             stacked = np.stack(values)
             sums = [math.fsum(column) for column in stacked.reshape(len(values), -1).T]
             joined[name] = np.array(sums).reshape(stacked.shape[1:])
-    return TensorStatistics(**joined)
+    return TaskVectorStatistics(**joined)

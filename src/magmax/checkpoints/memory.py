@@ -120,7 +120,8 @@ def open_state_dict_file(path: Path, label: str) -> StateDict:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
         raise MagMaxError(
             f"{label}: this pickle needs code to be run, which is refused ({reason.strip()[:200] or 'weights_only'}). "
-            f"Convert it once, which runs nothing of it: magmax convert {path} {path.with_suffix('.safetensors').name}"
+            f"Convert it once, which runs nothing of it: magmax checkpoint convert {path} --out "
+            f"{path.with_suffix('.safetensors').name}"
         ) from error
     except Exception as error:
         raise MagMaxError(

@@ -3,40 +3,93 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Annotated
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from .._version import __version__
 from ..errors import MagMaxError
 from . import analysis, calibrate, continual, environments, inspect, merge, preference, recipes, running, search, ui
+from .common_options import Quiet
+from .console import quiet_output
+from .old_names import refuse_old_names
 
 app = App(
     name="magmax",
     version=__version__,
-    help="Merge fine-tuned models by magnitude, and learn new tasks without forgetting.",
+    help="Merge fine-tuned models by magnitude: continual learning by model merging.",
 )
-for verb in (
-    *(merge.merge, merge.sweep, search.search, calibrate.calibrate),
-    *(preference.tune, preference.archive, preference.presets),
-    *(running.absorb, running.result, running.status, running.label, running.restore),
-    *(inspect.inspect, inspect.convert, inspect.diff, inspect.rules),
-    *(continual.train, continual.bench, environments.environments, analysis.study, analysis.report),
-):
-    app.command(verb)
-app.command(continual.evaluate, name="eval")
-app.command(ui.ui)
+MERGE, CHECKPOINTS, RUNNING, TUNABLE, CONTINUAL, ANALYSIS, REFERENCE = (
+    Group(name, sort_key=number)
+    for number, name in enumerate(
+        ("Merge", "Checkpoints", "Running merge", "Tunable", "Continual learning", "Analysis", "Reference")
+    )
+)
 
-own = App(name="recipes", help="The recipes that come with magmax, and a check of your own.")
-own.command(recipes.list_recipes, name="ls")
-own.command(recipes.copy_recipe, name="cp")
-own.command(recipes.check)
-app.command(own)
+
+def group_of_commands(name: str, summary: str, group: Group) -> App:
+    """Add a command that has sub-commands to the command line."""
+    commands = App(name=name, help=summary, group=group)
+    app.command(commands)
+    return commands
+
+
+app.command(merge.merge, group=MERGE)
+searches = group_of_commands("search", "Choose the settings of a merge by trying several.", MERGE)
+searches.command(merge.sweep)
+searches.command(search.search, name="run")
+app.command(calibrate.calibrate, group=MERGE)
+
+checkpoint = group_of_commands("checkpoint", "Inspect, compare and convert checkpoints.", CHECKPOINTS)
+for command in (inspect.inspect, inspect.diff, inspect.convert):
+    checkpoint.command(command)
+
+running_merge = group_of_commands("running", "Merge models one after another in constant memory.", RUNNING)
+for command in (running.absorb, running.result, running.status, running.label, running.restore):
+    running_merge.command(command)
+
+app.command(preference.tune, group=TUNABLE)
+archive = group_of_commands("archive", "Keep small parts of models, to be tuned again without them.", TUNABLE)
+archive.command(preference.create)
+archive.command(preference.presets)
+app.command(ui.ui, group=TUNABLE)
+
+app.command(continual.train, group=CONTINUAL)
+app.command(continual.evaluate, name="eval", group=CONTINUAL)
+app.command(continual.bench, group=CONTINUAL)
+
+study = group_of_commands("study", "Analyse why a merge works, of any models or of a benchmark's results.", ANALYSIS)
+study.default(analysis.study)
+study.command(environments.environments)
+app.command(analysis.report, group=ANALYSIS)
+
+reference = group_of_commands("recipes", "List rules and shipped recipes; copy one; check your own.", REFERENCE)
+reference.command(recipes.list_recipes, name="list")
+reference.command(recipes.copy_recipe, name="copy")
+reference.command(recipes.check)
+reference.command(recipes.rules)
+
+
+@app.meta.default
+def launch(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], quiet: Annotated[bool, Quiet] = False
+) -> None:
+    """Run a command with the options that all commands share."""
+    with quiet_output(quiet):
+        app(words, exit_on_error=False, print_error=True)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command that the words spell. Raises MagMaxError, and what cyclopts raises for words it cannot parse."""
+    refuse_old_names(words)
+    app.meta(words, exit_on_error=False, print_error=True)
 
 
 def main() -> None:
-    """The `magmax` command: exit code 0, or 2 for input that cannot be used, 130 for an interruption."""
+    """Run `magmax`: exit code 0, 2 for input that cannot be used, 130 for an interruption."""
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=True)
+        run(sys.argv[1:])
     except CycloptsError:
         sys.exit(2)
     except MagMaxError as error:

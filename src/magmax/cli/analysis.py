@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError, nearest_hint
-from .common_options import Models, Threads
+from .common_options import Json, Models, OptionalOut, Out, Threads
 from .console import print_table, progress_options
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ def study(
     *,
     base: str | None = None,
     source: Annotated[str | None, Parameter(name="--from")] = None,
-    out: str | None = None,
-    top: float | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    out: OptionalOut = None,
+    density: float | None = None,
+    as_json: Json = False,
     threads: Threads = 0,
 ) -> None:
     """Why a merge works: one of the MagMax paper's analyses, of any models or of a benchmark's results.
@@ -48,19 +48,17 @@ def study(
         Instead of models: the output folder of magmax bench or train, with every chain and seed that is in it.
     out
         A folder for WHAT.csv, WHAT.json, WHAT.html and, of most, WHAT.svg.
-    top
+    density
         With conflicts: count only this fraction of each task vector, its largest entries.
-    as_json
-        Print the records as JSON instead of a table.
     """
     from ..analysis.accuracy_studies import ACCURACY_STUDIES
     from ..analysis.weight_studies import WEIGHT_STUDIES
 
     if what not in (*WEIGHT_STUDIES, *ACCURACY_STUDIES):
         raise MagMaxError(f"there is no study {what!r}; {nearest_hint(what, [*WEIGHT_STUDIES, *ACCURACY_STUDIES])}")
-    if top is not None and (what != "conflicts" or not 0 < top <= 1):
-        raise MagMaxError(f"--top is a fraction from 0 to 1 for the study conflicts, not {top} for {what}")
-    found, cells = _studied(what, models, base, source, top, threads)
+    if density is not None and (what != "conflicts" or not 0 < density <= 1):
+        raise MagMaxError(f"--density is a fraction from 0 to 1 for the study conflicts, not {density} for {what}")
+    found, cells = _studied(what, models, base, source, density, threads)
     files = [] if out is None else _written(found, cells, Path(out))  # first: who reads what is printed may stop early
     if as_json:
         print(found.as_json(), end="")
@@ -73,7 +71,7 @@ def study(
 def report(
     *sources: str,
     base: str | None = None,
-    out: str,
+    out: Out,
     calibration: str | None = None,
     threads: Threads = 0,
 ) -> None:
@@ -137,7 +135,7 @@ def coefficients_of(path: Path) -> dict[str, float]:
 
 
 def _studied(
-    what: str, models: Sequence[str], base: str | None, source: str | None, top: float | None, threads: int
+    what: str, models: Sequence[str], base: str | None, source: str | None, density: float | None, threads: int
 ) -> tuple[Study, Records]:
     """The study, and the benchmark's cells if it is of one."""
     from ..analysis.accuracy_studies import ACCURACY_STUDIES, run_accuracy_study
@@ -146,7 +144,7 @@ def _studied(
     if source is None:
         if what in ACCURACY_STUDIES:
             raise MagMaxError(f"{what} is read from accuracies; give a benchmark's results: --from FOLDER")
-        return run_weight_study(what, _tallies(models, base, top, threads), top), ()
+        return run_weight_study(what, _tallies(models, base, density, threads), density), ()
     if models or base:
         raise MagMaxError("give either models and their --base, or --from FOLDER, not both")
     from ..analysis.run_folders import load_results
@@ -159,10 +157,10 @@ def _studied(
             f"{source}: has no checkpoints any more (magmax bench --discard deletes them); {what} needs them"
         )
     with progress_options(_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
-        return run_weight_study(what, run.weight_statistics(top, threads, settings.progress), top), run.cells
+        return run_weight_study(what, run.weight_statistics(density, threads, settings.progress), density), run.cells
 
 
-def _tallies(models: Sequence[str], base: str | None, top: float | None, threads: int) -> StatisticsByOrigin:
+def _tallies(models: Sequence[str], base: str | None, density: float | None, threads: int) -> StatisticsByOrigin:
     from ..analysis.weight_statistics import collect_weight_statistics
     from ..analysis.weight_studies import ModelsOrigin
     from ..checkpoints import open_checkpoint
@@ -175,7 +173,7 @@ def _tallies(models: Sequence[str], base: str | None, top: float | None, threads
     names = default_names([other.source for other in others])
     total = start.nbytes * (1 + len(others))
     with progress_options(total, f"reading {len(others)} models", threads, False) as settings:
-        return {ModelsOrigin(): collect_weight_statistics(start, others, names, top, threads, settings.progress)}
+        return {ModelsOrigin(): collect_weight_statistics(start, others, names, density, threads, settings.progress)}
 
 
 def _bytes(chains: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Restart, Threads
+from .common_options import DryRun, Out, Restart, Threads
 from .console import print_preview, print_result, progress_options
 
 
@@ -16,7 +16,7 @@ def calibrate(
     *,
     base: str,
     models: Annotated[list[str], Parameter(consume_multiple=True, negative="")],
-    out: str,
+    out: Out,
     space: Literal["weight", "feature", "dual"] = "dual",
     samples: str | None = None,
     n: int = 8,

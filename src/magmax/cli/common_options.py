@@ -1,4 +1,4 @@
-"""Options that several verbs have."""
+"""Options that several commands have: one name, type and default for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from cyclopts import Parameter
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Mismatch = Literal["strict", "base", "intersect"]
 Models = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
-Threads = Annotated[int, Parameter(help="Chunks worked on at once; 0 means one for each processor.")]
+Out = Annotated[str, Parameter(name=["--out", "-o"])]
+OptionalOut = Annotated[str | None, Parameter(name=["--out", "-o"])]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+Quiet = Parameter(name=["--quiet", "-q"], negative="", help="No progress and no notes, only results and errors.")
+Threads = Annotated[
+    int,
+    Parameter(
+        help="Chunks worked on at once, or threads of torch; 0 lets the command choose: one for each processor, or "
+        "one in each process where it starts several."
+    ),
+]
+Jobs = Annotated[int, Parameter(help="Processes that work at once.")]
 Scheduler = Annotated[
     str | None,
     Parameter(
@@ -21,6 +32,6 @@ Device = Annotated[
     str | None,
     Parameter(help="Where the rule works on blocks: cuda, or cuda:1 for the second. The processors by default."),
 ]
-Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run instead of resuming it.")]
+Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run and begin again.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
 Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]

@@ -6,19 +6,44 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MagMaxError
+
 if TYPE_CHECKING:
+    from ..continual.progress import BarFactory
     from ..merging.execution.execution_options import ExecutionOptions
     from ..merging.job import Job
     from ..merging.result import MergeResult
     from ..recipes.request import MergeRequest
 
 
+_is_quiet = False
+
+
+@contextmanager
+def quiet_output(quiet: bool) -> Generator[None]:
+    """Print no progress and no notes until the block is left."""
+    global _is_quiet  # of the process, since notes come from any of its threads
+    before, _is_quiet = _is_quiet, quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
+
+
 def print_note(text: str) -> None:
-    """A note to the user."""
-    print(text, file=sys.stderr)
+    """Print a note to stderr."""
+    if not _is_quiet:
+        print(text, file=sys.stderr)
+
+
+def progress_bars() -> AbstractContextManager[BarFactory]:
+    """Return bars on stderr for work that reports several steps; none where output is quiet."""
+    from ..continual.progress import bars, no_bars
+
+    return nullcontext(no_bars) if _is_quiet else bars()
 
 
 @contextmanager
@@ -37,7 +62,7 @@ def progress_options(
 @contextmanager
 def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
     """What moves a bar on stderr, or nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if _is_quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
@@ -173,3 +198,9 @@ def format_bytes(count: int) -> str:
             return f"{amount:.4g} {unit}"
         amount /= 1000
     return f"{amount:.4g} TB"
+
+
+def check_counts(jobs: int, threads: int) -> None:
+    """Raise MagMaxError for a number of processes below 1, or of threads below 0."""
+    if jobs < 1 or threads < 0:
+        raise MagMaxError("--jobs is a whole number from 1 on, and --threads from 0 on")

@@ -10,20 +10,19 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import Models
-
-Restart = Annotated[bool, Parameter(negative="", help="Clear the folder and begin again.")]
+from .common_options import DryRun, Jobs, Json, Models, Out, Restart, Scheduler, Threads
+from .console import check_counts, progress_bars
 
 
 def train(
     recipe: str,
     *assignments: str,
-    out: str,
-    chain: str = "sequential",
+    out: Out,
+    training: str = "sequential",
     rule: str = "magmax",
     seed: int | None = None,
     scaling_factor: float | None = None,
-    threads: int = 0,
+    threads: Threads = 0,
     restart: Restart = False,
 ) -> None:
     """Learn the tasks of a recipe one after another; merge and evaluate after each.
@@ -39,21 +38,18 @@ def train(
         Changes to it, such as fit.steps=20.
     out
         The folder for the checkpoints, the running merge and the metrics. The same command again goes on.
-    chain
-        One of the recipe's chains: sequential, independent, lwf, ewc, ...
+    training
+        One of the ways to train that the recipe names: sequential, independent, lwf, ewc, ...
     rule
         The merge rule that each task is absorbed into.
     seed
         Draws the tasks and the order of the examples; the recipe's first by default.
     scaling_factor
         Of the merge; the rule's own by default.
-    threads
-        Of torch; 0 leaves the choice to it.
     """
     from ..continual.experiment_file import read_experiment
 
     experiment = read_experiment(recipe, assignments)
-    from ..continual.progress import bars
     from ..continual.training.trainer import ContinualTraining
     from ..recipes.recipe import parse_rule
 
@@ -61,10 +57,10 @@ def train(
     factor = given if scaling_factor is None else scaling_factor
     named = rule if rule.isidentifier() else parsed.describe()
     chosen = experiment.seeds[0] if seed is None else seed
-    work = ContinualTraining(experiment, Path(out), chain, named, chosen, factor, restart)
+    work = ContinualTraining(experiment, Path(out), training, named, chosen, factor, restart)
     _threads(threads)
     team = _team()
-    with bars() as new_bar:
+    with progress_bars() as new_bar:
         metrics = work.run(new_bar, team)
     if team:
         team.end_training()
@@ -81,8 +77,8 @@ def evaluate(
     models: Models = (),
     *,
     seed: int | None = None,
-    threads: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    threads: Threads = 0,
+    as_json: Json = False,
 ) -> None:
     """Evaluate models on the test examples of a recipe, among the classes of all its tasks.
 
@@ -94,10 +90,6 @@ def evaluate(
         Safetensors files of the recipe's model: checkpoints, merges. Then assignments such as data.newsgroups.seed=1.
     seed
         Draws the tasks; the recipe's first by default.
-    threads
-        Of torch; 0 leaves the choice to it.
-    as_json
-        Print JSON instead of a table.
     """
     from ..yaml_documents import is_assignment
 
@@ -111,11 +103,10 @@ def evaluate(
     experiment = read_experiment(recipe, [word for word in models if word not in paths])
     from dataclasses import asdict
 
-    from ..continual.progress import bars
     from ..continual.training.trainer import evaluate as measure
 
     _threads(threads)
-    with bars() as new_bar:
+    with progress_bars() as new_bar:
         found = measure(experiment, paths, experiment.seeds[0] if seed is None else seed, new_bar)
     if as_json:
         print(json.dumps({path: asdict(row) for path, row in found.items()}, indent=2))
@@ -128,14 +119,12 @@ def evaluate(
 def bench(
     recipe: str,
     *assignments: str,
-    out: str,
-    jobs: int = 1,
-    threads: int = 1,
-    scheduler: str | None = None,
+    out: Out,
+    jobs: Jobs = 1,
+    threads: Threads = 0,
+    scheduler: Scheduler = None,
     discard: Annotated[bool, Parameter(negative="", help="Delete checkpoints once every rule is measured.")] = False,
-    dry_run: Annotated[
-        bool, Parameter(negative="", help="Show what is measured and what is not, and do nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure every method of a recipe over its seeds; write a table, CSV and JSON.
 
@@ -150,30 +139,22 @@ def bench(
     out
         The folder for the checkpoints (chains), the finished cells (cells.jsonl), results.csv, results.json and
         results.md. Cells of the same recipe that are there are not measured again.
-    jobs
-        Processes that work at once.
-    threads
-        Of torch, in each process.
-    scheduler
-        The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
     """
     from ..continual.experiment_file import read_experiment
 
     experiment = read_experiment(recipe, assignments)
     from ..continual.benchmark import Benchmark, finished
     from ..continual.evaluation.result_files import print_results, write_results
-    from ..continual.progress import bars
     from ..merging.execution.executors import job_executor
 
-    if jobs < 1 or threads < 1:
-        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    check_counts(jobs, threads)
     folder = Path(out).resolve()
     if dry_run:
         print_results(experiment, finished(experiment, folder))
         return
     try:
-        with job_executor(jobs, scheduler) as executor, bars() as new_bar:
-            Benchmark(experiment, folder, executor, threads, discard, new_bar("Benchmark")).run()
+        with job_executor(jobs, scheduler) as executor, progress_bars() as new_bar:
+            Benchmark(experiment, folder, executor, threads or 1, discard, new_bar("Benchmark")).run()
     finally:
         records = finished(experiment, folder)
         files = write_results(experiment, records, Path(out)) if records else []

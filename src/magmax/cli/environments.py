@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
+from .common_options import Jobs, Out, Scheduler, Threads
+from .console import check_counts, progress_bars
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 def environments(
     recipe: str,
     *assignments: str,
-    out: str,
-    jobs: int = 1,
-    threads: int = 1,
-    scheduler: str | None = None,
+    out: Out,
+    jobs: Jobs = 1,
+    threads: Threads = 0,
+    scheduler: Scheduler = None,
 ) -> None:
     """Measure what each preference is worth where tasks occur in other mixtures: the benchmark of the rule tunable.
 
@@ -36,24 +38,16 @@ def environments(
         The folder that magmax bench was given: its checkpoints (chains) are used, and trained where they lack. Finished
         records (cells.jsonl), results.csv, results.json and results.md come into its subfolder environments; records of
         the same recipe that are there are not measured again.
-    jobs
-        Processes that work at once, on one chain each.
-    threads
-        Of torch, in each process.
-    scheduler
-        The address of a Dask scheduler, whose workers do the work instead; they must see OUT.
     """
-    from ..continual.progress import bars
 
-    if jobs < 1 or threads < 1:
-        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    check_counts(jobs, threads)
     study, experiment = read_study(recipe, assignments)
     from ..merging.execution.executors import job_executor
     from ..preference.environments.environment_runs import EnvironmentRuns
     from ..preference.environments.environment_tables import write_report
 
-    with job_executor(jobs, scheduler) as executor, bars() as new_bar:
-        work = EnvironmentRuns(study, experiment, Path(out).resolve(), executor, threads, new_bar("Environments"))
+    with job_executor(jobs, scheduler) as executor, progress_bars() as new_bar:
+        work = EnvironmentRuns(study, experiment, Path(out).resolve(), executor, threads or 1, new_bar("Environments"))
         try:
             records = work.run()
         except BaseException:

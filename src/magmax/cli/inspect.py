@@ -1,24 +1,18 @@
-"""The verbs that look at checkpoints, convert them, and list the rules: inspect, convert, diff, rules."""
+"""The commands of checkpoints: inspect, diff, convert."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
-from .common_options import DryRun, Restart, Threads
+from .common_options import DryRun, Json, Out, Restart, Threads
 from .console import compact, format_bytes, print_json, print_result, print_table, progress_options, run_or_preview
 
 
-def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+def inspect(checkpoint: str, *, as_json: Json = False) -> None:
     """List the tensors of a checkpoint and where it comes from; only headers are read.
 
     Parameters
     ----------
     checkpoint
         A file or folder.
-    as_json
-        Print JSON instead of a table.
     """
     from ..checkpoints import open_checkpoint
     from ..merging.inspection import provenance_of
@@ -54,9 +48,9 @@ def inspect(checkpoint: str, *, as_json: Annotated[bool, Parameter(name="--json"
 
 
 def convert(
-    old: str,
-    out: str,
+    model: str,
     *,
+    out: Out,
     part: str = "",
     strip: str = "",
     inert: tuple[str, ...] = (),
@@ -68,7 +62,7 @@ def convert(
 
     Parameters
     ----------
-    old
+    model
         A file written by torch.save: of a module, of a state dict, or of an object that holds one, whose classes need
         not be installed. Or any other checkpoint.
     out
@@ -82,17 +76,17 @@ def convert(
     """
     from ..merging.convert import convert_job
 
-    job = convert_job(old, out, part, strip, inert)
-    if outcome := run_or_preview(job, f"converting {old}", threads, restart, dry_run):
-        print_result(f"converted {old}", outcome)
+    job = convert_job(model, out, part, strip, inert)
+    if outcome := run_or_preview(job, f"converting {model}", threads, restart, dry_run):
+        print_result(f"converted {model}", outcome)
 
 
 def diff(
     base: str,
     model: str,
     *,
-    top: int = 10,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    limit: int = 10,
+    as_json: Json = False,
     threads: Threads = 0,
 ) -> None:
     """Show how far a model moved from its base, tensor by tensor.
@@ -103,10 +97,8 @@ def diff(
         The base.
     model
         The fine-tuned model.
-    top
+    limit
         How many of the largest movers to show; 0 shows every tensor, in the order of the base.
-    as_json
-        Print JSON instead of a table.
     """
     from dataclasses import asdict
 
@@ -120,32 +112,9 @@ def diff(
     if as_json:
         print_json({"norm": found.norm, "tensors": [asdict(m) for m in found.movements], "apart": found.incomparable})
         return
-    movers = sorted(found.movements, key=lambda m: -m.norm)[:top] if top else found.movements
+    movers = sorted(found.movements, key=lambda m: -m.norm)[:limit] if limit else found.movements
     rows = [(m.key, f"{m.norm:.6g}", f"{m.relative:.3g}", f"{m.changed:.1%}") for m in movers]
     print_table(["tensor", "norm", "of the base's", "changed"], rows)
     for reason in found.incomparable.values():
         print(f"not compared: {reason}")
     print(f"task vector: L2 norm {found.norm:.6g} over {len(found.movements)} tensors")
-
-
-def rules() -> None:
-    """List the merge rules and the transforms that can stand before or after them in a chain."""
-    import dataclasses
-
-    from ..rules import MergedTransform, Rule, StreamingRule, TaskVectorTransform, all_components
-    from ..rules.schedules import ACCEPTED_FORMS
-
-    rows: list[tuple[str, ...]] = []
-    for name, kind in all_components().items():
-        part = kind()
-        options = ", ".join(f"{f.name}={getattr(part, f.name)}" for f in dataclasses.fields(kind)) or "-"
-        place = "(after)" if isinstance(part, MergedTransform) else "(transform)"
-        factor = f"{part.scaling_factor:g}" if isinstance(part, Rule) else place
-        memory = "a block" if isinstance(part, TaskVectorTransform | StreamingRule) else "a block a model"
-        memory = "a tensor a model" if isinstance(part, Rule) and part.whole_tensor else memory
-        passes = part.passes_in_words if isinstance(part, Rule) else str(part.passes)
-        rows.append((name, options, factor, passes, memory, kind.paper))
-    header = ["name", "options", "scaling_factor", "extra passes", "memory", "paper"]
-    print_table(header, rows)
-    print(f"Options that are fractions or weights, and scaling_factor, can be {ACCEPTED_FORMS}")
-    print("Those of transforms, and weights, also a list of these, one for each model, or a map from model to number.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
+from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, OptionalOut, Restart, Scheduler, Threads
 from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def merge(
     models: Models = (),
     *,
     base: str | None = None,
-    out: str | None = None,
+    out: OptionalOut = None,
     rule: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
@@ -90,8 +90,10 @@ def sweep(
     recipe: str,
     *assignments: str,
     evaluate: Annotated[str | None, Parameter(name="--eval")] = None,
-    out: str | None = None,
-    keep: Annotated[bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")] = False,
+    out: OptionalOut = None,
+    keep_results: Annotated[
+        bool, Parameter(negative="", help="With --eval, keep each result instead of deleting it.")
+    ] = False,
     restart: Restart = False,
     threads: Threads = 0,
     scheduler: Scheduler = None,
@@ -145,7 +147,7 @@ def sweep(
             with work.merged() as scaler:
                 for factor in chosen:
                     path = scaler.write(factor)
-                    told = str(path) if evaluate is None else _scored(evaluate, path, keep)
+                    told = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
                     rows.append((f"{factor:g}", told))
         finally:
             if rows:

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Mismatch, Models, Nonfinite, Restart, Scheduler, Threads
-from .console import format_bytes, print_preview, print_result, print_table, progress_options
+from .common_options import DryRun, Dtype, Json, Mismatch, Models, Nonfinite, Out, Restart, Scheduler, Threads
+from .console import format_bytes, print_json, print_preview, print_result, print_table, progress_options
 
 
 def tune(
     models: Models = (),
     *,
-    out: str,
+    out: Out,
     base: str | None = None,
     archive: str | None = None,
     prefer: Annotated[list[str] | None, Parameter(negative="")] = None,
@@ -48,7 +48,7 @@ def tune(
     base
         The model that all of them were fine-tuned from. An archive knows where it was.
     archive
-        An archive made by magmax archive, instead of the models.
+        An archive made by magmax archive create, instead of the models.
     prefer
         NAME=WEIGHT, once for each model to take from; nothing is taken from the others. NAME is the model's file name
         without its suffix; of models in folders of their own, the folder's name.
@@ -132,8 +132,14 @@ def tune(
     print_result(f"tuned {len(inputs)} models", outcome)
 
 
-def archive(
-    models: Models = (), *, base: str, out: str, top: float = 0.3, bits: Literal[8, 16, 32] = 8, threads: Threads = 0
+def create(
+    models: Models = (),
+    *,
+    base: str,
+    out: Out,
+    density: float = 0.3,
+    bits: Literal[8, 16, 32] = 8,
+    threads: Threads = 0,
 ) -> None:
     """Store of each model what magmax tune is likely to need, in far fewer bytes.
 
@@ -146,7 +152,7 @@ def archive(
     out
         The archive's folder. An archive that is there is replaced; its presets are kept where the models have the same
         names, in the same order, and else it is refused.
-    top
+    density
         The fraction of each task vector to keep, its entries of largest magnitude.
     bits
         How many bits each takes; 32 keeps them exactly.
@@ -166,7 +172,7 @@ def archive(
             inputs,
             default_names(list(models)),
             Path(out),
-            top=top,
+            top=density,
             bits=bits,
             base_given=base,
             execution=settings,
@@ -175,7 +181,7 @@ def archive(
     print(f"archived {', '.join(made.tasks)}: {out} ({format_bytes(size)}, {size / opened.nbytes:.2f} times the base)")
 
 
-def presets(archive: str) -> None:
+def presets(archive: str, *, as_json: Json = False) -> None:
     """List an archive's tasks and the preferences stored in it.
 
     Parameters
@@ -188,6 +194,9 @@ def presets(archive: str) -> None:
     from ..preference.archive import Archive
 
     found = Archive(Path(archive))
+    if as_json:
+        print_json({"tasks": found.tasks, "presets": dict(found.presets)})
+        return
     rows = [(name, *(f"{weights.get(task, 0):g}" for task in found.tasks)) for name, weights in found.presets.items()]
     print_table(["preset", *found.tasks], rows)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Mismatch, Nonfinite, Restart, Scheduler, Threads
-from .console import print_result, print_table, progress_options, run_or_preview
+from .common_options import DryRun, Dtype, Json, Mismatch, Nonfinite, Out, Restart, Scheduler, Threads
+from .console import print_json, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
     from ..merging.running.running_merge import Running
@@ -59,7 +60,7 @@ def absorb(
 def result(
     state: str,
     *,
-    out: str,
+    out: Out,
     base: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
@@ -93,7 +94,7 @@ def result(
         print_result(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
 
 
-def status(state: str) -> None:
+def status(state: str, *, as_json: Json = False) -> None:
     """Show a running merge: its rule, its tasks, its generations.
 
     Parameters
@@ -102,6 +103,9 @@ def status(state: str) -> None:
         The running merge's folder.
     """
     found = _running(state, None, None).status()
+    if as_json:
+        print_json(asdict(found))
+        return
     ((name, options),) = found.rule.items()
     print(f"rule   {name} {options or ''}".rstrip())
     print(f"base   {found.base or 'in memory'}  {found.base_digest or ''}")
@@ -159,5 +163,5 @@ def _running(state: str, base: str | None, rule: str | None, **options: Any) -> 
 
     new = not (Path(state) / "state.json").exists()
     if new and "execution" not in options:
-        raise MagMaxError(f"{state}: is not a running merge (it has no state.json); magmax absorb makes one")
+        raise MagMaxError(f"{state}: is not a running merge (it has no state.json); magmax running absorb makes one")
     return Running(state, parse_rule(rule)[0] if rule else None, base, **options)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import MagMaxError
-from .common_options import Scheduler
-from .console import print_note, print_table
+from .common_options import Out, Scheduler, Threads
+from .console import check_counts, print_note, print_table
 
 if TYPE_CHECKING:
     from ..search.runner import TrialRecord
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
 def search(
     recipe: str,
     *assignments: str,
-    out: str,
+    out: Out,
     jobs: int | None = None,
-    threads: int = 1,
+    threads: Threads = 0,
     scheduler: Scheduler = None,
 ) -> None:
     """Search for the scaling factor, the options of a rule or the preference whose merge scores best.
@@ -33,8 +32,6 @@ def search(
     jobs
         Trials that are under way at once, each in a process of its own; one, or with a scheduler one for each thread of
         its workers. The choice of a trial knows the scores of all but this many before it.
-    threads
-        Of each merge.
     """
     from pathlib import Path
 
@@ -44,13 +41,14 @@ def search(
     from ..search.runner import Search
     from ..search.trial_results import best_of, pareto_front, tasks_of, write_search
 
-    if (jobs is not None and jobs < 1) or threads < 1:
-        raise MagMaxError("--jobs and --threads are whole numbers from 1 on")
+    check_counts(1 if jobs is None else jobs, threads)
     given, trials = load_search(recipe, assignments)
     if not isinstance(trials.score, str) and trials.score[2] == "test":
         print_note("note: scores are those on the test examples; what is chosen by them must not be reported on them")
     with job_executor(jobs or 1, scheduler) as executor:
-        tried = Search(given, trials, Path(out), executor, jobs or worker_slots(executor), threads, _say_trial).run()
+        tried = Search(
+            given, trials, Path(out), executor, jobs or worker_slots(executor), threads or 1, _say_trial
+        ).run()
     files = write_search(given, trials, tried, Path(out))
     tasks = tasks_of(given, tried)
     shown = pareto_front(tried, tasks, given.direction) if len(tasks) > 1 else [best_of(given, tried)]

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
+from .console import progress_bars
 
 
 def ui(
@@ -26,7 +27,7 @@ def ui(
     Parameters
     ----------
     run
-        The folder of magmax train; or an archive of magmax archive, or a chain of magmax bench.
+        The folder of magmax train; or an archive of magmax archive create, or a chain of magmax bench.
     recipe
         Of an archive or a chain: its experiment (.yaml), or the recipe.json of a training.
     seed
@@ -47,7 +48,6 @@ def ui(
         from ..ui.view_model import TunerModel
     except ImportError as error:
         raise MagMaxError(f"the page needs {error.name}, which is missing: pip install 'magmax[ui]'") from error
-    from ..continual.progress import bars
 
     if examples < 1:
         raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
@@ -56,6 +56,6 @@ def ui(
 
         told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
         source = open_source(Path(run), told, seed)
-        with bars() as new_bar:
+        with progress_bars() as new_bar:
             tuner = TunerModel.open(source, examples, Path(samples) if samples else None, new_bar)
         serve(tuner, at, not no_browser, partial(print, flush=True))

@@ -84,7 +84,7 @@ class Archive:
         try:
             self._about = ArchiveInfo.of(folder)
         except MagMaxError as error:
-            raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive makes one") from error
+            raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive create makes one") from error
         self.tasks, self.top, self.bits = self._about.tasks, self._about.top, self._about.bits
         self.presets = self._about.presets
         self.tensors = open_checkpoint(folder)

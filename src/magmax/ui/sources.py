@@ -91,7 +91,7 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
     if not (archived or known or (folder / "theta_0.safetensors").exists()):
         raise MagMaxError(
             f"{folder}: is neither the folder of a training ({RECIPE} and theta_0.safetensors, made by magmax train) "
-            f"nor an archive ({FILE}, made by magmax archive)"
+            f"nor an archive ({FILE}, made by magmax archive create)"
         )
     if known and not archived:
         if recipe is not None or seed is not None:

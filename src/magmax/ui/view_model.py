@@ -175,7 +175,7 @@ class TunerModel:
     def store_preset(self, name: str, weights: Weights) -> str:
         """Remember a preference in the archive. Raises MagMaxError without one, and for a name that is taken."""
         if self.source.archive is None:
-            raise MagMaxError(f"{self.source.folder}: presets are kept in archives; magmax archive makes one")
+            raise MagMaxError(f"{self.source.folder}: presets are kept in archives; magmax archive create makes one")
         name = name.strip()
         if not name or name in self.presets:
             raise MagMaxError(f"a preset needs a name of its own; {name!r} is {'taken' if name else 'none'}")

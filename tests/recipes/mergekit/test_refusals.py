@@ -211,7 +211,7 @@ def test_a_recipe_can_be_swept_and_previewed(written, tmp_path, monkeypatch, cap
     file = written(START)
     assert run(monkeypatch, "merge", file, "--out", str(tmp_path / "out"), "--dry-run") == 0
     assert not (tmp_path / "out").exists()
-    words = ("sweep", file, "scaling_factor=0.5,1", "--out", str(tmp_path / "swept"))
+    words = ("search", "sweep", file, "scaling_factor=0.5,1", "--out", str(tmp_path / "swept"))
     assert run(monkeypatch, *words) == 0
     assert (tmp_path / "swept-0.5/model.safetensors").exists()
     assert run(monkeypatch, "merge", file) == 2

@@ -61,7 +61,7 @@ class ArchiveComparison(_StrictModel):
 
 
 class EnvironmentsConfig(_StrictModel):
-    """What `magmax environments` does.
+    """What `magmax study environments` does.
 
     Attributes:
         experiment: the recipe of `magmax bench` whose chains are merged; relative to this one's file.
