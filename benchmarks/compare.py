@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/compare.py FOLDER ... --out TABLES.md
 
-The first tables have a row for each folder and a column for each rule on a chain; their last row is what MagMax leads
+The first tables have a row for each folder and a column for each rule on a training; their last row is what MagMax
+leads
 by in the mean over folders, with the p of a paired t-test whose pairs are the folders' means over seeds. The next has,
-for each folder, chain and choice of scaling factors, MagMax's accuracy and what it leads each other method by, over the
-same seeds: mean, 95 % interval, p of the paired t-test. The last has time and bytes.
+for each folder, training and choice of scaling factors, MagMax's accuracy and what it leads each other method by,
+over the same seeds: mean, 95 % interval, p of the paired t-test. The last has time and bytes.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ class FolderResults:
         return len(told)
 
 
-def overview_rows(results: Sequence[FolderResults], chain: str, variant: str) -> list[list[str]]:
-    """The names of all methods on a chain, a line for each result, and what MagMax leads by in the mean over these."""
-    told = [m for result in results for m in result.methods if m.endswith(f"/{chain}")]
-    rules = sorted(dict.fromkeys(m for m in told if m != f"last/{chain}"), key=lambda m: m.startswith("magmax"))
-    methods = ["zero_shot", f"last/{chain}", *rules, "last/joint"]
-    if chain == "independent":
-        methods.remove(f"last/{chain}")
+def overview_rows(results: Sequence[FolderResults], training: str, variant: str) -> list[list[str]]:
+    """The names of all methods on a training, a line for each result, and what MagMax leads by in the mean over
+    these.
+    """
+    told = [m for result in results for m in result.methods if m.endswith(f"/{training}")]
+    rules = sorted(dict.fromkeys(m for m in told if m != f"last/{training}"), key=lambda m: m.startswith("magmax"))
+    methods = ["zero_shot", f"last/{training}", *rules, "last/joint"]
+    if training == "independent":
+        methods.remove(f"last/{training}")
     means = [
         {m: float(np.mean(list(found.values()))) for m in methods if (found := result.values(m, variant))}
         for result in results
@@ -69,7 +72,7 @@ def overview_rows(results: Sequence[FolderResults], chain: str, variant: str) ->
         [r.name, *(format_percent(r.values(m, variant)) if m in of else "-" for m in methods)]
         for r, of in zip(results, means, strict=True)
     ]
-    ours, last = f"magmax/{chain}", ["**MagMax leads by**"]
+    ours, last = f"magmax/{training}", ["**MagMax leads by**"]
     for method in methods:
         both = [of for of in means if method in of and ours in of]
         if method in (ours, "last/joint") or len(both) < 2:
@@ -81,14 +84,14 @@ def overview_rows(results: Sequence[FolderResults], chain: str, variant: str) ->
 
 
 def lead_rows(results: Sequence[FolderResults]) -> list[list[str]]:
-    """MagMax against every other method on the same chain."""
+    """MagMax against every other method on the same training."""
     lines: list[list[str]] = []
     for result in results:
         warm = result.recipe["fit"]["warmup"]
         about = [result.name, str(result.num_tasks), f"{warm:.0%}" if warm < 1 else f"{warm:g} steps"]
         for ours in (method for method in result.methods if method.startswith("magmax/")):
-            chain = ours.partition("/")[2]
-            others = [m for m in result.methods if m.endswith(f"/{chain}") and m != ours] + ["zero_shot"]
+            training = ours.partition("/")[2]
+            others = [m for m in result.methods if m.endswith(f"/{training}") and m != ours] + ["zero_shot"]
             for variant, factor in FACTOR_VARIANTS.items():
                 mine = result.values(ours, variant)
                 for other in others:
@@ -103,7 +106,7 @@ def lead_rows(results: Sequence[FolderResults]) -> list[list[str]]:
                         told[1] = f"{100 * (d.mean - d.half):+.1f} .. {100 * (d.mean + d.half):+.1f}"
                         told[2] = f"{pair.p_t:.2g}"
                     lines.append(
-                        [*about, chain, factor, format_percent(mine), other.partition("/")[0], *told, f"{d.n}"]
+                        [*about, training, factor, format_percent(mine), other.partition("/")[0], *told, f"{d.n}"]
                     )
     return lines
 
@@ -142,7 +145,7 @@ def main() -> None:
         "results",
         "tasks",
         "warm-up",
-        "chain",
+        "training",
         "factor",
         "MagMax",
         "against",
@@ -152,13 +155,14 @@ def main() -> None:
         "seeds",
     ]
     text = "Accuracies in %, average over tasks after the last, mean ± standard deviation over seeds.\n\n"
-    for chain in ("sequential", "independent"):
+    for training in ("sequential", "independent"):
         for variant, factor in FACTOR_VARIANTS.items():
-            title, *lines = overview_rows(results, chain, variant)
-            text += f"## {chain} checkpoints, {factor} scaling factors\n\n{markdown_table(title, lines)}\n\n"
+            title, *lines = overview_rows(results, training, variant)
+            text += f"## {training} checkpoints, {factor} scaling factors\n\n{markdown_table(title, lines)}\n\n"
     text += "## Pair by pair\n\nWhat MagMax leads the other by, over the same seeds.\n\n"
     text += (
-        markdown_table(head, lead_rows(results)) + "\n\n## Costs\n\nMeans over seeds; the training is the chain's.\n\n"
+        markdown_table(head, lead_rows(results))
+        + "\n\n## Costs\n\nMeans over seeds; the training is the training's.\n\n"
     )
     text += markdown_table(
         ["results", "tasks", "method", "training s", "merging s", "peak MB", "stored MB"], cost_rows(results)

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/features.py benchmarks/continual/{newsgroups-5,fashion-mnist-5}.yaml
 
-Averages the checkpoints that `magmax bench` left in benchmarks/results/continual/NAME/chains, measures 8 validation
+Averages the checkpoints that `magmax bench` left in benchmarks/results/continual/NAME/training, measures 8 validation
 examples of each task, with ratios of places (as published) and of whole samples, and writes
 benchmarks/results/continual/magic-features.csv, and draws the first seed's to docs/magic.
 """
@@ -20,12 +20,12 @@ from harness.places import RESULTS
 
 import magmax
 from magmax.calibration import FeatureOptions, calibrate_features, draw
-from magmax.continual.cells import chain_folder, samples_of
+from magmax.continual.cells import samples_of, training_folder
 from magmax.continual.context import build_context
 from magmax.continual.experiment import Experiment
 
-CSV_HEADER = ("benchmark", "seed", "chain", "ratio", "layer", "kind", "xi", "merged_over_own")
-CHAINS, RATIOS = ("sequential", "independent"), ("place", "sample")
+CSV_HEADER = ("benchmark", "seed", "training", "ratio", "layer", "kind", "xi", "merged_over_own")
+TRAININGS, RATIOS = ("sequential", "independent"), ("place", "sample")
 PLOTTED_BENCHMARK = "newsgroups-5"
 
 
@@ -35,8 +35,8 @@ def measure_layers(recipe: Path) -> Iterator[tuple[object, ...]]:
     for seed in experiment.seeds:
         here = build_context(experiment, seed)
         encoder, samples = here.encoder, samples_of(here, here.tasks, 8)
-        for chain in CHAINS:
-            folder = chain_folder(RESULTS / "continual" / recipe.stem, experiment, seed, chain)
+        for training in TRAININGS:
+            folder = training_folder(RESULTS / "continual" / recipe.stem, experiment, seed, training)
             paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks) + 1)]
             for ratio in RATIOS:
                 encoder.model.load_state_dict(magmax.merge("average", here.base, paths))
@@ -45,11 +45,11 @@ def measure_layers(recipe: Path) -> Iterator[tuple[object, ...]]:
                     encoder.model, here.base, paths, samples, lambda model, items, run=encoder: run(items), options
                 ).report
                 if (recipe.stem, seed, ratio) == (PLOTTED_BENCHMARK, experiment.seeds[0], "place"):
-                    draw(report, Path("docs/magic") / f"{chain}.png")
+                    draw(report, Path("docs/magic") / f"{training}.png")
                 for layer in report.layers:
                     if layer.features and not layer.why:
                         short = mean(layer.features_before) / mean(layer.features)
-                        about = recipe.stem, seed, chain, ratio, layer.name, layer.kind
+                        about = recipe.stem, seed, training, ratio, layer.name, layer.kind
                         yield *about, round(layer.xi, 4), round(short, 4)
 
 

@@ -49,7 +49,7 @@ def main(
     jobs
         Chains trained and measured at once, each in a process of one thread.
     discard
-        Delete a chain's checkpoints, 17 MB each, once it is measured.
+        Delete a training's checkpoints, 17 MB each, once it is measured.
     """
     study = LanguageConfig.model_validate(yaml.safe_load(recipe.read_text()))
     prepare(
@@ -58,7 +58,7 @@ def main(
     told = study.model_dump(mode="json")
     with process_pool(jobs) as pool:
         todo = [
-            pool.submit(measure_sequence, told, work, out, s, c, discard) for s in study.seeds for c in study.chains
+            pool.submit(measure_sequence, told, work, out, s, c, discard) for s in study.seeds for c in study.training
         ]
         for job in as_completed(todo):
             console.print(f"done: {job.result()}")
@@ -70,7 +70,7 @@ def write_results(config: LanguageConfig, out: Path) -> None:
     recipes = [
         cell_recipe(config, seed, name, rule, how)
         for seed in config.seeds
-        for name in config.chains
+        for name in config.training
         for rule, how in cell_choices(config)
     ]
     records = [record for record in read_cells(out, recipes) if record is not None]
@@ -85,19 +85,19 @@ def render_markdown(study: LanguageConfig, records: list[dict[str, Any]]) -> str
     lines = [
         "# Merged decoder language models: perplexity per byte, lower is better",
         f"Made by `benchmarks/language.py` at commit {git_commit()} on {machine['cpu']}, {machine['cores']} cores, one "
-        f"thread a chain. Pre-trained on {', '.join(study.pretraining)} ({study.pretrain.steps} steps of "
+        f"thread a training. Pre-trained on {', '.join(study.pretraining)} ({study.pretrain.steps} steps of "
         f"{study.pretrain.batch} windows of {study.model.length} tokens), fine-tuned on {', '.join(study.domains)} "
         f"({study.tune.steps} steps each); seeds {', '.join(map(str, study.seeds))} order the domains and the windows.",
         "Geometric mean over the domains, mean ± standard deviation over seeds. `chosen`: no calibration, the scaling "
         "factor that is best on validation texts: what one number does. `norm`, `ellipsoid`: calibrate_weights at the "
         "rule's own factor. `fsc`, `dsc`: calibration in feature space. -: not measured.",
     ]
-    for name in study.chains:
-        own = [record for record in records if record["recipe"]["chain"] == name]
+    for name in study.training:
+        own = [record for record in records if record["recipe"]["training"] == name]
         lines += [f"## {name}", *_render_references(study, own), _rules_table(study, own)]
     lines += [
         f"## By text; {study.pretraining[0]} is what was pre-trained on",
-        *(_domain_table(study, records, name) for name in study.chains),
+        *(_domain_table(study, records, name) for name in study.training),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -140,7 +140,7 @@ def _rules_table(study: LanguageConfig, records: list[dict[str, Any]]) -> str:
 def _domain_table(study: LanguageConfig, records: list[dict[str, Any]], name: str) -> str:
     rows = [[f"rule, {name}", "", *study.evaluated_texts], ["---"] * (2 + len(study.evaluated_texts))]
     for rule in dict.fromkeys(rule for rule, _ in cell_choices(study) if rule != REFERENCE_CELL):
-        own = [r for r in records if (r["recipe"]["rule"], r["recipe"]["chain"]) == (rule, name)]
+        own = [r for r in records if (r["recipe"]["rule"], r["recipe"]["training"]) == (rule, name)]
         for column in COLUMNS:
             if found := _column_values(own, column):
                 rows.append(

@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/magic.py FOLDER ... --out TABLES.md
 
-For each folder and chain a table of accuracies, a row for each rule: as merged with the rule's own scaling factor, with
+For each folder and training a table of accuracies, a row for each rule: as merged with the rule's own scaling factor,
+with
 the one chosen on validation examples (the control), and calibrated in each way of the recipe. Then two tables of what
 is gained over the own factor, and over the control, in points with the p of a paired t-test over seeds; their last row
 is of the mean over all rules. Where nothing was chosen, the seconds that evaluating takes.
@@ -24,12 +25,12 @@ DEFAULT_FACTOR, CHOSEN_FACTOR = "own factor", "chosen factor"
 Values = Mapping[int, float]
 
 
-def rule_columns(result: FolderResults, rule: str, chain: str, measure: str | None = None) -> dict[str, Values]:
+def rule_columns(result: FolderResults, rule: str, training: str, measure: str | None = None) -> dict[str, Values]:
     """A rule's accuracies by seed, or another measure: as merged, under the control, and under each calibration."""
     more = [] if measure is None else [measure]
-    names = {rule_name(choice): f"{rule}+{rule_name(choice)}/{chain}" for choice in result.recipe["calibrations"]}
-    found = {DEFAULT_FACTOR: result.values(f"{rule}/{chain}", "default", *more)}
-    if control := result.values(f"{rule}/{chain}", "chosen", *more):
+    names = {rule_name(choice): f"{rule}+{rule_name(choice)}/{training}" for choice in result.recipe["calibrations"]}
+    found = {DEFAULT_FACTOR: result.values(f"{rule}/{training}", "default", *more)}
+    if control := result.values(f"{rule}/{training}", "chosen", *more):
         found[CHOSEN_FACTOR] = control
     return found | {name: result.values(method, "default", *more) for name, method in names.items()}
 
@@ -55,15 +56,15 @@ def mean_over_rules(by_rule: Sequence[Values]) -> Values:
 def render_tables(result: FolderResults) -> str:
     text = f"## {result.name}\n\n"
     rules = [rule_name(rule) for rule in result.recipe["rules"]]
-    for chain in dict.fromkeys(method.partition("/")[2] for method in result.methods if "/" in method):
-        found = {rule: rule_columns(result, rule, chain) for rule in rules}
+    for training in dict.fromkeys(method.partition("/")[2] for method in result.methods if "/" in method):
+        found = {rule: rule_columns(result, rule, training) for rule in rules}
         found = {rule: own for rule, own in found.items() if own[DEFAULT_FACTOR]}
         if not found:
             continue
         names = list(next(iter(found.values())))
-        known = {m: result.values(m, "default") for m in ("zero_shot", f"last/{chain}")}
+        known = {m: result.values(m, "default") for m in ("zero_shot", f"last/{training}")}
         references = [f"{method.partition('/')[0]} {format_percent(own)}" for method, own in known.items() if own]
-        text += f"### {chain} checkpoints\n\nAccuracy; {', '.join(references)}.\n\n"
+        text += f"### {training} checkpoints\n\nAccuracy; {', '.join(references)}.\n\n"
         lines = [
             [rule, *(format_percent(own[name]) if own[name] else "-" for name in names)] for rule, own in found.items()
         ]
@@ -75,7 +76,7 @@ def render_tables(result: FolderResults) -> str:
             text += f"Points gained over the {base}:\n\n{markdown_table(['rule', *gained], lines)}\n\n"
         if CHOSEN_FACTOR in names:
             continue
-        times = {rule: rule_columns(result, rule, chain, "evaluating seconds") for rule in rules}
+        times = {rule: rule_columns(result, rule, training, "evaluating seconds") for rule in rules}
         lines = [
             [rule, *(f"{SeedMean.of(list(own[name].values())).mean:.2f}" if own[name] else "-" for name in names)]
             for rule, own in times.items()

@@ -43,7 +43,7 @@ def rules_page() -> str:
         "`theta_0 + scaling_factor * m`. `magmax recipes rules` prints the same in short.",
         *(section(kind) for kind in merging),
         "# Before a rule",
-        "Transforms of each task vector, ahead of a rule in a chain: `rule: [{dare: {drop: 0.9}}, magmax]`.",
+        "Transforms of each task vector, ahead of a rule in a chain: `rule: [{dare: {density: 0.1}}, magmax]`.",
         *(section(kind) for kind in before),
         "# After a rule",
         "Transforms of what a rule merged, behind it in a chain: `rule: [magmax, calibrate_weights]`.",

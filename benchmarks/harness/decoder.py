@@ -72,7 +72,7 @@ class LanguageConfig(BaseModel):
     pretrain: FitSettings
     tune: FitSettings
     seeds: list[int]
-    chains: list[Literal["sequential", "independent"]]
+    training: list[Literal["sequential", "independent"]]
     rules: list[Any]
     calibrations: list[Literal["none", "norm", "ellipsoid", "fsc", "dsc"]]
     samples: int
@@ -213,15 +213,15 @@ def add_calibration(rule: Rule, calibration: str) -> Rule:
 
 
 def cell_choices(config: LanguageConfig) -> list[tuple[str, str]]:
-    """The rules and calibrations to be measured on each chain."""
+    """The rules and calibrations to be measured on each training."""
     names = [str(rule) if isinstance(rule, str) else json.dumps(rule) for rule in config.rules]
     return [(REFERENCE_CELL, "none"), *((rule, how) for rule in names for how in config.calibrations)]
 
 
 def cell_recipe(config: LanguageConfig, seed: int, training: str, rule: str, calibration: str) -> dict[str, Any]:
     """All that decides a cell's numbers; which others are measured does not."""
-    told = config.model_dump(mode="json", exclude={"seeds", "chains", "rules", "calibrations"})
-    return told | {"seed": seed, "chain": training, "rule": rule, "calibration": calibration}
+    told = config.model_dump(mode="json", exclude={"seeds", "training", "rules", "calibrations"})
+    return told | {"seed": seed, "training": training, "rule": rule, "calibration": calibration}
 
 
 def read_cells(out: Path, recipes: Sequence[Mapping[str, Any]]) -> list[Record | None]:
@@ -233,7 +233,7 @@ def read_cells(out: Path, recipes: Sequence[Mapping[str, Any]]) -> list[Record |
 def measure_sequence(
     config: dict[str, Any], work: Path, out: Path, seed: int, training: str, discard: bool = False
 ) -> str:
-    """Measure all cells of a chain that are not there yet, trained for it; a job for a process, of one thread.
+    """Measure all cells of a training that are not there yet, trained for it; a job for a process, of one thread.
 
     With `discard`, the checkpoints are deleted afterwards.
     """

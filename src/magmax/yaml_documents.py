@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import MagMaxError, list_problems, nearest_hint
+from .legacy import OLD_KEYS
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -40,7 +41,11 @@ def read_document(file: str) -> YamlDocument:
     text = read_text(file)
     content, tree = parse_yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(content, dict):
-        raise MagMaxError(f"{file}: a recipe is a map with base, models, rule, scaling_factor and out")
+        raise MagMaxError(
+            f"{file}: holds no map of keys; a merge recipe has base, models and rule, an experiment data, model and "
+            f"fit, a search "
+            "merge and space"
+        )
     return YamlDocument(file, content, _lines(tree))
 
 
@@ -64,13 +69,15 @@ def parse_yaml(text: str, what: str) -> Any:
         raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
 
 
-def validate(shape: type[Shape], document: YamlDocument, known: Callable[[Sequence[str]], Sequence[str]]) -> Shape:
-    """The document as a `shape`; `known` gives the valid keys beside a place, for the hint at an unknown one."""
+def validate(
+    shape: type[Shape], document: YamlDocument, kind: str, known: Callable[[Sequence[str]], Sequence[str]]
+) -> Shape:
+    """Return the document as a `shape`, which errors call `kind`; `known` gives the valid keys beside a place."""
     try:
         return shape.model_validate(document.content)
     except ValidationError as error:
         problems = [_explain(document, e, known) for e in error.errors()]
-        raise list_problems(f"{document.file} is not a recipe", problems) from error
+        raise list_problems(f"{document.file} is not {kind}", problems) from error
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
@@ -95,6 +102,8 @@ def _explain(document: YamlDocument, error: Mapping[str, Any], known: Callable[[
     parts = [str(p) for p in error["loc"] if str(p) not in ("str", "RecipeModel")]
     name, where = ".".join(parts), document.locate(*parts)
     if error["type"] == "extra_forbidden":
+        if name in OLD_KEYS:
+            return f"{where}: {name} is now {OLD_KEYS[name]}"
         return f"{where}: unknown key {name!r}; {nearest_hint(parts[-1], list(known(parts)))}"
     if error["type"] == "missing":
         return f"{where}: {name} is missing"

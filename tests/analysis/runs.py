@@ -19,7 +19,7 @@ def make_rows(offset: float, learned: list[int]) -> dict[str, Any]:
     return made
 
 
-def make_record(rule: Any, name: str, chain: str, seed: int, offset: float, factors: tuple[float, ...] = ()) -> dict:
+def make_record(rule: Any, name: str, training: str, seed: int, offset: float, factors: tuple[float, ...] = ()) -> dict:
     alone = rule == "zero_shot"
     variants = [
         {
@@ -34,8 +34,8 @@ def make_record(rule: Any, name: str, chain: str, seed: int, offset: float, fact
     ]
     return {
         "seed": seed,
-        "method": "zero_shot" if alone else f"{name}/{chain}",
-        "chain": chain,
+        "method": "zero_shot" if alone else f"{name}/{training}",
+        "training": training,
         "rule": name,
         "digest": "0" * 32,
         "variants": variants,
@@ -44,7 +44,7 @@ def make_record(rule: Any, name: str, chain: str, seed: int, offset: float, fact
         "peak_memory": 2_000_000,
         "stored_bytes": 1_000_000,
         "models": {} if alone else {"theta_1": f"{seed:032x}"},
-        "recipe": {"rule": rule, "chain": {chain: {}}, "seed": seed, "data": "toys", "model": "tiny"},
+        "recipe": {"rule": rule, "training": {training: {}}, "seed": seed, "data": "toys", "model": "tiny"},
         "environment": {"magmax": "0", "device": "cpu"},
     }
 
@@ -54,23 +54,23 @@ def write_results(folder: Path, seeds: tuple[int, ...] = (0, 1, 2), few: bool = 
     records = []
     for seed in seeds:
         records.append(make_record("zero_shot", "zero_shot", "zero_shot", seed, 0.0))
-        for c, chain in enumerate(("sequential", "independent")):
-            records.append(make_record("magmax", "magmax", chain, seed, 0.12 - 0.05 * c, (0.2, 0.6, 1.0)))
-            records.append(make_record("average", "average", chain, seed, 0.1 - 0.05 * c))
+        for c, training in enumerate(("sequential", "independent")):
+            records.append(make_record("magmax", "magmax", training, seed, 0.12 - 0.05 * c, (0.2, 0.6, 1.0)))
+            records.append(make_record("average", "average", training, seed, 0.1 - 0.05 * c))
             if few:
                 continue
             for k in (2, 3):
                 rule = {"kth_magnitude": {"k": k}}
-                records.append(make_record(rule, f"kth_magnitude(k={k})", chain, seed, 0.1 - 0.02 * k))
+                records.append(make_record(rule, f"kth_magnitude(k={k})", training, seed, 0.1 - 0.02 * k))
             for which in ("top", "bottom", "random"):
                 for keep in (0.1, 0.5):
-                    rule = [{"prune": {"keep": keep, "which": which}}, "magmax"]
-                    name = f"prune(keep={keep},which={which})+magmax"
-                    records.append(make_record(rule, name, chain, seed, 0.05 + keep / 10))
+                    rule = [{"prune": {"density": keep, "which": which}}, "magmax"]
+                    name = f"prune(density={keep},which={which})+magmax"
+                    records.append(make_record(rule, name, training, seed, 0.05 + keep / 10))
             for n in (1, 2):
                 keeps = [0] * n + [1] * (TASKS - n)
-                rule = [{"prune": {"keep": keeps}}, "magmax"]
-                records.append(make_record(rule, f"prune(keep={keeps})+magmax", chain, seed, 0.12 - 0.03 * n))
+                rule = [{"prune": {"density": keeps}}, "magmax"]
+                records.append(make_record(rule, f"prune(density={keeps})+magmax", training, seed, 0.12 - 0.03 * n))
         records.append(make_record("last", "last", "sequential", seed, 0.03))
     recipe = {
         "data": "toys",

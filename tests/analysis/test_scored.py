@@ -35,7 +35,7 @@ def accuracy(record: dict[str, Any], variant: int = 0) -> float:
 @pytest.mark.parametrize(
     ("kind", "x", "values", "series"),
     [
-        ("retention", "keep", {0.1, 0.5}, "bottom, magmax/independent"),
+        ("retention", "density", {0.1, 0.5}, "bottom, magmax/independent"),
         ("kth", "k", {1, 2, 3}, "sequential"),
         ("scaling", "scaling_factor", {0.2, 0.5, 0.6, 1.0}, "magmax/sequential"),
         ("drop", "dropped", {0, 1, 2}, "magmax/independent"),
@@ -60,7 +60,7 @@ def test_one_model_counts_on_its_own_task_alone(records) -> None:
     own: list[Any] = []
     for keep in (0.1, 0.5):
         for task in tasks:
-            rule = [{"prune": {"keep": keep}}, {"average": {"weights": [int(other == task) for other in tasks]}}]
+            rule = [{"prune": {"density": keep}}, {"average": {"weights": [int(other == task) for other in tasks]}}]
             own.append({**like, "recipe": {"rule": rule}})
             like = json.loads(json.dumps(like))
             for row in like["variants"][0]["rows"].values():
@@ -70,7 +70,7 @@ def test_one_model_counts_on_its_own_task_alone(records) -> None:
     for keep, cells in ((0.1, own[: len(tasks)]), (0.5, own[len(tasks) :])):
         rows = [cell["variants"][0]["rows"] for cell in cells]
         expected = np.mean([row[max(row, key=int)]["tasks"][task] for task, row in enumerate(rows)])
-        assert [r["accuracy"] for r in found if r["keep"] == keep] == [pytest.approx(expected)]
+        assert [r["accuracy"] for r in found if r["density"] == keep] == [pytest.approx(expected)]
 
 
 def test_values_are_those_of_the_cells(records) -> None:
@@ -78,15 +78,15 @@ def test_values_are_those_of_the_cells(records) -> None:
     for record in records:
         if record["rule"].startswith("kth_magnitude"):
             k = record["recipe"]["rule"]["kth_magnitude"]["k"]
-            assert found[record["chain"], k, record["seed"]] == pytest.approx(accuracy(record), abs=1e-15)
+            assert found[record["training"], k, record["seed"]] == pytest.approx(accuracy(record), abs=1e-15)
         elif record["rule"] == "magmax" and isinstance(record["recipe"]["rule"], str):
-            assert found[record["chain"], 1, record["seed"]] == pytest.approx(accuracy(record), abs=1e-15)
+            assert found[record["training"], 1, record["seed"]] == pytest.approx(accuracy(record), abs=1e-15)
 
 
 def test_bands_are_mean_and_standard_deviation_over_seeds(records) -> None:
     study = run_accuracy_study("retention", records)
-    for (series, keep), band in aggregate(study.records, ["series", "keep"], "accuracy").items():
-        own = [r["accuracy"] for r in study.records if (r["series"], r["keep"]) == (series, keep)]
+    for (series, keep), band in aggregate(study.records, ["series", "density"], "accuracy").items():
+        own = [r["accuracy"] for r in study.records if (r["series"], r["density"]) == (series, keep)]
         assert (band.mean, band.std) == (pytest.approx(np.mean(own)), pytest.approx(np.std(own, ddof=1)))
 
 

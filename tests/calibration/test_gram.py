@@ -14,8 +14,8 @@ from magmax.rules import rule_from
 
 RULES = [
     "average", "task_arithmetic", "magmax", "ties", "random_mix", "kth_magnitude", "consensus", "sce", "model_stock",
-    "karcher", "iso_c", "iso_cts", "tsv_m",  "elect", [{"dare": {"drop": 0.9}}, "average"],
-    [{"prune": {"keep": 0.1}}, "magmax"], ["magmax", "calibrate_weights"],
+    "karcher", "iso_c", "iso_cts", "tsv_m",  "elect", [{"dare": {"density": 0.1}}, "average"],
+    [{"prune": {"density": 0.1}}, "magmax"], ["magmax", "calibrate_weights"],
 ]  # fmt: skip
 
 

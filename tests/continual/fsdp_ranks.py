@@ -42,7 +42,7 @@ RECIPE: dict[str, Any] = {
     "head": f"{MODULE}:head",
     "scenario": {"class_incremental": {"tasks": 2}},
     "fit": {"steps": 8, "batch": 7, "learning_rate": 0.003, "clip": 0.5},
-    "chains": ["sequential", {"lwf": {}}, {"ewc": {"samples": 6, "weight": 1000.0}}],
+    "training": ["sequential", {"lwf": {}}, {"ewc": {"samples": 6, "weight": 1000.0}}],
     "save_every": 3,
 }
 RUNS = ("sequential", "lwf", "ewc", "bfloat16")

@@ -22,7 +22,7 @@ from tests.continual import toys  # noqa: E402
 import magmax  # noqa: E402
 from magmax.continual import cells, registry  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
-from magmax.continual.cells import chain_folder  # noqa: E402
+from magmax.continual.cells import training_folder  # noqa: E402
 from magmax.continual.context import build_context, hold_out  # noqa: E402
 from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.evaluation.result_files import write_results  # noqa: E402
@@ -57,7 +57,7 @@ def experiment(**changes: Any) -> Experiment:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders of the chains that were gone through, in order."""
+    """The folders of the trainings that were gone through, in order."""
     found: list[str] = []
     real = cells.fine_tune
 
@@ -83,7 +83,7 @@ def records_of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_every_method_is_measured_and_every_chain_trained_once(
     tmp_path: Path, executor: Executor, trained: list[str]
 ) -> None:
-    found = Benchmark(experiment(chains=ALL, seeds=[3]), tmp_path, executor).run()
+    found = Benchmark(experiment(training=ALL, seeds=[3]), tmp_path, executor).run()
     names = [record["method"] for record in found]
     merged = [
         f"{r}/{c}" for c in ("sequential", "independent", "lwf", "ewc", "ewc_released") for r in ("average", "magmax")
@@ -100,7 +100,7 @@ def test_a_row_is_what_merging_and_predicting_by_hand_gives(tmp_path: Path, exec
     work = experiment(seeds=[1])
     found = {r["method"]: r for r in Benchmark(work, tmp_path, executor).run()}
     here = build_context(work, 1)
-    folder = chain_folder(tmp_path, work, 1, "independent")
+    folder = training_folder(tmp_path, work, 1, "independent")
     theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
     for learned in (1, 2, 3):
         magmax.merge("magmax", theta[0], theta[1 : learned + 1], out=tmp_path / f"m{learned}.safetensors")
@@ -180,7 +180,7 @@ def test_the_cells_of_an_earlier_version_are_not_measured_again(
 
 
 def test_processes_give_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
-    work = experiment(seeds=[0], chains=["sequential"], rules=["magmax", "random_mix"])
+    work = experiment(seeds=[0], training=["sequential"], rules=["magmax", "random_mix"])
     with process_pool(2) as pool:
         apart = Benchmark(work, tmp_path / "apart", pool).run()
     assert records_of(apart) == records_of(Benchmark(work, tmp_path / "here", executor).run())
@@ -190,9 +190,9 @@ def test_processes_give_what_a_thread_gives(tmp_path: Path, executor: Executor) 
 
 def test_discarded_checkpoints_are_gone_and_the_records_stay(tmp_path: Path, executor: Executor) -> None:
     found = Benchmark(experiment(), tmp_path, executor, discard=True).run()
-    assert list((tmp_path / "chains").iterdir()) == []
+    assert list((tmp_path / "training").iterdir()) == []
     assert Benchmark(experiment(), tmp_path, executor).run() == found
-    assert list((tmp_path / "chains").iterdir()) == []
+    assert list((tmp_path / "training").iterdir()) == []
 
 
 def test_what_a_job_raises_is_raised_and_nothing_waits_for_ever(tmp_path: Path) -> None:
@@ -208,11 +208,11 @@ def test_what_a_job_raises_is_raised_and_nothing_waits_for_ever(tmp_path: Path) 
 
 def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, executor: Executor) -> None:
     work = experiment(
-        seeds=[0], chains=["sequential"], rules=["task_arithmetic"], factors=[0.1, 0.6, 2.0], validation=5
+        seeds=[0], training=["sequential"], rules=["task_arithmetic"], factors=[0.1, 0.6, 2.0], validation=5
     )
     (record,) = [r for r in Benchmark(work, tmp_path, executor).run() if r["rule"] == "task_arithmetic"]
     here = build_context(work, 0)
-    folder = chain_folder(tmp_path, work, 0, "sequential")
+    folder = training_folder(tmp_path, work, 0, "sequential")
     theta = [folder / f"theta_{t}.safetensors" for t in range(4)]
     by_hand = {}
     for factor in work.factors:
@@ -226,14 +226,14 @@ def test_the_factor_is_chosen_on_validation_examples_alone(tmp_path: Path, execu
 
 
 def test_a_merge_has_the_statistics_that_the_recipe_says(tmp_path: Path, executor: Executor) -> None:
-    changes: dict[str, Any] = {"model": f"{toys.MODULE}:batch_norm_encoder", "seeds": [0], "chains": ["sequential"]}
+    changes: dict[str, Any] = {"model": f"{toys.MODULE}:batch_norm_encoder", "seeds": [0], "training": ["sequential"]}
     changes |= {"rules": ["magmax"], "rows": "last"}
     work = experiment(**changes, batch_norm="recalibrated")
     frozen = Benchmark(experiment(**changes), tmp_path, executor).run()
     found = Benchmark(work, tmp_path, executor).run()
     assert found[:2] == frozen[:2]  # zero-shot and last: no merges
     here = build_context(work, 0)
-    theta = [chain_folder(tmp_path, work, 0, "sequential") / f"theta_{t}.safetensors" for t in range(4)]
+    theta = [training_folder(tmp_path, work, 0, "sequential") / f"theta_{t}.safetensors" for t in range(4)]
     magmax.merge("magmax", theta[0], theta[1:], out=tmp_path / "m.safetensors")
     load_weights(here.encoder.model, tmp_path / "m.safetensors")
     assert frozen[2]["variants"][0]["rows"]["3"]["tasks"] == here.row(3).tasks
@@ -250,13 +250,13 @@ def test_a_merge_has_the_statistics_that_the_recipe_says(tmp_path: Path, executo
 def test_a_learning_rate_can_be_chosen_without_the_test_set(
     tmp_path: Path, executor: Executor, trained: list[str]
 ) -> None:
-    changes: dict[str, Any] = {"seeds": [0], "chains": ["sequential"], "rules": [], "validation": 4}
+    changes: dict[str, Any] = {"seeds": [0], "training": ["sequential"], "rules": [], "validation": 4}
     on_test = Benchmark(experiment(**changes), tmp_path, executor).run()
     (zero, last) = Benchmark(experiment(**changes, measure_on="validation"), tmp_path, executor).run()
     here = build_context(experiment(**changes), 0)
     assert zero["variants"][0]["rows"]["0"]["tasks"] == here.row(0, here.validation).tasks
     load_weights(
-        here.encoder.model, chain_folder(tmp_path, experiment(**changes), 0, "sequential") / "theta_3.safetensors"
+        here.encoder.model, training_folder(tmp_path, experiment(**changes), 0, "sequential") / "theta_3.safetensors"
     )
     assert last["variants"][0]["rows"]["3"]["tasks"] == here.row(3, here.validation).tasks
     assert last["models"] == on_test[1]["models"]
@@ -266,7 +266,7 @@ def test_a_learning_rate_can_be_chosen_without_the_test_set(
 
 def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Executor) -> None:
     distributed = pytest.importorskip("distributed")
-    work = experiment(seeds=[0], chains=["sequential"], rules=["magmax"])
+    work = experiment(seeds=[0], training=["sequential"], rules=["magmax"])
     options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
     with distributed.LocalCluster(**options, silence_logs=50) as local:
         dask, close = connect(local.scheduler_address)
@@ -278,24 +278,24 @@ def test_a_dask_cluster_gives_what_a_thread_gives(tmp_path: Path, executor: Exec
 
 
 def test_models_that_others_trained_stand_in_for_independent_ones(tmp_path: Path, executor: Executor) -> None:
-    work = experiment(seeds=[0], chains=["independent"], rules=["magmax"], sweep=[0.1, 0.5])
+    work = experiment(seeds=[0], training=["independent"], rules=["magmax"], sweep=[0.1, 0.5])
     own = {r["method"]: r for r in Benchmark(work, tmp_path, executor).run()}["magmax/independent"]
-    folder = chain_folder(tmp_path, work, 0, "independent")
+    folder = training_folder(tmp_path, work, 0, "independent")
     models = []
     for t in (1, 2, 3):  # without the part that no task trains, and with a head of their own
         tensors = load_file(folder / f"theta_{t}.safetensors")
         kept = {key: tensor for key, tensor in tensors.items() if not key.startswith("4.")}
         models.append(str(tmp_path / f"theirs_{t}.safetensors"))
         save_file({**kept, "head.weight": torch.ones(2)}, models[-1])
-    others = experiment(seeds=[0], chains=[{"given": {"models": models}}], rules=["magmax"], sweep=[0.1, 0.5])
-    found = Benchmark(others, tmp_path / "given", executor).run()
-    assert [r["method"] for r in found] == ["zero_shot", "magmax/given"]
+    others = experiment(seeds=[0], training=[{"external": {"models": models}}], rules=["magmax"], sweep=[0.1, 0.5])
+    found = Benchmark(others, tmp_path / "external", executor).run()
+    assert [r["method"] for r in found] == ["zero_shot", "magmax/external"]
     assert found[1]["variants"] == own["variants"]
     names = [variant["variant"] for variant in own["variants"]]
     assert names == ["default", "factor 0.1", "factor 0.5"]
     assert own["variants"][2]["rows"]["3"] == own["variants"][0]["rows"]["3"]
-    with pytest.raises(MagMaxError, match=r"given names 1 models for 3 tasks"):
-        Benchmark(experiment(chains=[{"given": {"models": models[:1]}}]), tmp_path / "few", executor).run()
+    with pytest.raises(MagMaxError, match=r"external names 1 models for 3 tasks"):
+        Benchmark(experiment(training=[{"external": {"models": models[:1]}}]), tmp_path / "few", executor).run()
     save_file({"0.weight": torch.ones(3, 3)}, models[0])
     with pytest.raises(MagMaxError, match=r"theirs_1.*: 0.weight is \(3, 3\) there and \(16, 6\) in the model"):
         Benchmark(others, tmp_path / "shape", executor).run()
@@ -312,7 +312,7 @@ def test_held_out_examples_are_in_no_training_batch() -> None:
 
 
 def test_joint_has_only_a_last_row_and_forgets_nothing(tmp_path: Path, executor: Executor) -> None:
-    work = experiment(seeds=[0], chains=["joint"], rules=[])
+    work = experiment(seeds=[0], training=["joint"], rules=[])
     rows = tidy(Benchmark(work, tmp_path, executor).run())
     measured = {row["measure"] for row in rows if row["method"] == "last/joint"}
     assert "average accuracy" in measured
@@ -320,12 +320,12 @@ def test_joint_has_only_a_last_row_and_forgets_nothing(tmp_path: Path, executor:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(MagMaxError, match=r"chains: there is no 'sequentiall'; did you mean 'sequential'"):
-        experiment(chains=["sequentiall"]).check()
-    with pytest.raises(MagMaxError, match=r"chains: ewc has no option 'lambda'"):
-        experiment(chains=[{"ewc": {"lambda": 1}}]).check()
+    with pytest.raises(MagMaxError, match=r"training: there is no 'sequentiall'; did you mean 'sequential'"):
+        experiment(training=["sequentiall"]).check()
+    with pytest.raises(MagMaxError, match=r"training: ewc has no option 'lambda'"):
+        experiment(training=[{"ewc": {"lambda": 1}}]).check()
     with pytest.raises(MagMaxError, match=r"joint needs steps to be a number like 0, not 'many'"):
-        experiment(chains=[{"joint": {"steps": "many"}}]).check()
+        experiment(training=[{"joint": {"steps": "many"}}]).check()
     with pytest.raises(MagMaxError, match=r"never on the test set; .*validation: 10"):
         experiment(factors=[0.5]).check()
     with pytest.raises(MagMaxError, match=r"rules: one is named twice: magmax, magmax"):
@@ -341,7 +341,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_names_of_rules() -> None:
-    assert rule_name([{"dare": {"drop": 0.5}}, "magmax"]) == "dare(drop=0.5)+magmax"
+    assert rule_name([{"dare": {"density": 0.5}}, "magmax"]) == "dare(density=0.5)+magmax"
     assert rule_name({"ties": None}) == "ties"
 
 
@@ -349,7 +349,7 @@ def made_up(values: dict[str, list[float]], variant: str = "default") -> list[di
     """Tidy rows of one measure; methods with a slash and no "last" have a scaling factor."""
     return [
         {
-            "seed": seed, "method": method, "chain": method.rpartition("/")[2], "rule": method.partition("/")[0],
+            "seed": seed, "method": method, "training": method.rpartition("/")[2], "rule": method.partition("/")[0],
             "variant": variant, "scaling_factor": None if method.startswith(("zero", "last")) else 0.5,
             "measure": "average accuracy", "value": value,
         }

@@ -16,7 +16,7 @@ from tests.continual.test_benchmark import experiment  # noqa: E402
 import magmax  # noqa: E402
 from magmax.calibration import FeatureOptions, calibrate_features, calibration_hooks  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
-from magmax.continual.cells import chain_folder, samples_of  # noqa: E402
+from magmax.continual.cells import samples_of, training_folder  # noqa: E402
 from magmax.continual.context import build_context  # noqa: E402
 from magmax.continual.experiment import BenchmarkCell  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
@@ -24,7 +24,7 @@ from magmax.rules import Average, CalibrateWeights, chain  # noqa: E402
 
 GRID: dict[str, Any] = {
     "seeds": [0],
-    "chains": ["independent"],
+    "training": ["independent"],
     "rules": ["average"],
     "validation": 4,
     "calibrations": [
@@ -52,7 +52,7 @@ def test_every_rule_is_measured_with_every_calibration_as_by_hand(tmp_path: Path
     names = ["average", "average+wsc", *(f"average+{name}" for name in calibrated)]
     assert list(found) == ["zero_shot", *(f"{name}/independent" for name in names)]
     here = build_context(recipe, 0)
-    paths = [chain_folder(tmp_path, recipe, 0, "independent") / f"theta_{t}.safetensors" for t in (1, 2, 3)]
+    paths = [training_folder(tmp_path, recipe, 0, "independent") / f"theta_{t}.safetensors" for t in (1, 2, 3)]
     expected: dict[str, Any] = {}
     for name, rule in (("average", Average()), ("average+wsc", weights["tensor"])):
         here.encoder.model.load_state_dict(magmax.merge(rule, here.base, paths))
@@ -85,7 +85,7 @@ def test_samples_are_of_the_task_and_held_out_of_training_and_of_the_test() -> N
 
 def test_what_was_measured_before_is_read_and_not_measured_again() -> None:
     """Without calibrations a cell's recipe, and with it its digest, is what it was."""
-    cell = BenchmarkCell(seed=0, chain="independent", rule="average")
+    cell = BenchmarkCell(seed=0, training="independent", rule="average")
     plain = experiment(**{**GRID, "calibrations": []}).cell_recipe(cell)
     assert experiment(**GRID).cell_recipe(cell) == plain
     assert "calibration" not in plain

@@ -36,7 +36,7 @@ def test_train_eval_and_the_library_tell_the_same(
 ) -> None:
     recipe, out = toys.write_recipe(tmp_path / "toy.yaml"), tmp_path / "out"
     code, told, errors = run(
-        monkeypatch, capsys, "train", recipe, "fit.steps=5", "--out", out, "--rule", "{dare: {drop: 0.5}}"
+        monkeypatch, capsys, "train", recipe, "fit.steps=5", "--out", out, "--rule", "{dare: {density: 0.5}}"
     )
     assert code == 2
     assert "a chain is transforms and then one merge rule" in errors
@@ -55,7 +55,7 @@ def test_train_eval_and_the_library_tell_the_same(
 
 
 @pytest.mark.parametrize(
-    "rule", ["{random_mix: {seed: 5}}", "[{dare: {drop: 0.9, seed: 1}}, average]", "{kth_magnitude: {k: 1}}"]
+    "rule", ["{random_mix: {seed: 5}}", "[{dare: {density: 0.1, seed: 1}}, average]", "{kth_magnitude: {k: 1}}"]
 )
 def test_train_takes_any_rule_that_runs_in_constant_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str
@@ -75,7 +75,7 @@ def test_bench_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = toys.write_recipe(tmp_path / "toy.yaml")
-    words = ["bench", recipe, "seeds=[0]", "chains=[sequential]", "rules=[magmax]", "--out", tmp_path / "out"]
+    words = ["bench", recipe, "seeds=[0]", "training=[sequential]", "rules=[magmax]", "--out", tmp_path / "out"]
     code, told, errors = run(monkeypatch, capsys, *words)
     assert code == 0, errors
     assert "magmax/sequential" in told
@@ -93,7 +93,7 @@ def test_a_benchmark_that_fails_shows_what_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, out = toys.write_recipe(tmp_path / "toy.yaml"), tmp_path / "out"
-    words = ["bench", recipe, "seeds=[0]", "chains=[sequential]", "rules=[magmax, {kth_magnitude: {k: 9}}]"]
+    words = ["bench", recipe, "seeds=[0]", "training=[sequential]", "rules=[magmax, {kth_magnitude: {k: 9}}]"]
     code, _, errors = run(monkeypatch, capsys, *words, "--out", out)
     assert (code, "k = 9 needs at least 9 models" in errors) == (2, True)
     table = (out / "results.md").read_text()
@@ -132,7 +132,10 @@ def test_a_chain_that_the_recipe_has_not(
 ) -> None:
     recipe = toys.write_recipe(tmp_path / "toy.yaml")
     code, _, errors = run(monkeypatch, capsys, "train", recipe, "--training", "ewc", "--out", tmp_path / "out")
-    assert (code, "the recipe's chains are sequential, independent; 'ewc' is none of them" in errors) == (2, True)
+    assert (
+        code,
+        "the ways to train in the experiment are sequential, independent; 'ewc' is none of them" in errors,
+    ) == (2, True)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

@@ -59,6 +59,6 @@ def test_a_recipe_chooses_it_and_its_records_are_others() -> None:
     assert isinstance(build_context(half, 0).encoder, Bfloat16Encoder)
     assert not isinstance(build_context(plain, 0).encoder, Bfloat16Encoder)
     assert torch.equal(build_context(half, 0).head, build_context(plain, 0).head)
-    told = [experiment.chain_recipe(0, "sequential") for experiment in (plain, half)]
+    told = [experiment.training_recipe(0, "sequential") for experiment in (plain, half)]
     assert digest_of(told[0]) != digest_of(told[1])
     assert "precision" not in told[0]

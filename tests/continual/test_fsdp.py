@@ -148,7 +148,7 @@ def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_training_begun_with_one_layout_may_go_on_with_the_other() -> None:
-    told = [ranks.experiment("sequential", parallel=how).chain_recipe(0, "sequential") for how in ("ddp", "fsdp")]
+    told = [ranks.experiment("sequential", parallel=how).training_recipe(0, "sequential") for how in ("ddp", "fsdp")]
     assert told[0] == told[1]
 
 

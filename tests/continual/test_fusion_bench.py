@@ -83,8 +83,8 @@ def save_tower(folder: Path, tensors: dict[str, Any], seed: int) -> None:
 
 def given(experiment: Experiment) -> list[str]:
     """The checkpoints that a recipe names."""
-    chain = experiment.chains[0]
-    return chain["given"]["models"] if isinstance(chain, dict) else []
+    training = experiment.training[0]
+    return training["external"]["models"] if isinstance(training, dict) else []
 
 
 def measured(recipe: str, world: Path, *changes: str) -> tuple[Experiment, dict[str, dict[str, Any]]]:
@@ -98,8 +98,11 @@ def measured(recipe: str, world: Path, *changes: str) -> tuple[Experiment, dict[
 @pytest.mark.parametrize(("recipe", "size", "tasks"), [("vit-b32-ta8", 32, 8), ("vit-b16-ta8", 16, 8)])
 def test_eight_checkpoints_are_merged_and_evaluated(recipe: str, size: int, tasks: int, world: Path) -> None:
     experiment, found = measured(recipe, world)
-    assert set(found) == {"zero_shot", *(f"{rule}/given" for rule in ("magmax", "average", "task_arithmetic", "ties"))}
-    (row,) = found["magmax/given"]["variants"][0]["rows"].values()
+    assert set(found) == {
+        "zero_shot",
+        *(f"{rule}/external" for rule in ("magmax", "average", "task_arithmetic", "ties")),
+    }
+    (row,) = found["magmax/external"]["variants"][0]["rows"].values()
     assert row["tasks"] == plain_accuracies(experiment, size, 0.5)
     assert len(row["tasks"]) == tasks
     assert row["tasks"] != found["zero_shot"]["variants"][0]["rows"]["8"]["tasks"]
@@ -134,14 +137,14 @@ def plain_accuracies(experiment: Experiment, size: int, factor: float) -> list[f
 
 def test_fourteen_checkpoints_are_merged_and_evaluated(world: Path) -> None:
     experiment, found = measured("vit-b32-tall14", world)
-    (row,) = found["magmax/given"]["variants"][0]["rows"].values()
+    (row,) = found["magmax/external"]["variants"][0]["rows"].values()
     assert row["tasks"] == plain_accuracies(experiment, 32, 0.5)
     assert len(row["tasks"]) == 14
 
 
 def test_the_sweep_has_a_row_for_each_factor(world: Path) -> None:
     experiment, found = measured("vit-b32-ta8-sweep", world)
-    variants = {v["scaling_factor"]: v["rows"]["8"]["tasks"] for v in found["magmax/given"]["variants"]}
+    variants = {v["scaling_factor"]: v["rows"]["8"]["tasks"] for v in found["magmax/external"]["variants"]}
     assert sorted(variants) == [k / 10 for k in range(1, 11)]
     assert variants[0.8] == plain_accuracies(experiment, 32, 0.8)
 
@@ -153,7 +156,7 @@ def test_sequential_fine_tuning_and_merge_and_no_training_the_second_time(world:
     assert [task.name for task in build_context(experiment, 0).tasks] == published_order("data_sets", "eight")
     assert set(found) == {"zero_shot", "last/sequential", "magmax/sequential"}
     assert list(found["magmax/sequential"]["variants"][0]["rows"]) == [str(i) for i in range(1, 9)]
-    checkpoints = {path: path.stat().st_mtime_ns for path in world.glob("out/vit-b32-sequential/chains/*/theta_*")}
+    checkpoints = {path: path.stat().st_mtime_ns for path in world.glob("out/vit-b32-sequential/training/*/theta_*")}
     assert len(checkpoints) == 9
     (world / "out" / "vit-b32-sequential" / "cells.jsonl").unlink()
     again = measured("vit-b32-sequential", world, *few)[1]

@@ -149,7 +149,7 @@ RECIPE = {
     "pretrain": {"steps": 20, "batch": 4, "learning_rate": 0.01},
     "tune": {"steps": 6, "batch": 4, "learning_rate": 0.01},
     "seeds": [0, 1],
-    "chains": ["sequential", "independent"],
+    "training": ["sequential", "independent"],
     "rules": ["average", {"ties": {"density": 0.5}}, "tunable"],
     "calibrations": ["none", "norm"],
     "samples": 3,
@@ -191,7 +191,7 @@ def test_the_benchmark_measures_what_it_says_and_only_what_is_missing(benchmark,
 
 def test_in_feature_space_one_number_a_tensor_in_weight_space_is_undone(benchmark, tmp_path):
     cells = run(
-        benchmark, tmp_path, rules=["average"], calibrations=["none", "fsc", "dsc"], seeds=[0], chains=["sequential"]
+        benchmark, tmp_path, rules=["average"], calibrations=["none", "fsc", "dsc"], seeds=[0], training=["sequential"]
     )
     found = {r["recipe"]["calibration"]: r["perplexity"] for r in cells if r["recipe"]["rule"] == "average"}
     for domain in ("one", "two"):
@@ -212,7 +212,7 @@ def check(record: dict[str, Any], work: Path) -> None:
         assert record["search"][f"{record['chosen']['scaling_factor']:g}"] == min(record["search"].values())
     if (recipe["rule"], recipe["calibration"]) != ("average", "none"):
         return
-    paths = [work / f"{recipe['chain']}-seed{seed}" / f"theta_{n}.safetensors" for n in (1, 2)]
+    paths = [work / f"{recipe['training']}-seed{seed}" / f"theta_{n}.safetensors" for n in (1, 2)]
     one, two = map(load_file, paths)
     model = llama(270, 16, 1, 2, 12, seed=0)
     model.load_state_dict({key: (one[key] + two[key]) / 2 for key in one})
@@ -224,15 +224,17 @@ def check(record: dict[str, Any], work: Path) -> None:
         assert record["test_bytes"][domain] == bytes_of(tokenizer, data)
 
 
-@pytest.mark.parametrize("chain", ["sequential", "independent"])
-def test_a_chain_fine_tunes_from_where_it_says(chain, benchmark, tmp_path):
-    cells = run(benchmark, tmp_path, rules=["average"], calibrations=["none"], seeds=[0], chains=[chain])
+@pytest.mark.parametrize("training", ["sequential", "independent"])
+def test_a_chain_fine_tunes_from_where_it_says(training, benchmark, tmp_path):
+    cells = run(benchmark, tmp_path, rules=["average"], calibrations=["none"], seeds=[0], training=[training])
     work = tmp_path / "work"
-    found = load_file(work / f"{chain}-seed0" / "theta_2.safetensors")
+    found = load_file(work / f"{training}-seed0" / "theta_2.safetensors")
     model = llama(270, 16, 1, 2, 12, seed=0)
     load_weights(
         model,
-        work / f"{chain}-seed0" / "theta_1.safetensors" if chain == "sequential" else work / "theta_0.safetensors",
+        work / f"{training}-seed0" / "theta_1.safetensors"
+        if training == "sequential"
+        else work / "theta_0.safetensors",
     )
     tokenizer = train_tokenizer(speech("a b c d e f g", 80, 1), 270)
     (domain,) = {record["order"][1] for record in cells}

@@ -1,4 +1,4 @@
-"""The chain of fine-tunings: resumed after a kill, redone after a change, one file a task."""
+"""The training of fine-tunings: resumed after a kill, redone after a change, one file a task."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     within one example."""
     changes: dict[str, Any] = {
         "fit": {"steps": 8, "batch": 7, "learning_rate": 0.01},
-        "chains": [{"ewc": {"samples": 5}}],
+        "training": [{"ewc": {"samples": 5}}],
     }
     alone = ContinualTraining(Experiment.model_validate({**toys.RECIPE, **changes}), tmp_path / "alone", "ewc").run()
     recipe = toys.write_recipe(tmp_path / "toy.yaml", **changes)

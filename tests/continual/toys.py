@@ -70,7 +70,7 @@ RECIPE: dict[str, Any] = {
     "scenario": {"class_incremental": {"tasks": 3}},
     "fit": {"steps": 12, "batch": 8, "learning_rate": 0.02},
     "seeds": [0, 1],
-    "chains": ["sequential", "independent"],
+    "training": ["sequential", "independent"],
     "rules": ["average", "magmax"],
 }
 

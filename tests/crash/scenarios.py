@@ -25,7 +25,7 @@ from magmax.merging.running.running_merge import Running
 from magmax.merging.sweep import FactorSweep
 from magmax.rules import CalibrateWeights, MagMax, Prune, Rule, Ties, Tunable, as_rule, chain
 
-STATISTICS_RULES = Ties(density=0.4), chain(Prune(keep=0.3), MagMax())
+STATISTICS_RULES = Ties(density=0.4), chain(Prune(density=0.3), MagMax())
 SHARD_BYTES = 300
 """Bytes a shard: less than the largest tensor, so that each small model lies in several."""
 

@@ -113,9 +113,9 @@ RULES: dict[str, tuple[Any, Any]] = {
         Ties(density=0.4, span="tensor"),
         lambda vectors: {k: elect(pruned([{k: v[k]} for v in vectors], 0.4, "top"))[k] for k in vectors[0]},
     ),
-    "prune": (chain(Prune(keep=0.3), MagMax()), lambda vectors: each(plain.magmax)(pruned(vectors, 0.3, "top"))),
+    "prune": (chain(Prune(density=0.3), MagMax()), lambda vectors: each(plain.magmax)(pruned(vectors, 0.3, "top"))),
     "prune the top": (
-        chain(Prune(keep=0.3, which="bottom"), MagMax()),
+        chain(Prune(density=0.3, which="bottom"), MagMax()),
         lambda vectors: each(plain.magmax)(pruned(vectors, 0.3, "bottom")),
     ),
 }

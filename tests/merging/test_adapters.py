@@ -141,7 +141,7 @@ def test_the_linear_way_and_the_dense_way_agree(adapters, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("rule", [Ties(), Ties(density=0.4, span="tensor"), KthMagnitude(k=2), "random_mix", "magmax",
-                                  chain(Dare(drop=0.5), Ties())], ids=str)  # fmt: skip
+                                  chain(Dare(density=0.5), Ties())], ids=str)  # fmt: skip
 def test_every_rule_merges_the_updates_as_it_merges_models_of_a_base_of_zeros(adapters, tmp_path, rule):
     """Whole-model questions are asked of all layers, and random draws are those of a merge into the base."""
     merge_adapters(rule, adapters, 40, tmp_path / "out")

@@ -43,7 +43,7 @@ RULES: list[Any] = [
     {"ties": {"density": 0.3}},
     {"ties": {"span": "tensor"}},
     {"model_stock": {"span": "model"}},
-    [{"prune": {"keep": 0.4}}, "magmax"],
+    [{"prune": {"density": 0.4}}, "magmax"],
     "iso_c",
 ]
 """Elementwise; asking of the whole model; of each tensor; for sums of floats, which depend on their order; a chain; and

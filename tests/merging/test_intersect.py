@@ -41,7 +41,7 @@ from magmax.rules.statistics import Array, Counts, Reduction, Scope, Statistics,
 
 RULES = [
     "magmax", "average", "task_arithmetic", KthMagnitude(k=2), RandomMix(), Ties(), Ties(0.5, span="tensor"),
-    chain(Prune(keep=0.3), MagMax()), chain(Dare(drop=0.4), Ties(0.4)), chain(Prune(0.5, "bottom"), Ties()),
+    chain(Prune(density=0.3), MagMax()), chain(Dare(density=0.6), Ties(0.4)), chain(Prune(0.5, "bottom"), Ties()),
 ]  # fmt: skip
 NEEDED = {"kth_magnitude": {"k": 2}, "tunable": {"preference": (1, 2, 1)}}
 EVERY = [

@@ -23,7 +23,7 @@ from tests.test_cli import run  # noqa: E402, F401
 import magmax  # noqa: E402
 from magmax import MagMaxError  # noqa: E402
 from magmax.cli import environments  # noqa: E402
-from magmax.continual.cells import chain_folder  # noqa: E402
+from magmax.continual.cells import training_folder  # noqa: E402
 from magmax.continual.context import ExperimentContext, build_context  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
 from magmax.merging.execution import executors  # noqa: E402
@@ -40,7 +40,7 @@ from magmax.rules import Average, MagMax, PerModel, Ties, Tunable  # noqa: E402
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "continual" / "environments"
 SMALL: dict[str, Any] = {
     "experiment": "toy.yaml",
-    "chains": ["independent"],
+    "training": ["independent"],
     "mixtures": ["D2", "D3", "D4"],
     "draws": 2,
     "sources": ["label", "ot", "mmd", "auto"],
@@ -80,7 +80,7 @@ class Plain:
 
     def __init__(self, out: Path) -> None:
         self.here: ExperimentContext = build_context(EXPERIMENT, 0)
-        folder = chain_folder(out, EXPERIMENT, 0, "independent")
+        folder = training_folder(out, EXPERIMENT, 0, "independent")
         self.theta = [load_file(folder / f"theta_{t}.safetensors") for t in range(4)]
 
     def features(self, state: dict[str, Any], items: Any) -> np.ndarray:
@@ -330,7 +330,7 @@ def test_the_command_line(tmp_path: Path, executor: Executor, run: Any, monkeypa
     assert code == 2
     assert "did you mean 'sources'" in err
     code, _, err = run("study", "environments", tmp_path / "study.yaml", "experiment=3", "--out", tmp_path / "out")
-    assert (code, "whose chains are merged, not 3" in err) == (2, True)
+    assert (code, "whose trainings are merged, not 3" in err) == (2, True)
 
 
 @pytest.mark.parametrize("recipe", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -342,7 +342,7 @@ def test_the_recipes_of_the_repository_can_be_read(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chains": ["joint"]}, "chains: there is no 'joint'"),
+        ({"training": ["joint"]}, "training: there is no 'joint'"),
         ({"seeds": [5]}, "seeds: there is no 5"),
         ({"mixtures": ["D6"]}, "mixtures: there is no 'D6'"),
     ],

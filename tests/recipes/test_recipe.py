@@ -95,7 +95,7 @@ def test_fusion_benchs_method_file_is_a_rule(tmp_path):
         ),
         ("base: b\nmodels: [m, m]\n", "two models have one name"),
         ("base: b\nmodels: [m]\nout: x\nout: y\n", "line 4: out is given twice"),
-        ("- a\n- b\n", "a recipe is a map"),
+        ("- a\n- b\n", "holds no map of keys"),
         ("base: [b\n", "cannot be read as YAML"),
         ("base: b\nmodels: [{path: m, name: x}, {path: n, name: x}]\n", "two models have one name; the names are x, x"),
     ],

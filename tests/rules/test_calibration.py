@@ -68,9 +68,9 @@ AFTER = {
     "iso_c": IsoC(),
     "tsv_m": TsvM(),
     "sce": Sce(density=0.5),
-    "dare": chain(Dare(drop=0.5), MagMax()),
-    "prune": chain(Prune(keep=0.3), MagMax()),
-    "prune-iso_c": chain(Prune(keep=0.3), IsoC()),
+    "dare": chain(Dare(density=0.5), MagMax()),
+    "prune": chain(Prune(density=0.3), MagMax()),
+    "prune-iso_c": chain(Prune(density=0.3), IsoC()),
 }
 
 
@@ -159,7 +159,7 @@ def test_the_more_alike_task_vectors_are_the_more_the_ellipsoid_shrinks_them(cor
 def test_after_the_norm_a_tensor_is_as_long_as_the_task_vectors_that_came_in():
     """Neither what a transform dropped of them nor the scaling factor shortens it."""
     base, others = models(3)
-    rule = chain(Prune(keep=0.2), Dare(drop=0.3), MagMax(), CalibrateWeights())
+    rule = chain(Prune(density=0.2), Dare(density=0.7), MagMax(), CalibrateWeights())
     for factor in (0.01, 0.5, 1.0, 30.0, -2.0):
         merged = magmax.merge(rule, base, others, factor)
         for key in CALIBRATED:
@@ -307,9 +307,9 @@ def test_adapters_are_calibrated_as_the_dense_updates_they_stand_for(tmp_path):
 
 
 def test_a_chain_is_written_and_read_again_and_knows_its_parts_order():
-    rule = chain(Prune(keep=0.2), MagMax(), CalibrateWeights(guard=0.5, sensitive=["a.weight"]))
+    rule = chain(Prune(density=0.2), MagMax(), CalibrateWeights(guard=0.5, sensitive=["a.weight"]))
     assert rule_from(rule.describe()) == rule
-    assert chain(Prune(keep=0.2), chain(MagMax(), CalibrateWeights(guard=0.5, sensitive=["a.weight"]))) == rule
+    assert chain(Prune(density=0.2), chain(MagMax(), CalibrateWeights(guard=0.5, sensitive=["a.weight"]))) == rule
     assert rule.passes == Prune().passes + 1
     assert rule_from(["slerp", "calibrate_weights"]).needs_base
     assert Slerp().for_scaling_factor(3.0) == Slerp()

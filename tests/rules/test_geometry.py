@@ -215,7 +215,7 @@ def test_a_chain_merges_what_its_transform_leaves(rule, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     count = 1 if rule.name == "slerp" else 3
     base, *models = [model(n) for n in range(count + 1)]
-    dare = Dare(drop=0.5)
+    dare = Dare(density=0.5)
     merged = magmax.merge(chain(dare, rule), base, models, 1.0)
     for key, start in base.items():
         vectors = [(m[key] - start).reshape(-1) for m in models]

@@ -78,7 +78,7 @@ def test_ties_is_its_definition_bit_for_bit(kind, density, span):
 @pytest.mark.parametrize("keep", DENSITIES)
 def test_pruning_keeps_exactly_so_many(which, keep):
     base, models = model(0, "coarse"), [model(1, "coarse")]
-    pruned = chain(Prune(keep=keep, which=which), MagMax())
+    pruned = chain(Prune(density=keep, which=which), MagMax())
     kept = flat(magmax.merge(pruned, base, models, 1.0)) - flat(base)
     vector = flat(models[0]) - flat(base)
     count = round(keep * len(vector))
@@ -87,7 +87,9 @@ def test_pruning_keeps_exactly_so_many(which, keep):
 
 
 @pytest.mark.parametrize(
-    "rule", [Ties(), Ties(span="tensor"), chain(Prune(keep=0.3), MagMax()), chain(Dare(drop=0.5), MagMax())], ids=str
+    "rule",
+    [Ties(), Ties(span="tensor"), chain(Prune(density=0.3), MagMax()), chain(Dare(density=0.5), MagMax())],
+    ids=str,
 )
 @pytest.mark.parametrize("slab", [64, 1 << 10])
 def test_slabs_and_threads_change_no_byte(rule, slab, tmp_path, monkeypatch):
@@ -141,7 +143,7 @@ def test_a_misleading_sample_costs_passes_but_not_exactness(monkeypatch):
 
 def test_dare_keeps_the_mean_and_the_share():
     vector = np.ones(200_000, np.float32)
-    dropped = chain(Dare(drop=0.9), MagMax())([vector])
+    dropped = chain(Dare(density=0.1), MagMax())([vector])
     share = np.count_nonzero(dropped) / len(vector)
     assert set(np.unique(dropped)) == {0, np.float32(1 / 0.1)} or np.allclose(np.unique(dropped), [0, 10], rtol=1e-6)
     assert abs(share - 0.1) < 5 * np.sqrt(0.09 / len(vector))
@@ -149,15 +151,15 @@ def test_dare_keeps_the_mean_and_the_share():
 
 def test_dare_drops_other_entries_for_other_tasks_and_seeds():
     vectors = [np.ones(1000, np.float32)] * 2
-    first, second = (Dare(drop=0.5).apply(np.ones(1000, np.float32), t, Address("w", 0), None) for t in (1, 2))
+    first, second = (Dare(density=0.5).apply(np.ones(1000, np.float32), t, Address("w", 0), None) for t in (1, 2))
     assert 0.3 < (first != second).mean() < 0.7
-    one, other = (chain(Dare(drop=0.5, seed=s), MagMax())(vectors) for s in (0, 1))
+    one, other = (chain(Dare(density=0.5, seed=s), MagMax())(vectors) for s in (0, 1))
     assert (one != other).any()
 
 
 def test_a_chain_that_asks_nothing_is_absorbed_exactly(tmp_path):
     base, tasks = model(0, "fine"), [model(n, "fine") for n in (1, 2, 3)]
-    rule = chain(Dare(drop=0.5), MagMax())
+    rule = chain(Dare(density=0.5), MagMax())
     running = magmax.Running(tmp_path / "state", rule, base)
     for task in tasks:
         running.absorb(task)
@@ -182,13 +184,19 @@ def test_on_agreeing_signs_ties_is_the_mean_of_the_nonzero():
 
 def test_numpy_and_torch_give_the_same_bytes():
     vectors = [np.random.default_rng(n).integers(-3, 4, 400).astype(np.float32) for n in range(4)]
-    for rule in (Ties(density=0.3), chain(Prune(keep=0.4), Ties()), chain(Dare(), MagMax())):
+    for rule in (Ties(density=0.3), chain(Prune(density=0.4), Ties()), chain(Dare(), MagMax())):
         assert rule(vectors).tobytes() == rule([torch.from_numpy(v) for v in vectors]).numpy().tobytes()
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Ties(density=1.5), lambda: Prune(keep=-1), lambda: Dare(drop=1.0), lambda: chain(MagMax(), Dare()), chain],
+    [
+        lambda: Ties(density=1.5),
+        lambda: Prune(density=-1),
+        lambda: Dare(density=0.0),
+        lambda: chain(MagMax(), Dare()),
+        chain,
+    ],
 )
 def test_what_makes_no_sense_is_an_error(make):
     with pytest.raises(MagMaxError):
@@ -202,12 +210,12 @@ def test_parts_of_a_chain_that_ask_over_different_spans_are_refused():
 
 def test_arrays_of_any_shape_are_pruned_as_they_lie_in_memory():
     square = np.float32([[1, 1], [0, 0], [0, 5], [5, 5]])
-    for rule in (chain(Prune(keep=0.5), MagMax()), Ties(density=0.5)):
+    for rule in (chain(Prune(density=0.5), MagMax()), Ties(density=0.5)):
         assert (rule([square]) == rule([square.reshape(-1)]).reshape(4, 2)).all()
         assert np.count_nonzero(rule([square])) == 4
 
 
 def test_the_same_transform_twice_would_draw_the_same_numbers_and_is_refused():
     with pytest.raises(MagMaxError, match="twice"):
-        chain(Dare(drop=0.5), Dare(drop=0.5), MagMax())
-    chain(Dare(drop=0.5), Dare(drop=0.5, seed=1), MagMax())
+        chain(Dare(density=0.5), Dare(density=0.5), MagMax())
+    chain(Dare(density=0.5), Dare(density=0.5, seed=1), MagMax())

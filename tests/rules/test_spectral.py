@@ -236,7 +236,7 @@ def test_pruning_before_a_whole_tensor_rule_keeps_what_it_keeps_before_any(rule,
     """Of the many equal magnitudes at the cut, those in later slabs are dropped, though tensors come whole."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
     base, *models = [planned_model(n, "coarse") for n in range(4)]
-    merged = magmax.merge(chain(Prune(keep=0.3, span=span), rule), base, models, 1.0)
+    merged = magmax.merge(chain(Prune(density=0.3, span=span), rule), base, models, 1.0)
     keys = sorted(base)
     ends = np.cumsum([base[key].numel() for key in keys])[:-1]
 
@@ -253,9 +253,9 @@ def test_pruning_before_a_whole_tensor_rule_keeps_what_it_keeps_before_any(rule,
 
 def test_dare_before_a_whole_tensor_rule_draws_as_it_does_slab_by_slab():
     base, *models = [model(n) for n in range(3)]
-    merged = magmax.merge(chain(Dare(drop=0.5), IsoC()), base, models, 1.0)
+    merged = magmax.merge(chain(Dare(density=0.5), IsoC()), base, models, 1.0)
     vectors = [
-        Dare(drop=0.5).apply((m["tall"] - base["tall"]).reshape(-1), task, Address("tall", 0), None).reshape(130, 24)
+        Dare(density=0.5).apply((m["tall"] - base["tall"]).reshape(-1), task, Address("tall", 0), None).reshape(130, 24)
         for task, m in enumerate(models, start=1)
     ]
     assert (merged["tall"] == base["tall"] + IsoC()(vectors)).all()

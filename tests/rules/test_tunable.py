@@ -287,8 +287,8 @@ def test_numpy_and_torch_give_the_same_bytes(selection):
 
 def test_it_stands_at_the_end_of_a_chain():
     vectors = [np.random.default_rng(n).normal(size=300).astype(np.float32) for n in range(3)]
-    merged = chain(Prune(keep=0.5), Tunable(preference=[1, 1, 2]))(vectors)
-    pruned = np.array([chain(Prune(keep=0.5), MagMax())([v]) for v in vectors])
+    merged = chain(Prune(density=0.5), Tunable(preference=[1, 1, 2]))(vectors)
+    pruned = np.array([chain(Prune(density=0.5), MagMax())([v]) for v in vectors])
     moved = (pruned != 0).any(axis=0)
     counts = [(merged[moved] == v[moved]).sum() for v in pruned]
     assert counts == quotas([1, 1, 2], int(moved.sum()))

@@ -99,15 +99,15 @@ def test_a_rule_is_described_as_it_was_written(form):
     rule = make_rule("task_arithmetic", {"weights": form})
     assert json.loads(json.dumps(rule.describe())) == {"task_arithmetic": {"weights": form}}
     assert rule_from(rule.describe()) == rule
-    within = rule_from([{"dare": {"drop": 0.5}}, rule.describe()])
+    within = rule_from([{"dare": {"density": 0.5}}, rule.describe()])
     assert rule_from(within.describe()) == within
 
 
 def test_a_rule_whose_numbers_are_plain_is_itself_everywhere():
-    for rule in (MagMax(), Ties(density=PerModel((0.1, 0.2))), chain(Dare(drop=0.5), Average())):
+    for rule in (MagMax(), Ties(density=PerModel((0.1, 0.2))), chain(Dare(density=0.5), Average())):
         assert rule.for_tensor(TensorPosition("w", 0.5)) is rule
-    rule = chain(Dare(drop=Layers((0, 0.5))), Average())
-    assert rule.for_tensor(TensorPosition("w", 0.5)) == chain(Dare(drop=0.25), Average())
+    rule = chain(Dare(density=Layers((1, 0.5))), Average())
+    assert rule.for_tensor(TensorPosition("w", 0.5)) == chain(Dare(density=0.75), Average())
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_numbers_out_of_range_are_refused_wherever_they_stand():
         with pytest.raises(MagMaxError, match="ties needs density from 0 to 1, not"):
             Ties(density=density)
     with pytest.raises(MagMaxError, match="drop below 1"):
-        Dare(drop=Layers((0.5, 1)))
+        Dare(density=Layers((0.5, 0)))
     with pytest.raises(MagMaxError, match="needs seed to be int"):
         make_rule("dare", {"seed": [1, 2]})
 
 
 def test_the_numbers_must_fit_the_models():
     vectors = [np.ones(3, np.float32)] * 2
-    for rule in (TaskArithmetic(weights=PerModel((1, 2, 3))), chain(Prune(keep=PerModel((0.1,))), MagMax())):
+    for rule in (TaskArithmetic(weights=PerModel((1, 2, 3))), chain(Prune(density=PerModel((0.1,))), MagMax())):
         with pytest.raises(MagMaxError, match="one for each model, but there are 2 models"):
             rule(vectors)
     with pytest.raises(MagMaxError, match="sum to zero"):
@@ -156,7 +156,7 @@ def test_the_numbers_must_fit_the_models():
         make_rule("average", {"weights": {"cars": 1, "mnist": 2}})(vectors)
 
 
-@pytest.mark.parametrize("rule", [Ties(density=Layers((0, 1))), chain(Dare(drop=Layers((0, 0.5))), Ties())], ids=str)
+@pytest.mark.parametrize("rule", [Ties(density=Layers((0, 1))), chain(Dare(density=Layers((1, 0.5))), Ties())], ids=str)
 def test_numbers_that_vary_need_questions_by_tensor(rule):
     with pytest.raises(MagMaxError, match="use span: tensor"):
         magmax.merge(rule, stack(0), [stack(1), stack(2)])
@@ -167,8 +167,8 @@ RULES = {
     "average": ({"average": {"weights": [BY_NAME, 0.5]}}, lambda w: Average(weights=w)),
     "ties": ({"ties": {"weights": [BY_NAME, 0.5], "span": "tensor"}}, lambda w: Ties(weights=w, span="tensor")),
     "a chain": (
-        [{"dare": {"drop": 0.5}}, {"elect": {"weights": [BY_NAME, 0.5]}}],
-        lambda w: chain(Dare(drop=0.5), Elect(weights=w)),
+        [{"dare": {"density": 0.5}}, {"elect": {"weights": [BY_NAME, 0.5]}}],
+        lambda w: chain(Dare(density=0.5), Elect(weights=w)),
     ),
 }
 
@@ -209,7 +209,7 @@ def test_a_running_merge_takes_numbers_by_place_and_refuses_them_by_model(tmp_pa
         running.absorb(task)
     assert magmax.Running(tmp_path / "state", base=base).rule == rule
     assert same_bytes(running.result(), magmax.merge(rule, base, tasks))
-    for refused in (TaskArithmetic(weights=PerModel((1, 2))), chain(Dare(drop=PerModel((0.1, 0.2))), MagMax())):
+    for refused in (TaskArithmetic(weights=PerModel((1, 2))), chain(Dare(density=PerModel((0.9, 0.8))), MagMax())):
         with pytest.raises(MagMaxError, match="does not know how many models"):
             magmax.Running(tmp_path / "other", refused, base)
 
@@ -222,12 +222,12 @@ def test_a_recipe_names_the_models_that_have_numbers(tmp_path):
     def plan(weights: str) -> recipe.MergeRequest:
         file.write_text(
             "base: base.safetensors\nmodels: [cars.safetensors, mnist.safetensors]\nout: out.safetensors\n"
-            f"rule: [{{dare: {{drop: 0.5}}}}, {{average: {{weights: {weights}}}}}]\n"
+            f"rule: [{{dare: {{density: 0.5}}}}, {{average: {{weights: {weights}}}}}]\n"
         )
         return recipe.load_recipe(str(file))
 
     rule = plan("{mnist: 0.5, cars: {layers: [0, 1]}}").rule
-    assert rule == chain(Dare(drop=0.5), Average(weights=PerModel((Layers((0, 1)), 0.5))))
+    assert rule == chain(Dare(density=0.5), Average(weights=PerModel((Layers((0, 1)), 0.5))))
     with pytest.raises(MagMaxError, match=r"no model 'minst'.*did you mean 'mnist'"):
         plan("{minst: 0.5, cars: 1}")
     with pytest.raises(MagMaxError, match="no number is given for mnist"):

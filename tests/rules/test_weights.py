@@ -123,7 +123,7 @@ def test_pruning_keeps_of_each_model_its_own_share(which, sample, monkeypatch):
     models = [model(n, "coarse") for n in (1, 2, 3)]
     for task, share in enumerate(DENSITIES):
         weights = PerModel(tuple(float(n == task) for n in range(3)))
-        rule = chain(Prune(keep=PerModel(DENSITIES), which=which), TaskArithmetic(weights=weights))
+        rule = chain(Prune(density=PerModel(DENSITIES), which=which), TaskArithmetic(weights=weights))
         kept = flat(magmax.merge(rule, base, models, 1.0))
         vector = flat(models[task])
         count = round(share * len(vector))
@@ -135,11 +135,11 @@ def test_trimming_and_electing_are_ties_but_for_the_zero_sums():
     base, models = model(0, "fine"), [model(n, "fine") for n in (1, 2, 3)]
     weights = PerModel(WEIGHTS)
     whole = magmax.merge(Ties(density=0.4, weights=weights), base, models)
-    parts = magmax.merge(chain(Prune(keep=0.4), Elect(weights=weights)), base, models, 0.3)
+    parts = magmax.merge(chain(Prune(density=0.4), Elect(weights=weights)), base, models, 0.3)
     assert (flat(whole) == flat(parts)).all()
 
 
-@pytest.mark.parametrize("make", [lambda d: Dare(drop=d), lambda d: Prune(keep=d, which="random")])
+@pytest.mark.parametrize("make", [lambda d: Dare(density=d), lambda d: Prune(density=d, which="random")])
 def test_each_model_has_its_own_share_of_random_draws(make):
     shares, at = (0.0, 0.5, 0.9), Address("w", 40)
     for task, share in enumerate(shares, start=1):
@@ -153,8 +153,8 @@ def weighted_by_hand(models: list[Tensors], base: Tensors) -> np.ndarray:
 
 def test_weights_after_a_transform_weigh_what_it_leaves():
     base, models = model(0, "fine"), [model(n, "fine") for n in (1, 2, 3)]
-    rule = chain(Prune(keep=1.0), TaskArithmetic(weights=PerModel(WEIGHTS)))
+    rule = chain(Prune(density=1.0), TaskArithmetic(weights=PerModel(WEIGHTS)))
     assert (flat(magmax.merge(rule, base, models, 1.0)) == flat(base) + weighted_by_hand(models, base)).all()
-    single = chain(Dare(drop=0.5), MagMax())([flat(models[0])])
-    weighted = chain(Dare(drop=0.5), TaskArithmetic(weights=0.5))([flat(models[0])])
+    single = chain(Dare(density=0.5), MagMax())([flat(models[0])])
+    weighted = chain(Dare(density=0.5), TaskArithmetic(weights=0.5))([flat(models[0])])
     assert (weighted == np.float32(0.5) * single).all()

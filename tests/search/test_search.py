@@ -140,21 +140,21 @@ def test_a_killed_search_ends_with_the_same_trials(toy):
 def test_rules_options_of_a_chain_and_each_model_s_number(toy):
     """Settings that do not go together are a trial that was refused, and the search goes on."""
     space = {
-        "rule": ["average", {"kth_magnitude": {"k": 5}}, [{"prune": {"keep": 1.0}}, "magmax"]],
+        "rule": ["average", {"kth_magnitude": {"k": 5}}, [{"prune": {"density": 1.0}}, "magmax"]],
         "scaling_factor": {"low": 0.5, "high": 2, "log": True},
     }
     tried = searched(written(toy, space=space, sampler="random", trials=20), toy / "out")
     assert {bool(t.refused) for t in tried if "kth_magnitude" in t.settings["rule"]} == {True}
     assert {bool(t.refused) for t in tried if "kth_magnitude" not in t.settings["rule"]} == {False}
     recipe = yaml.safe_load((toy / "merge.yaml").read_text())
-    (toy / "merge.yaml").write_text(yaml.safe_dump({**recipe, "rule": [{"prune": {"keep": 0.9}}, "average"]}))
+    (toy / "merge.yaml").write_text(yaml.safe_dump({**recipe, "rule": [{"prune": {"density": 0.9}}, "average"]}))
     options = {
-        "rule.prune.keep": {"low": 0.5, "high": 1},
+        "rule.prune.density": {"low": 0.5, "high": 1},
         "rule.average.weights": {"low": 1, "high": 3, "whole": True, "each": "model"},
     }
-    for trial in searched(written(toy, space=options, trials=6, seed=2), toy / "chain"):
+    for trial in searched(written(toy, space=options, trials=6, seed=2), toy / "training"):
         keep, one, half = trial.settings.values()
-        assert list(trial.settings) == ["rule.prune.keep", "rule.average.weights[one]", "rule.average.weights[half]"]
+        assert list(trial.settings) == ["rule.prune.density", "rule.average.weights[one]", "rule.average.weights[half]"]
         assert {one, half} <= {1, 2, 3}
         kept = [v if round(keep * 1) else 0.0 for v in (1.0, 0.5)]
         x = (one * kept[0] + half * kept[1]) / (one + half)

@@ -34,8 +34,8 @@ class SweepDefinition:
 
     Attributes:
         x_name: what varies, the name of its column.
-        extract_points: (the cell's rule in parts, its chain, the variant) -> its points, if any. Where each is of one
-        task, the
+        extract_points: (the cell's rule in parts, its training, the variant) -> its points, if any. Where each is of
+        one task, the
             mean over tasks is taken.
         recipe: the benchmark's recipe that gives such records.
     """
@@ -47,12 +47,14 @@ class SweepDefinition:
     recipe: str
 
 
-def _retention_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
+def _retention_points(parts: RuleParts, training: str, variant: Mapping[str, Any]) -> PointFinder:
     (first, options), rest = parts[0], parts[1:]
-    if variant["variant"] == "default" and first == "prune" and isinstance(options.get("keep", 0.2), int | float):
+    if variant["variant"] == "default" and first == "prune" and isinstance(options.get("density", 0.2), int | float):
         task = _single_model_index(rest)
         left = "each model on its own task" if task is not None else _format_rule(rest)
-        yield AccuracyPoint(f"{options.get('which', 'top')}, {left}/{chain}", float(options.get("keep", 0.2)), task)
+        yield AccuracyPoint(
+            f"{options.get('which', 'top')}, {left}/{training}", float(options.get("density", 0.2)), task
+        )
 
 
 def _single_model_index(parts: RuleParts) -> int | None:
@@ -62,35 +64,35 @@ def _single_model_index(parts: RuleParts) -> int | None:
     return weights.index(1) if alone else None
 
 
-def _kth_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
+def _kth_points(parts: RuleParts, training: str, variant: Mapping[str, Any]) -> PointFinder:
     (last, options) = parts[-1]
     before = "".join(f"{name}+" for name, _ in parts[:-1])
     if variant["variant"] == "default" and last == "kth_magnitude":
-        yield AccuracyPoint(f"{before}{chain}", options.get("k", 1))
+        yield AccuracyPoint(f"{before}{training}", options.get("k", 1))
     elif variant["variant"] == "default" and last == "magmax":
-        yield AccuracyPoint(f"{before}{chain}", 1)
+        yield AccuracyPoint(f"{before}{training}", 1)
 
 
-def _scaling_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
+def _scaling_points(parts: RuleParts, training: str, variant: Mapping[str, Any]) -> PointFinder:
     if variant["scaling_factor"] is not None and variant["variant"] != "chosen":
-        yield AccuracyPoint(f"{_format_rule(parts)}/{chain}", float(variant["scaling_factor"]))
+        yield AccuracyPoint(f"{_format_rule(parts)}/{training}", float(variant["scaling_factor"]))
 
 
-def _drop_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
-    keeps = parts[0][1].get("keep")
+def _drop_points(parts: RuleParts, training: str, variant: Mapping[str, Any]) -> PointFinder:
+    keeps = parts[0][1].get("density")
     if variant["variant"] != "default":
         return
     if parts[0][0] == "prune" and isinstance(keeps, list) and set(keeps) <= {0, 1}:
         dropped = len(keeps) - sum(keeps)
         if keeps == [0] * int(dropped) + [1] * int(sum(keeps)):
-            yield AccuracyPoint(f"{_format_rule(parts[1:])}/{chain}", int(dropped))
+            yield AccuracyPoint(f"{_format_rule(parts[1:])}/{training}", int(dropped))
     elif parts[0][0] != "prune":
-        yield AccuracyPoint(f"{_format_rule(parts)}/{chain}", 0)
+        yield AccuracyPoint(f"{_format_rule(parts)}/{training}", 0)
 
 
-def _penalty_points(parts: RuleParts, chain: str, variant: Mapping[str, Any]) -> PointFinder:
-    if variant["variant"] == "default" and chain not in REFERENCES:
-        yield AccuracyPoint(_format_rule(parts), chain)
+def _penalty_points(parts: RuleParts, training: str, variant: Mapping[str, Any]) -> PointFinder:
+    if variant["variant"] == "default" and training not in REFERENCES:
+        yield AccuracyPoint(_format_rule(parts), training)
 
 
 ACCURACY_SWEEPS: Mapping[str, SweepDefinition] = {
@@ -98,7 +100,7 @@ ACCURACY_SWEEPS: Mapping[str, SweepDefinition] = {
         "How much of a task vector is needed",
         "Average accuracy when only a part of each task vector is kept, its largest, smallest or random entries over "
         "the whole model, and the rest is zero: of the merge on all tasks, or of each model on its own task.",
-        "keep",
+        "density",
         _retention_points,
         "retention.yaml",
     ),
@@ -148,9 +150,11 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
         parts = rule_parts(record["recipe"]["rule"])
         for variant in record["variants"]:
             accuracies = variant["rows"][max(variant["rows"], key=int)]["tasks"]
-            for series, x, task in sweep.extract_points(parts, record["chain"], variant):
+            for series, x, task in sweep.extract_points(parts, record["training"], variant):
                 value = float(sum(accuracies) / len(accuracies)) if task is None else float(accuracies[task])
-                found.setdefault((series, record["chain"], record["seed"], x), []).append((_format_rule(parts), value))
+                found.setdefault((series, record["training"], record["seed"], x), []).append(
+                    (_format_rule(parts), value)
+                )
     values: dict[str, set[Any]] = {}
     for series, _, _, x in found:
         values.setdefault(series, set()).add(x)
@@ -159,13 +163,13 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
     rows: list[Record] = [
         {
             "series": series,
-            "chain": chain,
+            "training": training,
             "rule": told[0][0] if len(told) == 1 else f"{len(told)} models, each alone",
             "seed": seed,
             sweep.x_name: x,
             "accuracy": float(np.mean([value for _, value in told])),
         }
-        for (series, chain, seed, x), told in found.items()
+        for (series, training, seed, x), told in found.items()
         if len(values[series]) >= fewest
     ]
     if not rows:
@@ -189,7 +193,7 @@ def has_records(kind: str, records: Records) -> bool:
 def rule_parts(rule: RuleSpec) -> RuleParts:
     """A rule as recipes write it, as names with their options, in order.
 
-    >>> rule_parts([{"prune": {"keep": 0.1}}, "magmax"])
+    >>> rule_parts([{"prune": {"density": 0.1}}, "magmax"])
     [('prune', {'keep': 0.1}), ('magmax', {})]
     """
     if isinstance(rule, str):
@@ -220,7 +224,7 @@ def _findings(kind: str, sweep: SweepDefinition, rows: Sequence[Record]) -> list
 
 def _input_digests(records: Records) -> dict[str, str]:
     return {
-        f"{record['chain']}, seed {record['seed']}: {name}": digest
+        f"{record['training']}, seed {record['seed']}: {name}": digest
         for record in records
         for name, digest in (record.get("models") or {}).items()
     }

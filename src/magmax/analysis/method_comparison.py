@@ -83,11 +83,11 @@ def summarise_methods(records: Records) -> list[MethodResult]:
             rows = {int(i): row["tasks"] for i, row in variant["rows"].items()}
             first = {0: zero[record["seed"]]} if record["seed"] in zero else {}
             r = matrix({**first, **rows}, len(rows[max(rows)]))
-            if record["chain"] == "joint":
+            if record["training"] == "joint":
                 r[1:-1] = np.nan
             matrices.setdefault(key, {})[record["seed"]] = r
             factors.setdefault(key, set()).update({variant["scaling_factor"]} - {None})
-            about[key] = record["chain"], record["rule"]
+            about[key] = record["training"], record["rule"]
     try:
         means = summary(tidy(records))
     except ImportError as error:
@@ -124,7 +124,7 @@ def curves_study(records: Records) -> Study:
     rows: list[Record] = []
     for method in summarise_methods(records):
         for seed, r in method.accuracy_matrices.items():
-            about = {"method": method.name, "variant": method.variant, "chain": method.training, "rule": method.rule}
+            about = {"method": method.name, "variant": method.variant, "training": method.training, "rule": method.rule}
             for (learned, task), accuracy in np.ndenumerate(r):
                 if np.isfinite(accuracy):
                     rows.append({**about, "seed": seed, "learned": learned, "task": task + 1, "accuracy": accuracy})

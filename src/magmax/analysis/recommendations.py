@@ -42,18 +42,18 @@ class Recommendation:
 
 
 def recommend_from_weights(statistics: StatisticsByOrigin) -> list[Recommendation]:
-    """What the task vectors alone suggest; of several chains together where it is the same."""
+    """What the task vectors alone suggest; of several trainings together where it is the same."""
     told: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for chain in dict.fromkeys(origin.training for origin in statistics):
-        own = {origin: found for origin, found in statistics.items() if origin.training == chain}
+    for training in dict.fromkeys(origin.training for origin in statistics):
+        own = {origin: found for origin, found in statistics.items() if origin.training == training}
         for rule in (_check_signs, _check_directions, _check_shares, _check_norms):
             for each in rule(own):
-                told.setdefault((each.kind, each.headline), []).append((chain, each.evidence))
+                told.setdefault((each.kind, each.headline), []).append((training, each.evidence))
     found: list[Recommendation] = []
     for (kind, headline), reasons in told.items():
-        chains = [chain for chain, _ in reasons if chain != "given"]
-        where = f"{', '.join(chains)}: " if chains else ""
-        because = " ".join(f"{chain}: {why}" if len(chains) > 1 else why for chain, why in reasons)
+        trainings = [training for training, _ in reasons if training != "given"]
+        where = f"{', '.join(trainings)}: " if trainings else ""
+        because = " ".join(f"{training}: {why}" if len(trainings) > 1 else why for training, why in reasons)
         found.append(Recommendation(kind, where + headline, because))
     if apart := {
         key for each in statistics.values() for key, why in each.left_out.items() if "is not merged" not in why
@@ -176,7 +176,7 @@ def _check_seed_count(methods: Sequence[MethodResult], records: Records) -> Iter
 
 
 def _check_merging_gain(methods: Sequence[MethodResult], records: Records) -> Iterator[Recommendation]:
-    """Merging against the last model of the same chain, and against not training at all."""
+    """Merging against the last model of the same training, and against not training at all."""
     ours = competing_methods(methods)
     merged = [method for method in ours if method.rule not in (LAST, ZERO_SHOT)]
     unmerged = [method for method in ours if method.rule == LAST]

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import open_checkpoint
-from ..continual.cell_store import FILE, CellStore
-from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT, digest_of, rule_name
+from ..continual.cell_store import FILE, CellStore, checkpoint_folder
+from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT, rule_name
 from ..errors import MagMaxError
+from ..legacy import modern_experiment, modern_record
 from ..merging.pipeline import Progress
 from ..rules import rule_from
 from .weight_statistics import WeightStatistics, collect_weight_statistics
 from .weight_studies import ModelsOrigin
 
-CHECKPOINT_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "seed", "chain")
+CHECKPOINT_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "seed", "training")
 """What of a cell's recipe decides the checkpoints."""
 SETTING_KEYS = ("data", "model", "head", "scenario", "validation", "precision", "fit", "among", "measure_on", "on")
 """What must be the same in cells that are shown together."""
@@ -30,7 +31,7 @@ class FinishedRun:
     Attributes:
         made_by: "bench" or "train".
         records: of the last recipe's cells; of a training, one for the models as they came and one for their merge.
-        cells: also of other recipes in the same folder that differ in rules, factors and chains alone.
+        cells: also of other recipes in the same folder that differ in rules, factors and trainings alone.
         recipe: the experiment.
         checkpoints: the checkpoints that are still there, theta_0 first.
     """
@@ -45,7 +46,7 @@ class FinishedRun:
     def weight_statistics(
         self, top: float | None = None, threads: int = 0, progress: Progress = lambda _: None
     ) -> StatisticsByOrigin:
-        """The counts over each chain's checkpoints."""
+        """The counts over each training's checkpoints."""
         found: dict[ModelsOrigin, WeightStatistics] = {}
         for origin, paths in self.checkpoints.items():
             base, *models = [open_checkpoint(path) for path in paths]
@@ -81,23 +82,24 @@ def _load_benchmark(folder: Path) -> FinishedRun:
         content = _read_json(whole)
         if not isinstance(content, dict) or not _is_record_list(content.get("records")):
             raise MagMaxError(f"{whole}: is not what magmax bench writes; run the benchmark again")
-        records, recipe = content["records"], content.get("recipe") or content["records"][0]["recipe"]
+        records = [modern_record(record) for record in content["records"]]
+        recipe = modern_experiment(content.get("recipe") or records[0]["recipe"])
     else:
         records = CellStore(folder).records()
         if not _is_record_list(records):
             raise MagMaxError(f"{folder}: has no finished cell of magmax bench yet")
-        recipe = {key: value for key, value in records[0]["recipe"].items() if key not in ("rule", "chain", "seed")}
+        recipe = {key: value for key, value in records[0]["recipe"].items() if key not in ("rule", "training", "seed")}
     cells = [*records, *_related_cells(folder, records)]
-    chains: dict[ModelsOrigin, Sequence[Path]] = {}
+    trainings: dict[ModelsOrigin, Sequence[Path]] = {}
     for record in cells:
-        if record["chain"] in (ZERO_SHOT, *REFERENCES):
+        if record["training"] in (ZERO_SHOT, *REFERENCES):
             continue
         made_of = {key: record["recipe"][key] for key in CHECKPOINT_KEYS if key in record["recipe"]}
-        name = f"{record['chain']}-seed{record['seed']}-{digest_of(made_of)[:8]}"
-        if paths := _checkpoint_paths(folder / "chains" / name):
-            chains[ModelsOrigin(record["chain"], record["seed"])] = paths
+        made_in = checkpoint_folder(folder, record["training"], record["seed"], made_of)
+        if paths := _checkpoint_paths(made_in):
+            trainings[ModelsOrigin(record["training"], record["seed"])] = paths
     return FinishedRun(
-        "bench", folder, records, cells, recipe, dict(sorted(chains.items(), key=lambda item: item[0].seed))
+        "bench", folder, records, cells, recipe, dict(sorted(trainings.items(), key=lambda item: item[0].seed))
     )
 
 
@@ -118,7 +120,8 @@ def _related_cells(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[M
 def _load_training(folder: Path) -> FinishedRun:
     recipe, metrics = _read_json(folder / "recipe.json"), _read_json(folder / "metrics.json")
     try:
-        ((chain, _),) = recipe["chain"].items()
+        recipe = modern_experiment(recipe)
+        ((training, _),) = recipe["training"].items()
         rule, seed = _rule_name(recipe["rule"]), recipe["seed"]
         rows = {what: dict(metrics[what]) for what in ("model", "merged") if what in metrics}
         assert all(row["tasks"] for each in rows.values() for row in each.values())
@@ -127,8 +130,8 @@ def _load_training(folder: Path) -> FinishedRun:
     records = [
         {
             "seed": seed,
-            "method": f"{LAST if what == 'model' else rule}/{chain}",
-            "chain": chain,
+            "method": f"{LAST if what == 'model' else rule}/{training}",
+            "training": training,
             "rule": LAST if what == "model" else rule,
             "variants": [{"variant": "default", "scaling_factor": _scaling_factor(recipe, what), "rows": rows[what]}],
             "search": {},
@@ -142,7 +145,9 @@ def _load_training(folder: Path) -> FinishedRun:
     if not records:
         raise MagMaxError(f"{folder / 'metrics.json'}: has no accuracies yet; let magmax train finish a task")
     paths = _checkpoint_paths(folder)
-    return FinishedRun("train", folder, records, records, recipe, {ModelsOrigin(chain, seed): paths} if paths else {})
+    return FinishedRun(
+        "train", folder, records, records, recipe, {ModelsOrigin(training, seed): paths} if paths else {}
+    )
 
 
 def _scaling_factor(recipe: Mapping[str, Any], row_kind: str) -> float | None:
@@ -174,7 +179,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _is_record_list(content: Any) -> bool:
-    needed = {"seed", "method", "chain", "rule", "variants", "recipe"}
+    needed = {"seed", "method", "training", "rule", "variants", "recipe"}
     return (
         isinstance(content, list) and bool(content) and all(isinstance(r, dict) and needed <= r.keys() for r in content)
     )

@@ -216,7 +216,7 @@ def collect_weight_statistics(
         raise MagMaxError(f"{base.label}: has no floating tensor that all models have; is it their base?")
     kernel = _CountingKernel(BlockReader(inputs), apart)
     if top is not None:
-        prune = Prune(keep=top)
+        prune = Prune(density=top)
         questions = StatisticsRunner(kernel.reader, elements, WorkerPool(threads), progress)
         kernel = replace(kernel, prune=prune, prune_statistics=questions.answer(prune.statistics(questions.scope)))
     ledger = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)

@@ -16,7 +16,7 @@ MIN_GROUP_SHARE = 0.001
 
 @dataclass(frozen=True)
 class ModelsOrigin:
-    """Where models come from: the chain of a benchmark and its seed; "given" and 0 for files that a user names."""
+    """Where models come from: the training of a benchmark and its seed; "given" and 0 for files that a user names."""
 
     training: str = "given"
     seed: int = 0
@@ -46,9 +46,10 @@ def conflicts_study(statistics: StatisticsByOrigin, top: float | None = None) ->
     )
     chance = records[0]["expected"]
     findings = [
-        f"{_training_prefix(chain)}{band.mean:.1%} of the elements that two tasks or more change are pulled both ways "
+        f"{_training_prefix(training)}{band.mean:.1%} of the elements that two tasks or more change are pulled both "
+        f"ways "
         f"(coin flips: {chance:.1%})."
-        for (chain, layer), band in aggregate(records, ["chain", "layer"], "share").items()
+        for (training, layer), band in aggregate(records, ["training", "layer"], "share").items()
         if layer == WHOLE_MODEL
     ]
     return Study(
@@ -74,20 +75,20 @@ def consistency_study(statistics: StatisticsByOrigin) -> Study:
         "largest magnitude among the task vectors, max |tau|, in each group."
     )
     told, shares = (
-        aggregate(records, ["chain", "agreeing"], "largest"),
-        aggregate(records, ["chain", "agreeing"], "share"),
+        aggregate(records, ["training", "agreeing"], "largest"),
+        aggregate(records, ["training", "agreeing"], "share"),
     )
     findings: list[str] = []
-    for chain in dict.fromkeys(record["chain"] for record in records):
+    for training in dict.fromkeys(record["training"] for record in records):
         known = [
             (group, band.mean)
             for (name, group), band in told.items()
-            if name == chain and band.n and group and shares[name, group].mean >= MIN_GROUP_SHARE
+            if name == training and band.n and group and shares[name, group].mean >= MIN_GROUP_SHARE
         ]
         if len(known) > 1 and known[0][1] > 0:
             (few, low), (many, high) = known[0], known[-1]
             findings.append(
-                f"{_training_prefix(chain)}elements that {many} tasks move the same way have {high / low:.2g} times "
+                f"{_training_prefix(training)}elements that {many} tasks move the same way have {high / low:.2g} times "
                 f"the largest "
                 f"magnitude of those where only {few} do."
             )
@@ -128,15 +129,15 @@ def contribution_study(statistics: StatisticsByOrigin) -> Study:
     findings: list[str] = []
     told = {
         key: b.mean
-        for key, b in aggregate(records, ["chain", "layer", "task"], "share").items()
+        for key, b in aggregate(records, ["training", "layer", "task"], "share").items()
         if key[1] == WHOLE_MODEL
     }
-    for chain in dict.fromkeys(record["chain"] for record in records):
-        shares = {task: share for (name, _, task), share in told.items() if name == chain and math.isfinite(share)}
+    for training in dict.fromkeys(record["training"] for record in records):
+        shares = {task: share for (name, _, task), share in told.items() if name == training and math.isfinite(share)}
         if len(shares) > 1:
             most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
             findings.append(
-                f"{_training_prefix(chain)}{most} supplies most, {shares[most]:.1%}; {least} least, "
+                f"{_training_prefix(training)}{most} supplies most, {shares[most]:.1%}; {least} least, "
                 f"{shares[least]:.1%} "
                 f"(even shares: {1 / len(shares):.1%})."
             )
@@ -158,8 +159,8 @@ def cosine_study(statistics: StatisticsByOrigin) -> Study:
     definition = "The cosine of the angle between each two task vectors: 1 for one direction, 0 for unrelated ones."
     pairs = [r for r in records if r["layer"] == WHOLE_MODEL and r["task"] != r["other"]]
     findings = [
-        f"{_training_prefix(chain)}the mean cosine of two task vectors is {band.mean:.3f}."
-        for (chain,), band in aggregate(pairs, ["chain"], "cosine").items()
+        f"{_training_prefix(training)}the mean cosine of two task vectors is {band.mean:.3f}."
+        for (training,), band in aggregate(pairs, ["training"], "cosine").items()
         if band.n
     ]
     return Study("cosine", "How alike the task vectors are", definition, records, _input_digests(statistics), findings)
@@ -179,15 +180,15 @@ def norms_study(statistics: StatisticsByOrigin) -> Study:
     findings: list[str] = []
     told = {
         key: b.mean
-        for key, b in aggregate(records, ["chain", "layer", "task"], "norm").items()
+        for key, b in aggregate(records, ["training", "layer", "task"], "norm").items()
         if key[1] == WHOLE_MODEL
     }
-    for chain in dict.fromkeys(record["chain"] for record in records):
-        sizes = {task: norm for (name, _, task), norm in told.items() if name == chain}
+    for training in dict.fromkeys(record["training"] for record in records):
+        sizes = {task: norm for (name, _, task), norm in told.items() if name == training}
         most, least = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
         if sizes[least] > 0:
             findings.append(
-                f"{_training_prefix(chain)}{most} moved farthest, {sizes[most] / sizes[least]:.3g} times as far as "
+                f"{_training_prefix(training)}{most} moved farthest, {sizes[most] / sizes[least]:.3g} times as far as "
                 f"{least}."
             )
     return Study("norms", "How far each task moved", definition, records, _input_digests(statistics), findings)
@@ -218,7 +219,7 @@ def run_weight_study(kind: str, statistics: StatisticsByOrigin, top: float | Non
 
 
 def _origin_columns(origin: ModelsOrigin) -> Record:
-    return {"chain": origin.training, "seed": origin.seed}
+    return {"training": origin.training, "seed": origin.seed}
 
 
 def _training_prefix(training: str) -> str:

@@ -45,7 +45,7 @@ def study(
     base
         The model that all of them were fine-tuned from.
     source
-        Instead of models: the output folder of magmax bench or train, with every chain and seed that is in it.
+        Instead of models: the output folder of magmax bench or train, with every training and seed that is in it.
     out
         A folder for WHAT.csv, WHAT.json, WHAT.html and, of most, WHAT.svg.
     density
@@ -176,8 +176,8 @@ def _tallies(models: Sequence[str], base: str | None, density: float | None, thr
         return {ModelsOrigin(): collect_weight_statistics(start, others, names, density, threads, settings.progress)}
 
 
-def _bytes(chains: Any) -> int:
-    return sum(path.stat().st_size for paths in chains for path in paths)
+def _bytes(trainings: Any) -> int:
+    return sum(path.stat().st_size for paths in trainings for path in paths)
 
 
 def _print(found: Study) -> None:

@@ -137,7 +137,7 @@ def bench(
     assignments
         Changes to it, such as fit.steps=20 or seeds=[0].
     out
-        The folder for the checkpoints (chains), the finished cells (cells.jsonl), results.csv, results.json and
+        The folder for the checkpoints (trainings), the finished cells (cells.jsonl), results.csv, results.json and
         results.md. Cells of the same recipe that are there are not measured again.
     """
     from ..continual.experiment_file import read_experiment

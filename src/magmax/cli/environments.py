@@ -31,11 +31,12 @@ def environments(
     Parameters
     ----------
     recipe
-        A study (.yaml): the recipe of magmax bench whose chains are merged, environments, preferences.
+        A study (.yaml): the recipe of magmax bench whose trainings are merged, environments, preferences.
     assignments
         Changes to it, such as draws=2 or seeds=[0].
     out
-        The folder that magmax bench was given: its checkpoints (chains) are used, and trained where they lack. Finished
+        The folder that magmax bench was given: its checkpoints (trainings) are used, and trained where they lack.
+        Finished
         records (cells.jsonl), results.csv, results.json and results.md come into its subfolder environments; records of
         the same recipe that are there are not measured again.
     """
@@ -72,11 +73,16 @@ def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Environmen
         document = document._replace(content=assign(document.content, word))
     named = document.content.get("experiment")
     if not isinstance(named, str):
-        raise MagMaxError(f"{recipe}: experiment is the recipe of magmax bench whose chains are merged, not {named!r}")
+        raise MagMaxError(
+            f"{recipe}: experiment is the recipe of magmax bench whose trainings are merged, not {named!r}"
+        )
     experiment = read_experiment(str(Path(recipe).parent / named))
     from ..preference.environments.environments_config import SECTION_CONFIGS, EnvironmentsConfig
 
     study = validate(
-        EnvironmentsConfig, document, lambda parts: list(SECTION_CONFIGS.get(parts[0], EnvironmentsConfig).model_fields)
+        EnvironmentsConfig,
+        document,
+        "a study of environments",
+        lambda parts: list(SECTION_CONFIGS.get(parts[0], EnvironmentsConfig).model_fields),
     )
     return study.resolve(experiment), experiment

@@ -49,7 +49,8 @@ def merge(
     out
         A .safetensors file, or a folder for shards with the base's config and tokenizer beside them.
     rule
-        A name, or with options "{kth_magnitude: {k: 2}}", or a chain "[{dare: {drop: 0.9}}, magmax]": see magmax rules.
+        A name, or with options "{kth_magnitude: {k: 2}}", or a chain "[{dare: {density: 0.1}}, magmax]": see magmax
+        rules.
     scaling_factor
         Multiplies the merged task vector. The rule's own by default.
     dtype

@@ -27,11 +27,11 @@ def ui(
     Parameters
     ----------
     run
-        The folder of magmax train; or an archive of magmax archive create, or a chain of magmax bench.
+        The folder of magmax train; or an archive of magmax archive create, or a training of magmax bench.
     recipe
-        Of an archive or a chain: its experiment (.yaml), or the recipe.json of a training.
+        Of an archive or a training: its experiment (.yaml), or the recipe.json of a training.
     seed
-        Of an archive or a chain: what drew the tasks; the recipe's first by default.
+        Of an archive or a training: what drew the tasks; the recipe's first by default.
     samples
         Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. Test
         examples of the recipe by default.

@@ -1,4 +1,4 @@
-"""Every method over the seeds: chains of checkpoints first, then every rule on them; cell by cell, resumable."""
+"""Every method over the seeds: trainings of checkpoints first, then every rule on them; cell by cell, resumable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cell_store import CellStore, Record
-from .cells import chain_folder, run_cell, run_chain
+from .cells import run_cell, run_training, training_folder
 from .experiment import ZERO_SHOT, BenchmarkCell, Experiment, digest_of
 from .progress import ProgressCallback, no_progress
 
@@ -20,7 +20,8 @@ class Benchmark:
     """All cells of an experiment, measured by an executor's workers.
 
     A finished cell is one line of `out`/cells.jsonl; one of the same recipe is read and not measured again. The
-    checkpoints of a chain, in `out`/chains, serve every rule; with `discard` they are deleted once all are measured.
+    checkpoints of a training, in `out`/training, serve every rule; with `discard` they are deleted once all are
+    measured.
 
     Attributes:
         executor: any `concurrent.futures.Executor`, one of processes or a Dask cluster's; its workers must see `out`.
@@ -43,7 +44,7 @@ class Benchmark:
         self.experiment.check()
         cells = read(self.experiment, self.out)
         missing = [cell for cell, record in cells if record is None]
-        done, total = 0, len(missing) + len(self.chains_of(missing))
+        done, total = 0, len(missing) + len(self.trainings_of(missing))
         self.progress(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
         self.begin(missing)
         try:
@@ -58,17 +59,17 @@ class Benchmark:
                 future.cancel()
         return finished(self.experiment, self.out)
 
-    def chains_of(self, cells: Sequence[BenchmarkCell]) -> list[tuple[int, str]]:
-        """The seeds and names of the chains that these cells need, in their order."""
-        return list(dict.fromkeys((cell.seed, cell.chain) for cell in cells if cell.chain != ZERO_SHOT))
+    def trainings_of(self, cells: Sequence[BenchmarkCell]) -> list[tuple[int, str]]:
+        """The seeds and names of the trainings that these cells need, in their order."""
+        return list(dict.fromkeys((cell.seed, cell.training) for cell in cells if cell.training != ZERO_SHOT))
 
     def begin(self, missing: Sequence[BenchmarkCell]) -> None:
-        """Submit all chains, and the cells that need none."""
+        """Submit all trainings, and the cells that need none."""
         recipe, out = self.experiment.model_dump_json(), str(self.out)
-        for seed, chain in self.chains_of(missing):
-            future = self.executor.submit(run_chain, recipe, out, seed, chain, self.threads)
-            self._waiting[future] = (seed, chain)
-        self.submit([cell for cell in missing if cell.chain == ZERO_SHOT])
+        for seed, training in self.trainings_of(missing):
+            future = self.executor.submit(run_training, recipe, out, seed, training, self.threads)
+            self._waiting[future] = (seed, training)
+        self.submit([cell for cell in missing if cell.training == ZERO_SHOT])
 
     def submit(self, cells: Sequence[BenchmarkCell]) -> None:
         recipe, out = self.experiment.model_dump_json(), str(self.out)
@@ -76,13 +77,13 @@ class Benchmark:
             self._waiting[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
 
     def follow(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
-        """A finished chain's cells can be measured; a measured chain's checkpoints may go."""
+        """A finished training's cells can be measured; a measured training's checkpoints may go."""
         if not isinstance(job, BenchmarkCell):
-            self.submit([cell for cell in missing if (cell.seed, cell.chain) == job])
-        elif self.discard and job.chain != ZERO_SHOT:
+            self.submit([cell for cell in missing if (cell.seed, cell.training) == job])
+        elif self.discard and job.training != ZERO_SHOT:
             waiting = [other for other in self._waiting.values() if isinstance(other, BenchmarkCell)]
-            if not any((other.seed, other.chain) == (job.seed, job.chain) for other in waiting):
-                shutil.rmtree(chain_folder(self.out, self.experiment, job.seed, job.chain), ignore_errors=True)
+            if not any((other.seed, other.training) == (job.seed, job.training) for other in waiting):
+                shutil.rmtree(training_folder(self.out, self.experiment, job.seed, job.training), ignore_errors=True)
 
 
 def finished(experiment: Experiment, out: Path) -> list[Record]:

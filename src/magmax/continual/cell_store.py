@@ -11,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from .. import legacy
 from ..errors import MagMaxError
 from .experiment import digest_of
 
@@ -97,6 +98,17 @@ class CellStore:
                     yield record
 
 
+def checkpoint_folder(out: Path, training: str, seed: int, recipe: Mapping[str, Any]) -> Path:
+    """Return where the checkpoints of a training are, or go; `recipe` is all that decides them.
+
+    Those of an earlier version are in OUT/chains, by the digest of the recipe as that version wrote it.
+    """
+    old_digest = digest_of(legacy.old_training_recipe(recipe))
+    old = out / legacy.OLD_FOLDER / f"{legacy.old_training_name(training)}-seed{seed}-{old_digest[:8]}"
+    new = out / "training" / f"{training}-seed{seed}-{digest_of(recipe)[:8]}"
+    return old if old.is_dir() and not new.is_dir() else new
+
+
 @contextmanager
 def _locked(file: FileIO, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the lock of an open file: readers too, who would else see half of a writer's repair.
@@ -127,7 +139,15 @@ def _record(line: bytes) -> Record | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return _modern(found) if isinstance(found, dict) else None
+
+
+def _modern(record: Record) -> Record:
+    """The record with today's names; the digest of its recipe follows where it was that of the recipe before."""
+    modern = legacy.modern_record(record)
+    if "digest" in record and record["digest"] == digest_of(record.get("recipe", {})):
+        modern["digest"] = digest_of(modern["recipe"])
+    return modern
 
 
 def _digest(record: Mapping[str, Any]) -> str:

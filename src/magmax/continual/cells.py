@@ -1,4 +1,4 @@
-"""The two jobs of a benchmark: train a chain of checkpoints, and measure one rule on them."""
+"""The two jobs of a benchmark: train a training of checkpoints, and measure one rule on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.in_memory import InMemoryMerges, restore_kind
 from ..merging.output_options import OutputOptions
 from ..rules import CalibrateWeights, Rule, StreamingRule, chain, rule_from
-from .cell_store import CellStore
+from .cell_store import CellStore, checkpoint_folder
 from .context import ExperimentContext, build_context, context_lock, device
 from .data.scenarios import Task
 from .evaluation.accuracy import AccuracyRow
@@ -37,40 +37,46 @@ from .training.sequence import fine_tune, training_costs
 from .training.weight_files import load_weights, write_bytes
 
 
-def chain_folder(out: Path, experiment: Experiment, seed: int, chain: str) -> Path:
-    """Where a chain's checkpoints go; another recipe has another folder."""
-    return out / "chains" / f"{chain}-seed{seed}-{digest_of(experiment.chain_recipe(seed, chain))[:8]}"
+def training_folder(out: Path, experiment: Experiment, seed: int, training: str) -> Path:
+    """Return the folder of a training's checkpoints; another recipe has another folder."""
+    return checkpoint_folder(out, training, seed, experiment.training_recipe(seed, training))
 
 
 MEMORY = "memory.json"
-"""Beside a chain's checkpoints: the peak memory of its training."""
+"""Beside a training's checkpoints: the peak memory of its training."""
 
 
-def run_chain(recipe: str, out: str, seed: int, chain: str, threads: int = 1) -> str:
-    """Train all checkpoints of a chain, or find them there; `recipe` is the experiment as JSON. Returns its name."""
+def run_training(recipe: str, out: str, seed: int, training: str, threads: int = 1) -> str:
+    """Train all checkpoints of a training, or find them there; `recipe` is the experiment as JSON. Returns its name."""
     with context_lock:
-        return _chain(Experiment.model_validate_json(recipe), Path(out), seed, chain, threads)
+        return _run_training(Experiment.model_validate_json(recipe), Path(out), seed, training, threads)
 
 
-def _chain(experiment: Experiment, out: Path, seed: int, chain: str, threads: int) -> str:
+def _run_training(experiment: Experiment, out: Path, seed: int, training: str, threads: int) -> str:
     torch.set_num_threads(threads)
     here = build_context(experiment, seed)
-    folder = chain_folder(out, experiment, seed, chain)
+    folder = training_folder(out, experiment, seed, training)
     reset_peak()
-    if chain == "given":
-        models = experiment.chain_choices[chain]["models"]
+    if training == "external":
+        models = experiment.training_choices[training]["models"]
         import_checkpoints(models, [task.name for task in here.tasks], here.base, folder)
     else:
         fine_tune(
-            here.encoder, here.head, here.train, here.tasks_of(chain), here.training_method(chain), folder, seed=seed
+            here.encoder,
+            here.head,
+            here.train,
+            here.tasks_of(training),
+            here.training_method(training),
+            folder,
+            seed=seed,
         )
     if not (folder / MEMORY).exists():
         write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
-    return f"{chain}, seed {seed}"
+    return f"{training}, seed {seed}"
 
 
 def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
-    """Measure a cell whose chain is trained, and append its record. Returns its name."""
+    """Measure a cell whose training is trained, and append its record. Returns its name."""
     with context_lock:
         return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
 
@@ -80,8 +86,8 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
     here = build_context(experiment, cell.seed)
     paths: list[Path] = []
     if cell.rule != ZERO_SHOT:
-        folder = chain_folder(out, experiment, cell.seed, cell.chain)
-        paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks_of(cell.chain)) + 1)]
+        folder = training_folder(out, experiment, cell.seed, cell.training)
+        paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks_of(cell.training)) + 1)]
         if missing := [str(path) for path in paths if not path.exists()]:
             raise MagMaxError(f"{missing[0]}: is missing; a Dask worker needs the folder --out on a shared file system")
     reset_peak()
@@ -90,7 +96,7 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
     record = {
         "seed": cell.seed,
         "method": cell.method,
-        "chain": cell.chain,
+        "training": cell.training,
         "rule": cell.rule if isinstance(cell.rule, str) else rule_name(cell.rule),
         **({} if cell.calibration is None else {"calibration": rule_name(cell.calibration)}),
         "digest": digest_of(recipe_of_cell),
@@ -147,7 +153,7 @@ class _CellMeasurement:
         tasks = len(self.here.tasks)
         whole = {"all": ("default", "chosen"), "default": ("default",), "last": ()}[self.here.experiment.rows]
         wanted = range(tasks + 1) if name in whole else [0, tasks]
-        if self.cell.chain == "joint":
+        if self.cell.training == "joint":
             wanted = [tasks]
         if self.cell.rule != ZERO_SHOT:
             wanted = [i for i in wanted if i > 0]
@@ -183,7 +189,7 @@ class _CellMeasurement:
         if self.cell.rule == ZERO_SHOT:
             model.load_state_dict(self.here.base)
         elif self.rule is None:
-            load_weights(model, self.paths[0 if self.cell.chain == "joint" else learned - 1])
+            load_weights(model, self.paths[0 if self.cell.training == "joint" else learned - 1])
         else:
             began = time.perf_counter()
             model.load_state_dict(self.merged(learned, factor))
@@ -216,7 +222,7 @@ class _CellMeasurement:
             encoder.model,
             self.here.base,
             self.paths[:learned],
-            samples_of(self.here, self.here.tasks_of(self.cell.chain)[:learned], self.options["n"]),
+            samples_of(self.here, self.here.tasks_of(self.cell.training)[:learned], self.options["n"]),
             lambda model, items: encoder(items),
             FeatureOptions(self.options["norm"], self.options["ratio"], self.options["inputs"]),
             execution=ExecutionOptions(threads=1),
@@ -254,7 +260,7 @@ def with_seed(cell: BenchmarkCell) -> Rule:
 def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
     """What a method must keep from one task to the next: weights, what its rule remembers, what its penalty does.
 
-    The pre-trained model itself is not counted; a chain that goes on from its last weights keeps these, an
+    The pre-trained model itself is not counted; a training that goes on from its last weights keeps these, an
     independent one does not; a rule in constant memory keeps its slots, another one every checkpoint; EWC keeps F;
     replay its examples, and joint training all data (their items' bytes). A calibration needs every checkpoint.
     """
@@ -262,12 +268,12 @@ def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
     trained = sum(p.numel() * p.element_size() for p in context.encoder.model.parameters() if p.requires_grad)
     if cell.rule == ZERO_SHOT:
         return 0
-    if cell.chain == "joint":
+    if cell.training == "joint":
         return _bytes_of(context.train.items)
-    total = 0 if cell.chain in FROM_BASE else model
-    total += trained if cell.chain.startswith("ewc") else 0
-    if cell.chain == "replay":
-        kept = context.experiment.chain_choices["replay"]["per_class"] * len(
+    total = 0 if cell.training in FROM_BASE else model
+    total += trained if cell.training.startswith("ewc") else 0
+    if cell.training == "replay":
+        kept = context.experiment.training_choices["replay"]["per_class"] * len(
             {c for t in context.tasks for c in t.classes}
         )
         total += _bytes_of(context.train.items) * kept // max(1, len(context.train))

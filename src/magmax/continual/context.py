@@ -53,25 +53,25 @@ class ExperimentContext:
         order = np.random.default_rng(self.seed).permutation(len(self.train))
         return [self.train.items[row] for row in order[:count].tolist()]
 
-    def tasks_of(self, chain: str) -> tuple[Task, ...]:
-        """The tasks that a chain trains on: all in one for "joint"."""
-        if chain != "joint":
+    def tasks_of(self, training: str) -> tuple[Task, ...]:
+        """The tasks that a training trains on: all in one for "joint"."""
+        if training != "joint":
             return self.tasks
         classes = tuple(dict.fromkeys(c for task in self.tasks for c in task.classes))
         return (Task("All tasks", classes),)
 
-    def training_method(self, chain: str) -> TrainingMethod:
-        """How a chain trains."""
-        options = self.experiment.chain_choices[chain]
+    def training_method(self, training: str) -> TrainingMethod:
+        """How a training trains."""
+        options = self.experiment.training_choices[training]
         settings = FitSettings(**self.experiment.fit.model_dump())
         kept = {"save_every": self.experiment.save_every, "parallel": self.experiment.parallel}
-        if chain == "joint":
+        if training == "joint":
             steps = options["steps"] or settings.steps * len(self.tasks)
             return TrainingMethod(replace(settings, steps=steps), **kept)
         return TrainingMethod(
             settings,
-            start="base" if chain == "independent" else "previous",
-            penalty=(lambda: PENALTIES[chain](**options)) if chain in PENALTIES else None,
+            start="base" if training == "independent" else "previous",
+            penalty=(lambda: PENALTIES[training](**options)) if training in PENALTIES else None,
             replay=options.get("per_class", 0),
             balanced=options.get("balanced", True),
             **kept,

@@ -18,7 +18,7 @@ Choice = str | dict[str, Any]
 FORMAT = 1
 """Of the records of a benchmark; a new one makes old records be computed again."""
 
-CHAINS: Mapping[str, Mapping[str, Any]] = {
+TRAININGS: Mapping[str, Mapping[str, Any]] = {
     "sequential": {},
     "independent": {},
     "lwf": {"weight": 0.3, "temperature": 2.0},
@@ -26,10 +26,10 @@ CHAINS: Mapping[str, Mapping[str, Any]] = {
     "ewc_released": {"weight": 5e5, "keep": 0.5},
     "replay": {"per_class": 10, "balanced": True},
     "joint": {"steps": 0},
-    "given": {"models": []},
+    "external": {"models": []},
 }
-"""The ways to train, and their options: joint's steps are those of all tasks together where it says 0; given trains
-nothing, but takes the models that are named, one for each task, as if they had been trained independently."""
+"""The ways to train, and their options: joint's steps are those of all tasks together where it says 0; external
+trains nothing, but takes the models that are named, one for each task, as if they had been trained independently."""
 
 CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {
     "wsc": {"form": "norm", "per": None, "norm": "l2", "guard": 1.0},
@@ -52,7 +52,7 @@ ALLOWED: Mapping[str, Sequence[Any]] = {
 REFERENCES = ("replay", "joint")
 """References that no merge is made of: replay keeps examples, joint sees all data at once."""
 
-FROM_BASE = ("independent", "given")
+FROM_BASE = ("independent", "external")
 """Chains whose tasks all begin at theta_0, so that the last checkpoint knows the last task alone."""
 
 LAST, ZERO_SHOT = "last", "zero_shot"
@@ -78,7 +78,7 @@ class Experiment(BaseModel):
         data, model, head, scenario: each a name, or {name: {option: value}}.
         fit: the training of one task.
         seeds: each draws the tasks' classes and the order of the examples anew.
-        chains: the ways to train; every rule merges the checkpoints of every chain but replay and joint.
+        training: the ways to train; every rule merges the checkpoints of every training but replay and joint.
         rules: the merge rules, by name or {name: {option: value}}.
         calibrations: each rule's merges are measured as they are, and also calibrated by each of these.
         factors: scaling factors to choose from on the validation examples; beside the rule's own default. What is
@@ -104,7 +104,7 @@ class Experiment(BaseModel):
     scenario: Choice
     fit: FitOptions
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    chains: list[Choice] = ["sequential", "independent", "joint"]
+    training: list[Choice] = ["sequential", "independent", "joint"]
     rules: list[Choice | list[Any]] = ["average", "task_arithmetic", "ties", "random_mix", "magmax"]
     calibrations: list[Choice] = []
     factors: list[float] = []
@@ -129,12 +129,12 @@ class Experiment(BaseModel):
         """Itself. Raises MagMaxError for names and options that are none, and factors without validation examples."""
         for kind, table in registry.TABLES.items():
             registry.find(kind, table, registry.split(kind, getattr(self, kind))[0])
-        for chain in self.chains:
-            chain_options(chain)
+        for training in self.training:
+            training_options(training)
         for rule in self.rules:
             rule_from(rule)
         named = {
-            "chain": (self.chains, list(self.chain_choices)),
+            "training": (self.training, list(self.training_choices)),
             "rule": (self.rules, [rule_name(r) for r in self.rules]),
             "calibration": (self.calibrations, [rule_name(c) for c in self.calibrations]),
         }
@@ -155,32 +155,32 @@ class Experiment(BaseModel):
         return self
 
     @property
-    def chain_choices(self) -> dict[str, dict[str, Any]]:
-        """The chains by name, each with all its options."""
-        return dict(chain_options(chain) for chain in self.chains)
+    def training_choices(self) -> dict[str, dict[str, Any]]:
+        """The trainings by name, each with all its options."""
+        return dict(training_options(training) for training in self.training)
 
-    def chain_recipe(self, seed: int, chain: str) -> dict[str, Any]:
-        """All that decides the checkpoints of a chain."""
+    def training_recipe(self, seed: int, training: str) -> dict[str, Any]:
+        """All that decides the checkpoints of a training."""
         keys = ("data", "model", "head", "scenario", "validation")
         return {
             **{key: getattr(self, key) for key in keys},
             **({} if self.precision == "float32" else {"precision": self.precision}),
             "fit": self.fit.model_dump(),
             "seed": seed,
-            "chain": {chain: self.chain_choices.get(chain, {})},
+            "training": {training: self.training_choices.get(training, {})},
         }
 
     def cells(self) -> list[BenchmarkCell]:
-        """Everything that there is to measure: one cell for each seed, chain and rule, zero-shot first."""
+        """Everything that there is to measure: one cell for each seed, training and rule, zero-shot first."""
         found: list[BenchmarkCell] = []
         for seed in self.seeds:
-            found.append(BenchmarkCell(seed=seed, chain=ZERO_SHOT, rule=ZERO_SHOT))
-            for chain in self.chain_choices:
-                if chain not in FROM_BASE:
-                    found.append(BenchmarkCell(seed=seed, chain=chain, rule=LAST))
-                if chain not in REFERENCES:
+            found.append(BenchmarkCell(seed=seed, training=ZERO_SHOT, rule=ZERO_SHOT))
+            for training in self.training_choices:
+                if training not in FROM_BASE:
+                    found.append(BenchmarkCell(seed=seed, training=training, rule=LAST))
+                if training not in REFERENCES:
                     found += [
-                        BenchmarkCell(seed=seed, chain=chain, rule=rule, calibration=calibration)
+                        BenchmarkCell(seed=seed, training=training, rule=rule, calibration=calibration)
                         for rule in self.rules
                         for calibration in (None, *self.calibrations)
                     ]
@@ -196,15 +196,15 @@ class Experiment(BaseModel):
         if cell.calibration is not None:
             name, options = calibration_options(cell.calibration)
             chosen["calibration"] = {name: options}
-        return {"format": FORMAT, **self.chain_recipe(cell.seed, cell.chain), **measured, **chosen}
+        return {"format": FORMAT, **self.training_recipe(cell.seed, cell.training), **measured, **chosen}
 
 
 class BenchmarkCell(BaseModel):
-    """One measurement: a rule applied to the checkpoints of one chain of one seed, and calibrated or not."""
+    """One measurement: a rule applied to the checkpoints of one training of one seed, and calibrated or not."""
 
     model_config = ConfigDict(frozen=True)
     seed: int
-    chain: str
+    training: str
     rule: Choice | list[Any]
     calibration: Choice | None = None
 
@@ -221,7 +221,7 @@ class BenchmarkCell(BaseModel):
     def method(self) -> str:
         """Its name: "zero_shot", RULE/CHAIN, or RULE+CALIBRATION/CHAIN."""
         calibrated = "" if self.calibration is None else f"+{rule_name(self.calibration)}"
-        return ZERO_SHOT if self.rule == ZERO_SHOT else f"{rule_name(self.rule)}{calibrated}/{self.chain}"
+        return ZERO_SHOT if self.rule == ZERO_SHOT else f"{rule_name(self.rule)}{calibrated}/{self.training}"
 
 
 def rule_name(rule: Choice | list[Any]) -> str:
@@ -250,15 +250,17 @@ def _known_options(
     return name, given, known
 
 
-def chain_options(chain: Choice) -> tuple[str, dict[str, Any]]:
-    """A chain's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given, known = _known_options("chains", CHAINS, chain)
+def training_options(training: Choice) -> tuple[str, dict[str, Any]]:
+    """A training's name and all its options. Raises MagMaxError for a name or an option that is none."""
+    if registry.split("training", training)[0] == "given":
+        raise MagMaxError("training: given is now external")
+    name, given, known = _known_options("training", TRAININGS, training)
     for option, value in given.items():
-        if name == "given":
+        if name == "external":
             if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
-                raise MagMaxError(f"chains: given needs models to be a list of paths, not {value!r}")
+                raise MagMaxError(f"training: external needs models to be a list of paths, not {value!r}")
         elif type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
-            raise MagMaxError(f"chains: {name} needs {option} to be a number like {known[option]}, not {value!r}")
+            raise MagMaxError(f"training: {name} needs {option} to be a number like {known[option]}, not {value!r}")
     return name, {**known, **given}
 
 

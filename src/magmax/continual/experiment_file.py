@@ -30,4 +30,4 @@ def read_experiment(file: str, assignments: Sequence[str] = ()) -> Experiment:
     def known(parts: Sequence[str]) -> list[str]:
         return list((Experiment if len(parts) == 1 else FitOptions).model_fields)
 
-    return validate(Experiment, document, known).check()
+    return validate(Experiment, document, "an experiment", known).check()

@@ -243,7 +243,7 @@ def _kept(
     scope = questions.scope
     if top == 1:
         return [KeptEntries(None, scope.float64)] * scope.tasks, reader
-    cuts = questions.answer(Prune(keep=top).statistics(scope))
+    cuts = questions.answer(Prune(density=top).statistics(scope))
     return [KeptEntries(cut.code, scope.float64) for cut in cuts], questions.reader
 
 

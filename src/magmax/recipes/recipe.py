@@ -104,7 +104,7 @@ def shipped_recipes() -> list[Path]:
 
 def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int], folder: str) -> MergeRequest:
     """A plan from a recipe's content; `lines` says where each key stands, for messages."""
-    recipe = validate(MergeRecipe, YamlDocument(file, content, lines), _valid_keys)
+    recipe = validate(MergeRecipe, YamlDocument(file, content, lines), "a merge recipe", _valid_keys)
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:

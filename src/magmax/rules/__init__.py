@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError, nearest_hint
+from ..legacy import OLD_OPTIONS, complement
 from .average import Average
 from .compose import chain
 from .consensus import Consensus
@@ -119,13 +120,21 @@ def make_component(name: str, options: dict[str, Any] | None = None) -> Rule | T
     ready: dict[str, Any] = {}
     for option, value in (options or {}).items():
         if option not in known:
-            hint = nearest_hint(option, known) if known else "it takes none"
+            hint = _option_hint(name, option, value, known)
             raise MagMaxError(f"the rule {name} has no option {option!r}; {hint}")
         try:
             ready[option] = _check_option(value, hints[option])
         except MagMaxError as error:
             raise MagMaxError(f"the rule {name} needs {option} to be {error}") from error
     return kind(**ready)
+
+
+def _option_hint(rule: str, option: str, value: Any, known: list[str]) -> str:
+    """Say what to write instead of an option that a rule does not have."""
+    if (rule, option) in OLD_OPTIONS:
+        now = f": density: {complement(value):g}" if option == "drop" and type(value) in (int, float) else ""
+        return OLD_OPTIONS[rule, option] + now
+    return nearest_hint(option, known) if known else "it takes none"
 
 
 def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:

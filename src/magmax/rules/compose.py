@@ -117,7 +117,7 @@ def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
 
     >>> import numpy as np
     >>> from magmax.rules import MagMax, Prune
-    >>> chain(Prune(keep=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
+    >>> chain(Prune(density=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
     array([3., 2.], dtype=float32)
     """
     flat = [part for given in parts for part in _components(given)]

@@ -62,7 +62,7 @@ class SearchConfig(BaseModel):
 
     Attributes:
         merge: a merge recipe, or the path of one.
-        space: by its name (scaling_factor, rule, rule.k, rule.dare.drop of a chain, dtype), what may vary: a
+        space: by its name (scaling_factor, rule, rule.k, rule.dare.density of a training, dtype), what may vary: a
         `SearchRange`,
             or a list of choices.
         score: package.module:function, called with a result's path, that returns a number or {task: number}; or
@@ -97,7 +97,7 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, Tr
         if name not in SearchConfig.model_fields:
             raise MagMaxError(f"{word}: a search has {', '.join(SearchConfig.model_fields)} to assign")
         document = document._replace(content=apply_overrides(document.content, [word]))
-    recipe = validate(SearchConfig, document, _valid_keys)
+    recipe = validate(SearchConfig, document, "a search", _valid_keys)
     here = str(Path(file).absolute().parent)
     content, folder = recipe.merge, here
     if isinstance(content, str):

@@ -71,7 +71,7 @@ class TunerPage:
                 ui.html(LOGO_SVG, sanitize=False, tag="span")
                 text_element("span", "magmax")
             text_element("h1", "Tune a merge to what it is for")
-            kind = "an archive" if self.tuner.source.archive else "a chain"
+            kind = "an archive" if self.tuner.source.archive else "a training"
             text_element(
                 "p",
                 f"{self.tuner.source.folder}, {kind} of {len(here.tasks)} tasks. Move the sliders: how much of the "

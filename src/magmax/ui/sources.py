@@ -1,4 +1,4 @@
-"""What a page is opened on: the folder of a training, or a chain or an archive and the recipe of its experiment."""
+"""What a page is opened on: the folder of a training, or a training or an archive and the recipe of its experiment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..checkpoints import Checkpoint, open_checkpoint
 from ..continual.experiment import Experiment
 from ..continual.training.trainer import RECIPE
 from ..errors import MagMaxError
+from ..legacy import modern_experiment
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
 from ..merging.model_names import default_names
@@ -83,7 +84,7 @@ class RunSource:
 
 
 def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> RunSource:
-    """A training's folder; or a chain of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
+    """A training's folder; or a training of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
 
     Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
     """
@@ -116,10 +117,10 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
 def read_training_recipe(file: Path) -> tuple[Experiment, int]:
     """The experiment and the seed of a training, from its recipe.json."""
     try:
-        told = json.loads(file.read_text("utf-8"))
+        told = modern_experiment(json.loads(file.read_text("utf-8")))
         kept = {key: told[key] for key in EXPERIMENT_KEYS if key in told}
-        experiment = Experiment(**kept, seeds=[told["seed"]], chains=[told["chain"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        experiment = Experiment(**kept, seeds=[told["seed"]], training=[told["training"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MagMaxError(f"{file}: is not the {RECIPE} of a training: {error!r}") from error
     return experiment.check(), experiment.seeds[0]
 

@@ -195,7 +195,7 @@ def test_a_report_of_a_benchmark(run, tmp_path: Path) -> None:
 
 
 def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
-    """Toys trained here: the checkpoints are still there, so that the weights are shown, chain by chain."""
+    """Toys trained here: the checkpoints are still there, so that the weights are shown, training by training."""
     pytest.importorskip("torch")
     from magmax.continual.benchmark import Benchmark
     from magmax.continual.evaluation.result_files import write_results
@@ -215,8 +215,8 @@ def test_a_report_of_a_real_benchmark_and_training(run, tmp_path: Path) -> None:
     assert choices.count("sequential") == choices.count("independent") == 3, "contribution, cosine, norms"
     code, told, errors = run("study", "conflicts", "--from", tmp_path / "bench", "--json")
     assert code == 0, errors
-    origins = {(r["chain"], r["seed"]) for r in json.loads(told)["records"]}
-    assert origins == {(chain, seed) for chain in ("sequential", "independent") for seed in (0, 1)}
+    origins = {(r["training"], r["seed"]) for r in json.loads(told)["records"]}
+    assert origins == {(training, seed) for training in ("sequential", "independent") for seed in (0, 1)}
 
     assert run("train", recipe, "--out", tmp_path / "train", "--rule", "{random_mix: {seed: 5}}")[0] == 0
     code, told, errors = run("report", tmp_path / "train", "--out", tmp_path / "train.html")

@@ -190,7 +190,7 @@ def test_assignments_and_flags_stand_above_the_recipe(written, tmp_path):
     assigned = ["parameters.lambda=0.5", "parameters.density=0.25", "out_dtype=float16", "mismatch=base", "out=x"]
     plan = load_recipe(written(START), assigned)
     assert (plan.options.scaling_factor, plan.options.dtype, plan.options.mismatch) == (0.5, "float16", "base")
-    assert plan.rule.describe()["chain"][0]["prune"]["keep"] == 0.25
+    assert plan.rule.describe()["chain"][0]["prune"]["density"] == 0.25
     assert plan.out == str(tmp_path / "x")
     assert load_recipe(written(START), (), {"dtype": "bfloat16"}).options.dtype == "bfloat16"
     with pytest.raises(MagMaxError, match=r"cannot set lambda of a mergekit recipe; did you mean"):

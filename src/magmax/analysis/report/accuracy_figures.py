@@ -196,7 +196,7 @@ def curve_figures(methods: Sequence[MethodResult]) -> list[ReportFigure]:
 
 def sweep_figure(study: Study) -> ReportFigure:
     """Accuracy against one thing, with bands over seeds; against a way of training, a row for each rule."""
-    x = next(name for name in study.records[0] if name not in ("series", "chain", "rule", "seed", "accuracy"))
+    x = next(name for name in study.records[0] if name not in ("series", "training", "rule", "seed", "accuracy"))
     told = aggregate(study.records, ["series", x], "accuracy")
     names = list(dict.fromkeys(key[0] for key in told))
     values = list(dict.fromkeys(key[1] for key in told))
@@ -223,7 +223,7 @@ def sweep_figure(study: Study) -> ReportFigure:
         )
     else:
         kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
-        chains = sorted({name.rpartition("/")[2] for name in names}, key=lambda name: (name != "sequential", name))
+        trainings = sorted({name.rpartition("/")[2] for name in names}, key=lambda name: (name != "sequential", name))
         peaks = {name: max(band.mean for (other, _), band in told.items() if other == name) for name in names}
         first = sorted(names, key=lambda name: -peaks[name])[:INITIAL_CURVES]
         series = [
@@ -235,13 +235,13 @@ def sweep_figure(study: Study) -> ReportFigure:
                     if other == name
                 ],
                 colour(kinds.index(name.rpartition("/")[0])),
-                chains.index(name.rpartition("/")[2]) % DASH_COUNT,
+                trainings.index(name.rpartition("/")[2]) % DASH_COUNT,
                 name not in first,
             )
             for name in names
         ]
-        written = format_percent if x == "keep" else format_number
-        label = {"keep": "part kept of each task vector", "dropped": "task vectors left out"}.get(x, x)
+        written = format_percent if x == "density" else format_number
+        label = {"density": "part kept of each task vector", "dropped": "task vectors left out"}.get(x, x)
         body = line_chart(
             series, ChartAxis(label.replace("_", " "), written), ChartAxis("average accuracy", format_percent)
         )
@@ -294,6 +294,6 @@ def _rule_colour(methods: Sequence[MethodResult], method: MethodResult) -> Marku
 
 def _training_dash(methods: Sequence[MethodResult], training: str) -> int:
     """One for each way of training."""
-    chains = [other.training for other in methods if other.training != ZERO_SHOT]
-    order = sorted(set(chains), key=lambda name: (name != "sequential", chains.index(name)))
+    trainings = [other.training for other in methods if other.training != ZERO_SHOT]
+    order = sorted(set(trainings), key=lambda name: (name != "sequential", trainings.index(name)))
     return order.index(training) % DASH_COUNT if training in order else 0

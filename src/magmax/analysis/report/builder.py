@@ -79,7 +79,7 @@ def build_run_page(
     if swept:
         sections.append(PageSection("sweeps", "What it depends on", [sweep_figure(study) for study in swept]))
     inputs = {name: digest for study in studies for name, digest in study.inputs.items()} or {
-        f"{record['chain']}, seed {record['seed']}: {name}": digest
+        f"{record['training']}, seed {record['seed']}: {name}": digest
         for record in run.records
         for name, digest in (record.get("models") or {}).items()
     }
@@ -135,22 +135,24 @@ def method_tiles(methods: Sequence[MethodResult]) -> list[SummaryTile]:
 
 
 def weight_tiles(studies: Sequence[Study]) -> list[SummaryTile]:
-    """Conflicts and likeness in one number each; of several chains the first two."""
+    """Conflicts and likeness in one number each; of several trainings the first two."""
     tiles: list[SummaryTile] = []
     by_kind = {study.kind: study for study in studies}
     if "conflicts" in by_kind:
         records = by_kind["conflicts"].records
         shares = [
-            (c, b) for (c, layer), b in aggregate(records, ["chain", "layer"], "share").items() if layer == WHOLE_MODEL
+            (c, b)
+            for (c, layer), b in aggregate(records, ["training", "layer"], "share").items()
+            if layer == WHOLE_MODEL
         ]
-        for chain, band in shares[:2]:
+        for training, band in shares[:2]:
             if band.n:
-                label = "sign conflicts" + ("" if chain == "given" else f", {chain}")
+                label = "sign conflicts" + ("" if training == "given" else f", {training}")
                 tiles.append(SummaryTile(f"{band.mean:.1%}", label, f"coin flips: {records[0]['expected']:.1%}"))
     if "cosine" in by_kind:
         pairs = [r for r in by_kind["cosine"].records if r["layer"] == WHOLE_MODEL and r["task"] != r["other"]]
-        for (chain,), band in list(aggregate(pairs, ["chain"], "cosine").items())[:2]:
-            label = "mean cosine" + ("" if chain == "given" else f", {chain}")
+        for (training,), band in list(aggregate(pairs, ["training"], "cosine").items())[:2]:
+            label = "mean cosine" + ("" if training == "given" else f", {training}")
             if band.n:
                 tiles.append(SummaryTile(f"{round(band.mean, 2) + 0.0:.2f}", label, "of two task vectors"))
     return tiles

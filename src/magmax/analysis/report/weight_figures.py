@@ -14,27 +14,27 @@ from .svg import Markup, SvgPoint, SvgSeries, colour, shades
 
 def conflicts_figures(study: Study) -> list[ReportFigure]:
     """Share of conflicts by layer, a colour for each way of training."""
-    layers, chains = _unique_values(study.records, "layer"), _unique_values(study.records, "chain")
-    told = aggregate(study.records, ["chain", "layer"], "share")
+    layers, trainings = _unique_values(study.records, "layer"), _unique_values(study.records, "training")
+    told = aggregate(study.records, ["training", "layer"], "share")
     series = [
         SvgSeries(
-            chain,
+            training,
             [
-                _mean_point(told[chain, layer], row, f"{layer}\n{_training_label(chain)}", format_percent)
+                _mean_point(told[training, layer], row, f"{layer}\n{_training_label(training)}", format_percent)
                 for row, layer in enumerate(layers)
             ],
             colour(n),
         )
-        for n, chain in enumerate(chains)
+        for n, training in enumerate(trainings)
     ]
     expected = study.records[0]["expected"]
     axis = ChartAxis("share of elements pulled both ways", format_percent, True, [(expected, "coin flips")])
-    header = ["layer", *(f"{_training_label(chain)} conflicts, %" for chain in chains), "elements"]
+    header = ["layer", *(f"{_training_label(training)} conflicts, %" for training in trainings), "elements"]
     sizes = {r["layer"]: r["elements"] for r in study.records}
     rows = [
         [
             TableCell(layer),
-            *(_share_cell(told[chain, layer]) for chain in chains),
+            *(_share_cell(told[training, layer]) for training in trainings),
             TableCell(f"{sizes[layer]:,}", sizes[layer]),
         ]
         for layer in layers
@@ -45,28 +45,32 @@ def conflicts_figures(study: Study) -> list[ReportFigure]:
 
 def consistency_figures(study: Study) -> list[ReportFigure]:
     """How large changes are against how many tasks agree on their direction."""
-    chains = _unique_values(study.records, "chain")
+    trainings = _unique_values(study.records, "training")
     groups = [group for group in _unique_values(study.records, "agreeing") if group > 0]
-    largest = aggregate(study.records, ["chain", "agreeing"], "largest")
-    average = aggregate(study.records, ["chain", "agreeing"], "average")
-    share = aggregate(study.records, ["chain", "agreeing"], "share")
+    largest = aggregate(study.records, ["training", "agreeing"], "largest")
+    average = aggregate(study.records, ["training", "agreeing"], "average")
+    share = aggregate(study.records, ["training", "agreeing"], "share")
 
-    def mark(chain: str, group: int) -> SvgPoint:
-        band = largest[chain, group]
-        tip = f"{group} tasks agree\n{_training_label(chain)}: max |τ| {_format_mean(band, format_number)}\n"
-        return SvgPoint(group, band.mean, tip + f"{share[chain, group].mean:.2%} of the elements", band.low, band.high)
+    def mark(training: str, group: int) -> SvgPoint:
+        band = largest[training, group]
+        tip = f"{group} tasks agree\n{_training_label(training)}: max |τ| {_format_mean(band, format_number)}\n"
+        return SvgPoint(
+            group, band.mean, tip + f"{share[training, group].mean:.2%} of the elements", band.low, band.high
+        )
 
-    series = [SvgSeries(chain, [mark(chain, g) for g in groups], colour(n)) for n, chain in enumerate(chains)]
-    header, rows = ["chain", "tasks that agree", "elements, %", "mean max |τ|", "mean |τ|"], []
-    for chain in chains:
+    series = [
+        SvgSeries(training, [mark(training, g) for g in groups], colour(n)) for n, training in enumerate(trainings)
+    ]
+    header, rows = ["training", "tasks that agree", "elements, %", "mean max |τ|", "mean |τ|"], []
+    for training in trainings:
         for group in _unique_values(study.records, "agreeing"):
-            key = chain, group
+            key = training, group
             cells = [
                 TableCell.from_share(share[key].mean, 2),
                 TableCell.from_number(largest[key].mean),
                 TableCell.from_number(average[key].mean),
             ]
-            rows.append([TableCell(_training_label(chain)), TableCell(str(group), group), *cells])
+            rows.append([TableCell(_training_label(training)), TableCell(str(group), group), *cells])
     body = line_chart(
         series,
         ChartAxis("tasks that move an element the same way"),
@@ -77,18 +81,18 @@ def consistency_figures(study: Study) -> list[ReportFigure]:
 
 def contribution_figures(study: Study) -> list[ReportFigure]:
     """Who wins under MagMax: a bar for each layer; before it, if there are several ways of training, one for each."""
-    by = ["chain", "layer", "task"]
+    by = ["training", "layer", "task"]
     told, weight = aggregate(study.records, by, "share"), aggregate(study.records, by, "magnitude")
-    chains, layers, tasks = (_unique_values(study.records, name) for name in by)
+    trainings, layers, tasks = (_unique_values(study.records, name) for name in by)
     axis = ChartAxis("share of the elements that changed", format_percent)
 
     def part(names: Sequence[str], keys: Sequence[tuple[str, str]]) -> tuple[Markup, list[SvgSeries]]:
-        """A bar for each (chain, layer)."""
+        """A bar for each (training, layer)."""
         series: list[SvgSeries] = []
         for task, shade in zip(tasks, shades(len(tasks)), strict=True):
             points: list[SvgPoint] = []
-            for row, (name, (chain, layer)) in enumerate(zip(names, keys, strict=True)):
-                share, amount = told[chain, layer, task], weight[chain, layer, task]
+            for row, (name, (training, layer)) in enumerate(zip(names, keys, strict=True)):
+                share, amount = told[training, layer, task], weight[training, layer, task]
                 tip = f"{name}\n{task}: {_format_mean(share, format_percent)} of the elements\n"
                 points.append(
                     SvgPoint(share.mean, row, f"{tip}{_format_mean(amount, format_percent)} of the magnitude")
@@ -97,50 +101,52 @@ def contribution_figures(study: Study) -> list[ReportFigure]:
         return stacked_bar_chart(names, series, axis), series
 
     found: list[ReportFigure] = []
-    if len(chains) > 1:
-        body, key = part(chains, [(chain, WHOLE_MODEL) for chain in chains])
+    if len(trainings) > 1:
+        body, key = part(trainings, [(training, WHOLE_MODEL) for training in trainings])
         found.append(_study_figure(study, "overview", study.title, study.definition, body, key, None))
-    drawn = {chain: part(layers, [(chain, layer) for layer in layers]) for chain in chains}
+    drawn = {training: part(layers, [(training, layer) for layer in layers]) for training in trainings}
     rows = [
-        [*_row_cells(chain, layer, chains), *(_share_cell(told[chain, layer, task]) for task in tasks)]
-        for chain in chains
+        [*_row_cells(training, layer, trainings), *(_share_cell(told[training, layer, task]) for task in tasks)]
+        for training in trainings
         for layer in layers
     ]
-    table = FigureTable([*_row_header(chains), *(f"{task}, %" for task in tasks)], rows)
+    table = FigureTable([*_row_header(trainings), *(f"{task}, %" for task in tasks)], rows)
     title = "The same, layer by layer" if found else study.title
-    bodies = {chain: body for chain, (body, _) in drawn.items()}
-    found.append(_study_figure(study, "", title, study.definition, bodies, drawn[chains[0]][1], table))
+    bodies = {training: body for training, (body, _) in drawn.items()}
+    found.append(_study_figure(study, "", title, study.definition, bodies, drawn[trainings[0]][1], table))
     return found
 
 
 def cosine_figures(study: Study) -> list[ReportFigure]:
     """A table of angles, and their mean by layer."""
-    chains, tasks = _unique_values(study.records, "chain"), _unique_values(study.records, "task")
-    told = aggregate([r for r in study.records if r["layer"] == WHOLE_MODEL], ["chain", "task", "other"], "cosine")
+    trainings, tasks = _unique_values(study.records, "training"), _unique_values(study.records, "task")
+    told = aggregate([r for r in study.records if r["layer"] == WHOLE_MODEL], ["training", "task", "other"], "cosine")
     low = min(0.0, *(band.mean for band in told.values() if band.n))
     bodies: dict[str, Markup] = {}
-    for chain in chains:
-        rows = [(task, [_cosine_cell(told[chain, task, other], task, other) for other in tasks]) for task in tasks]
-        bodies[chain] = heat_table(
-            "cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_training_suffix(chain)}"
+    for training in trainings:
+        rows = [(task, [_cosine_cell(told[training, task, other], task, other) for other in tasks]) for task in tasks]
+        bodies[training] = heat_table(
+            "cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_training_suffix(training)}"
         )
     found = [_study_figure(study, "", study.title, study.definition, bodies, [], None)]
     pairs = [r for r in study.records if r["task"] != r["other"]]
-    layers, means = _unique_values(pairs, "layer"), aggregate(pairs, ["chain", "layer"], "cosine")
+    layers, means = _unique_values(pairs, "layer"), aggregate(pairs, ["training", "layer"], "cosine")
     if len(layers) > 1:
         series: list[SvgSeries] = []
-        for n, chain in enumerate(chains):
-            own = [means[chain, layer].mean for layer in layers]
-            marks = [SvgPoint(v, row, f"{layers[row]}\n{_training_label(chain)}: {v:.3f}") for row, v in enumerate(own)]
-            series.append(SvgSeries(chain, marks, colour(n)))
+        for n, training in enumerate(trainings):
+            own = [means[training, layer].mean for layer in layers]
+            marks = [
+                SvgPoint(v, row, f"{layers[row]}\n{_training_label(training)}: {v:.3f}") for row, v in enumerate(own)
+            ]
+            series.append(SvgSeries(training, marks, colour(n)))
         body = dot_chart(
             layers, series, ChartAxis("mean cosine of two task vectors", format_number, True), connect_dots=True
         )
         cells = [
-            [TableCell(layer), *(TableCell.from_number(means[chain, layer].mean) for chain in chains)]
+            [TableCell(layer), *(TableCell.from_number(means[training, layer].mean) for training in trainings)]
             for layer in layers
         ]
-        table = FigureTable(["layer", *(f"{_training_label(chain)} mean cosine" for chain in chains)], cells)
+        table = FigureTable(["layer", *(f"{_training_label(training)} mean cosine" for training in trainings)], cells)
         lead = "The mean over all pairs of tasks, layer by layer."
         found.append(_study_figure(study, "layers", "Likeness by layer", lead, body, series, table))
     return found
@@ -148,33 +154,33 @@ def cosine_figures(study: Study) -> list[ReportFigure]:
 
 def norms_figures(study: Study) -> list[ReportFigure]:
     """How far each task moved each layer."""
-    by = ["chain", "layer", "task"]
+    by = ["training", "layer", "task"]
     relative, norm = aggregate(study.records, by, "relative"), aggregate(study.records, by, "norm")
-    chains, layers, tasks = (_unique_values(study.records, name) for name in by)
+    trainings, layers, tasks = (_unique_values(study.records, name) for name in by)
     axis = ChartAxis("norm of the task vector, in % of the base's", format_percent, True)
     bodies: dict[str, Markup] = {}
     series: list[SvgSeries] = []
-    for chain in chains:
+    for training in trainings:
         series = []
         for task, shade in zip(tasks, shades(len(tasks)), strict=True):
             points: list[SvgPoint] = []
             for row, layer in enumerate(layers):
-                share, length = relative[chain, layer, task], norm[chain, layer, task]
+                share, length = relative[training, layer, task], norm[training, layer, task]
                 tip = f"{layer}\n{task}: {_format_mean(share, format_percent)} of the base's norm\n"
                 points.append(SvgPoint(share.mean, row, f"{tip}L2 norm {_format_mean(length, format_number)}"))
             series.append(SvgSeries(task, points, shade))
-        bodies[chain] = dot_chart(layers, series, axis, connect_dots=True)
+        bodies[training] = dot_chart(layers, series, axis, connect_dots=True)
     rows = [
         [
-            *_row_cells(chain, layer, chains),
-            *(TableCell.from_share(relative[chain, layer, task].mean, 3) for task in tasks),
-            *(TableCell.from_number(norm[chain, layer, task].mean) for task in tasks),
+            *_row_cells(training, layer, trainings),
+            *(TableCell.from_share(relative[training, layer, task].mean, 3) for task in tasks),
+            *(TableCell.from_number(norm[training, layer, task].mean) for task in tasks),
         ]
-        for chain in chains
+        for training in trainings
         for layer in layers
     ]
     units = [f"{task}, {unit}" for unit in ("% of the base", "L2 norm") for task in tasks]
-    table = FigureTable([*_row_header(chains), *units], rows)
+    table = FigureTable([*_row_header(trainings), *units], rows)
     return [_study_figure(study, "", study.title, study.definition, bodies, series, table)]
 
 
@@ -201,7 +207,7 @@ def _study_figure(
     alt = " ".join(study.findings) or lead
     several = {} if isinstance(body, Markup) else body
     drawn = body if isinstance(body, Markup) else render_options(body)
-    choices = [chain for chain in several if len(several) > 1]
+    choices = [training for training in several if len(several) > 1]
     shown = legend if len(legend) > 1 else ()
     return ReportFigure(ident, title, lead, alt, drawn, shown, table=table, options=choices, option_label="Training")
 

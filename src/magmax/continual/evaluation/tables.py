@@ -41,7 +41,7 @@ def _rows(record: Mapping[str, Any], variant: Mapping[str, Any], zero: Mapping[i
     values |= {f"accuracy on task {j}": share for j, share in enumerate(last["tasks"], start=1)}
     values |= {f"{what} seconds": seconds for what, seconds in record["seconds"].items()}
     values |= {"peak memory bytes": record["peak_memory"], "stored bytes": record["stored_bytes"]}
-    about = {key: record[key] for key in ("seed", "method", "chain", "rule")}
+    about = {key: record[key] for key in ("seed", "method", "training", "rule")}
     about |= {"variant": variant["variant"], "scaling_factor": variant["scaling_factor"]}
     return [
         {**about, "measure": name, "value": value}
@@ -113,7 +113,7 @@ def against_best(rows: Sequence[Row], variant: str, ours: str = OURS, measure: s
     by_method: dict[str, dict[int, float]] = {}
     for row in rows:
         competes = row["variant"] == variant or row["scaling_factor"] is None
-        if row["measure"] == measure and competes and row["chain"] not in REFERENCES:
+        if row["measure"] == measure and competes and row["training"] not in REFERENCES:
             by_method.setdefault(row["method"], {})[row["seed"]] = row["value"]
     mine = by_method.pop(ours, {})
     whole = {m: v for m, v in by_method.items() if v.keys() == mine.keys()}

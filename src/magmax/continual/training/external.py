@@ -1,4 +1,4 @@
-"""Checkpoints that others trained, in the place of a chain: one for each task, merged and evaluated as our own."""
+"""Checkpoints that others trained, used as a training: one for each task, merged and evaluated as our own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def import_checkpoints(
     Raises MagMaxError where there is not one model for each task, or where shapes differ or no name is the same.
     """
     if len(models) != len(tasks):
-        raise MagMaxError(f"chains: given names {len(models)} models for {len(tasks)} tasks ({', '.join(tasks)})")
+        raise MagMaxError(f"training: external names {len(models)} models for {len(tasks)} tasks ({', '.join(tasks)})")
     paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(models) + 1)]
     for model, path in zip(models, paths, strict=True):
         place = located(model)

@@ -1,4 +1,4 @@
-"""`magmax train`: one chain of tasks, each absorbed into a running merge and evaluated as it is learned."""
+"""`magmax train`: one training of tasks, each absorbed into a running merge and evaluated as it is learned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.writer import remove
 from ...errors import MagMaxError
+from ...legacy import modern_experiment
 from ...merging.running.running_merge import Running
 from ..cells import with_seed
 from ..context import ExperimentContext, build_context
@@ -30,7 +31,7 @@ MADE = (RECIPE, METRICS, MERGE, MERGED, "costs.json", "theta_", "step_", "penalt
 
 @dataclass(frozen=True)
 class ContinualTraining:
-    """A chain to be trained in a folder.
+    """A training to be trained in a folder.
 
     In `out`: theta_0 .. theta_T, the running merge in `merge`, `merged.safetensors` at the end, `metrics.json` with
     R of the model and of the merge after every task, and `recipe.json`. The same command again goes on where a kill
@@ -39,7 +40,7 @@ class ContinualTraining:
 
     experiment: Experiment
     out: Path
-    chain: str = "sequential"
+    training: str = "sequential"
     rule: Any = "magmax"
     seed: int = 0
     scaling_factor: float | None = None
@@ -47,17 +48,17 @@ class ContinualTraining:
 
     def recipe(self) -> dict[str, Any]:
         """All that decides what comes out."""
-        told = self.experiment.chain_recipe(self.seed, self.chain)
+        told = self.experiment.training_recipe(self.seed, self.training)
         told |= {"rule": self.rule, "scaling_factor": self.scaling_factor, "among": self.experiment.among}
         return json.loads(json.dumps(told))
 
     def run(self, new_bar: BarFactory = no_bars, team: Accelerator | None = None) -> dict[str, Any]:
         """Train, absorb, evaluate; returns the metrics."""
-        if self.chain not in self.experiment.chain_choices:
-            known = ", ".join(self.experiment.chain_choices)
-            raise MagMaxError(f"the recipe's chains are {known}; {self.chain!r} is none of them")
-        if self.chain == "given":
-            raise MagMaxError("the chain 'given' trains nothing; magmax bench merges and evaluates its models")
+        if self.training not in self.experiment.training_choices:
+            known = ", ".join(self.experiment.training_choices)
+            raise MagMaxError(f"the ways to train in the experiment are {known}; {self.training!r} is none of them")
+        if self.training == "external":
+            raise MagMaxError("external trains nothing; magmax bench merges and evaluates its models")
         check_team(team, self.experiment.parallel)
         first = team is None or team.is_main_process
         if first:
@@ -71,8 +72,8 @@ class ContinualTraining:
             here.encoder,
             here.head,
             here.train,
-            here.tasks_of(self.chain),
-            here.training_method(self.chain),
+            here.tasks_of(self.training),
+            here.training_method(self.training),
             self.out,
             seed=self.seed,
             new_bar=new_bar if first else no_bars,
@@ -86,7 +87,7 @@ class ContinualTraining:
     def clear(self) -> None:
         """Delete what a training made, and nothing else."""
         try:
-            ours = json.loads((self.out / RECIPE).read_text()).keys() >= {"chain", "seed", "fit"}
+            ours = modern_experiment(json.loads((self.out / RECIPE).read_text())).keys() >= {"training", "seed", "fit"}
         except (ValueError, AttributeError):
             ours = False
         if not ours:
@@ -108,8 +109,8 @@ class ContinualTraining:
             write_bytes(json.dumps(self.recipe(), indent=2).encode() + b"\n", file)
             return
         try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
+            before = modern_experiment(json.loads(file.read_text()))
+        except (ValueError, AttributeError) as error:
             raise MagMaxError(f"{file}: cannot be read: {error}; begin again with --restart") from error
         if changed := recipe_differences(before, self.recipe()):
             raise MagMaxError(
@@ -128,11 +129,11 @@ class _TaskFollowUp:
         self.running = self.begin()
 
     def begin(self) -> Running | None:
-        """The running merge, as it was left or new; None for a chain that nothing is merged from."""
+        """The running merge, as it was left or new; None for a training that nothing is merged from."""
         training = self.training
-        if training.chain in REFERENCES:
+        if training.training in REFERENCES:
             return None
-        rule = with_seed(BenchmarkCell(seed=training.seed, chain=training.chain, rule=training.rule))
+        rule = with_seed(BenchmarkCell(seed=training.seed, training=training.training, rule=training.rule))
         return Running(training.out / MERGE, rule, self.theta(0))
 
     def theta(self, t: int) -> Path:
@@ -154,7 +155,7 @@ class _TaskFollowUp:
         """What is called when theta_t is there."""
         if self.running is not None:
             self.absorb(t)
-        learned = len(self.here.tasks) if self.training.chain == "joint" else t
+        learned = len(self.here.tasks) if self.training.training == "joint" else t
         key = str(learned)
         if key in self.metrics.get("model", {}) and key in self.metrics.get("merged", {key: None}):
             return

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from ...checkpoints.writer import replace_file
 from ...errors import MagMaxError
+from ...legacy import modern_rule
 from ...rules import Rule, StreamingRule, rule_from
 from ..matching import Mismatch
 
@@ -89,7 +90,7 @@ def read_manifest(file: Path) -> Manifest:
         if content["format"] not in (FORMAT, FORMAT_OF_PARTS):
             raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT} and {FORMAT_OF_PARTS}")
         strict = content["format"] == FORMAT
-        ((name, options),) = content["rule"].items()
+        ((name, options),) = modern_rule(content["rule"]).items()
         found = [
             Version(
                 g["number"],

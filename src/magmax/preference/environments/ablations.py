@@ -1,4 +1,4 @@
-"""The other questions to one chain: control curves, how many samples a preference needs, what an archive loses."""
+"""The other questions to one training: control curves, how many samples a preference needs, what an archive loses."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...continual.cell_store import CellStore, Record
-from ...continual.cells import chain_folder, digest_of_file, environment, run_chain
+from ...continual.cells import digest_of_file, environment, run_training, training_folder
 from ...continual.context import build_context
 from ...continual.experiment import Experiment
 from ...continual.progress import ProgressCallback, no_progress
@@ -31,7 +31,7 @@ _encoder_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class EnvironmentRuns:
-    """A study of the chains in `out`/chains, which are trained where they are not there.
+    """A study of the trainings in `out`/training, which are trained where they are not there.
 
     A finished part is one line of `out`/environments/cells.jsonl; one of the same recipe is not measured again.
     """
@@ -66,7 +66,7 @@ class EnvironmentRuns:
     def cells(self) -> list[RecordKey]:
         """Everything that there is to measure."""
         tasks = len(build_context(self.experiment, self.config.seeds[0]).tasks)
-        pairs = [(seed, chain) for seed in self.config.seeds for chain in self.config.chains]
+        pairs = [(seed, training) for seed in self.config.seeds for training in self.config.training]
         return [RecordKey(*pair, name) for pair in pairs for name in self.config.cell_names(tasks)]
 
     def read_finished(self) -> list[Record]:
@@ -80,19 +80,19 @@ class EnvironmentRuns:
 
 
 def run_cells(config_json: str, experiment_json: str, out: str, seed: int, training: str, threads: int = 1) -> str:
-    """Measure what is missing of one chain, trained or found; study and experiment are JSON. Returns its name."""
+    """Measure what is missing of one training, trained or found; study and experiment are JSON. Returns its name."""
     study, experiment = (
         EnvironmentsConfig.model_validate_json(config_json),
         Experiment.model_validate_json(experiment_json),
     )
-    run_chain(experiment_json, out, seed, training, threads)
+    run_training(experiment_json, out, seed, training, threads)
     with _encoder_lock:
         _SequenceRunner(study, experiment, Path(out), seed, training, threads).run()
     return f"{training}, seed {seed}"
 
 
 class _SequenceRunner:
-    """The records of one chain."""
+    """The records of one training."""
 
     def __init__(
         self, config: EnvironmentsConfig, experiment: Experiment, out: Path, seed: int, training: str, threads: int
@@ -101,7 +101,7 @@ class _SequenceRunner:
         self.config, self.experiment, self.threads = config, experiment, threads
         self.store = CellStore(out / FOLDER_NAME)
         here = build_context(experiment, seed)
-        self.folder = chain_folder(out, experiment, seed, training)
+        self.folder = training_folder(out, experiment, seed, training)
         self.paths = [self.folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks) + 1)]
         self.cells = [RecordKey(seed, training, name) for name in config.cell_names(len(here.tasks))]
         self.model_digests = {path.stem: digest_of_file(path) for path in self.paths}
@@ -139,7 +139,7 @@ class _SequenceRunner:
         recipe = self.config.cell_recipe(self.experiment, cell)
         record = {
             "seed": cell.seed,
-            "chain": cell.training,
+            "training": cell.training,
             "part": cell.name,
             "digest": self.digest(cell),
             **cost,

@@ -28,19 +28,21 @@ def write_report(
 ) -> list[Path]:
     """Write results.csv (tidy rows), results.json (recipes, factors, tests) and results.md into OUT/environments.
 
-    Of a study that was stopped, the records of some parts do, if the baselines of a chain are among them.
+    Of a study that was stopped, the records of some parts do, if the baselines of a training are among them.
     """
     rows = tidy_rows(records)
-    chains = list(dict.fromkeys(record["chain"] for record in records))
+    trainings = list(dict.fromkeys(record["training"] for record in records))
     first = [record for record in records if record["part"] == BASELINES]
     content = {
         "study": config.model_dump(),
         "experiment": experiment.model_dump(),
-        "baselines": [{key: record[key] for key in ("seed", "chain", "search", "chosen", "own")} for record in first],
+        "baselines": [
+            {key: record[key] for key in ("seed", "training", "search", "chosen", "own")} for record in first
+        ],
         "paired": [
-            {"chain": chain, **asdict(pair)}
-            for chain in chains
-            for pair in paired_comparisons(ScoreTable(select_training(rows, chain)), config)
+            {"training": training, **asdict(pair)}
+            for training in trainings
+            for pair in paired_comparisons(ScoreTable(select_training(rows, training)), config)
         ],
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "merges": sum(record["merges"] for record in records),
@@ -48,16 +50,16 @@ def write_report(
     tasks = len(first[0]["own"])
     text = [
         describe_experiment(
-            config, experiment, records, len(config.seeds) * len(config.chains) * len(config.cell_names(tasks))
+            config, experiment, records, len(config.seeds) * len(config.training) * len(config.cell_names(tasks))
         )
     ]
-    for chain in chains:
-        chosen = {name: [r["chosen"][name] for r in first if r["chain"] == chain] for name in first[0]["chosen"]}
+    for training in trainings:
+        chosen = {name: [r["chosen"][name] for r in first if r["training"] == training] for name in first[0]["chosen"]}
         told = ", ".join(f"{name} {' '.join(f'{f:g}' for f in found)}" for name, found in chosen.items())
         text += [
-            f"## Chain: {chain}",
+            f"## Training: {training}",
             f"Chosen factors, seed by seed: {told}.",
-            *render_sections(config, select_training(rows, chain)),
+            *render_sections(config, select_training(rows, training)),
         ]
     files = {
         "results.csv": as_csv(rows),
@@ -71,8 +73,8 @@ def write_report(
 
 
 def select_training(rows: Sequence[TidyRow], training: str) -> list[TidyRow]:
-    """The rows of one chain."""
-    return [row for row in rows if row["chain"] == training]
+    """The rows of one training."""
+    return [row for row in rows if row["training"] == training]
 
 
 def describe_experiment(
@@ -96,7 +98,7 @@ def describe_experiment(
 
 
 def render_sections(config: EnvironmentsConfig, rows: Sequence[TidyRow]) -> list[str]:
-    """All tables and remarks on one chain."""
+    """All tables and remarks on one training."""
     table, kinds = ScoreTable(rows), [name for name in config.mixtures if len(MIXTURES[name]) <= max_tasks(rows)]
     told = [methods_table(table, kinds), selections_table(table, kinds, config), task_count_table(table)]
     text = told if table.values else []

@@ -64,8 +64,8 @@ class EnvironmentsConfig(_StrictModel):
     """What `magmax study environments` does.
 
     Attributes:
-        experiment: the recipe of `magmax bench` whose chains are merged; relative to this one's file.
-        chains: of these, the ones to merge.
+        experiment: the recipe of `magmax bench` whose trainings are merged; relative to this one's file.
+        trainings: of these, the ones to merge.
         seeds: of these, the ones to take; none means all.
         mixtures: kinds of environments, of `MIXTURES`.
         draws: environments of each kind, over tasks drawn at random.
@@ -82,7 +82,7 @@ class EnvironmentsConfig(_StrictModel):
     """
 
     experiment: str
-    chains: list[str] = Field(["sequential", "independent"], min_length=1)
+    training: list[str] = Field(["sequential", "independent"], min_length=1)
     seeds: list[int] = []
     mixtures: list[str] = list(MIXTURES)
     draws: int = Field(5, ge=1)
@@ -100,13 +100,13 @@ class EnvironmentsConfig(_StrictModel):
     def resolve(self, experiment: Experiment) -> EnvironmentsConfig:
         """Itself, with what it leaves to the experiment. Raises MagMaxError for what does not fit that."""
         for kind, given, known in (
-            ("chain", self.chains, [name for name in experiment.chain_choices if name not in REFERENCES]),
-            ("seed", self.seeds, experiment.seeds),
-            ("mixture", self.mixtures, list(MIXTURES)),
+            ("training", self.training, [name for name in experiment.training_choices if name not in REFERENCES]),
+            ("seeds", self.seeds, experiment.seeds),
+            ("mixtures", self.mixtures, list(MIXTURES)),
         ):
             for one in given:
                 if one not in known:
-                    raise MagMaxError(f"{kind}s: there is no {one!r}; {nearest_hint(str(one), list(map(str, known)))}")
+                    raise MagMaxError(f"{kind}: there is no {one!r}; {nearest_hint(str(one), list(map(str, known)))}")
         if not experiment.validation:
             raise MagMaxError(
                 "scaling factors are chosen on training examples that were held out, and the experiment holds out "
@@ -116,7 +116,8 @@ class EnvironmentsConfig(_StrictModel):
         return self.model_copy(update={"seeds": self.seeds or experiment.seeds, "factors": factors})
 
     def cell_names(self, num_tasks: int) -> list[str]:
-        """What is measured of each chain, one record each: the baselines, the environments ("D1-0"), other questions.
+        """What is measured of each training, one record each: the baselines, the environments ("D1-0"), other
+        questions.
 
         Of every kind of environment the first draw comes before any second one.
         """
@@ -147,14 +148,19 @@ class EnvironmentsConfig(_StrictModel):
         sources = told["samples"]["sources"] if cell.name == SAMPLES else told.get("sources", [])
         if "auto" in sources:
             told["auto"] = AUTO_VERSION
-        return {"format": RECORD_FORMAT, **experiment.chain_recipe(cell.seed, cell.training), "part": cell.name, **told}
+        return {
+            "format": RECORD_FORMAT,
+            **experiment.training_recipe(cell.seed, cell.training),
+            "part": cell.name,
+            **told,
+        }
 
     def cell_digest(self, experiment: Experiment, cell: RecordKey) -> str:
         return digest_of(self.cell_recipe(experiment, cell))
 
 
 class RecordKey(NamedTuple):
-    """One record: a seed, a chain, and what is measured of it."""
+    """One record: a seed, a training, and what is measured of it."""
 
     seed: int
     training: str

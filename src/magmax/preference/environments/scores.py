@@ -1,4 +1,4 @@
-"""The records of the benchmark of preferences: the baselines of a chain, and each kind of environment on it."""
+"""The records of the benchmark of preferences: the baselines of a training, and each kind of environment on it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MethodPredictions(NamedTuple):
 
 
 class EnvironmentScorer:
-    """One chain's records, given its baselines."""
+    """One training's records, given its baselines."""
 
     def __init__(self, config: EnvironmentsConfig, evaluator: TrainedModels, baselines: Mapping[str, Any]) -> None:
         self.config, self.evaluator, self.baselines = config, evaluator, baselines
@@ -79,7 +79,7 @@ class EnvironmentScorer:
         self.factor_variants = {"0.5": FIXED_FACTOR, "chosen": self.magmax_factor}
 
     def draw_environment(self, mixture: str, draw: int) -> TargetEnvironment:
-        """An environment; the same for every chain of a seed, and however many are drawn."""
+        """An environment; the same for every training of a seed, and however many are drawn."""
         order = list(MIXTURES).index(mixture) if mixture in MIXTURES else 100 + int(mixture[1:])
         return draw_environments(
             self.evaluator.test_task_ids,

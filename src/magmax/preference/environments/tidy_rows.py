@@ -13,7 +13,7 @@ from .environments_config import ARCHIVE, BASELINES, CURVES, SAMPLES, mixture_sh
 
 TidyRow = dict[str, Any]
 COLUMNS = (
-    "seed", "chain", "part", "mixture", "draw", "method", "variant", "scaling_factor", "x", "measure", "value",
+    "seed", "training", "part", "mixture", "draw", "method", "variant", "scaling_factor", "x", "measure", "value",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def tidy_rows(records: Sequence[Record]) -> list[TidyRow]:
     for record in records:
         if record["part"] != BASELINES:
             for row in record["rows"]:
-                about = {key: record[key] for key in ("seed", "chain", "part")}
+                about = {key: record[key] for key in ("seed", "training", "part")}
                 about |= {key: row.get(key, "") for key in ("mixture", "draw", "method", "variant", "scaling_factor")}
                 found += [{**dict.fromkeys(COLUMNS, ""), **about, **told} for told in _expand_row(record["part"], row)]
     return found
@@ -52,7 +52,7 @@ def _expand_row(part: str, row: TidyRow) -> list[TidyRow]:
 
 
 class ScoreTable:
-    """The values of one measure on one chain, by method, variant, kind of environment, seed and draw."""
+    """The values of one measure on one training, by method, variant, kind of environment, seed and draw."""
 
     def __init__(self, rows: Sequence[TidyRow], measure: str = "accuracy") -> None:
         self.values: dict[tuple[str, str], dict[tuple[str, int, int], float]] = {}

@@ -1,4 +1,4 @@
-"""The checkpoints of one chain in memory: what merges of them predict, and the features that they see."""
+"""The checkpoints of one training in memory: what merges of them predict, and the features that they see."""
 
 from __future__ import annotations
 

@@ -68,13 +68,13 @@ def _none(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
 
 def _largest(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _unscaled(given, rescale)
-    return [Prune(keep=given.per_model("density", 1.0), span="tensor")]
+    return [Prune(density=given.per_model("density", 1.0), span="tensor")]
 
 
 def _chance(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
-        return [Prune(keep=given.per_model("density", 1.0), which="random")]
-    return [Dare(drop=given.per_model("density", 1.0, lambda density: 1 - density))]
+        return [Prune(density=given.per_model("density", 1.0), which="random")]
+    return [Dare(density=given.per_model("density", 1.0))]
 
 
 def _middle(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:

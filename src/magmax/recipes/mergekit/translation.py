@@ -45,7 +45,9 @@ def build_request(
             mergekit's that has no equal here: each with its line, all that can be seen at once.
     """
     content, ours = _assigned(document.content, overrides, flags)
-    recipe = validate(MergekitRecipe, YamlDocument(document.file, content, document.lines), valid_keys)
+    recipe = validate(
+        MergekitRecipe, YamlDocument(document.file, content, document.lines), "a merge recipe of mergekit", valid_keys
+    )
     return _Translation(document, recipe, folder).plan(ours)
 
 

@@ -14,7 +14,7 @@ from ..statistics import Address, Array, Statistics
 
 @dataclass(frozen=True)
 class Dare(TaskVectorTransform):
-    """Each entry is zeroed with probability `drop`; the others are divided by 1 - drop, so that the mean stays.
+    """Keep each entry with probability `density` and divide it by `density`, so that the mean stays; zero the others.
 
     The draws depend on (seed, tensor name, flat offset, task) alone. FusionBench's and mergekit's draws depend on the
     order of work; the MagMax authors' code has p and 1 - p exchanged.
@@ -23,16 +23,17 @@ class Dare(TaskVectorTransform):
     name: ClassVar[str] = "dare"
     paper: ClassVar[str] = "Yu et al., Language Models are Super Mario, ICML 2024, arXiv 2311.03099"
 
-    drop: Numbers = 0.9
+    density: Numbers = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        validate_range(self.name, "drop", self.drop, 0, 1)
-        if 1 in all_numbers(self.drop):
-            raise MagMaxError("dare needs drop below 1; at 1 nothing would be left to rescale")
+        validate_range(self.name, "density", self.density, 0, 1)
+        if 0 in all_numbers(self.density):
+            raise MagMaxError("dare needs density above 0; at 0 nothing would be left to rescale")
 
     def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
-        keep = 1 - for_model(self.drop, task)
-        kept = keep_at_random(task_vector, keep, "dare", self.seed, task, address)
-        divide_in_place(kept, keep)
+        # The complement twice, as where the option was the fraction dropped: merges made then keep their bytes.
+        density = 1 - (1 - for_model(self.density, task))
+        kept = keep_at_random(task_vector, density, "dare", self.seed, task, address)
+        divide_in_place(kept, density)
         return kept

@@ -15,17 +15,17 @@ from ..statistics import Address, Array, Scope, Span, Statistics, StatisticsRequ
 
 @dataclass(frozen=True)
 class Prune(TaskVectorTransform):
-    """Keep the fraction `keep` of each task vector's entries: the largest, the smallest, or some at random.
+    """Keep the fraction `density` of each task vector's entries: the largest, the smallest, or some at random.
 
-    Exactly round(keep * n) entries of largest (or smallest) magnitude are kept of the n in the span; of equal
+    Exactly round(density * n) entries of largest (or smallest) magnitude are kept of the n in the span; of equal
     magnitudes those first by tensor name, then flat offset, count as larger. At random, each entry is kept with
-    probability `keep`, by a draw that depends on (seed, tensor name, flat offset, task) alone.
+    probability `density`, by a draw that depends on (seed, tensor name, flat offset, task) alone.
     """
 
     name: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322, the retention analysis"
 
-    keep: Numbers = 0.2
+    density: Numbers = 0.2
     which: Literal["top", "bottom", "random"] = "top"
     span: Literal["model", "tensor"] = "model"
     seed: int = 0
@@ -35,7 +35,7 @@ class Prune(TaskVectorTransform):
             raise MagMaxError(f"prune needs which to be top, bottom or random, not {self.which!r}")
         if self.span not in ("model", "tensor"):
             raise MagMaxError(f"prune needs span to be model or tensor, not {self.span!r}")
-        validate_range(self.name, "keep", self.keep, 0, 1)
+        validate_range(self.name, "density", self.density, 0, 1)
 
     @property
     def passes(self) -> int:
@@ -48,14 +48,14 @@ class Prune(TaskVectorTransform):
     def statistics(self, scope: Scope) -> StatisticsRequest:
         if self.which == "random":
             return None
-        keeps = [round(keep * scope.elements) for keep in for_all_models(self.keep, scope.tasks)]
+        keeps = [round(keep * scope.elements) for keep in for_all_models(self.density, scope.tasks)]
         return (
             yield from request_largest(keeps if self.which == "top" else [scope.elements - k for k in keeps], scope)
         )
 
     def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
         if self.which == "random":
-            return keep_at_random(task_vector, for_model(self.keep, task), "prune", self.seed, task, address)
+            return keep_at_random(task_vector, for_model(self.density, task), "prune", self.seed, task, address)
         apply_mask(
             as_signed_bits(task_vector), statistics[task - 1].mask(task_vector, address), invert=self.which == "bottom"
         )
