@@ -57,54 +57,56 @@ def read_text(file: str) -> str:
         raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
 
 
-def parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise MagMaxError(f"{what}: has an alias (*name); write its value out")
+            raise MagMaxError(f"{source}: has an alias (*name); write its value out")
         return yaml.safe_load(text)
     except MagMaxError:
         raise
     except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim
-        raise MagMaxError(f"{what}: cannot be read as YAML: {error}") from error
+        raise MagMaxError(f"{source}: cannot be read as YAML: {error}") from error
 
 
 def validate(
-    shape: type[Shape], document: YamlDocument, kind: str, known: Callable[[Sequence[str]], Sequence[str]]
+    shape: type[Shape], document: YamlDocument, kind: str, valid_keys: Callable[[Sequence[str]], Sequence[str]]
 ) -> Shape:
     """Return the document as a `shape`, which errors call `kind`; `known` gives the valid keys beside a place."""
     try:
         return shape.model_validate(document.content)
     except ValidationError as error:
-        problems = [_explain(document, e, known) for e in error.errors()]
+        problems = [_explain(document, e, valid_keys) for e in error.errors()]
         raise list_problems(f"{document.file} is not {kind}", problems) from error
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     """The line of every key of a YAML tree, by its dotted name."""
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
-            if name in found:
+            if name in lines:
                 raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
-            found[name] = key.start_mark.line + 1
-            found |= _lines(value, f"{name}.")
+            lines[name] = key.start_mark.line + 1
+            lines |= _lines(value, f"{name}.")
     if isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
-            found[f"{prefix}{place}"] = item.start_mark.line + 1
-            found |= _lines(item, f"{prefix}{place}.")
-    return found
+            lines[f"{prefix}{place}"] = item.start_mark.line + 1
+            lines |= _lines(item, f"{prefix}{place}.")
+    return lines
 
 
-def _explain(document: YamlDocument, error: Mapping[str, Any], known: Callable[[Sequence[str]], Sequence[str]]) -> str:
+def _explain(
+    document: YamlDocument, error: Mapping[str, Any], valid_keys: Callable[[Sequence[str]], Sequence[str]]
+) -> str:
     """One of pydantic's complaints, with the line it is about and the nearest valid key."""
     parts = [str(p) for p in error["loc"] if str(p) not in ("str", "RecipeModel")]
     name, where = ".".join(parts), document.locate(*parts)
     if error["type"] == "extra_forbidden":
         if name in OLD_KEYS:
             return f"{where}: {name} is now {OLD_KEYS[name]}"
-        return f"{where}: unknown key {name!r}; {nearest_hint(parts[-1], list(known(parts)))}"
+        return f"{where}: unknown key {name!r}; {nearest_hint(parts[-1], list(valid_keys(parts)))}"
     if error["type"] == "missing":
         return f"{where}: {name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")

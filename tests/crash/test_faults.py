@@ -196,7 +196,7 @@ def test_two_merges_to_one_output_never_mix(out: str, child: ForkServer, tmp_pat
         for _ in range(15):
             folder = copied(before)
             ends = list(pool.map(lambda nursery, f=folder: nursery(merge, f, out), (child, other)))
-            refusals = [end.refusal for end in ends if end.refusal]
+            refusals = [end.error_message for end in ends if end.error_message]
             assert len(refusals) < 2
             assert all("another magmax is writing this output" in refusal for refusal in refusals)
             assert read_contents(folder) == whole
@@ -213,6 +213,6 @@ def test_two_absorptions_at_once_lose_no_task(child: ForkServer, tmp_path: Path)
         for _ in range(15):
             folder = copied(before)
             ends = list(pool.map(lambda nursery, task, f=folder: nursery(absorb_task, f, task), (child, other), (2, 3)))
-            taken = {f"task{task}" for task, end in zip((2, 3), ends, strict=True) if not end.refusal}
+            taken = {f"task{task}" for task, end in zip((2, 3), ends, strict=True) if not end.error_message}
             assert set(completed(child(absorbed_names, folder)).result) == {"task1"} | taken
     other.close()

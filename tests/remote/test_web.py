@@ -86,7 +86,7 @@ def test_every_byte_is_fetched_about_once_and_given_up_in_the_end(web, tmp_path,
     opened = [open_checkpoint(f"{web.url}/{name}.safetensors") for name in NAMES]
     magmax.merge("magmax", opened[0], opened[1:], out=tmp_path / "m.safetensors", execution=ExecutionOptions(2))
     assert web.bytes_sent < 1.2 * sum(map(len, web.files.values()))
-    assert not any(checkpoint._file._blocks for checkpoint in opened)
+    assert not any(checkpoint._file._fetches for checkpoint in opened)
 
 
 def test_memory_ahead_of_the_work_is_bounded(web, files, tmp_path, monkeypatch):

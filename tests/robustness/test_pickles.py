@@ -45,7 +45,7 @@ def test_code_in_a_pickle_is_refused_and_never_runs(
     words = refused(magmax.merge, "magmax", base, [folder if inside_folder else path], out=tmp_path / "out.safetensors")
     assert not sprung.exists()
     assert words.startswith(f"{path}: this pickle needs code to be run, which is refused")
-    assert f"magmax checkpoint convert {path} model.safetensors" in words
+    assert f"magmax checkpoint convert {path} --out model.safetensors" in words
 
 
 def test_a_whole_module_is_refused(base: Path, tmp_path: Path, refused: Refusal) -> None:

@@ -23,7 +23,7 @@ class Smallest(StreamingRule):
 
     name: ClassVar[str] = "toy_smallest"
     scaling_factor: ClassVar[float] = 1.0
-    selects: ClassVar[bool] = False
+    selects_entries: ClassVar[bool] = False
     paper: ClassVar[str] = "none"
 
     times: float = 1.0

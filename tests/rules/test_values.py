@@ -139,7 +139,7 @@ def test_numbers_out_of_range_are_refused_wherever_they_stand():
     for density in (1.5, Layers((0.5, -0.1)), PerModel((0.5, Filters((("a", 0.5), (None, 2))))), float("nan")):
         with pytest.raises(MagMaxError, match="ties needs density from 0 to 1, not"):
             Ties(density=density)
-    with pytest.raises(MagMaxError, match="drop below 1"):
+    with pytest.raises(MagMaxError, match="density above 0"):
         Dare(density=Layers((0.5, 0)))
     with pytest.raises(MagMaxError, match="needs seed to be int"):
         make_rule("dare", {"seed": [1, 2]})

@@ -143,7 +143,7 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
     if kind == "curves":
         return curves_study(records)
     sweep = ACCURACY_SWEEPS[kind]
-    found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
+    values_by_point: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
     for record in records:
         if record["method"] == ZERO_SHOT or "calibration" in record:
             continue
@@ -152,11 +152,11 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
             accuracies = variant["rows"][max(variant["rows"], key=int)]["tasks"]
             for series, x, task in sweep.extract_points(parts, record["training"], variant):
                 value = float(sum(accuracies) / len(accuracies)) if task is None else float(accuracies[task])
-                found.setdefault((series, record["training"], record["seed"], x), []).append(
+                values_by_point.setdefault((series, record["training"], record["seed"], x), []).append(
                     (_format_rule(parts), value)
                 )
     values: dict[str, set[Any]] = {}
-    for series, _, _, x in found:
+    for series, _, _, x in values_by_point:
         values.setdefault(series, set()).add(x)
     most = max(map(len, values.values()), default=2)
     fewest = max(2, most - 1) if kind == "penalties" else 2  # the unmerged model has no independent training
@@ -164,12 +164,12 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
         {
             "series": series,
             "training": training,
-            "rule": told[0][0] if len(told) == 1 else f"{len(told)} models, each alone",
+            "rule": rule_values[0][0] if len(rule_values) == 1 else f"{len(rule_values)} models, each alone",
             "seed": seed,
             sweep.x_name: x,
-            "accuracy": float(np.mean([value for _, value in told])),
+            "accuracy": float(np.mean([value for _, value in rule_values])),
         }
-        for (series, training, seed, x), told in found.items()
+        for (series, training, seed, x), rule_values in values_by_point.items()
         if len(values[series]) >= fewest
     ]
     if not rows:
@@ -208,17 +208,19 @@ def _format_rule(parts: RuleParts) -> str:
 
 
 def _findings(kind: str, sweep: SweepDefinition, rows: Sequence[Record]) -> list[str]:
-    told = aggregate(rows, ["series", sweep.x_name], "accuracy")
+    bands = aggregate(rows, ["series", sweep.x_name], "accuracy")
     findings: list[str] = []
-    for series in dict.fromkeys(key[0] for key in told):
-        own: dict[Any, SeedBand] = {x: band for (name, x), band in told.items() if name == series}
-        best = max(own, key=lambda x: own[x].mean)
-        seeds = own[best].n
-        within = [x for x in own if own[x].mean >= own[best].mean - own[best].std and x != best]
-        spread = f" ± {100 * own[best].std:.1f} over {seeds} seeds" if seeds > 1 else ", on one seed"
+    for series in dict.fromkeys(key[0] for key in bands):
+        bands_by_x: dict[Any, SeedBand] = {x: band for (name, x), band in bands.items() if name == series}
+        best = max(bands_by_x, key=lambda x: bands_by_x[x].mean)
+        seeds = bands_by_x[best].n
+        within = [
+            x for x in bands_by_x if bands_by_x[x].mean >= bands_by_x[best].mean - bands_by_x[best].std and x != best
+        ]
+        spread = f" ± {100 * bands_by_x[best].std:.1f} over {seeds} seeds" if seeds > 1 else ", on one seed"
         more = f"; within one standard deviation: {', '.join(f'{x}' for x in within)}" if within and seeds > 1 else ""
         what = f"{sweep.x_name} {best}" if kind != "penalties" else f"{best} training"
-        findings.append(f"{series}: best with {what}, {own[best].mean:.1%}{spread}{more}.")
+        findings.append(f"{series}: best with {what}, {bands_by_x[best].mean:.1%}{spread}{more}.")
     return findings
 
 

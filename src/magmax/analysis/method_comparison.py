@@ -92,12 +92,12 @@ def summarise_methods(records: Records) -> list[MethodResult]:
         means = summary(tidy(records))
     except ImportError as error:
         raise MagMaxError(f"statistics need {error.name}: pip install 'magmax[report]'") from error
-    found = [
+    summaries = [
         MethodResult(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
         for key in matrices
         if MAIN in means.get(key, {})
     ]
-    return sorted(found, key=lambda method: -method.average_accuracy.mean)
+    return sorted(summaries, key=lambda method: -method.average_accuracy.mean)
 
 
 def competing_methods(methods: Sequence[MethodResult]) -> Sequence[MethodResult]:

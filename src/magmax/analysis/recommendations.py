@@ -43,37 +43,39 @@ class Recommendation:
 
 def recommend_from_weights(statistics: StatisticsByOrigin) -> list[Recommendation]:
     """What the task vectors alone suggest; of several trainings together where it is the same."""
-    told: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    reasons_by_advice: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for training in dict.fromkeys(origin.training for origin in statistics):
-        own = {origin: found for origin, found in statistics.items() if origin.training == training}
+        selected = {
+            origin: recommendations for origin, recommendations in statistics.items() if origin.training == training
+        }
         for rule in (_check_signs, _check_directions, _check_shares, _check_norms):
-            for each in rule(own):
-                told.setdefault((each.kind, each.headline), []).append((training, each.evidence))
-    found: list[Recommendation] = []
-    for (kind, headline), reasons in told.items():
+            for each in rule(selected):
+                reasons_by_advice.setdefault((each.kind, each.headline), []).append((training, each.evidence))
+    recommendations: list[Recommendation] = []
+    for (kind, headline), reasons in reasons_by_advice.items():
         trainings = [training for training, _ in reasons if training != "given"]
         where = f"{', '.join(trainings)}: " if trainings else ""
         because = " ".join(f"{training}: {why}" if len(trainings) > 1 else why for training, why in reasons)
-        found.append(Recommendation(kind, where + headline, because))
+        recommendations.append(Recommendation(kind, where + headline, because))
     if apart := {
         key for each in statistics.values() for key, why in each.left_out.items() if "is not merged" not in why
     }:
         some = ", ".join(sorted(apart)[:3]) + (", ..." if len(apart) > 3 else "")
-        found.append(
+        recommendations.append(
             Recommendation(
                 "caution",
                 "Some tensors were left out: look at `--mismatch` before you merge",
                 f"{len(apart)} tensors are not in all models with one shape: {some}.",
             )
         )
-    return found
+    return recommendations
 
 
 def _check_signs(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
     tasks = len(next(iter(statistics.values())).task_names)
     if tasks < 2:
         return
-    wholes = [found.by_layer()[WHOLE_MODEL] for found in statistics.values()]
+    wholes = [tallies.by_layer()[WHOLE_MODEL] for tallies in statistics.values()]
     share = float(np.mean([w.conflicts / w.shared if w.shared else 0.0 for w in wholes]))
     chance = 1 - 2.0 ** (1 - tasks)
     numbers = f"{share:.1%} of the shared elements are pulled both ways; coin flips would give {chance:.1%}."
@@ -96,7 +98,7 @@ def _check_directions(statistics: StatisticsByOrigin) -> Iterator[Recommendation
     if tasks < 2:
         return
     upper = np.triu_indices(tasks, 1)
-    cosines = [found.by_layer()[WHOLE_MODEL].cosines[upper] for found in statistics.values()]
+    cosines = [tallies.by_layer()[WHOLE_MODEL].cosines[upper] for tallies in statistics.values()]
     mean = float(np.nanmean(cosines)) if np.isfinite(cosines).any() else math.nan
     if mean > HIGH_COSINE:
         yield Recommendation(
@@ -108,7 +110,7 @@ def _check_directions(statistics: StatisticsByOrigin) -> Iterator[Recommendation
 
 def _check_shares(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
     names = next(iter(statistics.values())).task_names
-    wholes = [found.by_layer()[WHOLE_MODEL].winner_counts for found in statistics.values()]
+    wholes = [tallies.by_layer()[WHOLE_MODEL].winner_counts for tallies in statistics.values()]
     if len(names) < 2 or not all(w.sum() for w in wholes):
         return
     shares = np.mean([w / w.sum() for w in wholes], axis=0)
@@ -124,7 +126,7 @@ def _check_shares(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
 
 def _check_norms(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
     names = next(iter(statistics.values())).task_names
-    norms = np.mean([found.by_layer()[WHOLE_MODEL].norms for found in statistics.values()], axis=0)
+    norms = np.mean([tallies.by_layer()[WHOLE_MODEL].norms for tallies in statistics.values()], axis=0)
     most, least = int(norms.argmax()), int(norms.argmin())
     if norms[least] > 0 and norms[most] / norms[least] > HIGH_NORM_RATIO:
         yield Recommendation(
@@ -139,10 +141,10 @@ def recommend_from_accuracies(methods: Sequence[MethodResult], records: Records)
     """What the accuracies suggest."""
     if not methods:
         return []
-    told: list[Recommendation] = []
+    recommendations: list[Recommendation] = []
     for rule in (_check_best_method, _check_seed_count, _check_merging_gain, _check_factor_range, _check_harmed_tasks):
-        told += rule(methods, records)
-    return told
+        recommendations += rule(methods, records)
+    return recommendations
 
 
 def _check_best_method(methods: Sequence[MethodResult], records: Records) -> Iterator[Recommendation]:
@@ -214,12 +216,12 @@ def _check_factor_range(methods: Sequence[MethodResult], records: Records) -> It
         if len(chosen) * 2 > sum(record["method"] == method for record in records):
             sides.setdefault("largest" if max(chosen) == lists[method][-1] else "smallest", []).append(method)
     if sides:
-        told = "; ".join(f"the {side} for {', '.join(names)}" for side, names in sides.items())
+        edges_text = "; ".join(f"the {side} for {', '.join(names)}" for side, names in sides.items())
         searched = ", ".join(f"{factor:g}" for factor in max(lists.values(), key=len))
         yield Recommendation(
             "try",
             "Search more scaling factors: the best ones lay at the end of the list",
-            f"Of {searched}, held-out data mostly chose {told}.",
+            f"Of {searched}, held-out data mostly chose {edges_text}.",
         )
 
 

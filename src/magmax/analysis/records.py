@@ -50,7 +50,7 @@ class Study:
 
     def as_json(self) -> str:
         """Everything, the records included; null where there is no number."""
-        told = {
+        content = {
             "study": self.kind,
             "title": self.title,
             "definition": self.definition,
@@ -58,7 +58,7 @@ class Study:
             "inputs": dict(self.inputs),
             "records": [json_safe(record) for record in self.records],
         }
-        return json.dumps(told, indent=1, allow_nan=False) + "\n"
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """KIND.csv and KIND.json, each whole or not at all."""
@@ -91,10 +91,10 @@ class SeedBand:
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> SeedBand:
-        known = [value for value in values if math.isfinite(value)]
-        if not known:
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
             return cls(math.nan, math.nan, 0)
-        return cls(float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else 0.0, len(known))
+        return cls(float(np.mean(finite)), float(np.std(finite, ddof=1)) if len(finite) > 1 else 0.0, len(finite))
 
 
 def aggregate(records: Sequence[Record], by: Sequence[str], value: str) -> dict[tuple[Any, ...], SeedBand]:

@@ -47,12 +47,12 @@ class FinishedRun:
         self, top: float | None = None, threads: int = 0, progress: Progress = lambda _: None
     ) -> StatisticsByOrigin:
         """The counts over each training's checkpoints."""
-        found: dict[ModelsOrigin, WeightStatistics] = {}
+        statistics: dict[ModelsOrigin, WeightStatistics] = {}
         for origin, paths in self.checkpoints.items():
             base, *models = [open_checkpoint(path) for path in paths]
             names = [f"task {t}" for t in range(1, len(models) + 1)]
-            found[origin] = collect_weight_statistics(base, models, names, top, threads, progress)
-        return found
+            statistics[origin] = collect_weight_statistics(base, models, names, top, threads, progress)
+        return statistics
 
 
 StatisticsByOrigin = dict[ModelsOrigin, WeightStatistics]
@@ -109,11 +109,11 @@ def _related_cells(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[M
     def setting(record: Mapping[str, Any]) -> dict[str, Any]:
         return {key: record["recipe"].get(key) for key in SETTING_KEYS}
 
-    known = {record.get("digest") for record in records}
+    digests = {record.get("digest") for record in records}
     return [
         record
         for record in CellStore(folder).records()
-        if _is_record_list([record]) and record.get("digest") not in known and setting(record) == setting(records[0])
+        if _is_record_list([record]) and record.get("digest") not in digests and setting(record) == setting(records[0])
     ]
 
 

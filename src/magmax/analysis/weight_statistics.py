@@ -93,11 +93,11 @@ class WeightStatistics:
 
     def by_layer(self) -> dict[str, TaskVectorStatistics]:
         """The tensors of each layer added up, in the order of their names, after WHOLE, which has all of them."""
-        found = {WHOLE_MODEL: TaskVectorStatistics.zeros(len(self.task_names))}
+        layers = {WHOLE_MODEL: TaskVectorStatistics.zeros(len(self.task_names))}
         for key in sorted(self.by_tensor, key=_natural_sort_key):
             for name in (WHOLE_MODEL, layer_name(key)):
-                found[name] = found[name] + self.by_tensor[key] if name in found else self.by_tensor[key]
-        return found
+                layers[name] = layers[name] + self.by_tensor[key] if name in layers else self.by_tensor[key]
+        return layers
 
 
 def layer_name(key: str) -> str:

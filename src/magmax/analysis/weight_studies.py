@@ -33,11 +33,11 @@ def conflicts_study(statistics: StatisticsByOrigin, top: float | None = None) ->
     `expected` is what coin flips would give where all T task vectors are not zero: 1 - 2^(1 - T).
     """
     records: list[Record] = []
-    for origin, found in statistics.items():
-        for layer, counts in found.by_layer().items():
+    for origin, tallies in statistics.items():
+        for layer, counts in tallies.by_layer().items():
             share = counts.conflicts / counts.shared if counts.shared else math.nan
             numbers = {"elements": counts.elements, "shared": counts.shared, "conflicts": counts.conflicts}
-            expected = 1 - 2.0 ** (1 - len(found.task_names))
+            expected = 1 - 2.0 ** (1 - len(tallies.task_names))
             records.append({**_origin_columns(origin), "layer": layer, **numbers, "share": share, "expected": expected})
     trimmed = f" Only the largest {top:.3g} of each task vector counts; the rest is taken as zero." if top else ""
     definition = (
@@ -63,8 +63,8 @@ def consistency_study(statistics: StatisticsByOrigin) -> Study:
     group = max(#{tau_t > 0}, #{tau_t < 0}); `largest` is the mean of max_t |tau_t|, `average` of mean_t |tau_t|.
     """
     records: list[Record] = []
-    for origin, found in statistics.items():
-        whole = found.by_layer()[WHOLE_MODEL]
+    for origin, tallies in statistics.items():
+        whole = tallies.by_layer()[WHOLE_MODEL]
         for group, count in enumerate(whole.agreement_counts.tolist()):
             record = {**_origin_columns(origin), "agreeing": group, "elements": count, "share": count / whole.elements}
             record["largest"] = float(whole.largest_sums[group]) / count if count else math.nan
@@ -74,19 +74,19 @@ def consistency_study(statistics: StatisticsByOrigin) -> Study:
         "Elements by how many task vectors move them in one direction, the more common one; and the mean of the "
         "largest magnitude among the task vectors, max |tau|, in each group."
     )
-    told, shares = (
+    largest, shares = (
         aggregate(records, ["training", "agreeing"], "largest"),
         aggregate(records, ["training", "agreeing"], "share"),
     )
     findings: list[str] = []
     for training in dict.fromkeys(record["training"] for record in records):
-        known = [
+        groups = [
             (group, band.mean)
-            for (name, group), band in told.items()
+            for (name, group), band in largest.items()
             if name == training and band.n and group and shares[name, group].mean >= MIN_GROUP_SHARE
         ]
-        if len(known) > 1 and known[0][1] > 0:
-            (few, low), (many, high) = known[0], known[-1]
+        if len(groups) > 1 and groups[0][1] > 0:
+            (few, low), (many, high) = groups[0], groups[-1]
             findings.append(
                 f"{_training_prefix(training)}elements that {many} tasks move the same way have {high / low:.2g} times "
                 f"the largest "
@@ -109,10 +109,10 @@ def contribution_study(statistics: StatisticsByOrigin) -> Study:
     share of sum |m|.
     """
     records: list[Record] = []
-    for origin, found in statistics.items():
-        for layer, counts in found.by_layer().items():
+    for origin, tallies in statistics.items():
+        for layer, counts in tallies.by_layer().items():
             moved, total = int(counts.winner_counts.sum()), float(counts.winner_magnitudes.sum())
-            for t, task in enumerate(found.task_names):
+            for t, task in enumerate(tallies.task_names):
                 record = {
                     **_origin_columns(origin),
                     "layer": layer,
@@ -127,13 +127,15 @@ def contribution_study(statistics: StatisticsByOrigin) -> Study:
         "largest change."
     )
     findings: list[str] = []
-    told = {
+    shares_by_key = {
         key: b.mean
         for key, b in aggregate(records, ["training", "layer", "task"], "share").items()
         if key[1] == WHOLE_MODEL
     }
     for training in dict.fromkeys(record["training"] for record in records):
-        shares = {task: share for (name, _, task), share in told.items() if name == training and math.isfinite(share)}
+        shares = {
+            task: share for (name, _, task), share in shares_by_key.items() if name == training and math.isfinite(share)
+        }
         if len(shares) > 1:
             most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
             findings.append(
@@ -149,11 +151,11 @@ def contribution_study(statistics: StatisticsByOrigin) -> Study:
 def cosine_study(statistics: StatisticsByOrigin) -> Study:
     """The cosine <tau_t, tau_u> / (||tau_t|| ||tau_u||) of each pair of task vectors, by layer."""
     records: list[Record] = []
-    for origin, found in statistics.items():
-        for layer, counts in found.by_layer().items():
+    for origin, tallies in statistics.items():
+        for layer, counts in tallies.by_layer().items():
             angles = counts.cosines
-            for t, task in enumerate(found.task_names):
-                for u, other in enumerate(found.task_names):
+            for t, task in enumerate(tallies.task_names):
+                for u, other in enumerate(tallies.task_names):
                     about = {**_origin_columns(origin), "layer": layer, "task": task, "other": other}
                     records.append({**about, "cosine": float(angles[t, u])})
     definition = "The cosine of the angle between each two task vectors: 1 for one direction, 0 for unrelated ones."
@@ -169,22 +171,22 @@ def cosine_study(statistics: StatisticsByOrigin) -> Study:
 def norms_study(statistics: StatisticsByOrigin) -> Study:
     """The L2 norm of each task vector, in itself and in units of the base's, by layer."""
     records: list[Record] = []
-    for origin, found in statistics.items():
-        for layer, counts in found.by_layer().items():
+    for origin, tallies in statistics.items():
+        for layer, counts in tallies.by_layer().items():
             base = math.sqrt(counts.base_squared_norm)
-            for task, norm in zip(found.task_names, counts.norms.tolist(), strict=True):
+            for task, norm in zip(tallies.task_names, counts.norms.tolist(), strict=True):
                 relative = norm / base if base else math.nan
                 about = {**_origin_columns(origin), "layer": layer, "task": task}
                 records.append({**about, "norm": norm, "base_norm": base, "relative": relative})
     definition = "How far each task moved each layer: the L2 norm of the task vector over that of the base."
     findings: list[str] = []
-    told = {
+    norms_by_key = {
         key: b.mean
         for key, b in aggregate(records, ["training", "layer", "task"], "norm").items()
         if key[1] == WHOLE_MODEL
     }
     for training in dict.fromkeys(record["training"] for record in records):
-        sizes = {task: norm for (name, _, task), norm in told.items() if name == training}
+        sizes = {task: norm for (name, _, task), norm in norms_by_key.items() if name == training}
         most, least = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
         if sizes[least] > 0:
             findings.append(
@@ -205,7 +207,7 @@ WEIGHT_STUDIES: Mapping[str, Callable[[StatisticsByOrigin], Study]] = {
 
 def run_weight_studies(statistics: StatisticsByOrigin) -> list[Study]:
     """Every study of these, except agreement for a single model, which has nothing to agree with."""
-    alone = all(len(found.task_names) < 2 for found in statistics.values())
+    alone = all(len(tallies.task_names) < 2 for tallies in statistics.values())
     return [study(statistics) for name, study in WEIGHT_STUDIES.items() if not alone or name == "norms"]
 
 
@@ -213,7 +215,7 @@ def run_weight_study(kind: str, statistics: StatisticsByOrigin, top: float | Non
     """The study of that name. Raises MagMaxError for a name that is none, or a single model where two are needed."""
     if kind not in WEIGHT_STUDIES:
         raise MagMaxError(f"there is no study {kind!r}; {nearest_hint(kind, list(WEIGHT_STUDIES))}")
-    if kind != "norms" and all(len(found.task_names) < 2 for found in statistics.values()):
+    if kind != "norms" and all(len(tallies.task_names) < 2 for tallies in statistics.values()):
         raise MagMaxError(f"{kind} compares task vectors; give at least two fine-tuned models")
     return conflicts_study(statistics, top) if kind == "conflicts" else WEIGHT_STUDIES[kind](statistics)
 
@@ -229,6 +231,6 @@ def _training_prefix(training: str) -> str:
 def _input_digests(statistics: StatisticsByOrigin) -> dict[str, str]:
     return {
         name if origin == ModelsOrigin() else f"{origin.training}, seed {origin.seed}: {name}": digest
-        for origin, found in statistics.items()
-        for name, digest in found.input_digests.items()
+        for origin, tallies in statistics.items()
+        for name, digest in tallies.input_digests.items()
     }

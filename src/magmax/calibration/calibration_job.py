@@ -26,7 +26,7 @@ def calibrate_job(
     models: Sequence[Checkpoint],
     out: Path,
     coefficients: Coefficients,
-    told: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     names: Sequence[str] | None = None,
     options: OutputOptions | None = None,
 ) -> Job:
@@ -48,7 +48,7 @@ def calibrate_job(
         key: merged.spec(key) if merged.resolve_alias(key) in merged.specs else spec for key, spec in base.specs.items()
     }
     earlier = read_provenance(merged.metadata)
-    recipe = {"calibrate": {**told, "xi": coefficients_digest(coefficients)}, **match.describe()}
+    recipe = {"calibrate": {**provenance, "xi": coefficients_digest(coefficients)}, **match.describe()}
     folder = merged if merged.path is not None and merged.path.is_dir() else base
     return Job(
         target=OutputPath(out),
@@ -64,9 +64,9 @@ def calibrate_job(
     )
 
 
-def calibrate_merge(job: Job, coefficients: Coefficients, told: Mapping[str, Any]) -> Job:
+def calibrate_merge(job: Job, coefficients: Coefficients, provenance: Mapping[str, Any]) -> Job:
     """A merge's job that calibrates what it merges before it writes it."""
-    recipe = {**job.recipe, "calibrate": {**told, "xi": coefficients_digest(coefficients)}}
+    recipe = {**job.recipe, "calibrate": {**provenance, "xi": coefficients_digest(coefficients)}}
     return replace(job, recipe=recipe, kernel=FoldAfterMerge(job.kernel, coefficients, job.specs))
 
 

@@ -65,24 +65,24 @@ class CalibrationReport:
     def lines(self) -> list[str]:
         """What is worth knowing at once: the range of xi, what was clipped or left alone and why."""
         xis = sorted(layer.xi for layer in self.layers if layer.xi != 1)
-        found = (
+        lines = (
             [f"xi of {len(xis)} layers: {xis[0]:.3g} to {xis[-1]:.3g}, median {xis[len(xis) // 2]:.3g}"] if xis else []
         )
-        found += [f"{layer.name}: {layer.why}" for layer in self.layers if layer.why]
+        lines += [f"{layer.name}: {layer.why}" for layer in self.layers if layer.why]
         for why in dict.fromkeys(self.left.values()):
             names = [name for name, reason in self.left.items() if reason == why]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            found.append(f"left alone: {', '.join(names[:3])}{more} ({why})")
-        return found
+            lines.append(f"left alone: {', '.join(names[:3])}{more} ({why})")
+        return lines
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table of what was done: layer, xi, features of tasks, merged before and after, and why."""
-        found: list[tuple[str, ...]] = []
+        rows: list[tuple[str, ...]] = []
         for layer in self.layers:
             sizes = [_mean(layer.features), _mean(layer.features_before), _mean(layer.features_after)]
-            told = [f"{size:.4g}" if size is not None else "-" for size in sizes]
-            found.append((layer.name, f"{layer.xi:.4f}", *told, layer.why))
-        return found
+            cells = [f"{size:.4g}" if size is not None else "-" for size in sizes]
+            rows.append((layer.name, f"{layer.xi:.4f}", *cells, layer.why))
+        return rows
 
 
 HEADER = ["layer", "xi", "features", "merged", "calibrated", ""]

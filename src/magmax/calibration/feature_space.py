@@ -111,7 +111,7 @@ def calibrate_features(
     names = names or default_names([m.source for m in others])
     if len(samples) != len(others) or not others:
         raise MagMaxError(f"each model needs samples of its task: {len(others)} models, samples of {len(samples)}")
-    if lacking := [name for name, own in zip(names, samples, strict=True) if not len(own)]:
+    if lacking := [name for name, task_samples in zip(names, samples, strict=True) if not len(task_samples)]:
         raise MagMaxError(f"there are no samples of {', '.join(lacking)}; one each is enough, and some more are better")
     if gram is None:
         gram = measure_gram(opened, merged, others, names, execution, options.mismatch)

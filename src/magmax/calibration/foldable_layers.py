@@ -119,8 +119,8 @@ def find_foldable_layers(model: nn.Module) -> tuple[list[FoldableLayer], dict[st
     left: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own or module in inside:
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or module in inside:
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside.add(module.out_proj)
@@ -129,12 +129,12 @@ def find_foldable_layers(model: nn.Module) -> tuple[list[FoldableLayer], dict[st
                 left[name] = f"{' and '.join(extra)} of MultiheadAttention cannot be folded"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             left[name] = "an Embedding with max_norm is not affine in its weights"
-        elif kind := _kind(module, own):
-            part = _whole(name, kind, module, own)
+        elif kind := _kind(module, parameters):
+            part = _whole(name, kind, module, parameters)
             sites.append(FoldableLayer(name, module, [LayerStage([part], lambda inputs: [inputs])]))
         else:
             left[name or type(module).__name__] = (
-                f"{type(module).__name__} with {', '.join(own)} is no kind of layer that can be folded"
+                f"{type(module).__name__} with {', '.join(parameters)} is no kind of layer that can be folded"
             )
     return sites, left
 
@@ -156,20 +156,25 @@ def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return tuple(map(cast, inputs[0])), {key: cast(value) for key, value in inputs[1].items()}
 
 
-def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> Kind | None:
+def _kind(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | None:
     for kind, types in KINDS.items():
         if isinstance(module, types):
             return kind
-    if type(module).__name__ == "Conv1D" and set(own) == {"weight", "bias"} and own["weight"].dim() == 2:
+    if type(module).__name__ == "Conv1D" and set(parameters) == {"weight", "bias"} and parameters["weight"].dim() == 2:
         return "linear"  # GPT-2's, whose weight is (inputs, outputs)
-    one_dimensional = all(parameter.dim() == 1 for parameter in own.values())
-    if one_dimensional and "weight" in own and set(own) <= {"weight", "bias"} and not any(module.children()):
+    one_dimensional = all(parameter.dim() == 1 for parameter in parameters.values())
+    if (
+        one_dimensional
+        and "weight" in parameters
+        and set(parameters) <= {"weight", "bias"}
+        and not any(module.children())
+    ):
         return "norm"  # such as Llama's
     return None
 
 
-def _whole(name: str, kind: Kind, module: nn.Module, own: Mapping[str, nn.Parameter]) -> FoldablePart:
-    sure = any(type(module).forward is known.forward for known in _ancestors(module, KINDS[kind]))
+def _whole(name: str, kind: Kind, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> FoldablePart:
+    sure = any(type(module).forward is ancestor.forward for ancestor in _ancestors(module, KINDS[kind]))
 
     def change(delta: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         moved = run_with_parameters(module, delta, inputs)
@@ -179,7 +184,7 @@ def _whole(name: str, kind: Kind, module: nn.Module, own: Mapping[str, nn.Parame
             module, {key: torch.zeros_like(value) for key, value in delta.items()}, inputs
         )
 
-    pieces = {key: ParameterRows(parameter) for key, parameter in own.items()}
+    pieces = {key: ParameterRows(parameter) for key, parameter in parameters.items()}
     return FoldablePart(name or type(module).__name__, kind, module, pieces, change, sure)
 
 
@@ -201,20 +206,20 @@ def _attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
         if module.in_proj_bias is not None:
             pieces["bias"] = ParameterRows(_parameter(module.in_proj_bias), rows)
         first.append(FoldablePart(f"{prefix}{letter}", "linear", module, pieces, _projected))
-    own = module.out_proj.named_parameters()
-    last = {key: ParameterRows(parameter) for key, parameter in own}
+    output_parameters = module.out_proj.named_parameters()
+    last = {key: ParameterRows(parameter) for key, parameter in output_parameters}
     out = FoldablePart(f"{prefix}out_proj", "linear", module, last, _projected)
 
     def queries(inputs: Inputs) -> list[Inputs]:
-        given = dict(zip(("query", "key", "value"), inputs[0], strict=False)) | inputs[1]
-        return [((given[word],), {}) for word in ("query", "key", "value")]
+        arguments = dict(zip(("query", "key", "value"), inputs[0], strict=False)) | inputs[1]
+        return [((arguments[word],), {}) for word in ("query", "key", "value")]
 
     def heads(inputs: Inputs) -> list[Inputs]:
         weight = module.out_proj.weight
-        own = {"out_proj.weight": torch.eye(width, dtype=weight.dtype, device=weight.device)}
+        output_parameters = {"out_proj.weight": torch.eye(width, dtype=weight.dtype, device=weight.device)}
         if module.out_proj.bias is not None:
-            own["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
-        return [((functional_call(module, own, *inputs)[0],), {})]
+            output_parameters["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+        return [((functional_call(module, output_parameters, *inputs)[0],), {})]
 
     return FoldableLayer(name, module, [LayerStage(first, queries), LayerStage([out], heads)])
 

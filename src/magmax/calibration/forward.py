@@ -26,11 +26,11 @@ def run_items(model: nn.Module, items: Sequence[Any]) -> None:
         if isinstance(item, Mapping):
             model(**{key: _placed(model, _batched(str(key), value)) for key, value in item.items()})
             continue
-        given = torch.as_tensor(np.asarray(item) if isinstance(item, list | tuple) else item)
-        if given.is_floating_point() or given.dtype == torch.uint8:
-            model(_placed(model, given[None].float() if given.dtype == torch.uint8 else given[None]))
+        values = torch.as_tensor(np.asarray(item) if isinstance(item, list | tuple) else item)
+        if values.is_floating_point() or values.dtype == torch.uint8:
+            model(_placed(model, values[None].float() if values.dtype == torch.uint8 else values[None]))
         else:
-            model(input_ids=_placed(model, given[None]))
+            model(input_ids=_placed(model, values[None]))
 
 
 def _batched(key: str, value: Any) -> Tensor:

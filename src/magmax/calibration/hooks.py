@@ -77,9 +77,9 @@ def _of_places(part: FoldablePart, places: Tensor, output: Tensor, otherwise: fl
     tail = next(iter(part.pieces.values())).parameter.dim() - 2 if part.kind == "conv" else 1
     shape = output.shape[1 : output.dim() - tail]
     count = shape.numel()
-    known = torch.cat([places, places.new_full((max(0, count - len(places)),), torch.nan)])[:count]
-    known = torch.where(known.isnan(), otherwise, known)
-    return known.reshape(*shape, *(1 for _ in range(tail)))
+    padded = torch.cat([places, places.new_full((max(0, count - len(places)),), torch.nan)])[:count]
+    padded = torch.where(padded.isnan(), otherwise, padded)
+    return padded.reshape(*shape, *(1 for _ in range(tail)))
 
 
 def _tensor(checkpoint: Checkpoint, key: str, like: Tensor) -> Tensor:

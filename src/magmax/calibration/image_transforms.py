@@ -91,8 +91,8 @@ def _side(size: int | Mapping[str, int], key: str) -> int:
 def _image(picture: Any) -> Image.Image:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] == (3,)):
-        found = f"{array.dtype} of shape {array.shape}"
-        raise MagMaxError(f"a picture is a PIL image, or bytes of shape (h, w) or (h, w, 3); this one is {found}")
+        actual = f"{array.dtype} of shape {array.shape}"
+        raise MagMaxError(f"a picture is a PIL image, or bytes of shape (h, w) or (h, w, 3); this one is {actual}")
     return Image.fromarray(array)
 
 

@@ -65,7 +65,9 @@ class FeatureMeasurement:
     coefficients: Coefficients = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._items = [(task, n, item) for task, own in enumerate(self.samples) for n, item in enumerate(own)]
+        self._items = [
+            (task, n, item) for task, task_samples in enumerate(self.samples) for n, item in enumerate(task_samples)
+        ]
         self._sites, self._left = find_foldable_layers(self.model)
         self._aliases = {id(p): key for key, p in reversed(list(self.model.named_parameters(remove_duplicate=False)))}
         self._outcomes: dict[FoldablePart, _PartResult] = {}
@@ -96,10 +98,10 @@ class FeatureMeasurement:
                 try:
                     put_through(number)
                 except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-                    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                    message = next(iter(str(error).strip().splitlines()), type(error).__name__)
                     raise MagMaxError(
                         f"{self.names[task]}, sample {sample + 1}: {type(self.model).__name__} cannot be run on this "
-                        f"{type(item).__name__}: {said}; give samples of the kind that the model takes"
+                        f"{type(item).__name__}: {message}; give samples of the kind that the model takes"
                     ) from error
         return {site: max(each.values()) for site, each in calls.items()}
 
@@ -165,17 +167,17 @@ class FeatureMeasurement:
     ) -> None:
         """Add calls of a stage, by the number of the item, to the tallies of its parts."""
         for place, part in enumerate(stage.parts):
-            own = {number: inputs[place] for number, inputs in calls.items()}
+            part_inputs = {number: inputs[place] for number, inputs in calls.items()}
             if part in self._outcomes:
                 continue
             tally = tallies.setdefault(part, RatioStatistics(len(self.models)))
-            if why := self._hindrance(part, own):
+            if why := self._hindrance(part, part_inputs):
                 self._outcomes[part] = _PartResult(tally, why=why)
                 continue
             base = self._tensors(self.base, part)
-            merged = self._magnitudes(part, self._moved(part, base), own)
+            merged = self._magnitudes(part, self._moved(part, base), part_inputs)
             for task, model in enumerate(self.models):
-                theirs = {number: inputs for number, inputs in own.items() if self._items[number][0] == task}
+                theirs = {number: inputs for number, inputs in part_inputs.items() if self._items[number][0] == task}
                 for number, magnitudes in self._magnitudes(part, self._task_vector(model, part, base), theirs).items():
                     tally.add(task, self._items[number][1], magnitudes, merged[number])
 
@@ -198,18 +200,18 @@ class FeatureMeasurement:
         self, part: FoldablePart, delta: Mapping[str, Tensor], calls: Mapping[int, Inputs]
     ) -> dict[int, Tensor]:
         """By item: how far the change of the weights moves the features at each place."""
-        found: dict[int, Tensor] = {}
+        magnitudes: dict[int, Tensor] = {}
         for number, inputs in calls.items():
             device = next(iter(delta.values())).device.type
             with torch.autocast(device, enabled=False):
                 features = part.change(delta, inputs)
-                found[number] = part.magnitudes(features, squared=self.norm == "l2", whole=self.ratio == "sample")
-            if not found[number].isfinite().all():
+                magnitudes[number] = part.magnitudes(features, squared=self.norm == "l2", whole=self.ratio == "sample")
+            if not magnitudes[number].isfinite().all():
                 task, sample, _ = self._items[number]
                 raise MagMaxError(
                     f"{part.name}: its features are not finite, on sample {sample + 1} of {self.names[task]}"
                 )
-        return found
+        return magnitudes
 
     def _settle(self, stage: LayerStage, tallies: Mapping[FoldablePart, RatioStatistics]) -> None:
         """Fold what was measured of a stage into the weights."""
@@ -246,8 +248,8 @@ class FeatureMeasurement:
         return {name: piece.values.to(part.compute) - base[name] for name, piece in part.pieces.items()}
 
     def _task_vector(self, model: Checkpoint, part: FoldablePart, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = self._tensors(model, part)
-        return found if model.is_task_vector else {name: values.sub_(base[name]) for name, values in found.items()}
+        tensors = self._tensors(model, part)
+        return tensors if model.is_task_vector else {name: values.sub_(base[name]) for name, values in tensors.items()}
 
     def _tensors(self, checkpoint: Checkpoint, part: FoldablePart) -> dict[str, Tensor]:
         """A part's weights in a checkpoint, on the module's device."""
@@ -291,7 +293,7 @@ class FeatureMeasurement:
 
     def _by_samples(self, tally: RatioStatistics) -> dict[int, float]:
         """What so many samples a task would have said, on the same inputs."""
-        most = max(len(own) for own in self.samples)
+        most = max(len(task_samples) for task_samples in self.samples)
         counts = sorted({2**n for n in range(most.bit_length()) if 2**n <= most} | {most})
         return {count: xi for count in counts if (xi := tally.xi(count)) is not None}
 

@@ -24,7 +24,7 @@ class RenamedCheckpoint(Checkpoint):
 
     def __init__(self, whole: Checkpoint, names: Mapping[str, str]) -> None:
         super().__init__(
-            whole.label, {new: whole.spec(own) for new, own in names.items() if whole.resolve_alias(own) in whole.specs}
+            whole.label, {new: whole.spec(old) for new, old in names.items() if whole.resolve_alias(old) in whole.specs}
         )
         self.path, self.is_task_vector, self.origin = whole.path, whole.is_task_vector, whole.origin
         self._whole, self._names = whole, names
@@ -71,8 +71,8 @@ def load_module(folder: Path, checkpoint: Checkpoint) -> LoadedModel:
         names, missing = _matched(module, checkpoint)
         if not missing:
             _fill(module, checkpoint, names)
-            kept = {key: name for key, name in names.items() if module.state_dict()[key].is_floating_point()}
-            return LoadedModel(module.eval(), _untied(module, kept))
+            float_names = {key: name for key, name in names.items() if module.state_dict()[key].is_floating_point()}
+            return LoadedModel(module.eval(), _untied(module, float_names))
         best = missing if best is None or len(missing) < len(best) else best
     told = ", ".join((best or [])[:3])
     raise MagMaxError(
@@ -93,14 +93,14 @@ def _candidates(folder: Path) -> Iterator[nn.Module]:
         config.dtype = torch.float32
         named = [getattr(transformers, name, None) for name in config.architectures or []]
         for make in [*filter(None, named), backbone, partial(backbone, add_pooling_layer=False)]:
-            made: nn.Module | None = None
+            module: nn.Module | None = None
             with suppress(TypeError), torch.random.fork_rng(devices=[]):  # not every model has a pooler to leave out
-                made = make(config)
-            if made is not None:
-                yield made
+                module = make(config)
+            if module is not None:
+                yield module
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise MagMaxError(f"{folder}: has no config.json of a model that transformers knows: {said}") from error
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise MagMaxError(f"{folder}: has no config.json of a model that transformers knows: {message}") from error
 
 
 def _matched(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -130,10 +130,10 @@ def _saved_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, st
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before version 5 there was no difference
         return {}
-    own = {(value.data_ptr(), value.shape): key for key, value in state.items()}
+    keys_by_storage = {(value.data_ptr(), value.shape): key for key, value in state.items()}
     saved = revert_weight_conversion(module, dict(state))  # pyright: ignore[reportArgumentType]
     places = {name: (value.data_ptr(), value.shape) for name, value in saved.items()}
-    return {own[place]: name for name, place in places.items() if place in own}
+    return {keys_by_storage[place]: name for name, place in places.items() if place in keys_by_storage}
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
@@ -155,9 +155,9 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -
 def _untied(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """One key for each tensor: the first by which the module knows it."""
     first: dict[int, str] = {}
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for key, value in module.state_dict().items():
-        known = first.setdefault(value.data_ptr(), key)
+        first_key = first.setdefault(value.data_ptr(), key)
         if key in names:
-            found.setdefault(known, names[key])
-    return found
+            keys.setdefault(first_key, names[key])
+    return keys

@@ -99,12 +99,12 @@ class PreparedCalibration:
         transform = CalibrateWeights(
             self.options.form, self.options.per, self.options.norm or "l2", self.options.guard, self.sensitive or ()
         )
-        given = self.base, self.merged, self.models
-        coefficients, layers = calibrate_weights(*given, transform, gram, execution)
+        checkpoints = self.base, self.merged, self.models
+        coefficients, layers = calibrate_weights(*checkpoints, transform, gram, execution)
         if self.options.space == "weight":
             return CalibrationResult(coefficients, CalibrationReport(self.names, layers, {}))
-        found = self._features(coefficients, gram, execution)
-        return CalibrationResult(multiply_coefficients(coefficients, found.coefficients), found.report)
+        calibrated = self._features(coefficients, gram, execution)
+        return CalibrationResult(multiply_coefficients(coefficients, calibrated.coefficients), calibrated.report)
 
     def _features(self, ahead: Coefficients, gram: TaskVectorGram, execution: ExecutionOptions) -> CalibrationResult:
         """In feature space, of the model that has the coefficients of the weight space already."""
@@ -119,7 +119,7 @@ class PreparedCalibration:
         apart = {key: gram.left_out[name] for key, name in names.items() if name in gram.left_out}
         sensitive = None if self.sensitive is None else [keys[name] for name in self.sensitive if name in keys]
         options = FeatureOptions(self.options.norm or "l1", self.options.ratio, self.options.inputs, sensitive)
-        found = calibrate_features(
+        calibration = calibrate_features(
             module,
             base,
             [self.loaded.renamed(model) for model in self.models],
@@ -129,7 +129,7 @@ class PreparedCalibration:
             gram=TaskVectorGram(tensors, apart, self.names),
             execution=execution,
         )
-        return CalibrationResult(self.loaded.in_files(found.coefficients), found.report)
+        return CalibrationResult(self.loaded.in_files(calibration.coefficients), calibration.report)
 
 
 def prepare_calibration(
@@ -149,11 +149,11 @@ def prepare_calibration(
         if base.resolve_alias(name) not in base.specs:
             hint = nearest_hint(name, sorted(base.specs))
             raise MagMaxError(f"{chosen.sensitive}: names {name!r}, which is no tensor of {base.label}; {hint}")
-    found = PreparedCalibration(chosen, base, merged, models, names, sensitive)
+    prepared = PreparedCalibration(chosen, base, merged, models, names, sensitive)
     if chosen.space == "weight":
         if chosen.samples:
             raise MagMaxError("calibrating in weight space takes no samples; choose the space feature or dual")
-        return found
+        return prepared
     if chosen.samples is None:
         raise MagMaxError(
             f"calibrating in {chosen.space} space needs unlabelled samples of each task: --samples FOLDER with "
@@ -186,14 +186,19 @@ def read_items(folder: Path, samples: Path, names: Sequence[str], chosen: Calibr
     places = sample_paths(samples, names)
     seen = [_pictures(place) for place in places]
     if any(seen):
-        return [_pixels(folder, _sample(own, chosen), place) for own, place in zip(seen, places, strict=True)]
+        return [
+            _pixels(folder, _sample(task_items, chosen), place) for task_items, place in zip(seen, places, strict=True)
+        ]
     texts = [read_samples(place, labelled=False).texts for place in places]
-    return [_tokens(folder, _sample(own, chosen), chosen, place) for own, place in zip(texts, places, strict=True)]
+    return [
+        _tokens(folder, _sample(task_items, chosen), chosen, place)
+        for task_items, place in zip(texts, places, strict=True)
+    ]
 
 
-def _sample(found: Sequence[Any], chosen: CalibrationOptions) -> list[Any]:
-    order = np.random.default_rng(chosen.seed).permutation(len(found))[: chosen.n]
-    return [found[row] for row in sorted(order.tolist())]
+def _sample(items: Sequence[Any], chosen: CalibrationOptions) -> list[Any]:
+    order = np.random.default_rng(chosen.seed).permutation(len(items))[: chosen.n]
+    return [items[row] for row in sorted(order.tolist())]
 
 
 def _pictures(place: Path) -> list[Path]:
@@ -206,12 +211,13 @@ def _tokens(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, plac
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MagMaxError(
-            f"{folder}: has no tokenizer for the texts of {place}: {said}; name a folder that has one: --model FOLDER"
+            f"{folder}: has no tokenizer for the texts of {place}: {message}; name a folder that has one: --model "
+            f"FOLDER"
         ) from error
     ids = [tokenizer(text, truncation=True, max_length=chosen.max_tokens)["input_ids"] for text in texts]
-    if empty := [text for text, own in zip(texts, ids, strict=True) if not own]:
+    if empty := [text for text, token_ids in zip(texts, ids, strict=True) if not token_ids]:
         raise MagMaxError(f"{place}: a sample, {empty[0]!r}, has no token; give texts with words in them")
     return ids
 
@@ -226,11 +232,11 @@ def _pixels(folder: Path, pictures: Sequence[Path], place: Path) -> list[Any]:
     except ModuleNotFoundError as error:
         raise MagMaxError(f"{place}: reading pictures needs Pillow: pip install 'magmax[data]'") from error
     view = ImageTransform.of_file(folder / "preprocessor_config.json")
-    found: list[Any] = []
+    tensors: list[Any] = []
     for path in pictures:
         try:
             with Image.open(path) as picture:
-                found.append(view.to_tensor([view.center_crop(view.load(picture))])[0])
+                tensors.append(view.to_tensor([view.center_crop(view.load(picture))])[0])
         except OSError as error:
             raise MagMaxError(f"{path}: cannot be read as a picture: {error}") from error
-    return found
+    return tensors

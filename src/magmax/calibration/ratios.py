@@ -30,18 +30,18 @@ class RatioStatistics:
     def __post_init__(self) -> None:
         self.task_magnitudes, self.merged = [(0.0, 0)] * self.tasks, [(0.0, 0)] * self.tasks
 
-    def add(self, task: int, sample: int, own: Tensor, merged: Tensor) -> None:
+    def add(self, task: int, sample: int, task_magnitudes: Tensor, merged: Tensor) -> None:
         """One call on one sample: the magnitudes at its places, under the task's model and under the merged one."""
         counted = merged > 0
-        ratio = torch.where(counted, own / merged, 0.0)
+        ratio = torch.where(counted, task_magnitudes / merged, 0.0)
         self.ratios[task, sample] = _plus(self.ratios.get((task, sample), (0.0, 0)), ratio, int(counted.sum()))
-        self.task_magnitudes[task] = _plus(self.task_magnitudes[task], own, own.numel())
+        self.task_magnitudes[task] = _plus(self.task_magnitudes[task], task_magnitudes, task_magnitudes.numel())
         self.merged[task] = _plus(self.merged[task], merged, merged.numel())
-        known = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
-        size = max(len(known[0]), len(ratio))
+        sums = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
+        size = max(len(sums[0]), len(ratio))
         self.places[task] = (
-            _padded(known[0], size) + _padded(ratio, size),
-            _padded(known[1], size) + _padded(counted.to(ratio.dtype), size),
+            _padded(sums[0], size) + _padded(ratio, size),
+            _padded(sums[1], size) + _padded(counted.to(ratio.dtype), size),
         )
 
     def xi(self, samples: int | None = None) -> float | None:
@@ -73,8 +73,8 @@ def mean(sums: Sequence[Sum]) -> list[float]:
     return [total / count if count else 0.0 for total, count in sums]
 
 
-def _plus(known: Sum, values: Tensor, count: int) -> Sum:
-    return known[0] + float(values.sum()), known[1] + count
+def _plus(sums: Sum, values: Tensor, count: int) -> Sum:
+    return sums[0] + float(values.sum()), sums[1] + count
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

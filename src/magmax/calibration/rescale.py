@@ -54,10 +54,10 @@ def fold_state(state: Mapping[str, Tensor], base: Checkpoint, coefficients: Coef
 
     for key, xi in coefficients.items():
         spec, values = base.spec(key), state[key]
-        own = read_widened(base, key)
-        merged = values.detach().to(torch.from_numpy(own).dtype).cpu().numpy().reshape(-1)
-        made = fold_arrays(own, merged, coefficient_per_unit(xi, spec, 0, spec.num_units))
-        values.copy_(torch.from_numpy(made).reshape(spec.shape))
+        base_values = read_widened(base, key)
+        merged = values.detach().to(torch.from_numpy(base_values).dtype).cpu().numpy().reshape(-1)
+        folded = fold_arrays(base_values, merged, coefficient_per_unit(xi, spec, 0, spec.num_units))
+        values.copy_(torch.from_numpy(folded).reshape(spec.shape))
 
 
 def read_widened(checkpoint: Checkpoint, key: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -137,8 +137,8 @@ def fold_block(
         return merged
     wide = compute_dtype("F64" if "F64" in (spec.dtype, out.dtype) else out.dtype)
     each = coefficient_per_unit(xi, spec, slab.start, slab.stop)
-    made = fold_arrays(widen(base, spec.dtype, wide), widen(merged, out.dtype, wide), each)
-    stored = narrow(made, out.dtype)
+    folded = fold_arrays(widen(base, spec.dtype, wide), widen(merged, out.dtype, wide), each)
+    stored = narrow(folded, out.dtype)
     if not is_finite(stored, out.dtype):
         raise MagMaxError(f"{slab.key}: the calibrated values overflow {out.dtype}; merge into a wider dtype")
     return stored

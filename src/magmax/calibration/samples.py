@@ -27,33 +27,33 @@ def read_samples(path: Path, labelled: bool = True) -> LabelledTexts:
     it is neither, or holds no sample.
     """
     columns = ("text", "label") if labelled else ("text",)
-    told = f"the column{'s' * labelled} {' and '.join(columns)}"
+    columns_text = f"the column{'s' * labelled} {' and '.join(columns)}"
     if path.is_dir():
         files = sorted(path.glob("*/*.txt" if labelled else "**/*.txt"))
-        found = LabelledTexts([file.read_text("utf-8") for file in files], [file.parent.name for file in files])
+        texts = LabelledTexts([file.read_text("utf-8") for file in files], [file.parent.name for file in files])
     else:
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, ValueError, csv.Error) as error:
-            raise MagMaxError(f"{path}: cannot be read as a CSV with {told}: {error}") from error
+            raise MagMaxError(f"{path}: cannot be read as a CSV with {columns_text}: {error}") from error
         for line, row in enumerate(rows, start=2):
             if any(row.get(column) is None for column in columns):
-                raise MagMaxError(f"{path}, line {line}: needs {told}; it has {sorted(map(str, row))}")
-        found = LabelledTexts([row["text"] for row in rows], [row.get("label") or "" for row in rows])
-    if not found.texts:
-        raise MagMaxError(f"{path}: holds no sample; give a CSV with {told}, or LABEL/NAME.txt")
-    return found
+                raise MagMaxError(f"{path}, line {line}: needs {columns_text}; it has {sorted(map(str, row))}")
+        texts = LabelledTexts([row["text"] for row in rows], [row.get("label") or "" for row in rows])
+    if not texts.texts:
+        raise MagMaxError(f"{path}: holds no sample; give a CSV with {columns_text}, or LABEL/NAME.txt")
+    return texts
 
 
 def sample_paths(folder: Path, names: Sequence[str]) -> list[Path]:
     """Where each task's samples are: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for name in names:
         places = [place for place in (folder / f"{name}.csv", folder / name) if place.exists()]
         if not places:
             there = sorted(place.stem for place in folder.glob("*"))
             hint = nearest_hint(name, there) if there else "the folder is empty, or not there"
             raise MagMaxError(f"{folder}: has no samples of {name!r} ({name}.csv, or a folder {name}); {hint}")
-        found.append(places[0])
-    return found
+        paths.append(places[0])
+    return paths

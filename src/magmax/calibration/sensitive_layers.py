@@ -64,7 +64,7 @@ def find_sensitive(
         before = _scored(scores, model)
         picks = random.integers(0, len(before), (draws, len(before)))
         for key in dict.fromkeys(keys[id(piece.parameter)] for piece in pieces):
-            values, kept = parameters[key].data, parameters[key].detach().clone()
+            values, original = parameters[key].data, parameters[key].detach().clone()
             wide = torch.float64 if values.dtype == torch.float64 else torch.float32
             start = torch.from_numpy(read_widened(opened, key)).reshape(values.shape).to(values.device, wide)
             if torch.equal(values.to(wide), start):
@@ -73,17 +73,17 @@ def find_sensitive(
                 fold_tensor(values, start, factor)
                 lost = before - _scored(scores, model, len(before))
             finally:
-                values.copy_(kept)
+                values.copy_(original)
             low, high = np.quantile(lost[picks].mean(axis=1), [0.025, 0.975])
             drops[key] = ScoreDrop(float(lost.mean()), float(high - low) / 2)
     return Sensitivity(name, metric, factor, len(before), drops, largest_drops(drops, count))
 
 
 def _scored(scores: Scores, model: nn.Module, count: int | None = None) -> NDArray[np.float64]:
-    found = np.asarray(scores(model), dtype=np.float64).reshape(-1)
-    if len(found) < 2 or not np.isfinite(found).all() or count not in (None, len(found)):
+    values = np.asarray(scores(model), dtype=np.float64).reshape(-1)
+    if len(values) < 2 or not np.isfinite(values).all() or count not in (None, len(values)):
         raise MagMaxError(
-            f"a proxy set needs two examples or more, and a finite score of each; these are {len(found)} scores"
-            + (f" where there were {count}" if count not in (None, len(found)) else "")
+            f"a proxy set needs two examples or more, and a finite score of each; these are {len(values)} scores"
+            + (f" where there were {count}" if count not in (None, len(values)) else "")
         )
-    return found
+    return values

@@ -43,8 +43,8 @@ class _NormKernel(Kernel):
             vectors = [self.reader.task_vector(slab, n, base) for n in [*range(2, len(self.reader.inputs)), 1]]
             size, length = self.sizes[slab.key], slab.stop - slab.start
             whole = slab.start % size == 0 and length % size == 0
-            made = dot_products_and_norms(vectors, size if whole else length, angles=True)
-            self.found.setdefault(slab.key, {})[slab.start] = made
+            measures = dot_products_and_norms(vectors, size if whole else length, angles=True)
+            self.found.setdefault(slab.key, {})[slab.start] = measures
         return []
 
 
@@ -64,8 +64,8 @@ def measure_gram(
     execution = execution or ExecutionOptions()
     apart = _apart(base, [merged, *models], mismatch)
     sizes = {key: spec.numel for key, spec in base.specs.items() if key not in apart and spec.numel}
-    found = _measured(base, merged, models, sizes, execution)
-    return TaskVectorGram({key: found[key].sum(axis=0)[:, :-1] for key in sizes}, apart, list(names))
+    measures = _measured(base, merged, models, sizes, execution)
+    return TaskVectorGram({key: measures[key].sum(axis=0)[:, :-1] for key in sizes}, apart, list(names))
 
 
 def calibrate_weights(
@@ -90,22 +90,22 @@ def calibrate_weights(
         for key, spec in base.specs.items()
         if key not in apart and is_calibrated(key, spec.shape)
     }
-    made: Coefficients = {}
+    coefficients: Coefficients = {}
     layers: list[LayerReport] = []
-    for key, found in _measured(base, merged, models, sizes, execution or ExecutionOptions()).items():
-        raw, why = transform.coefficients(found), ""
+    for key, measures in _measured(base, merged, models, sizes, execution or ExecutionOptions()).items():
+        raw, why = transform.coefficients(measures), ""
         xi = raw
-        if transform.is_guarded(found.sum(axis=0)[:-1, [*range(len(models)), -1]]):
+        if transform.is_guarded(measures.sum(axis=0)[:-1, [*range(len(models)), -1]]):
             xi, why = np.ones_like(raw), f"the task vectors are too much alike for the guard of {transform.guard:g}"
         elif transform.sensitive:
             sensitive = key in transform.sensitive
             xi = np.minimum(raw, 1) if sensitive else np.maximum(raw, 1)
             why = f"{'' if sensitive else 'not '}sensitive: {(xi != raw).mean():.0%} clipped" * bool((xi != raw).any())
-        made[key] = xi if rows else xi[0]
-        norms, after = gram.norms([key]), float(np.sqrt((xi**2 * found[:, -1, -2]).sum()))
-        told = {"weights": norms, "weight_after": after, "cosine": gram.cosine([key])}
-        layers.append(LayerReport(key, "weights", [key], float(xi.mean()), float(raw.mean()), why, **told))
-    return made, layers
+        coefficients[key] = xi if rows else xi[0]
+        norms, after = gram.norms([key]), float(np.sqrt((xi**2 * measures[:, -1, -2]).sum()))
+        details = {"weights": norms, "weight_after": after, "cosine": gram.cosine([key])}
+        layers.append(LayerReport(key, "weights", [key], float(xi.mean()), float(raw.mean()), why, **details))
+    return coefficients, layers
 
 
 def _apart(base: Checkpoint, others: Sequence[Checkpoint], mismatch: Mismatch) -> dict[str, str]:
@@ -124,12 +124,12 @@ def _measured(
     inputs = [base, merged, *models]
     kernel = _NormKernel(BlockReader(inputs), sizes)
     BlockPipeline(inputs, [], kernel, execution.pool, digest=False).run(execution.progress)
-    made: dict[str, NDArray[np.float64]] = {}
+    measures: dict[str, NDArray[np.float64]] = {}
     for key, size in sizes.items():
         width = len(models) + 1
         total = np.zeros((base.specs[key].numel // size, width, width + 1))
-        for start, found in sorted(kernel.found.get(key, {}).items()):
+        for start, part_measures in sorted(kernel.found.get(key, {}).items()):
             first = start // size
-            total[first : first + len(found)] += found
-        made[key] = total
-    return made
+            total[first : first + len(part_measures)] += part_measures
+        measures[key] = total
+    return measures

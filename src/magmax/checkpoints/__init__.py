@@ -85,9 +85,9 @@ def _open_source(text: str, label: str, base: Checkpoint | None) -> Checkpoint:
         return opened
     if is_url(text):
         return open_remote(text, display_url(text) if label == text else label)
-    found = locate_model(text)
-    opened = _open_path(found.path, found.label if label == text else label, base)
-    opened.origin = found.origin
+    located = locate_model(text)
+    opened = _open_path(located.path, located.label if label == text else label, base)
+    opened.origin = located.origin
     return opened
 
 
@@ -101,8 +101,8 @@ def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
         if base is None:
             raise MagMaxError(f"{label}: is an adapter, which is a model only with its base: write BASE+{label}")
         return LoraModel(path, base, label)
-    if found := find_dcp(path):
-        return DistributedCheckpoint(found[0], label, found[1])
+    if dcp := find_dcp(path):
+        return DistributedCheckpoint(dcp[0], label, dcp[1])
     if path.is_dir():
         return open_folder(path, label)
     if not path.exists():

@@ -79,11 +79,11 @@ class Checkpoint(ABC):
         Args:
             again: ask another machine once more, instead of telling what it said when the file was opened.
         """
-        found: dict[str, list[object]] = {}
+        fingerprints: dict[str, list[object]] = {}
         for path, header in zip(self.files(), self.header_digests(), strict=True):
             status = path.stat()
-            found[str(path)] = [status.st_size, status.st_mtime_ns, header]
-        return found
+            fingerprints[str(path)] = [status.st_size, status.st_mtime_ns, header]
+        return fingerprints
 
     def prefetch(self, key: str, start: int, stop: int) -> int:
         """Begin to fetch units start..stop, which are to be read soon, and keep them until `release`.

@@ -59,8 +59,10 @@ class WeightsFolder(Checkpoint):
     def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         if self._remote is None:
             return super().fingerprints(refresh)
-        found = map_parallel(lambda shard: shard.fingerprints(refresh), self._shards)
-        return self._remote.fingerprints(refresh) | {name: stamp for shard in found for name, stamp in shard.items()}
+        fingerprints = map_parallel(lambda shard: shard.fingerprints(refresh), self._shards)
+        return self._remote.fingerprints(refresh) | {
+            name: stamp for shard in fingerprints for name, stamp in shard.items()
+        }
 
     def small_files_folder(self) -> Path | None:
         return self._remote.download_model_files(SMALL_FILE_ENDINGS) if self._remote else super().small_files_folder()
@@ -83,14 +85,18 @@ def open_folder(path: Path, label: str) -> WeightsFolder:
             return _open_indexed(path, label, indexes[0])
         if any(path.glob(f"*{kind}")):
             break
-    found = sorted(path.glob("*.safetensors")) or sorted(f for k in PICKLE_SUFFIXES for f in path.glob(f"*{k}"))
-    found = [f for f in found if f.name != "training_args.bin"]
-    if not found and any(path.glob("*.distcp")):
+    weight_files = sorted(path.glob("*.safetensors")) or sorted(f for k in PICKLE_SUFFIXES for f in path.glob(f"*{k}"))
+    weight_files = [f for f in weight_files if f.name != "training_args.bin"]
+    if not weight_files and any(path.glob("*.distcp")):
         raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
-    if len(found) != 1:
-        what = f"{len(found)} weight files and no index" if found else "no weights (.safetensors, .bin or .pt)"
+    if len(weight_files) != 1:
+        what = (
+            f"{len(weight_files)} weight files and no index"
+            if weight_files
+            else "no weights (.safetensors, .bin or .pt)"
+        )
         raise MagMaxError(f"{label}: the folder holds {what}; give the file itself, or a folder with an index")
-    return WeightsFolder(path, label, [_open_weight_file(found[0])], None)
+    return WeightsFolder(path, label, [_open_weight_file(weight_files[0])], None)
 
 
 def _open_weight_file(file: Path) -> Checkpoint:

@@ -98,11 +98,11 @@ class SafetensorsFile(Checkpoint):
         return cast("dict[str, Any]", parsed)
 
     def _check_unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
             raise self._error("names a tensor twice in its header")
-        "".join([*found, *(v for v in found.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
-        return found
+        "".join([*entries, *(v for v in entries.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
+        return entries
 
     def _read_entries(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
@@ -137,8 +137,8 @@ class SafetensorsFile(Checkpoint):
             type(n) is int and 0 <= n < LENGTH_LIMIT for n in (*lengths, begin, end)
         )
         if not whole or not isinstance(dtype, str):
-            told = reprlib.repr(cast("object", entry))
-            raise self._error(f"describes {key} by a dtype, a shape or offsets that cannot be: {told}")
+            shown = reprlib.repr(cast("object", entry))
+            raise self._error(f"describes {key} by a dtype, a shape or offsets that cannot be: {shown}")
         if dtype not in BITS_PER_ELEMENT:
             raise self._error(f"stores {key} as {dtype}, a type this version does not know")
         spec = TensorSpec(dtype, tuple(lengths))

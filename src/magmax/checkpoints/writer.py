@@ -67,25 +67,29 @@ class OutputPath:
         path = self.path
         if path.name in ("", ".."):
             return [f"{path}: names no new file or folder; give the output a name of its own"]
-        found: list[str] = []
+        problems: list[str] = []
         if not self.url and is_url(str(path).replace(":/", "://", 1)):
-            found.append(f"{path}: is on another machine, and this is written here; name a path")
+            problems.append(f"{path}: is on another machine, and this is written here; name a path")
         if path.suffix in (".pt", ".pth", ".bin"):
-            found.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
+            problems.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
         real, taken = path.resolve(), {p.resolve() for p in inputs}
         if real in taken or (self.is_folder and any(real in p.parents for p in taken)):
-            found.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
+            problems.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
         elif inside := next((p for p in taken if p in real.parents), None):
-            found.append(f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output")
+            problems.append(
+                f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output"
+            )
         if self.is_folder and path.is_dir() and (strangers := _foreign_files(path)):
-            told = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-            found.append(f"{path}: holds files that magmax did not write ({told}); move them or choose another folder")
+            listed = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+            problems.append(
+                f"{path}: holds files that magmax did not write ({listed}); move them or choose another folder"
+            )
         if self.is_folder != path.is_dir() and path.exists():
-            found.append(f"{path}: is a {'file' if self.is_folder else 'folder'}; choose another name")
+            problems.append(f"{path}: is a {'file' if self.is_folder else 'folder'}; choose another name")
         above = nearest_existing_folder(path)
         if not os.access(above, os.W_OK | os.X_OK):
-            found.append(f"{above}: cannot be written to; choose another place for the output")
-        return found
+            problems.append(f"{above}: cannot be written to; choose another place for the output")
+        return problems
 
 
 def _foreign_files(folder: Path) -> list[str]:

@@ -58,12 +58,12 @@ def study(
         raise MagMaxError(f"there is no study {what!r}; {nearest_hint(what, [*WEIGHT_STUDIES, *ACCURACY_STUDIES])}")
     if density is not None and (what != "conflicts" or not 0 < density <= 1):
         raise MagMaxError(f"--density is a fraction from 0 to 1 for the study conflicts, not {density} for {what}")
-    found, cells = _studied(what, models, base, source, density, threads)
-    files = [] if out is None else _written(found, cells, Path(out))  # first: who reads what is printed may stop early
+    result, cells = _studied(what, models, base, source, density, threads)
+    files = [] if out is None else _written(result, cells, Path(out))  # first: who reads what is printed may stop early
     if as_json:
-        print(found.as_json(), end="")
+        print(result.as_json(), end="")
     else:
-        _print(found)
+        _print(result)
     if files:
         print(", ".join(map(str, files)))
 
@@ -118,20 +118,20 @@ def coefficients_of(path: Path) -> dict[str, float]:
     Raises MagMaxError for a file that holds none.
     """
     try:
-        found: Any = json.loads(path.read_text("utf-8"))
+        content: Any = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{path}: cannot be read: {error}") from error
-    inner = found.get("coefficients", found) if isinstance(found, dict) else None
+    inner = content.get("coefficients", content) if isinstance(content, dict) else None
     numbers: list[tuple[Any, Any]] = list(inner.items()) if isinstance(inner, dict) else []
-    layers = found.get("layers") if isinstance(found, dict) else None
+    layers = content.get("layers") if isinstance(content, dict) else None
     if isinstance(layers, list):
         numbers = [(layer.get("name"), layer.get("xi")) for layer in layers if isinstance(layer, dict)]
-    known = {str(k): float(v) for k, v in numbers if type(v) in (int, float) and math.isfinite(v)}
-    if not known:
+    coefficients = {str(k): float(v) for k, v in numbers if type(v) in (int, float) and math.isfinite(v)}
+    if not coefficients:
         raise MagMaxError(
             f"{path}: holds no coefficients; expected layers with a name and xi, or a map from tensor to number"
         )
-    return known
+    return coefficients
 
 
 def _studied(
@@ -180,31 +180,31 @@ def _bytes(trainings: Any) -> int:
     return sum(path.stat().st_size for paths in trainings for path in paths)
 
 
-def _print(found: Study) -> None:
+def _print(result: Study) -> None:
     """What was found in words, and the records; of many only the first."""
-    for sentence in found.findings:
+    for sentence in result.findings:
         print(sentence)
     from ..analysis.records import json_safe
 
     def told(value: Any) -> str:
         return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    rows = [tuple(told(value) for value in json_safe(record).values()) for record in found.records[:SHOWN_ROWS]]
+    rows = [tuple(told(value) for value in json_safe(record).values()) for record in result.records[:SHOWN_ROWS]]
     if rows:
-        print_table(list(found.records[0]), rows)
-    if len(found.records) > SHOWN_ROWS:
-        print(f"... {len(found.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
+        print_table(list(result.records[0]), rows)
+    if len(result.records) > SHOWN_ROWS:
+        print(f"... {len(result.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
 
 
-def _written(found: Study, cells: Records, folder: Path) -> list[Path]:
+def _written(result: Study, cells: Records, folder: Path) -> list[Path]:
     """The records, the page and the drawings of a study, each as a file."""
     from ..analysis.report.builder import build_figures
     from ..analysis.report.html_page import standalone_svgs, study_page
     from ..checkpoints.writer import replace_file
 
-    figures = build_figures(found, cells)
-    paths = found.write(folder)
-    paths.append(study_page(found, figures).write(folder / f"{found.kind}.html"))
+    figures = build_figures(result, cells)
+    paths = result.write(folder)
+    paths.append(study_page(result, figures).write(folder / f"{result.kind}.html"))
     for figure in figures:
         for name, drawing in standalone_svgs(figure).items():
             paths.append(folder / f"{name}.svg")

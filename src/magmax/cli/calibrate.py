@@ -109,18 +109,18 @@ def calibrate(
     others = [open_checkpoint(path, base=opened) for path in models]
     names = default_names([other.source for other in others])
     ready = prepare_calibration(chosen, opened, start, others, names)
-    given = opened, start, others, Path(out)
+    checkpoints = opened, start, others, Path(out)
     if dry_run:
-        print_preview(calibrate_job(*given, {}, chosen.provenance(), names), threads)
+        print_preview(calibrate_job(*checkpoints, {}, chosen.provenance(), names), threads)
         return
     total = 2 * (opened.nbytes + start.nbytes + sum(other.nbytes for other in others))
     with progress_options(total, f"calibrating {merged}", threads, restart) as settings:
-        found = ready.measure(settings)
-        outcome = calibrate_job(*given, found.coefficients, chosen.provenance(), names).run(settings)
+        calibrated = ready.measure(settings)
+        outcome = calibrate_job(*checkpoints, calibrated.coefficients, chosen.provenance(), names).run(settings)
     if report:
-        replace_file(Path(report), found.report.as_json().encode())
+        replace_file(Path(report), calibrated.report.as_json().encode())
     if plot:
-        draw(found.report, Path(plot))
-    for line in found.report.lines():
+        draw(calibrated.report, Path(plot))
+    for line in calibrated.report.lines():
         print(line)
-    print_result(f"calibrated {len(found.coefficients)} tensors in {space} space", outcome)
+    print_result(f"calibrated {len(calibrated.coefficients)} tensors in {space} space", outcome)

@@ -136,11 +136,11 @@ def _times(job: Job, threads: int) -> str:
 
     cost = job_cost(job, threads)
     processors = cost.processor_seconds / cost.threads
-    told = ", ".join(f"{format_seconds(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
+    times = ", ".join(f"{format_seconds(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
     network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)
     besides = f"{network}{'singular values, ' * job.kernel.whole_tensor}".removesuffix(", ").replace(", ", " and ")
     limits = f"; beside {besides}" * bool(besides)
-    return f"about {told} MB/s of disk, {format_seconds(processors)} of {cost.threads} processors{limits}"
+    return f"about {times} MB/s of disk, {format_seconds(processors)} of {cost.threads} processors{limits}"
 
 
 def print_result(words: str, result: MergeResult) -> None:

@@ -53,8 +53,8 @@ def train(
     from ..continual.training.trainer import ContinualTraining
     from ..recipes.recipe import parse_rule
 
-    parsed, given = parse_rule(rule)
-    factor = given if scaling_factor is None else scaling_factor
+    parsed, own_factor = parse_rule(rule)
+    factor = own_factor if scaling_factor is None else scaling_factor
     named = rule if rule.isidentifier() else parsed.describe()
     chosen = experiment.seeds[0] if seed is None else seed
     work = ContinualTraining(experiment, Path(out), training, named, chosen, factor, restart)
@@ -107,11 +107,11 @@ def evaluate(
 
     _threads(threads)
     with progress_bars() as new_bar:
-        found = measure(experiment, paths, experiment.seeds[0] if seed is None else seed, new_bar)
+        accuracies = measure(experiment, paths, experiment.seeds[0] if seed is None else seed, new_bar)
     if as_json:
-        print(json.dumps({path: asdict(row) for path, row in found.items()}, indent=2))
+        print(json.dumps({path: asdict(row) for path, row in accuracies.items()}, indent=2))
         return
-    for path, row in found.items():
+    for path, row in accuracies.items():
         shares = " ".join(f"{100 * share:.1f}" for share in row.tasks)
         print(f"{path}: {shares}; mean {_mean(row.tasks)}, macro {100 * row.macro:.1f}, micro {100 * row.micro:.1f}")
 

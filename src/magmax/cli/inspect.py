@@ -36,8 +36,8 @@ def inspect(checkpoint: str, *, as_json: Json = False) -> None:
         for key, s in opened.specs.items()
     ]
     print_table(["tensor", "dtype", "shape", "size"], rows)
-    for key, kept in opened.aliases.items():
-        print(f"{key} is tied to {kept}")
+    for key, stored_key in opened.aliases.items():
+        print(f"{key} is tied to {stored_key}")
     for note in opened.notes:
         print(note)
     elements = sum(s.numel for s in opened.specs.values())
@@ -108,13 +108,19 @@ def diff(
     start = open_checkpoint(base)
     end = open_checkpoint(model, base=start)
     with progress_options(2 * start.nbytes, "comparing", threads, False) as settings:
-        found = measure(start, end, threads, settings.progress)
+        difference = measure(start, end, threads, settings.progress)
     if as_json:
-        print_json({"norm": found.norm, "tensors": [asdict(m) for m in found.movements], "apart": found.incomparable})
+        print_json(
+            {
+                "norm": difference.norm,
+                "tensors": [asdict(m) for m in difference.movements],
+                "apart": difference.incomparable,
+            }
+        )
         return
-    movers = sorted(found.movements, key=lambda m: -m.norm)[:limit] if limit else found.movements
+    movers = sorted(difference.movements, key=lambda m: -m.norm)[:limit] if limit else difference.movements
     rows = [(m.key, f"{m.norm:.6g}", f"{m.relative:.3g}", f"{m.changed:.1%}") for m in movers]
     print_table(["tensor", "norm", "of the base's", "changed"], rows)
-    for reason in found.incomparable.values():
+    for reason in difference.incomparable.values():
         print(f"not compared: {reason}")
-    print(f"task vector: L2 norm {found.norm:.6g} over {len(found.movements)} tensors")
+    print(f"task vector: L2 norm {difference.norm:.6g} over {len(difference.movements)} tensors")

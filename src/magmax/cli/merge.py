@@ -148,8 +148,8 @@ def sweep(
             with work.merged() as scaler:
                 for factor in chosen:
                     path = scaler.write(factor)
-                    told = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
-                    rows.append((f"{factor:g}", told))
+                    outcome = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
+                    rows.append((f"{factor:g}", outcome))
         finally:
             if rows:
                 print_table(["scaling_factor", "score" if evaluate else "path"], rows)
@@ -164,19 +164,19 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> MergeRequest:
     from ..recipes.recipe import apply_overrides, build_request, load_recipe
     from ..yaml_documents import is_assignment
 
-    given = {key: value for key, value in flags.items() if value is not None}
+    options = {key: value for key, value in flags.items() if value is not None}
     assigned = [w for w in words if is_assignment(w) and not os.path.exists(w)]
     paths = [w for w in words if w not in assigned]
     if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
-        here = os.path.dirname(paths[0])
-        if "base" in given:
-            given["base"] = relative_path(here, given["base"])
-        if "out" in given and not is_url(given["out"]):
-            given["out"] = os.path.relpath(given["out"], here or ".")
-        return load_recipe(paths[0], assigned, given)
-    if "base" not in given and "adapter_rank" not in given:
+        folder = os.path.dirname(paths[0])
+        if "base" in options:
+            options["base"] = relative_path(folder, options["base"])
+        if "out" in options and not is_url(options["out"]):
+            options["out"] = os.path.relpath(options["out"], folder or ".")
+        return load_recipe(paths[0], assigned, options)
+    if "base" not in options and "adapter_rank" not in options:
         raise MagMaxError("merge needs --base BASE and the models, or a recipe (.yaml)")
-    return build_request(apply_overrides({"models": paths, **given}, assigned), "the command line", {}, "")
+    return build_request(apply_overrides({"models": paths, **options}, assigned), "the command line", {}, "")
 
 
 def _scored(command: str, path: Path, keep: bool) -> str:

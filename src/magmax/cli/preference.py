@@ -96,15 +96,15 @@ def tune(
         raise MagMaxError("tune needs --prefer NAME=WEIGHT (once for each model), or --preset NAME, or --target DATA")
     if (target is None) != (samples is None):
         raise MagMaxError("--target DATA and --samples FOLDER, the training samples of each model, go together")
-    kept = Archive(Path(archive)) if archive else None
-    if kept:
-        kept.refuse_inside(Path(out))
-    opened = kept.base(base) if kept else open_checkpoint(str(base))
-    inputs = kept.models(opened) if kept else [open_checkpoint(m, base=opened) for m in models]
-    weights = kept.preset(preset) if kept and preset else _weights(prefer or [])
+    opened_archive = Archive(Path(archive)) if archive else None
+    if opened_archive:
+        opened_archive.refuse_inside(Path(out))
+    opened = opened_archive.base(base) if opened_archive else open_checkpoint(str(base))
+    inputs = opened_archive.models(opened) if opened_archive else [open_checkpoint(m, base=opened) for m in models]
+    weights = opened_archive.preset(preset) if opened_archive and preset else _weights(prefer or [])
     content: dict[str, Any] = {
         "base": str(opened.path),
-        "models": [{"path": name, "name": name} for name in kept.tasks] if kept else list(models),
+        "models": [{"path": name, "name": name} for name in opened_archive.tasks] if opened_archive else list(models),
         "rule": {"tunable": {"span": span, "selection": selection, "seed": seed, "preference": weights or []}},
         "target": {"data": target, "samples": samples, "method": method, "encoder": encoder} if target else None,
         "scaling_factor": scaling_factor,
@@ -116,19 +116,19 @@ def tune(
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))
     with progress_options(total, f"tuning {len(inputs)} models", threads, restart, scheduler) as settings:
         rule = plan.rule_with_preference(opened, inputs, settings)
-        told = dict(zip(plan.names, rule.shares, strict=True))
-        given = dict(zip(plan.names, cast("Sequence[float]", rule.preference), strict=True))
-        if kept:
-            job = kept.job(rule, Path(out), plan.options, base)
+        shares = dict(zip(plan.names, rule.shares, strict=True))
+        weights_by_name = dict(zip(plan.names, cast("Sequence[float]", rule.preference), strict=True))
+        if opened_archive:
+            job = opened_archive.job(rule, Path(out), plan.options, base)
         else:
             job = merge_job(rule, opened, inputs, out, plan.options, plan.names)
         if dry_run:
             print_preview(job, threads, scheduler)
             return
         outcome = job.run(settings)
-    if kept and save:
-        kept.save_preset(save, given)
-    print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in told.items()))
+    if opened_archive and save:
+        opened_archive.save_preset(save, weights_by_name)
+    print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     print_result(f"tuned {len(inputs)} models", outcome)
 
 
@@ -167,7 +167,7 @@ def create(
     inputs = [open_checkpoint(model, base=opened) for model in models]
     size = opened.nbytes + sum(model.nbytes for model in inputs)
     with progress_options(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
-        made = write_archive(
+        written = write_archive(
             opened,
             inputs,
             default_names(list(models)),
@@ -177,8 +177,10 @@ def create(
             base_given=base,
             execution=settings,
         )
-    size = made.tensors.nbytes
-    print(f"archived {', '.join(made.tasks)}: {out} ({format_bytes(size)}, {size / opened.nbytes:.2f} times the base)")
+    size = written.tensors.nbytes
+    print(
+        f"archived {', '.join(written.tasks)}: {out} ({format_bytes(size)}, {size / opened.nbytes:.2f} times the base)"
+    )
 
 
 def presets(archive: str, *, as_json: Json = False) -> None:
@@ -193,17 +195,17 @@ def presets(archive: str, *, as_json: Json = False) -> None:
 
     from ..preference.archive import Archive
 
-    found = Archive(Path(archive))
+    opened = Archive(Path(archive))
     if as_json:
-        print_json({"tasks": found.tasks, "presets": dict(found.presets)})
+        print_json({"tasks": opened.tasks, "presets": dict(opened.presets)})
         return
-    rows = [(name, *(f"{weights.get(task, 0):g}" for task in found.tasks)) for name, weights in found.presets.items()]
-    print_table(["preset", *found.tasks], rows)
+    rows = [(name, *(f"{weights.get(task, 0):g}" for task in opened.tasks)) for name, weights in opened.presets.items()]
+    print_table(["preset", *opened.tasks], rows)
 
 
 def _weights(words: list[str]) -> dict[str, float]:
     """The preference that NAME=WEIGHT words spell."""
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for word in words:
         name, _, text = word.rpartition("=")
         try:
@@ -212,7 +214,7 @@ def _weights(words: list[str]) -> dict[str, float]:
             weight = None
         if not name or weight is None:
             raise MagMaxError(f"--prefer needs NAME=WEIGHT, such as news=3, not {word!r}")
-        if name in found:
+        if name in weights:
             raise MagMaxError(f"--prefer names {name!r} twice; keep one")
-        found[name] = weight
-    return found
+        weights[name] = weight
+    return weights

@@ -33,13 +33,13 @@ def copy_recipe(name: str, *, out: OptionalOut = None) -> None:
     from ..recipes.recipe import shipped_recipes
     from ..rules import nearest_hint
 
-    known = {path.stem: path for path in shipped_recipes()}
-    if name not in known:
-        raise MagMaxError(f"there is no recipe {name!r}; {nearest_hint(name, list(known))}")
+    paths = {path.stem: path for path in shipped_recipes()}
+    if name not in paths:
+        raise MagMaxError(f"there is no recipe {name!r}; {nearest_hint(name, list(paths))}")
     target = Path(out or f"{name}.yaml")
     try:
         with target.open("x") as file:
-            file.write(known[name].read_text())
+            file.write(paths[name].read_text())
     except FileExistsError as error:
         raise MagMaxError(f"{target}: exists already; name another file") from error
     except OSError as error:

@@ -102,24 +102,24 @@ def status(state: str, *, as_json: Json = False) -> None:
     state
         The running merge's folder.
     """
-    found = _running(state, None, None).status()
+    state_now = _running(state, None, None).status()
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(state_now))
         return
-    ((name, options),) = found.rule.items()
+    ((name, options),) = state_now.rule.items()
     print(f"rule   {name} {options or ''}".rstrip())
-    print(f"base   {found.base or 'in memory'}  {found.base_digest or ''}")
-    tasks = found.current.tasks if found.current else []
-    shares = [f"{share:.1%}" for share in found.shares] or [""] * len(tasks)
-    header = ["task", "name", "digest", *(["supplies"] if found.shares else [])]
+    print(f"base   {state_now.base or 'in memory'}  {state_now.base_digest or ''}")
+    tasks = state_now.current.tasks if state_now.current else []
+    shares = [f"{share:.1%}" for share in state_now.shares] or [""] * len(tasks)
+    header = ["task", "name", "digest", *(["supplies"] if state_now.shares else [])]
     rows = [
         (str(n), t.name, t.digest, *([s] if s else [])) for n, (t, s) in enumerate(zip(tasks, shares, strict=True), 1)
     ]
     print_table(header, rows)
-    current = found.current.number if found.current else None
+    current = state_now.current.number if state_now.current else None
     listed = [
         (f"{g.number}{' (current)' * (g.number == current)}", g.label or "", str(len(g.tasks)))
-        for g in found.generations
+        for g in state_now.generations
     ]
     print_table(["generation", "label", "tasks"], listed)
 

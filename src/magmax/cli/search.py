@@ -42,16 +42,16 @@ def search(
     from ..search.trial_results import best_of, pareto_front, tasks_of, write_search
 
     check_counts(1 if jobs is None else jobs, threads)
-    given, trials = load_search(recipe, assignments)
+    config, trials = load_search(recipe, assignments)
     if not isinstance(trials.score, str) and trials.score[2] == "test":
         print_note("note: scores are those on the test examples; what is chosen by them must not be reported on them")
     with job_executor(jobs or 1, scheduler) as executor:
         tried = Search(
-            given, trials, Path(out), executor, jobs or worker_slots(executor), threads or 1, _say_trial
+            config, trials, Path(out), executor, jobs or worker_slots(executor), threads or 1, _say_trial
         ).run()
-    files = write_search(given, trials, tried, Path(out))
-    tasks = tasks_of(given, tried)
-    shown = pareto_front(tried, tasks, given.direction) if len(tasks) > 1 else [best_of(given, tried)]
+    files = write_search(config, trials, tried, Path(out))
+    tasks = tasks_of(config, tried)
+    shown = pareto_front(tried, tasks, config.direction) if len(tasks) > 1 else [best_of(config, tried)]
     rows = [
         (str(t.number), *map(_told, t.settings.values()), *(f"{t.scores[task]:.6g}" for task in tasks)) for t in shown
     ]
@@ -60,13 +60,13 @@ def search(
             f"the Pareto front: {len(shown)} of {len(tried)} trials, each with what no other has on all tasks at once"
         )
     print_table(["trial", *shown[0].settings, *tasks], rows)
-    print(f"best: trial {best_of(given, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
+    print(f"best: trial {best_of(config, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
 
 
 def _say_trial(trial: TrialRecord) -> None:
     chosen = ", ".join(f"{name} {_told(value)}" for name, value in trial.settings.items())
-    came = ", ".join(f"{task} {score:.6g}" for task, score in trial.scores.items())
-    print_note(f"trial {trial.number}: {chosen}: {came or trial.refused}")
+    scores = ", ".join(f"{task} {score:.6g}" for task, score in trial.scores.items())
+    print_note(f"trial {trial.number}: {chosen}: {scores or trial.refused}")
 
 
 def _told(value: object) -> str:

@@ -54,8 +54,10 @@ def ui(
     with bind_socket(port) as at:
         from ..continual.experiment_file import read_experiment
 
-        told = Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
-        source = open_source(Path(run), told, seed)
+        experiment = (
+            Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
+        )
+        source = open_source(Path(run), experiment, seed)
         with progress_bars() as new_bar:
             tuner = TunerModel.open(source, examples, Path(samples) if samples else None, new_bar)
         serve(tuner, at, not no_browser, partial(print, flush=True))

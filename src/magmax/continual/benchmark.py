@@ -93,5 +93,5 @@ def finished(experiment: Experiment, out: Path) -> list[Record]:
 
 def read(experiment: Experiment, out: Path) -> list[tuple[BenchmarkCell, Record | None]]:
     """Return all cells of the experiment, each with its record if one of the same recipe is there."""
-    there = CellStore(out).by_digest()
-    return [(cell, there.get(digest_of(experiment.cell_recipe(cell)))) for cell in experiment.cells()]
+    records = CellStore(out).by_digest()
+    return [(cell, records.get(digest_of(experiment.cell_recipe(cell)))) for cell in experiment.cells()]

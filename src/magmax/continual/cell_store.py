@@ -136,10 +136,10 @@ def _whole(content: bytes) -> int:
 
 def _record(line: bytes) -> Record | None:
     try:
-        found = json.loads(line)
+        content = json.loads(line)
     except ValueError:
         return None
-    return _modern(found) if isinstance(found, dict) else None
+    return _modern(content) if isinstance(content, dict) else None
 
 
 def _modern(record: Record) -> Record:

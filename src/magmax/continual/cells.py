@@ -54,19 +54,19 @@ def run_training(recipe: str, out: str, seed: int, training: str, threads: int =
 
 def _run_training(experiment: Experiment, out: Path, seed: int, training: str, threads: int) -> str:
     torch.set_num_threads(threads)
-    here = build_context(experiment, seed)
+    context = build_context(experiment, seed)
     folder = training_folder(out, experiment, seed, training)
     reset_peak()
     if training == "external":
         models = experiment.training_choices[training]["models"]
-        import_checkpoints(models, [task.name for task in here.tasks], here.base, folder)
+        import_checkpoints(models, [task.name for task in context.tasks], context.base, folder)
     else:
         fine_tune(
-            here.encoder,
-            here.head,
-            here.train,
-            here.tasks_of(training),
-            here.training_method(training),
+            context.encoder,
+            context.head,
+            context.train,
+            context.tasks_of(training),
+            context.training_method(training),
             folder,
             seed=seed,
         )
@@ -83,15 +83,15 @@ def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> st
 
 def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) -> str:
     torch.set_num_threads(threads)
-    here = build_context(experiment, cell.seed)
+    context = build_context(experiment, cell.seed)
     paths: list[Path] = []
     if cell.rule != ZERO_SHOT:
         folder = training_folder(out, experiment, cell.seed, cell.training)
-        paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks_of(cell.training)) + 1)]
+        paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(context.tasks_of(cell.training)) + 1)]
         if missing := [str(path) for path in paths if not path.exists()]:
             raise MagMaxError(f"{missing[0]}: is missing; a Dask worker needs the folder --out on a shared file system")
     reset_peak()
-    measured = _CellMeasurement(here, cell, paths).record()
+    measured = _CellMeasurement(context, cell, paths).record()
     recipe_of_cell = experiment.cell_recipe(cell)
     record = {
         "seed": cell.seed,
@@ -102,7 +102,7 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
         "digest": digest_of(recipe_of_cell),
         **measured,
         "peak_memory": max(peak_memory() or 0, trained_in(paths)) or None,
-        "stored_bytes": stored_bytes(here, cell),
+        "stored_bytes": stored_bytes(context, cell),
         "models": {path.stem: digest_of_file(path) for path in paths},
         "recipe": recipe_of_cell,
         "environment": environment(threads),
@@ -144,8 +144,8 @@ class _CellMeasurement:
                 same = chosen == default
                 variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
             variants += [self.variant(f"factor {factor:g}", factor) for factor in self.here.experiment.sweep]
-        told = {} if self.cell.rule == ZERO_SHOT else training_costs(self.paths[0].parent)
-        training = sum(each["seconds"] for each in told.values())
+        task_costs = {} if self.cell.rule == ZERO_SHOT else training_costs(self.paths[0].parent)
+        training = sum(each["seconds"] for each in task_costs.values())
         seconds = {"training": training, "merging": self.merging, "evaluating": self.evaluating}
         return {"variants": variants, "search": search, "seconds": {k: round(v, 3) for k, v in seconds.items()}}
 
@@ -177,11 +177,11 @@ class _CellMeasurement:
         """Average accuracy on the validation examples after the last task."""
         tasks = len(self.here.tasks)
         self.load(tasks, factor)
-        found = self.timed(lambda: self.here.row(tasks, self.here.validation)).tasks
-        lacking = [task.name for task, share in zip(self.here.tasks, found, strict=True) if math.isnan(share)]
+        accuracies = self.timed(lambda: self.here.row(tasks, self.here.validation)).tasks
+        lacking = [task.name for task, share in zip(self.here.tasks, accuracies, strict=True) if math.isnan(share)]
         if lacking:
             raise MagMaxError(f"no validation example of {', '.join(lacking)}; hold out more of each class")
-        return sum(found) / len(found)
+        return sum(accuracies) / len(accuracies)
 
     def load(self, learned: int, factor: float | None) -> None:
         """The model after so many tasks, into the encoder."""
@@ -218,7 +218,7 @@ class _CellMeasurement:
     def calibrate(self, learned: int, factor: float | None) -> None:
         """Calibrate what is in the encoder in feature space, on validation examples of each task learned so far."""
         encoder = self.here.encoder
-        found = calibrate_features(
+        calibration = calibrate_features(
             encoder.model,
             self.here.base,
             self.paths[:learned],
@@ -229,24 +229,24 @@ class _CellMeasurement:
         )
         if not self.options.get("folded", True):
             encoder.model.load_state_dict(self.merged(learned, factor))
-            self.corrected = partial(calibration_hooks, encoder.model, self.here.base, found)
+            self.corrected = partial(calibration_hooks, encoder.model, self.here.base, calibration)
 
     def timed(self, work: Callable[[], AccuracyRow]) -> AccuracyRow:
         with self.corrected():
             began = time.perf_counter()
-            found = work()
+            result = work()
         self.evaluating += time.perf_counter() - began
-        return found
+        return result
 
 
 def samples_of(context: ExperimentContext, tasks: Sequence[Task], count: int) -> list[list[Any]]:
     """So many validation examples of each task, drawn by the seed: they are neither trained on nor scored."""
     data, random = context.validation, np.random.default_rng(context.seed)
-    found: list[list[Any]] = []
+    samples: list[list[Any]] = []
     for task in tasks:
         rows = random.permutation(task.rows(data.labels, data.domains))[:count]
-        found.append([data.items[int(row)] for row in rows])
-    return found
+        samples.append([data.items[int(row)] for row in rows])
+    return samples
 
 
 def with_seed(cell: BenchmarkCell) -> Rule:
@@ -273,10 +273,10 @@ def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
     total = 0 if cell.training in FROM_BASE else model
     total += trained if cell.training.startswith("ewc") else 0
     if cell.training == "replay":
-        kept = context.experiment.training_choices["replay"]["per_class"] * len(
+        examples = context.experiment.training_choices["replay"]["per_class"] * len(
             {c for t in context.tasks for c in t.classes}
         )
-        total += _bytes_of(context.train.items) * kept // max(1, len(context.train))
+        total += _bytes_of(context.train.items) * examples // max(1, len(context.train))
     if cell.merges:
         rule = rule_from(cell.rule)
         slots = rule.slots(len(context.tasks)) if isinstance(rule, StreamingRule) else len(context.tasks)

@@ -64,17 +64,17 @@ class ExperimentContext:
         """How a training trains."""
         options = self.experiment.training_choices[training]
         settings = FitSettings(**self.experiment.fit.model_dump())
-        kept = {"save_every": self.experiment.save_every, "parallel": self.experiment.parallel}
+        shared = {"save_every": self.experiment.save_every, "parallel": self.experiment.parallel}
         if training == "joint":
             steps = options["steps"] or settings.steps * len(self.tasks)
-            return TrainingMethod(replace(settings, steps=steps), **kept)
+            return TrainingMethod(replace(settings, steps=steps), **shared)
         return TrainingMethod(
             settings,
             start="base" if training == "independent" else "previous",
             penalty=(lambda: PENALTIES[training](**options)) if training in PENALTIES else None,
             replay=options.get("per_class", 0),
             balanced=options.get("balanced", True),
-            **kept,
+            **shared,
         )
 
 
@@ -104,8 +104,8 @@ def hold_out(data: LabelledExamples, per_class: int, seed: int) -> tuple[Labelle
     held = np.zeros(len(data), dtype=bool)
     domains = np.zeros(len(data), dtype=int) if data.domains is None else data.domains
     for c, domain in np.unique(np.stack([data.labels, domains]), axis=1).T:
-        own = random.permutation(np.flatnonzero((data.labels == c) & (domains == domain)))
-        held[own[: min(per_class, len(own) // 2)]] = True
+        candidates = random.permutation(np.flatnonzero((data.labels == c) & (domains == domain)))
+        held[candidates[: min(per_class, len(candidates) // 2)]] = True
     return data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
 
 

@@ -172,19 +172,19 @@ class Experiment(BaseModel):
 
     def cells(self) -> list[BenchmarkCell]:
         """Everything that there is to measure: one cell for each seed, training and rule, zero-shot first."""
-        found: list[BenchmarkCell] = []
+        cells: list[BenchmarkCell] = []
         for seed in self.seeds:
-            found.append(BenchmarkCell(seed=seed, training=ZERO_SHOT, rule=ZERO_SHOT))
+            cells.append(BenchmarkCell(seed=seed, training=ZERO_SHOT, rule=ZERO_SHOT))
             for training in self.training_choices:
                 if training not in FROM_BASE:
-                    found.append(BenchmarkCell(seed=seed, training=training, rule=LAST))
+                    cells.append(BenchmarkCell(seed=seed, training=training, rule=LAST))
                 if training not in REFERENCES:
-                    found += [
+                    cells += [
                         BenchmarkCell(seed=seed, training=training, rule=rule, calibration=calibration)
                         for rule in self.rules
                         for calibration in (None, *self.calibrations)
                     ]
-        return found
+        return cells
 
     def cell_recipe(self, cell: BenchmarkCell) -> dict[str, Any]:
         """All that decides a cell's record."""
@@ -231,51 +231,51 @@ def rule_name(rule: Choice | list[Any]) -> str:
     if isinstance(rule, list):
         return "+".join(rule_name(part) for part in rule)
     ((name, options),) = rule.items()
-    told = ",".join(f"{key}={value}" for key, value in (options or {}).items())
-    return f"{name}({told})" if told else name
+    options_text = ",".join(f"{key}={value}" for key, value in (options or {}).items())
+    return f"{name}({options_text})" if options_text else name
 
 
 def _known_options(
     kind: str, table: Mapping[str, Mapping[str, Any]], choice: Choice
 ) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
     """A choice's name, the options given, and all that are known, with defaults; refuses what is none."""
-    name, given = registry.split(kind, choice)
+    name, chosen = registry.split(kind, choice)
     if name not in table:
         raise MagMaxError(f"{kind}: there is no {name!r}; {nearest_hint(name, list(table))}")
-    known = table[name]
-    for option in given:
-        if option not in known:
-            hint = nearest_hint(option, list(known)) if known else "it takes none"
+    defaults = table[name]
+    for option in chosen:
+        if option not in defaults:
+            hint = nearest_hint(option, list(defaults)) if defaults else "it takes none"
             raise MagMaxError(f"{kind}: {name} has no option {option!r}; {hint}")
-    return name, given, known
+    return name, chosen, defaults
 
 
 def training_options(training: Choice) -> tuple[str, dict[str, Any]]:
     """A training's name and all its options. Raises MagMaxError for a name or an option that is none."""
     if registry.split("training", training)[0] == "given":
         raise MagMaxError("training: given is now external")
-    name, given, known = _known_options("training", TRAININGS, training)
-    for option, value in given.items():
+    name, chosen, defaults = _known_options("training", TRAININGS, training)
+    for option, value in chosen.items():
         if name == "external":
             if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
                 raise MagMaxError(f"training: external needs models to be a list of paths, not {value!r}")
-        elif type(value) not in (int, float) or (type(known[option]) is int and type(value) is not int) or value < 0:
-            raise MagMaxError(f"training: {name} needs {option} to be a number like {known[option]}, not {value!r}")
-    return name, {**known, **given}
+        elif type(value) not in (int, float) or (type(defaults[option]) is int and type(value) is not int) or value < 0:
+            raise MagMaxError(f"training: {name} needs {option} to be a number like {defaults[option]}, not {value!r}")
+    return name, {**defaults, **chosen}
 
 
 def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
     """A calibration's name and all its options. Raises MagMaxError for a name or an option that is none."""
-    name, given, known = _known_options("calibrations", CALIBRATIONS, calibration)
-    for option, value in given.items():
+    name, chosen, defaults = _known_options("calibrations", CALIBRATIONS, calibration)
+    for option, value in chosen.items():
         if option == "n" and (type(value) is not int or value < 1):
             raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")
         if name != "wsc" and (allowed := ALLOWED.get(option)) and value not in allowed:
-            told = " or ".join(str(one).lower() for one in allowed if one is not None)
-            raise MagMaxError(f"calibrations: {name} needs {option} to be {told}, not {value!r}")
+            allowed_text = " or ".join(str(one).lower() for one in allowed if one is not None)
+            raise MagMaxError(f"calibrations: {name} needs {option} to be {allowed_text}, not {value!r}")
     if name == "wsc":
-        rule_from(["magmax", {"calibrate_weights": given}])  # which checks the options
-    return name, {**known, **given}
+        rule_from(["magmax", {"calibrate_weights": chosen}])  # which checks the options
+    return name, {**defaults, **chosen}
 
 
 def digest_of(content: Mapping[str, Any] | Sequence[Any]) -> str:

@@ -76,8 +76,8 @@ def corpus(name: str) -> TextCorpus:
 def split_validation(train: Sequence[str], test: Sequence[str], share: int = 10) -> TextCorpus:
     """One part in `share` of the training texts, always the same, is set aside for choosing numbers on."""
     aside = [place // JOINED % share == share - 1 for place in range(len(train))]
-    kept = [text for text, out in zip(train, aside, strict=True) if not out]
-    return TextCorpus(kept, [text for text, out in zip(train, aside, strict=True) if out], test)
+    training = [text for text, out in zip(train, aside, strict=True) if not out]
+    return TextCorpus(training, [text for text, out in zip(train, aside, strict=True) if out], test)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:

@@ -73,10 +73,10 @@ def build(kind: str, choice: Choice, *given: Any) -> Any:
     """
     name, options = split(kind, choice)
     builder = find(kind, TABLES[kind], name)
-    known = list(inspect.signature(builder).parameters)[len(given) :]
+    parameters = list(inspect.signature(builder).parameters)[len(given) :]
     for option in options:
-        if option not in known:
-            hint = nearest_hint(option, known) if known else "it takes none"
+        if option not in parameters:
+            hint = nearest_hint(option, parameters) if parameters else "it takes none"
             raise MagMaxError(f"{kind}: {name} has no option {option!r}; {hint}")
     try:
         inspect.signature(builder).bind(*given, **options)
@@ -98,14 +98,14 @@ def split(kind: str, choice: Choice) -> tuple[str, dict[str, Any]]:
 
 def find(kind: str, table: Mapping[str, Any], name: str) -> Callable[..., Any]:
     """The builder of that name, or the function that "package.module:function" names."""
-    found = table.get(name, name if ":" in name else None)
-    if found is None:
+    target = table.get(name, name if ":" in name else None)
+    if target is None:
         raise MagMaxError(
             f"{kind}: there is no {name!r}; {nearest_hint(name, list(table))}, or name a package.module:function"
         )
-    if not isinstance(found, str):
-        return found
-    module, _, function = found.partition(":")
+    if not isinstance(target, str):
+        return target
+    module, _, function = target.partition(":")
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:

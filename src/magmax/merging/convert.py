@@ -44,10 +44,10 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     Raises:
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
-    found = None if split_base_and_adapter(old) else locate_model(old)
-    if found and found.path.is_file() and found.path.suffix not in SAFETENSORS:
-        source = PickledModel(found.path, found.label, part, strip, inert)
-        source.origin = found.origin
+    located = None if split_base_and_adapter(old) else locate_model(old)
+    if located and located.path.is_file() and located.path.suffix not in SAFETENSORS:
+        source = PickledModel(located.path, located.label, part, strip, inert)
+        source.origin = located.origin
     elif part or strip or inert:
         raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
     else:
@@ -61,7 +61,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         target=OutputPath.parse(out),
         inputs=[source],
         names=default_names([source.source]),
-        recipe={"convert": {name: said for name, said in (("part", part), ("strip", strip)) if said}},
+        recipe={"convert": {name: value for name, value in (("part", part), ("strip", strip)) if value}},
         specs=source.specs,
         kernel=CopyKernel(),
         unmerged={},

@@ -76,8 +76,8 @@ def restore_kind(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[An
     """The merged tensors in the shape of the thing that was given as the base."""
     original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
     specs = options.out_specs(opened)
-    made = {key: to_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
-    merged = {key: made[opened.resolve_alias(key)] for key in original}
+    restored = {key: to_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
+    merged = {key: restored[opened.resolve_alias(key)] for key in original}
     if isinstance(base, Mapping):
         return merged
     result = copy.deepcopy(base)

@@ -141,16 +141,18 @@ class Job:
 
     def problems(self) -> list[str]:
         """Everything that would stop the work, as far as can be known without doing it."""
-        found = self.target.find_problems(
+        problems = self.target.find_problems(
             [path for c in self.inputs for path in [c.path, *c.files()] if path is not None]
         )
         if self.target.url:
-            found += Upload(self.target.url).find_problems(self.target.is_folder, [c.url for c in self.inputs if c.url])
-        if not found:
+            problems += Upload(self.target.url).find_problems(
+                self.target.is_folder, [c.url for c in self.inputs if c.url]
+            )
+        if not problems:
             needed, free = self.disk_needed, self.disk_free
             if needed > free:
-                found.append(f"{self.target.path}: needs {needed:,} bytes of disk, but {free:,} are free")
-        return found
+                problems.append(f"{self.target.path}: needs {needed:,} bytes of disk, but {free:,} are free")
+        return problems
 
     def run(self, execution: ExecutionOptions | None = None) -> MergeResult:
         """Do the work and publish the output.
@@ -210,7 +212,7 @@ class Job:
         provenance = self._provenance(digests)
         draft.publish(self._metadata(provenance), self.small_files(provenance, outputs[0]))
         journal.remove()
-        made = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
+        output_digests = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
         return MergeResult(
             self.target.path,
@@ -221,7 +223,7 @@ class Job:
             self.unmerged,
             self.partly_merged,
             digests,
-            made,
+            output_digests,
         )
 
     @contextmanager
@@ -254,9 +256,9 @@ class Job:
         """What must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().with_blank_digests().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
-        found = [checkpoint.fingerprints() for checkpoint in self.inputs]
-        identity["the order of the inputs"] = [list(stamps) for stamps in found]
-        return identity | {name: stamp for stamps in found for name, stamp in stamps.items()}
+        fingerprints = [checkpoint.fingerprints() for checkpoint in self.inputs]
+        identity["the order of the inputs"] = [list(stamps) for stamps in fingerprints]
+        return identity | {name: stamp for stamps in fingerprints for name, stamp in stamps.items()}
 
     def _check_unchanged(self) -> None:
         """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
@@ -323,8 +325,8 @@ def run_and_upload(
             if not isinstance(error, UnfinishedError):
                 upload.abandon(target.is_folder)
             raise
-        told = {**asdict(outcome), "path": ""}
-        replace_file(ready, json.dumps({"identity": identity, "outcome": told}).encode())
+        content = {**asdict(outcome), "path": ""}
+        replace_file(ready, json.dumps({"identity": identity, "outcome": content}).encode())
     else:
         note("resuming: the output is made already and is uploaded now")
     upload.send(target.path)
@@ -334,9 +336,9 @@ def run_and_upload(
     return replace(outcome, path=upload.label)
 
 
-def _unfinished_upload(ready: Path, made: Path, identity: Any) -> MergeResult | None:
+def _unfinished_upload(ready: Path, output: Path, identity: Any) -> MergeResult | None:
     try:
-        told = json.loads(ready.read_text())
+        content = json.loads(ready.read_text())
     except (OSError, ValueError):
         return None
-    return MergeResult(**told["outcome"]) if told["identity"] == identity and made.exists() else None
+    return MergeResult(**content["outcome"]) if content["identity"] == identity and output.exists() else None

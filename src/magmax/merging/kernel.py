@@ -48,10 +48,10 @@ class MergeKernel(Kernel):
     @cached_property
     def rules(self) -> Mapping[str, Rule]:
         """The rule as it is for each tensor."""
-        found = rules_by_tensor(self.rule, self.reader.inputs[0].specs)
+        rules = rules_by_tensor(self.rule, self.reader.inputs[0].specs)
         if not self.rule.needs_scaling_factor:
-            return found
-        return {key: rule.for_scaling_factor(self.factors[key]) for key, rule in found.items()}
+            return rules
+        return {key: rule.for_scaling_factor(self.factors[key]) for key, rule in rules.items()}
 
     @cached_property
     def factors(self) -> Mapping[str, float]:
@@ -112,8 +112,8 @@ class MergeKernel(Kernel):
         """The rule's merge of the models' task vectors, unscaled."""
         where = Address(slab.key, slab.start)
         rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
-        if isinstance(rule, CachedRule) and (known := rule.cached_block(where, slab.stop - slab.start)) is not None:
-            return known
+        if isinstance(rule, CachedRule) and (cached := rule.cached_block(where, slab.stop - slab.start)) is not None:
+            return cached
         if isinstance(rule, StreamingRule):
             state = ()
             for task in numbers:
@@ -169,10 +169,10 @@ class MergeKernel(Kernel):
 
 def rules_by_tensor(rule: AnyRule, names: Iterable[str]) -> dict[str, AnyRule]:
     """The rule as it is for each of a model's tensors, its numbers resolved."""
-    found: dict[str, AnyRule] = {}
+    rules: dict[str, AnyRule] = {}
     for name, place in tensor_positions(names).items():
         try:
-            found[name] = rule.for_tensor(place)
+            rules[name] = rule.for_tensor(place)
         except MagMaxError as error:
             raise MagMaxError(f"{name}: {error}") from error
-    return found
+    return rules

@@ -46,12 +46,12 @@ class Match:
 
     def describe(self) -> dict[str, Any]:
         """What provenance tells of tensors that are not merged as a whole, without any path."""
-        told: dict[str, Any] = {}
+        description: dict[str, Any] = {}
         if self.partly_merged:
-            told["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly_merged.items())}
+            description["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly_merged.items())}
         if self.mismatched:
-            told["not_merged"] = sorted(self.mismatched)
-        return told
+            description["not_merged"] = sorted(self.mismatched)
+        return description
 
 
 def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mismatch = "strict") -> Match:
@@ -80,8 +80,8 @@ def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mism
         everyones.append("to merge the rows that all have, where only the number of rows differs: --mismatch intersect")
         raise list_problems(f"the models do not match {base.label}", everyones)
     partly: dict[str, RowRange] = {}
-    for key, found in rows.items():
-        part = _part(base.specs[key], found)
+    for key, row_counts in rows.items():
+        part = _part(base.specs[key], row_counts)
         if key in problems:
             continue
         if part.rows:
@@ -123,33 +123,39 @@ def _differ_in_rows_only(ours: TensorSpec, theirs: TensorSpec | None) -> bool:
     return ours.is_mergeable and theirs.is_mergeable and not theirs.dtype == "F64" != ours.dtype
 
 
-def _part(ours: TensorSpec, found: Mapping[str, int]) -> RowRange:
+def _part(ours: TensorSpec, row_counts: Mapping[str, int]) -> RowRange:
     """The rows that the base and all models have; models that are not in `found` have as many as the base."""
     of = ours.shape[0]
-    rows = min(of, *found.values())
-    theirs = ", ".join(f"{label} has {count}" for label, count in found.items())
+    rows = min(of, *row_counts.values())
+    theirs = ", ".join(f"{label} has {count}" for label, count in row_counts.items())
     why = f"{rows} of {of} rows merged, the other {of - rows} kept from the base ({theirs})"
     return RowRange(rows, of, rows * (ours.numel // of) if of else 0, why)
 
 
 def _differences(base: Checkpoint, model: Checkpoint) -> dict[str, str]:
-    found: dict[str, str] = {}
+    differences: dict[str, str] = {}
     for key, ours in base.specs.items():
         theirs = model.specs.get(model.resolve_alias(key))
         if theirs is None:
-            found[key] = f"{model.label}: has no tensor {key}, which is {ours} in {base.label}"
+            differences[key] = f"{model.label}: has no tensor {key}, which is {ours} in {base.label}"
         elif theirs.shape != ours.shape:
-            found[key] = f"{model.label}: {key} has shape {list(theirs.shape)}, but {list(ours.shape)} in {base.label}"
+            differences[key] = (
+                f"{model.label}: {key} has shape {list(theirs.shape)}, but {list(ours.shape)} in {base.label}"
+            )
         elif theirs.is_mergeable != ours.is_mergeable:
-            found[key] = f"{model.label}: {key} is {theirs.dtype}, but {ours.dtype} in {base.label}"
+            differences[key] = f"{model.label}: {key} is {theirs.dtype}, but {ours.dtype} in {base.label}"
         elif theirs.dtype == "F64" != ours.dtype and ours.is_mergeable:
-            found[key] = f"{model.label}: {key} is F64, wider than {ours.dtype} in {base.label}; convert one of them"
+            differences[key] = (
+                f"{model.label}: {key} is F64, wider than {ours.dtype} in {base.label}; convert one of them"
+            )
     for key, theirs in model.specs.items():
         if key in base.aliases:
-            found[key] = f"{model.label}: stores {key} apart, but in {base.label} it is tied to {base.aliases[key]}"
+            differences[key] = (
+                f"{model.label}: stores {key} apart, but in {base.label} it is tied to {base.aliases[key]}"
+            )
         elif key not in base.specs:
-            found[key] = f"{model.label}: has a tensor {key}, {theirs}, that {base.label} has not"
-    return found
+            differences[key] = f"{model.label}: has a tensor {key}, {theirs}, that {base.label} has not"
+    return differences
 
 
 def refuse_same_path(checkpoints: Sequence[Checkpoint]) -> None:

@@ -77,22 +77,22 @@ def small_files(
 
 def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
     """What provenance tells of a merge."""
-    told = {
+    recipe = {
         "rule": rule.describe(),
         "scaling_factor": to_config(options.resolve_scaling_factor(rule)),
         "dtype": options.dtype or "as the base",
     }
     if options.mismatch != "strict":
-        told["mismatch"] = options.mismatch
+        recipe["mismatch"] = options.mismatch
     if options.allow_nonfinite:
-        told["allow_nonfinite"] = True
-    return told
+        recipe["allow_nonfinite"] = True
+    return recipe
 
 
 def base_metadata(base: Checkpoint) -> dict[str, str]:
     """The base's own metadata, and which names share a tensor, as safetensors' save_model notes it."""
-    kept = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
-    return kept | base.aliases
+    metadata = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
+    return metadata | base.aliases
 
 
 def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions) -> Match:

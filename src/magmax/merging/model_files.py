@@ -17,15 +17,15 @@ NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64":
 
 def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
     """Name -> content or source of each file to copy from the base's folder; config.json gets `dtype`, if given."""
-    found: dict[str, bytes | Path] = {}
+    files: dict[str, bytes | Path] = {}
     for path in sorted(path for place in [folder, *_parts(folder)] for path in place.iterdir()):
         other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
         skipped = other or path.name.startswith(".") or path.suffix not in SMALL_FILE_ENDINGS
         if path.is_file() and not skipped and path.stat().st_size <= LARGEST:
-            found[str(path.relative_to(folder))] = path
-    if dtype and "config.json" in found:
-        found["config.json"] = _with_dtype(folder / "config.json", NAMES_OF_TYPES[dtype])
-    return found
+            files[str(path.relative_to(folder))] = path
+    if dtype and "config.json" in files:
+        files["config.json"] = _with_dtype(folder / "config.json", NAMES_OF_TYPES[dtype])
+    return files
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -18,8 +18,8 @@ def default_names(paths: Sequence[str]) -> list[str]:
     """For each path the first part that tells it from the others, without its suffix; for a model of the hub its id."""
     local = [path for path in paths if not path.startswith(HUB_PREFIX)]
     if len(local) < len(paths):
-        told = iter(default_names(local)) if local else iter(())
-        return [path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else next(told) for path in paths]
+        local_names = iter(default_names(local)) if local else iter(())
+        return [path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else next(local_names) for path in paths]
     parts = [Path(path).parts or ("",) for path in paths]
     if len(paths) == 1:
         names = [_plain(part) for part in reversed(parts[0])]

@@ -149,18 +149,18 @@ class ChunkTask(ShareTask):
     def __call__(self, items: Sequence[Chunk]) -> list[list[bytes]]:
         """The digests of each chunk, once what was written is on disk."""
         keep_freed_memory()
-        made = [self.process(chunk)[1] for chunk in items]
+        digests = [self.process(chunk)[1] for chunk in items]
         for sink in self.sinks:
             sink.sync()
-        return made
+        return digests
 
     def process(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
         """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
         joined = [b""] * (len(self.inputs) + len(self.sinks))
         for cuts in blocks_of_chunk(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole_tensor):
             slab = InputBlock(self.inputs, chunk.key, cuts, self.digest)
-            made = self.kernel(slab)
-            for number, (sink, stored) in enumerate(zip(self.sinks, made, strict=True), start=len(self.inputs)):
+            outputs = self.kernel(slab)
+            for number, (sink, stored) in enumerate(zip(self.sinks, outputs, strict=True), start=len(self.inputs)):
                 if stored is not None:
                     sink.write(chunk.key, slab.start, stored)
                     if self.digest:
@@ -245,8 +245,8 @@ class BlockPipeline:
             threads = 1 if self.kernel.whole_tensor else self.pool.count
             yield from run_in_threads(work.process, todo, threads, Prefetcher(self.inputs))
             return
-        for share, made in self.pool.map_shares(work, todo, lambda chunk: self.cost(*chunk)):
-            yield from zip(share, made, strict=True)
+        for share, digests in self.pool.map_shares(work, todo, lambda chunk: self.cost(*chunk)):
+            yield from zip(share, digests, strict=True)
 
 
 def blocks_of_chunk(chunk: Chunk, spec: TensorSpec, whole: bool) -> list[list[tuple[int, int]]]:

@@ -31,9 +31,9 @@ class Provenance:
 
     def as_dict(self) -> dict[str, Any]:
         inputs = [{"name": n, "xxh3_128": d} for n, d in zip(self.names, self.digests, strict=True)]
-        for told, origin in zip(inputs, self.origins, strict=False):
+        for entry, origin in zip(inputs, self.origins, strict=False):
             if origin:
-                told["origin"] = origin
+                entry["origin"] = origin
         return {"package": f"magmax {__version__}", "recipe": dict(self.recipe), "inputs": inputs}
 
     def metadata(self) -> dict[str, str]:
@@ -48,10 +48,10 @@ class Provenance:
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The provenance in a header's metadata, or None where there is none."""
     try:
-        found: Any = json.loads(metadata[METADATA_KEY])
+        content: Any = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError):
         return None
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else None
 
 
 def adapter_card(provenance: Provenance, dtype: str, report: Sequence[str]) -> str:
@@ -89,7 +89,7 @@ def _inputs(provenance: Provenance) -> str:
 
 def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str]) -> str:
     """A README for a merged model's folder; `partly` says of which tensors what part was merged."""
-    kept = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
+    unmerged_list = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
     parts = "\n".join(f"* `{key}`: {part}" for key, part in sorted(partly.items()))
     heading = f"\n## Tensors that were merged in part\n\n{parts}\n" if parts else ""
     recipe = json.dumps(provenance.recipe, indent=2)
@@ -111,5 +111,5 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 
 ## Tensors that were not merged
 
-{kept}
+{unmerged_list}
 {heading}"""

@@ -53,12 +53,12 @@ def collect_statistics(
         return CollectedStatistics({None: questions.answer(rule.statistics(questions.scope))}, questions.reader)
     asking = TensorStatisticsTask(placed, reader, elements, rule.whole_tensor)
     asked = [key for key, count in elements.items() if count]
-    found: dict[str | None, Statistics] = {}
+    statistics: dict[str | None, Statistics] = {}
     checked = True
     for key, reply in _replies(asking, asked, crew, progress):
-        found[key] = reply.answer
+        statistics[key] = reply.answer
         checked &= reply.checked
-    return CollectedStatistics({key: found[key] for key in asked}, replace(reader, finiteness_checked=checked))
+    return CollectedStatistics({key: statistics[key] for key in asked}, replace(reader, finiteness_checked=checked))
 
 
 class TensorStatistics(NamedTuple):
@@ -209,28 +209,28 @@ class StatisticsRunner:
     def _sent(self, counting: ReductionTask) -> Counts | dict[Address, Counts]:
         """The shares' own counts; integers can be added in any order."""
         fold = counting.reduction
-        found: dict[Address, Counts] = {}
+        counts_by_block: dict[Address, Counts] = {}
         total = fold.initial()
         least = 0 if fold.per_block else RESULT_SHARE * total.nbytes
         for share, reply in self._crew.map_shares(counting, self._chunks(), counting.cost, least):
             if fold.per_block:
-                found |= reply
+                counts_by_block |= reply
             else:
                 total += reply
             if _reads_everything(fold):
                 self._progress(sum(map(counting.cost, share)))
-        return found if fold.per_block else total
+        return counts_by_block if fold.per_block else total
 
     def _summed(self, counting: ReductionTask) -> Counts:
         """Each thread counts for itself; integers can be added in any order."""
-        own = threading.local()
+        thread_local = threading.local()
         everyones: list[Counts] = []
 
         def work(chunk: Chunk) -> Chunk:
-            if not hasattr(own, "counts"):
-                own.counts = counting.reduction.initial()
-                everyones.append(own.counts)
-            counting.summed(chunk, own.counts)
+            if not hasattr(thread_local, "counts"):
+                thread_local.counts = counting.reduction.initial()
+                everyones.append(thread_local.counts)
+            counting.summed(chunk, thread_local.counts)
             return chunk
 
         self._each(work, counting)
@@ -240,14 +240,14 @@ class StatisticsRunner:
         return total
 
     def _apart(self, counting: ReductionTask) -> dict[Address, Counts]:
-        found: dict[Address, Counts] = {}
+        counts_by_block: dict[Address, Counts] = {}
 
         def work(chunk: Chunk) -> Chunk:
-            found.update(counting.apart(chunk))
+            counts_by_block.update(counting.apart(chunk))
             return chunk
 
         self._each(work, counting)
-        return found
+        return counts_by_block
 
     def _each(self, work: Callable[[Chunk], Chunk], counting: ReductionTask) -> None:
         threads = 1 if self._whole else self._crew.count

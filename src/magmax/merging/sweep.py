@@ -148,19 +148,19 @@ def parse_factors(text: str) -> list[float]:
     """The numbers of "first:last:step" (both ends included) or of "a,b,c"."""
     try:
         if ":" not in text:
-            found = [float(Decimal(part)) for part in text.split(",")]
+            factors = [float(Decimal(part)) for part in text.split(",")]
         else:
             first, last, step = (Decimal(part) for part in text.split(":"))
             count = int((last - first) / step) + 1
             if count > MOST_FACTORS:
                 raise ValueError(f"{count} factors")
-            found = [float(first + step * n) for n in range(count)]
+            factors = [float(first + step * n) for n in range(count)]
     except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:
         raise MagMaxError(
             f"cannot read {text!r} as numbers; write first:last:step, such as 0.1:1.0:0.1, or a,b,c"
         ) from error
-    if not found:
+    if not factors:
         raise MagMaxError(f"{text!r} holds no number; write first:last:step, such as 0.1:1.0:0.1")
-    if len({f"{factor:g}" for factor in found}) < len(found):
+    if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise MagMaxError(f"{text!r} holds factors that are equal to six digits, which would have one name")
-    return found
+    return factors

@@ -48,21 +48,21 @@ Presets = dict[str, dict[str, float]]
 class ArchiveInfo:
     """What `archive.json` says. Raises MagMaxError, in words of the reason alone, for what says no such thing."""
 
-    def __init__(self, told: Any) -> None:
+    def __init__(self, content: Any) -> None:
         try:
-            if told["format"] != FORMAT:
-                raise ValueError(f"it has format {told['format']}; this magmax reads {FORMAT}")
-            self.tasks = [str(name) for name in told["tasks"]]
-            self.top, self.bits = float(told["top"]), int(told["bits"])
+            if content["format"] != FORMAT:
+                raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT}")
+            self.tasks = [str(name) for name in content["tasks"]]
+            self.top, self.bits = float(content["top"]), int(content["bits"])
             self.presets: Presets = {
                 str(name): {str(task): float(weight) for task, weight in weights.items()}
-                for name, weights in told["presets"].items()
+                for name, weights in content["presets"].items()
             }
-            self.base_path, self.base_digest = told["base"]["path"], str(told["base"]["digest"])
-            self.models = [str(digest) for digest in told.get("models", [])]
+            self.base_path, self.base_digest = content["base"]["path"], str(content["base"]["digest"])
+            self.models = [str(digest) for digest in content.get("models", [])]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise MagMaxError(str(error)) from error
-        self.told = told
+        self.told = content
 
     @classmethod
     def of(cls, folder: Path) -> ArchiveInfo:
@@ -89,11 +89,11 @@ class Archive:
         self.presets = self._about.presets
         self.tensors = open_checkpoint(folder)
 
-    def base(self, given: str | None = None) -> Checkpoint:
+    def base(self, base: str | None = None) -> Checkpoint:
         """The base: the one given, or where it was when the archive was made."""
-        if given is None and self._about.base_path is None:
+        if base is None and self._about.base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        return open_checkpoint(given or resolve_portable_path(self.folder, self._about.base_path))
+        return open_checkpoint(base or resolve_portable_path(self.folder, self._about.base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTaskVector]:
         """Each task's vector, as far as it was kept."""
@@ -195,15 +195,15 @@ class ArchivedTaskVector(Checkpoint):
         return self._tensors.header_digests()
 
     def _fits(self, key: str, spec: TensorSpec) -> bool:
-        found = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
+        part_specs = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
         kind, blocks = self.specs[key].dtype, -(-spec.numel // BLOCK)
-        values = found.pop("values")
+        values = part_specs.pop("values")
         wanted = {
             "kept": TensorSpec("U8", (-(-spec.numel // 8),)) if self._sparse else None,
             "starts": TensorSpec("I64", (blocks,)) if self._sparse else None,
             "scales": TensorSpec(kind, (blocks,)) if self._bits == 8 else None,
         }
-        if values is None or found != wanted or values.dtype != {8: "I8", 16: "BF16"}.get(self._bits, kind):
+        if values is None or part_specs != wanted or values.dtype != {8: "I8", 16: "BF16"}.get(self._bits, kind):
             return False
         return len(values.shape) == 1 and values.numel <= spec.numel <= values.numel + spec.numel * self._sparse
 

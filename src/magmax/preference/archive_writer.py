@@ -64,12 +64,12 @@ class ArchiveWriter:
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
         """How many entries of each task are kept in each block."""
         edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
-        masks = [kept.mask(vector) for kept, vector in zip(self.kept, self.vectors(chunk), strict=True)]
+        masks = [entries.mask(vector) for entries, vector in zip(self.kept, self.vectors(chunk), strict=True)]
         return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
 
     def starts(self, execution: ExecutionOptions) -> dict[tuple[int, str], NDArray[np.int64]]:
         """How many entries of a task's tensor are kept before each block, and in all."""
-        found: dict[tuple[int, str], NDArray[np.int64]] = {
+        starts: dict[tuple[int, str], NDArray[np.int64]] = {
             (task, key): np.zeros(1 + -(-self.spec(key).numel // BLOCK), np.int64)
             for task in range(len(self.kept))
             for key in self.keys
@@ -78,25 +78,25 @@ class ArchiveWriter:
             for chunk, counts in done:
                 first = 1 + chunk.start // BLOCK
                 for task, count in enumerate(counts):
-                    found[task, chunk.key][first : first + len(count)] = count
+                    starts[task, chunk.key][first : first + len(count)] = count
                 execution.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
-        return {place: np.cumsum(counts) for place, counts in found.items()}
+        return {place: np.cumsum(counts) for place, counts in starts.items()}
 
     def specs(self, starts: Mapping[tuple[int, str], NDArray[np.int64]]) -> dict[str, TensorSpec]:
         """The archive's tensors."""
-        found: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         for (task, key), counts in starts.items():
             blocks, total = len(counts) - 1, int(counts[-1])
             wide = compute_dtype(self.spec(key).dtype) == np.float64
-            found[f"{task}/values/{key}"] = TensorSpec(
+            specs[f"{task}/values/{key}"] = TensorSpec(
                 {8: "I8", 16: "BF16"}.get(self.bits, "F64" if wide else "F32"), (total,)
             )
             if self.kept[task].least is not None:
-                found[f"{task}/kept/{key}"] = TensorSpec("U8", (-(-self.spec(key).numel // 8),))
-                found[f"{task}/starts/{key}"] = TensorSpec("I64", (blocks,))
+                specs[f"{task}/kept/{key}"] = TensorSpec("U8", (-(-self.spec(key).numel // 8),))
+                specs[f"{task}/starts/{key}"] = TensorSpec("I64", (blocks,))
             if self.bits == 8:
-                found[f"{task}/scales/{key}"] = TensorSpec("F64" if wide else "F32", (blocks,))
-        return found
+                specs[f"{task}/scales/{key}"] = TensorSpec("F64" if wide else "F32", (blocks,))
+        return specs
 
     def write(
         self, draft: OutputDraft, starts: Mapping[tuple[int, str], NDArray[np.int64]], execution: ExecutionOptions
@@ -190,8 +190,8 @@ def write_archive(
     digests = [_digest(model) for model in models]
     refuse_equal_models(models, digests)
     keep_freed_memory()
-    kept, reader = _kept(BlockReader(inputs), keys, top, execution)
-    writing = ArchiveWriter(reader, keys, kept, bits, execution.pool.count)
+    entries, reader = _kept(BlockReader(inputs), keys, top, execution)
+    writing = ArchiveWriter(reader, keys, entries, bits, execution.pool.count)
     starts = writing.starts(execution)
     about = {
         "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,

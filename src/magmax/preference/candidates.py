@@ -81,16 +81,18 @@ def choose_preference(
         MagMaxError: fewer than two samples, a score that is no number.
     """
     first, second = split_halves(num_samples, seed)
-    known: dict[tuple[float, ...], NDArray[Any]] = {}
+    scores_by_weights: dict[tuple[float, ...], NDArray[Any]] = {}
     trials: list[PreferenceTrial] = []
 
     def scores(weights: Weights) -> NDArray[Any]:
         key = tuple(round(weight, 6) for weight in weights)
-        if key not in known:
-            known[key] = np.asarray(score(weights), float)
-            if not np.isfinite(known[key]).all():
-                raise MagMaxError(f"a score of the preference {list(weights)} is no number: {known[key].tolist()}")
-        return known[key]
+        if key not in scores_by_weights:
+            scores_by_weights[key] = np.asarray(score(weights), float)
+            if not np.isfinite(scores_by_weights[key]).all():
+                raise MagMaxError(
+                    f"a score of the preference {list(weights)} is no number: {scores_by_weights[key].tolist()}"
+                )
+        return scores_by_weights[key]
 
     def attempt(source: str, temperature: float, of_first: Weights, of_second: Weights, weights: Weights) -> None:
         mean = float(scores(of_first)[second].sum() + scores(of_second)[first].sum()) / num_samples
@@ -101,11 +103,11 @@ def choose_preference(
     even = [1 / len(magmax_shares)] * len(magmax_shares)
     attempt("magmax", 1.0, magmax_shares, magmax_shares, magmax_shares)
     attempt("uniform", 1.0, even, even, even)
-    made = make_candidates(first), make_candidates(second), make_candidates(range(num_samples))
-    for source in made[2]:
-        if all(source in each for each in made):
+    candidates = make_candidates(first), make_candidates(second), make_candidates(range(num_samples))
+    for source in candidates[2]:
+        if all(source in each for each in candidates):
             for temperature in temperatures:
-                attempt(source, temperature, *(apply_temperature(each[source], temperature) for each in made))
+                attempt(source, temperature, *(apply_temperature(each[source], temperature) for each in candidates))
     return PreferenceChoice(
         trials, max(trials, key=lambda trial: (trial.objective, -_distance(trial.weights, magmax_shares)))
     )

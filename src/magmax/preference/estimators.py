@@ -55,13 +55,13 @@ def from_labels(labels: Iterable[Hashable], task_labels: Sequence[Collection[Has
     Raises:
         MagMaxError: no sample has a label of any task.
     """
-    found = list(labels)
-    counts = np.array([sum(label in own for label in found) for own in task_labels], float)
+    target_labels = list(labels)
+    counts = np.array([sum(label in task_set for label in target_labels) for task_set in task_labels], float)
     if not counts.any():
-        known = sorted({str(label) for own in task_labels for label in own})
+        all_labels = sorted({str(label) for task_set in task_labels for label in task_set})
         raise MagMaxError(
-            f"none of the {len(found)} target samples has a label of any task; theirs are "
-            f"{sorted({str(label) for label in found})[:5]}, the tasks' {known[:5]}"
+            f"none of the {len(target_labels)} target samples has a label of any task; theirs are "
+            f"{sorted({str(label) for label in target_labels})[:5]}, the tasks' {all_labels[:5]}"
         )
     return _normalise(counts)
 
@@ -104,13 +104,13 @@ def from_all_methods(
         "label": lambda: from_labels(labels, task_labels),
         **{method: partial(from_samples, pairs, method) for method in get_args(DistanceMethod)},
     }
-    made: dict[str, list[float]] = {}
+    preferences: dict[str, list[float]] = {}
     for method, maker in makers.items():
         try:
-            made[method] = maker()
+            preferences[method] = maker()
         except MagMaxError as error:
             on_failure(method, str(error))
-    return made
+    return preferences
 
 
 def transport_distance(task_features: Features, target_features: Features) -> float:

@@ -61,10 +61,10 @@ def draw_environments(
     rows = {int(task): np.flatnonzero(task_ids == task) for task in np.unique(task_ids) if task >= 0}
     widest = max(map(len, mixtures.values()))
     if len(rows) < widest or min(map(len, rows.values())) < 2:
-        counts = {task: len(own) for task, own in rows.items()}
+        counts = {task: len(drawn) for task, drawn in rows.items()}
         raise MagMaxError(f"the mixtures need {widest} tasks with two test samples each or more, not {counts}")
     random = np.random.default_rng(seed)
-    found: list[TargetEnvironment] = []
+    environments: list[TargetEnvironment] = []
     for name, shares in mixtures.items():
         for draw in range(draws):
             tasks = random.permutation(sorted(rows))[: len(shares)].tolist()
@@ -72,9 +72,11 @@ def draw_environments(
             parts: tuple[list[RowIndices], list[RowIndices]] = ([], [])
             for task, share in zip(tasks, shares, strict=True):
                 count = max(2, int(share * whole + 1e-9))
-                own = random.permutation(rows[task])[:count]
+                drawn = random.permutation(rows[task])[:count]
                 cut = min(count - 1, max(1, round(target_fraction * count)))
-                parts[0].append(own[:cut])
-                parts[1].append(own[cut:])
-            found.append(TargetEnvironment(name, draw, tasks, *(np.sort(np.concatenate(part)) for part in parts)))
-    return found
+                parts[0].append(drawn[:cut])
+                parts[1].append(drawn[cut:])
+            environments.append(
+                TargetEnvironment(name, draw, tasks, *(np.sort(np.concatenate(part)) for part in parts))
+            )
+    return environments

@@ -60,7 +60,7 @@ class TextPreferenceEstimator:
 
         Scores are the probability of the right label among all, with a zero-shot head of the base.
         """
-        own = natural_shares(
+        shares = natural_shares(
             self.base, self.models, self.execution, self.options.mismatch, self.options.allow_nonfinite
         )
         names = sorted({label for samples in (*self.task_samples, self.target_samples) for label in samples.labels})
@@ -72,19 +72,22 @@ class TextPreferenceEstimator:
 
         def score(weights: Sequence[float]) -> np.ndarray:
             settings = ExecutionOptions(self.execution.threads)
-            made = merge_in_memory(make_rule(weights), self.base, self.models, self.options, settings)
-            load_merged_weights(self.encoder.model, self.base, made)
+            merged = merge_in_memory(make_rule(weights), self.base, self.models, self.options, settings)
+            load_merged_weights(self.encoder.model, self.base, merged)
             return likelihoods(self.encoder, head, items, labels)
 
         def candidates(places: Sequence[int]) -> dict[str, list[float]]:
-            seen = [(own, target[list(places)]) for own, target in pairs]
+            seen = [(shares, target[list(places)]) for shares, target in pairs]
             return from_all_methods(
-                self.target_samples.pick(places).labels, labels_by_task(self.task_samples), seen, told.setdefault
+                self.target_samples.pick(places).labels,
+                labels_by_task(self.task_samples),
+                seen,
+                descriptions.setdefault,
             )
 
-        told: dict[str, str] = {}
-        choice = choose_preference(candidates, own, score, len(items), seed=seed, pull=pull)
-        for method, why in told.items():
+        descriptions: dict[str, str] = {}
+        choice = choose_preference(candidates, shares, score, len(items), seed=seed, pull=pull)
+        for method, why in descriptions.items():
             self.execution.note(f"not tried: {method} ({why})")
         return choice
 
@@ -103,8 +106,8 @@ class TextPreferenceEstimator:
     def _load_merge(self, factor: float, models: Sequence[Checkpoint]) -> None:
         """Put a merge of some models into the encoder; of a single one, at scaling factor 1, it is the model."""
         options = replace(self.options, scaling_factor=factor, dtype=None)
-        made = merge_in_memory(MagMax(), self.base, models, options, ExecutionOptions(self.execution.threads))
-        load_merged_weights(self.encoder.model, self.base, made)
+        merged = merge_in_memory(MagMax(), self.base, models, options, ExecutionOptions(self.execution.threads))
+        load_merged_weights(self.encoder.model, self.base, merged)
 
 
 def labels_by_task(tasks: Sequence[LabelledTexts]) -> list[set[str]]:
@@ -171,5 +174,7 @@ def load_merged_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str
             f"{len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(extra)} are not its own "
             f"({', '.join(extra[:3])}); name the encoder that was fine-tuned"
         )
-    made = {key: to_tensor(tensors[base.resolve_alias(key)], base.spec(key), value) for key, value in state.items()}
-    model.load_state_dict(made)
+    tensors_out = {
+        key: to_tensor(tensors[base.resolve_alias(key)], base.spec(key), value) for key, value in state.items()
+    }
+    model.load_state_dict(tensors_out)

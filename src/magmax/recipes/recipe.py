@@ -115,9 +115,9 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
                 )
     rule, factor = parse_rule(recipe.rule, folder)
     paths = [resolve_path(folder, m.path if isinstance(m, RecipeModel) else m) for m in recipe.models]
-    own = [(split_base_and_adapter(path) or (path,))[-1] for path in paths]
-    given = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
-    names = [name or default for name, default in zip(given, default_names(own), strict=True)]
+    adapter_paths = [(split_base_and_adapter(path) or (path,))[-1] for path in paths]
+    chosen_names = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
+    names = [name or default for name, default in zip(chosen_names, default_names(adapter_paths), strict=True)]
     if len(set(names)) < len(names):
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     rule = rule.for_models(names)
@@ -148,15 +148,15 @@ def _valid_keys(parts: Sequence[str]) -> list[str]:
     return list(kind.model_fields)
 
 
-def parse_rule(given: Any, folder: str = "") -> tuple[Rule, float | None]:
+def parse_rule(content: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
-    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
-        return parse_rule(_method_file(os_path.join(folder, given)), folder)
-    if isinstance(given, str) and given.lstrip().startswith(("{", "[")):
-        return parse_rule(parse_yaml(given, f"the rule {given!r}"), folder)
-    if isinstance(given, dict) and "_target_" in given:
-        return _fusion_bench(given)
-    return rule_from(_with_resolved_paths(given, folder)), None
+    if isinstance(content, str) and content.endswith((".yaml", ".yml")):
+        return parse_rule(_method_file(os_path.join(folder, content)), folder)
+    if isinstance(content, str) and content.lstrip().startswith(("{", "[")):
+        return parse_rule(parse_yaml(content, f"the rule {content!r}"), folder)
+    if isinstance(content, dict) and "_target_" in content:
+        return _fusion_bench(content)
+    return rule_from(_with_resolved_paths(content, folder)), None
 
 
 def _with_resolved_paths(rule: Any, folder: str) -> Any:
@@ -165,9 +165,9 @@ def _with_resolved_paths(rule: Any, folder: str) -> Any:
         return [_with_resolved_paths(part, folder) for part in cast("list[Any]", rule)]
     if not isinstance(rule, dict):
         return rule
-    told = {name: _with_resolved_paths(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
-    path = told.get("sensitive")
-    return {**told, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else told
+    options = {name: _with_resolved_paths(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
+    path = options.get("sensitive")
+    return {**options, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else options
 
 
 def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
@@ -175,10 +175,10 @@ def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
     target = str(method["_target_"])
     if target.rpartition(".")[2] != FUSION_BENCH:
         raise MagMaxError(f"of FusionBench's methods only {FUSION_BENCH} is understood, not {target}")
-    known = ["_target_", "scaling_factor", "inplace"]
+    keys = ["_target_", "scaling_factor", "inplace"]
     for key in method:
-        if key not in known:
-            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest_hint(key, known)}")
+        if key not in keys:
+            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest_hint(key, keys)}")
     factor = method.get("scaling_factor", 0.5)
     if type(factor) not in (int, float) or not abs(factor) < 1e300:
         raise MagMaxError(f"scaling_factor must be a finite number, not {reprlib.repr(factor)}")

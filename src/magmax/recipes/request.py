@@ -116,10 +116,12 @@ class MergeRequest:
             rule.for_models(names), base, models, self.options, ExecutionOptions(execution.threads)
         )
         merged = InMemoryCheckpoint(job.specs, tensors, base.aliases)
-        found = prepare_calibration(self.calibrate, base, merged, models, names).measure(
+        calibrated = prepare_calibration(self.calibrate, base, merged, models, names).measure(
             ExecutionOptions(execution.threads)
         )
-        return replace(calibrate_merge(job, found.coefficients, self.calibrate.provenance()), report=found.report.lines)
+        return replace(
+            calibrate_merge(job, calibrated.coefficients, self.calibrate.provenance()), report=calibrated.report.lines
+        )
 
     def rule_with_preference(
         self, base: Checkpoint, models: Sequence[Checkpoint], execution: ExecutionOptions | None = None

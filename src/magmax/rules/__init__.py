@@ -116,11 +116,11 @@ def make_component(name: str, options: dict[str, Any] | None = None) -> Rule | T
     """Build a rule or transform from its name and options, each checked against its own fields."""
     kind = find_component(name)
     hints = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
+    fields = [field.name for field in dataclasses.fields(kind)]
     ready: dict[str, Any] = {}
     for option, value in (options or {}).items():
-        if option not in known:
-            hint = _option_hint(name, option, value, known)
+        if option not in fields:
+            hint = _option_hint(name, option, value, fields)
             raise MagMaxError(f"the rule {name} has no option {option!r}; {hint}")
         try:
             ready[option] = _check_option(value, hints[option])

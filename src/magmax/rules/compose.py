@@ -93,23 +93,25 @@ class TransformedRule(RuleWrapper):
         self.transform.check_names(names)
 
     def describe(self) -> dict[str, Any]:
-        told = self.rule.describe()
-        return {"chain": [*told.get("chain", [told]), self.transform.describe()]}
+        description = self.rule.describe()
+        return {"chain": [*description.get("chain", [description]), self.transform.describe()]}
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        told = [
+        summaries = [
             self.rule.summarize([rules for rules, _ in all_statistics]),
-            self.transform.summarize([own for _, own in all_statistics]),
+            self.transform.summarize([transform_statistics for _, transform_statistics in all_statistics]),
         ]
-        return "; ".join(filter(None, told))
+        return "; ".join(filter(None, summaries))
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
         rules = yield from self.rule.statistics(scope)
         return rules, (yield from self.transform.statistics(scope, partial(self.rule.merge, statistics=rules)))
 
     def merge(self, block: Block, statistics: Statistics) -> Array:
-        rules, own = statistics
-        return self.transform.apply(block, partial(self.rule.merge, statistics=rules), own, self.merge_factor)
+        rules, transform_statistics = statistics
+        return self.transform.apply(
+            block, partial(self.rule.merge, statistics=rules), transform_statistics, self.merge_factor
+        )
 
 
 def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
@@ -120,7 +122,7 @@ def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
     >>> chain(Prune(density=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
     array([3., 2.], dtype=float32)
     """
-    flat = [part for given in parts for part in _components(given)]
+    flat = [part for part_given in parts for part in _components(part_given)]
     befores = [part for part in flat if isinstance(part, TaskVectorTransform)]
     rules = [part for part in flat if isinstance(part, Rule)]
     afters = [part for part in flat if isinstance(part, MergedTransform)]

@@ -90,18 +90,18 @@ def keep_agreeing(task_vectors: Sequence[Array], zero_is_negative: bool = False)
     # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
     opposite = ~(elected - int(zero_is_negative))
     for delta in task_vectors:
-        kept = as_signed_bits(delta) ^ opposite
-        kept >>= 8 * delta.dtype.itemsize - 1
-        kept &= as_signed_bits(delta)
-        yield kept.view(delta.dtype)
+        masked = as_signed_bits(delta) ^ opposite
+        masked >>= 8 * delta.dtype.itemsize - 1
+        masked &= as_signed_bits(delta)
+        yield masked.view(delta.dtype)
 
 
-def disjoint_mean(kept: Iterable[Array], weights: Sequence[float], like: Array) -> Array:
+def disjoint_mean(agreeing: Iterable[Array], weights: Sequence[float], like: Array) -> Array:
     """The sum of the weighted task vectors' entries that agree, over the sum of their weights; an array as `like`."""
     xp = namespace(like)
     merged = xp.zeros_like(like)
     share = xp.zeros_like(like, dtype=xp.int16 if all(weight == 1 for weight in weights) else like.dtype)
-    for vector, weight in zip(kept, weights, strict=True):
+    for vector, weight in zip(agreeing, weights, strict=True):
         merged += vector
         present = xp.astype(vector != 0, share.dtype)
         apply_weights([present], [weight])

@@ -48,7 +48,7 @@ def dot_products_and_norms(vectors: Sequence[Array], size: int, angles: bool) ->
     float64, and numpy's own pairwise sums are the same on every processor and for any number of its cores.
     """
     count, parts = len(vectors), vectors[0].shape[0] // size
-    found = np.zeros((parts, count, count + 1))
+    products = np.zeros((parts, count, count + 1))
     many = max(1, PIECE // size)
     xp = namespace(vectors[0])
     for top in range(0, parts, many):
@@ -56,12 +56,12 @@ def dot_products_and_norms(vectors: Sequence[Array], size: int, angles: bool) ->
         for left in range(0, size, PIECE):
             cut = [xp.astype(row[:, left : left + PIECE], xp.float64) for row in rows]
             for n, one in enumerate(cut):
-                found[top : top + many, n, -1] += np.asarray(xp.sum(abs(one), axis=1))
+                products[top : top + many, n, -1] += np.asarray(xp.sum(abs(one), axis=1))
                 for k in range(0 if angles else n, n + 1):
-                    found[top : top + many, n, k] += np.asarray(xp.sum(one * cut[k], axis=1))
-    dots = np.tril(found[:, :, :-1])
-    found[:, :, :-1] = dots + np.tril(dots, -1).transpose(0, 2, 1)
-    return found
+                    products[top : top + many, n, k] += np.asarray(xp.sum(one * cut[k], axis=1))
+    dots = np.tril(products[:, :, :-1])
+    products[:, :, :-1] = dots + np.tril(dots, -1).transpose(0, 2, 1)
+    return products
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,21 @@ class NormReduction(Reduction):
         vectors = list(block.task_vectors)
         if _is_cut(block, size):
             vectors.append(self.merge(_copied(block)))
-        (found,) = dot_products_and_norms(vectors, vectors[0].shape[0], self.angles)
-        into[: len(vectors), : len(vectors)] += found[:, :-1]
-        into[: len(vectors), -1] += found[:, -1]
+        (measures,) = dot_products_and_norms(vectors, vectors[0].shape[0], self.angles)
+        into[: len(vectors), : len(vectors)] += measures[:, :-1]
+        into[: len(vectors), -1] += measures[:, -1]
 
 
 def request_norms(parts: Mapping[str, int], merge: MergeFunction, tasks: int, angles: bool) -> StatisticsRequest:
     """Measure the tensors that `parts` names, adding up in the order of addresses; asks nothing if there are none."""
     vectors: dict[str, Sums] = {}
     cut: dict[Address, Sums] = {}
-    found: Mapping[Address, Sums] = (yield NormReduction(parts, merge, tasks, angles)) if parts else {}
-    for at in sorted(at for at in found if at.key in parts):
+    measures: Mapping[Address, Sums] = (yield NormReduction(parts, merge, tasks, angles)) if parts else {}
+    for at in sorted(at for at in measures if at.key in parts):
         beginning = _part_start(at, parts[at.key])
-        cut[beginning] = cut.get(beginning, 0) + found[at]
-        own = np.delete(found[at], tasks, axis=1)[:tasks]
-        vectors[at.key] = vectors.get(at.key, 0) + own
+        cut[beginning] = cut.get(beginning, 0) + measures[at]
+        vectors_alone = np.delete(measures[at], tasks, axis=1)[:tasks]
+        vectors[at.key] = vectors.get(at.key, 0) + vectors_alone
     return NormStatistics(parts, vectors, cut)
 
 
@@ -112,8 +112,8 @@ def cosines(dots: Sums) -> NDArray[np.float64]:
 def mean_cosine(dots: Sums) -> float:
     """The mean cosine of two different vectors of n, from the dot products (n, n); 0 for a single one."""
     count = len(dots)
-    found = cosines(dots)
-    return math.fsum(found[np.tril_indices(count, -1)]) / max(1, count * (count - 1) // 2)
+    matrix = cosines(dots)
+    return math.fsum(matrix[np.tril_indices(count, -1)]) / max(1, count * (count - 1) // 2)
 
 
 def _is_cut(block: Block, size: int) -> bool:

@@ -25,9 +25,9 @@ def tensor_positions(names: Iterable[str]) -> dict[str, TensorPosition]:
     the layer's rank among those of its stack, over their number less one. A tensor outside of every stack of at least
     two layers lies at 0 if its name tells of embeddings, tokens, patches or a stem, else at 1 (final norms, heads).
     """
-    found = list(names)
+    keys = list(names)
     stacks: dict[str, set[int]] = {}
-    for stack, layer in filter(None, map(_layer, found)):
+    for stack, layer in filter(None, map(_layer, keys)):
         stacks.setdefault(stack, set()).add(layer)
     ranks = {stack: {n: rank for rank, n in enumerate(sorted(layers))} for stack, layers in stacks.items()}
 
@@ -37,7 +37,7 @@ def tensor_positions(names: Iterable[str]) -> dict[str, TensorPosition]:
             return 0.0 if FIRST.search(name.lower()) else 1.0
         return ranks[stack][layer] / (len(ranks[stack]) - 1)
 
-    return {name: TensorPosition(name, depth(name), _layer(name) is not None) for name in found}
+    return {name: TensorPosition(name, depth(name), _layer(name) is not None) for name in keys}
 
 
 def _layer(name: str) -> tuple[str, int] | None:

@@ -42,6 +42,6 @@ def keep_at_random(
     task_vector: Array, keep: float | NDArray[np.float64], purpose: str, seed: int, stream: int, address: Address
 ) -> Array:
     """Zero each entry with probability 1 - keep, in place."""
-    kept = as_signed_bits(task_vector)
-    kept &= random_mask(task_vector, keep, purpose, seed, stream, address)
+    bits = as_signed_bits(task_vector)
+    bits &= random_mask(task_vector, keep, purpose, seed, stream, address)
     return task_vector

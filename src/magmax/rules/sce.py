@@ -72,9 +72,9 @@ class Sce(Rule):
     def merge(self, block: Block, statistics: Statistics) -> Array:
         selected: SceStatistics = statistics
         _select(block, selected.cut)
-        kept = list(keep_agreeing(block.task_vectors))
-        apply_weights(kept, selected.weights)
-        return disjoint_mean(kept, selected.weights, block.task_vectors[0])
+        agreeing = list(keep_agreeing(block.task_vectors))
+        apply_weights(agreeing, selected.weights)
+        return disjoint_mean(agreeing, selected.weights, block.task_vectors[0])
 
 
 def variances(block: Block) -> Block:

@@ -172,14 +172,14 @@ class PerModelName(Schedule):
         return {name: to_config(value) for name, value in self.values}
 
     def for_models(self, names: Sequence[str]) -> PerModel:
-        given = dict(self.values)
-        for name in given:
+        by_name = dict(self.values)
+        for name in by_name:
             if name not in names:
                 raise MagMaxError(f"there is no model {name!r} to have a number; {nearest_hint(name, list(names))}")
-        missing = [name for name in names if name not in given]
+        missing = [name for name in names if name not in by_name]
         if missing:
             raise MagMaxError(f"no number is given for {', '.join(missing)}; every model needs one")
-        return PerModel(tuple(given[name] for name in names))
+        return PerModel(tuple(by_name[name] for name in names))
 
     def check(self, tasks: int) -> str | None:
         return "names its models, whose names only a recipe knows; give a list, in the models' order"
@@ -201,10 +201,10 @@ def for_all_models(value: Numbers, tasks: int) -> list[float]:
 
 def for_model(value: Numbers, task: int) -> float:
     """The number of model number `task` (from 1), of a value that depends on the model alone."""
-    own = value.values[task - 1] if isinstance(value, PerModel) else value
-    if isinstance(own, Schedule):
+    number = value.values[task - 1] if isinstance(value, PerModel) else value
+    if isinstance(number, Schedule):
         raise MagMaxError(f"{to_config(value)} depends on the place; resolve the rule first, with its `at`")
-    return own
+    return number
 
 
 def all_numbers(value: Any) -> Iterator[float]:
@@ -233,8 +233,8 @@ def validate_range(
         if not low <= number <= high or not math.isfinite(number):
             limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
             wanted = limits if math.isfinite(low) else "a finite number"
-            given = f"{number}" if number is value else f"{number} in {to_config(value)}"
-            raise MagMaxError(f"{part} needs {option} {wanted}, not {given}")
+            shown = f"{number}" if number is value else f"{number} in {to_config(value)}"
+            raise MagMaxError(f"{part} needs {option} {wanted}, not {shown}")
 
 
 def parse(content: Any, per_model: bool = True) -> Numbers:
@@ -269,13 +269,13 @@ def _parse_layers(content: Any, outside: Literal["ends", "first"], refusal: MagM
 
 
 def _parse_filters(entries: Sequence[Mapping[str, Any]], refusal: MagMaxError) -> Filters:
-    found: list[tuple[str | None, float | Layers]] = []
+    entries_out: list[tuple[str | None, float | Layers]] = []
     for entry in entries:
         part, value = entry.get("filter"), parse(entry["value"], per_model=False)
         if not set(entry) <= {"filter", "value"} or isinstance(value, Filters) or not isinstance(part, str | None):
             raise refusal
-        found.append((None if part == "*" else part, cast("float | Layers", value)))
-    return Filters(tuple(found))
+        entries_out.append((None if part == "*" else part, cast("float | Layers", value)))
+    return Filters(tuple(entries_out))
 
 
 def _parse_number(content: Any) -> bool:

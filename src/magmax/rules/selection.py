@@ -140,15 +140,15 @@ def largest_entries(
 ) -> list[LargestEntries]:
     """Which entries are the largest, given how many entries of each block equal each task's k-th."""
     order = sorted(equals)
-    found: list[LargestEntries] = []
+    entries: list[LargestEntries] = []
     for task, (code, wanted, equal) in enumerate(ranks):
         if wanted == equal:
-            found.append(LargestEntries(code, float64=wide))
+            entries.append(LargestEntries(code, float64=wide))
             continue
         counts = np.array([int(equals[at][task]) for at in order])
         last = int(np.searchsorted(np.cumsum(counts), wanted))
-        found.append(LargestEntries(code, order[last], wanted - int(counts[:last].sum()), wide))
-    return found
+        entries.append(LargestEntries(code, order[last], wanted - int(counts[:last].sum()), wide))
+    return entries
 
 
 def request_kth_magnitudes(keeps: Sequence[int], scope: Scope) -> Generator[Reduction, Any, list[KthMagnitudeCode]]:
@@ -181,8 +181,8 @@ def request_kth_magnitudes(keeps: Sequence[int], scope: Scope) -> Generator[Redu
         bins = [place for place in located if place is not None]
         lows = [low + (place << shift) for low, (place, _, _) in zip(lows, bins, strict=True)]
         if shift == 0:
-            found = [KthMagnitudeCode(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
-            return [known.get(n, rank) for n, rank in enumerate(found)]
+            codes = [KthMagnitudeCode(low, wanted, equal) for low, (_, wanted, equal) in zip(lows, bins, strict=True)]
+            return [known.get(n, rank) for n, rank in enumerate(codes)]
         shift = max(0, shift - 16)
 
 

@@ -98,16 +98,16 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, Tr
             raise MagMaxError(f"{word}: a search has {', '.join(SearchConfig.model_fields)} to assign")
         document = document._replace(content=apply_overrides(document.content, [word]))
     recipe = validate(SearchConfig, document, "a search", _valid_keys)
-    here = str(Path(file).absolute().parent)
-    content, folder = recipe.merge, here
+    folder_of_file = str(Path(file).absolute().parent)
+    content, folder = recipe.merge, folder_of_file
     if isinstance(content, str):
-        path = os.path.join(here, content)
+        path = os.path.join(folder_of_file, content)
         content, folder = dict(read_document(path).content), os.path.dirname(path)
     plan = build_request(content, document.locate("merge"), {}, folder)
     space = {name: _expanded(span, plan.names) for name, span in recipe.space.items()}
     for name, span in recipe.space.items():
         with_value(content, name, _example(span, plan.names))
-    return recipe, TrialSettings(content, folder, space, _score(recipe.score, here))
+    return recipe, TrialSettings(content, folder, space, _score(recipe.score, folder_of_file))
 
 
 def _expanded(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -125,12 +125,12 @@ def _example(span: SearchRange | list[Any], names: Sequence[str]) -> Any:
     return dict.fromkeys(names, span.high) if span.each else span.high
 
 
-def _score(score: str | ExperimentScore, here: str) -> str | tuple[str, int, str]:
+def _score(score: str | ExperimentScore, folder: str) -> str | tuple[str, int, str]:
     if isinstance(score, str):
         if ":" not in score:
             raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")
         return score
-    experiment = read_experiment(os.path.join(here, score.experiment))
+    experiment = read_experiment(os.path.join(folder, score.experiment))
     if score.measure_on == "validation" and not experiment.validation:
         raise MagMaxError(
             f"{score.experiment}: holds out no validation examples to score on; say how many of each class it does, "

@@ -113,31 +113,31 @@ class TrialStore:
         self._finished: list[Any] = list(self._study.trials)
         self.tried = [self._tried(trial) for trial in self._finished]
 
-    def choose(self, number: int, known: int, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def choose(self, number: int, known_trials: int, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What trial `number` tries, knowing the scores up to trial `known` and what the others before it try."""
         optuna = self._optuna
         seed = int.from_bytes(f"{self._recipe.seed} {number}".encode(), "little") % (2**32 - 5)
         kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
         study = self._study_of(sampler=kinds[self._recipe.sampler](seed=seed))
-        study.add_trials(self._finished[: known + 1])
+        study.add_trials(self._finished[: known_trials + 1])
         running = optuna.trial.TrialState.RUNNING
-        for chosen in begun[max(0, known + 1) :]:
+        for chosen in begun[max(0, known_trials + 1) :]:
             study.add_trial(optuna.trial.create_trial(state=running, params=chosen, distributions=self._space))
         params = study.ask(self._space).params
         return {name: params[name] for name in self._space}
 
-    def add(self, number: int, chosen: Mapping[str, Any], came: TrialResult) -> TrialRecord:
+    def add(self, number: int, chosen: Mapping[str, Any], result: TrialResult) -> TrialRecord:
         """Keep a finished trial. Raises MagMaxError where an objective has no score."""
         optuna, states = self._optuna, self._optuna.trial.TrialState
-        notes = {REFUSED: came.refused} if came.refused else {SCORES: came.scores}
-        values = None if came.refused else self._values(came.scores)
-        state = states.FAIL if came.refused else states.COMPLETE
+        notes = {REFUSED: result.refused} if result.refused else {SCORES: result.scores}
+        values = None if result.refused else self._values(result.scores)
+        state = states.FAIL if result.refused else states.COMPLETE
         trial = optuna.trial.create_trial(
             state=state, params=dict(chosen), distributions=self._space, values=values, user_attrs=notes
         )
         self._study.add_trial(trial)
         self._finished.append(trial)
-        self.tried.append(TrialRecord(number, chosen, came.scores, came.refused))
+        self.tried.append(TrialRecord(number, chosen, result.scores, result.refused))
         return self.tried[-1]
 
     def _tried(self, trial: Any) -> TrialRecord:
@@ -172,11 +172,11 @@ class _Unlocked:
 
 def distributions(optuna: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The space as Optuna has it: by NAME, or by NAME[MODEL] where each model has its own."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, parts in space.items():
         for part, span in parts.items():
-            found[f"{name}[{part}]" if part else name] = _distribution(optuna.distributions, span)
-    return found
+            result[f"{name}[{part}]" if part else name] = _distribution(optuna.distributions, span)
+    return result
 
 
 def _distribution(kinds: Any, span: Any) -> Any:

@@ -90,9 +90,9 @@ class TrialSettings:
         if not isinstance(self.score, str):
             return accuracies(*self.score, path)
         found: Any = registry.find("score", {}, self.score)(path)
-        told = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {SCORE: found}
+        scores = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {SCORE: found}
         try:
-            numbers = {str(task): float(score) for task, score in told.items()}
+            numbers = {str(task): float(score) for task, score in scores.items()}
         except (TypeError, ValueError) as error:
             raise MagMaxError(f"{self.score}({path}): returned {found!r}, not a number or a map of numbers") from error
         if not numbers or not all(map(math.isfinite, numbers.values())):
@@ -110,10 +110,10 @@ def accuracies(recipe: str, seed: int, on: str, model: Path) -> dict[str, float]
         MagMaxError: a task without examples.
     """
     with context_lock:
-        here = build_context(Experiment.model_validate_json(recipe), seed)
-        load_weights(here.encoder.model, model)
-        row = here.row(len(here.tasks), here.test if on == "test" else here.validation)
-    found = {task.name: share for task, share in zip(here.tasks, row.tasks, strict=True)}
-    if lacking := [name for name, share in found.items() if math.isnan(share)]:
+        context = build_context(Experiment.model_validate_json(recipe), seed)
+        load_weights(context.encoder.model, model)
+        row = context.row(len(context.tasks), context.test if on == "test" else context.validation)
+    accuracies_by_task = {task.name: share for task, share in zip(context.tasks, row.tasks, strict=True)}
+    if lacking := [name for name, share in accuracies_by_task.items() if math.isnan(share)]:
         raise MagMaxError(f"no {on} example of {', '.join(lacking)}; hold out more of each class")
-    return found
+    return accuracies_by_task

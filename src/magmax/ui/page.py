@@ -65,7 +65,7 @@ class TunerPage:
 
     def build_header(self) -> None:
         """What is merged, and how it is looked at."""
-        here, held = self.tuner.context, self.tuner.merges
+        context, merges = self.tuner.context, self.tuner.merges
         with container("header"):
             with container("p", "brand"):
                 ui.html(LOGO_SVG, sanitize=False, tag="span")
@@ -74,12 +74,12 @@ class TunerPage:
             kind = "an archive" if self.tuner.source.archive else "a training"
             text_element(
                 "p",
-                f"{self.tuner.source.folder}, {kind} of {len(here.tasks)} tasks. Move the sliders: how much of the "
+                f"{self.tuner.source.folder}, {kind} of {len(context.tasks)} tasks. Move the sliders: how much of the "
                 "merge each task supplies, and how far it goes from the base. The accuracies follow, on a sample of "
                 f"{len(self.tuner.examples)} examples ({self.tuner.examples_source}).",
                 "about",
             )
-            text_element("p", f"The task vectors take {held.nbytes / 1e6:,.1f} MB of memory.", "about small")
+            text_element("p", f"The task vectors take {merges.nbytes / 1e6:,.1f} MB of memory.", "about small")
 
     def build_tiles(self) -> None:
         """The means, and the state of the preview."""
@@ -246,12 +246,12 @@ class TunerPage:
         magmax = self.tuner.reference_previews[MAGMAX_PRESET]
         for number, (row, (title, _)) in enumerate(zip(self.task_rows, self.tuner.task_titles, strict=True)):
             share, count = preview.task_accuracies[number], preview.example_counts[number]
-            told = ", ".join(
+            text = ", ".join(
                 f"{name} {format_percent(mark.task_accuracies[number])}"
                 for name, mark in self.tuner.reference_previews.items()
             )
             row.bar.style(f"--v:{share:.4f}")
-            row.bar.props["aria-label"] = f"{title}: {format_percent(share)} of {count} examples; {told}"
+            row.bar.props["aria-label"] = f"{title}: {format_percent(share)} of {count} examples; {text}"
             row.value.text = format_percent(share)
             _show_difference(row.difference, share - magmax.task_accuracies[number])
         self.mean_text.text, self.weighted_mean_text.text = (
@@ -331,9 +331,9 @@ def container(tag: str, classes: str = "", props: str = "") -> ui.element:
 
 def button(text: str, classes: str, on_click: Callable[[], Any]) -> TextElement:
     """A button."""
-    made = text_element("button", text, classes).props("type=button")
-    made.on("click", on_click, [])
-    return made
+    element = text_element("button", text, classes).props("type=button")
+    element.on("click", on_click, [])
+    return element
 
 
 class Slider(ValueElement[float], component="slider.js"):
@@ -343,5 +343,5 @@ class Slider(ValueElement[float], component="slider.js"):
 
     def __init__(self, label: str, maximum: float, step: float, value: float, on_change: Callable[[Any], None]) -> None:
         super().__init__(value=value, on_value_change=on_change, throttle=0.05)
-        for name, given in {"min": 0, "max": maximum, "step": step, "aria-label": label}.items():
-            self.props[name] = given
+        for name, attribute in {"min": 0, "max": maximum, "step": step, "aria-label": label}.items():
+            self.props[name] = attribute

@@ -66,8 +66,13 @@ class PreviewMerges:
                 blocks += [Block(Address(key, cut.start), [delta[cut] for delta in deltas]) for cut in cuts]
                 starts += [start[cut] for cut in cuts]
             progress(done, len(keys))
-        own = _count_winners(blocks, len(models))
-        return cls(blocks, starts, own, _sample_elements(blocks, len(models), min(1.0, sample_size / max(1, sum(own)))))
+        natural_counts = _count_winners(blocks, len(models))
+        return cls(
+            blocks,
+            starts,
+            natural_counts,
+            _sample_elements(blocks, len(models), min(1.0, sample_size / max(1, sum(natural_counts)))),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -28,16 +28,16 @@ def bind_socket(port: int) -> socket.socket:
     """A socket that listens on loopback; port 0 means any that is free. Raises MagMaxError for one that is not."""
     if not 0 <= port < 1 << 16:
         raise MagMaxError(f"--port is a whole number from 0 (any that is free) to 65535, not {port}")
-    made = socket.socket()
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((HOST, port))
-        made.listen()
+        listener.bind((HOST, port))
+        listener.listen()
     except OSError as error:
-        made.close()
+        listener.close()
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
         raise MagMaxError(f"port {port} {why}; say --port with another number, or --port 0 for any free one") from error
-    return made
+    return listener
 
 
 def serve(tuner: TunerModel, listener: socket.socket, open_browser: bool, announce: Callable[[str], None]) -> None:

@@ -72,7 +72,9 @@ class RunSource:
 
     def cli_arguments(self, weights: dict[str, float], scaling_factor: float) -> list[str]:
         """The words of the command that makes the same bytes."""
-        given = ["--archive", str(self.folder)] if self.archive else [*self.model_paths, "--base", str(self.base.path)]
+        arguments = (
+            ["--archive", str(self.folder)] if self.archive else [*self.model_paths, "--base", str(self.base.path)]
+        )
         prefer = [
             word
             for name, weight in weights.items()
@@ -80,7 +82,7 @@ class RunSource:
             for word in ("--prefer", f"{name}={simplify_number(weight)!r}")
         ]
         rest = ["--scaling-factor", repr(simplify_number(scaling_factor)), "--out", OUTPUT_NAME]
-        return ["magmax", "tune", *given, *prefer, *rest]
+        return ["magmax", "tune", *arguments, *prefer, *rest]
 
 
 def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> RunSource:
@@ -88,13 +90,13 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
 
     Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
     """
-    archived, known = (folder / FILE).exists(), (folder / RECIPE).exists()
-    if not (archived or known or (folder / "theta_0.safetensors").exists()):
+    archived, is_training = (folder / FILE).exists(), (folder / RECIPE).exists()
+    if not (archived or is_training or (folder / "theta_0.safetensors").exists()):
         raise MagMaxError(
             f"{folder}: is neither the folder of a training ({RECIPE} and theta_0.safetensors, made by magmax train) "
             f"nor an archive ({FILE}, made by magmax archive create)"
         )
-    if known and not archived:
+    if is_training and not archived:
         if recipe is not None or seed is not None:
             raise MagMaxError(
                 f"{folder}: is a training, which knows its recipe and seed; leave out --recipe and --seed"
@@ -117,9 +119,9 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
 def read_training_recipe(file: Path) -> tuple[Experiment, int]:
     """The experiment and the seed of a training, from its recipe.json."""
     try:
-        told = modern_experiment(json.loads(file.read_text("utf-8")))
-        kept = {key: told[key] for key in EXPERIMENT_KEYS if key in told}
-        experiment = Experiment(**kept, seeds=[told["seed"]], training=[told["training"]])
+        recipe = modern_experiment(json.loads(file.read_text("utf-8")))
+        fields = {key: recipe[key] for key in EXPERIMENT_KEYS if key in recipe}
+        experiment = Experiment(**fields, seeds=[recipe["seed"]], training=[recipe["training"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MagMaxError(f"{file}: is not the {RECIPE} of a training: {error!r}") from error
     return experiment.check(), experiment.seeds[0]

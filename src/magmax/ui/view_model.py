@@ -76,17 +76,18 @@ class TunerModel:
         cls, source: RunSource, num_examples: int = 120, samples: Path | None = None, new_bar: BarFactory = no_bars
     ) -> TunerModel:
         """Read everything, once. `samples` is a CSV with the columns text and label, instead of test examples."""
-        here = build_context(source.experiment, source.seed, new_bar)
-        if len(here.tasks) != len(source.task_names):
+        context = build_context(source.experiment, source.seed, new_bar)
+        if len(context.tasks) != len(source.task_names):
             raise MagMaxError(
-                f"{source.folder}: has models of {len(source.task_names)} tasks, and the recipe has {len(here.tasks)}; "
+                f"{source.folder}: has models of {len(source.task_names)} tasks, and the recipe has "
+                f"{len(context.tasks)}; "
                 "finish the training with magmax train, or name the recipe that belongs to it"
             )
-        found = user_samples(here, samples) if samples else balanced_examples(here, num_examples)
-        held = PreviewMerges.read(source.base, source.open_models(), progress=new_bar("Reading task vectors"))
-        told = str(samples) if samples else "the recipe's test examples"
-        tuner, tell, marks = cls(source, here, held, found, told, {}, Lock()), new_bar("Evaluating"), {}
-        last = [0.0] * (len(here.tasks) - 1) + [1.0]
+        examples = user_samples(context, samples) if samples else balanced_examples(context, num_examples)
+        merges = PreviewMerges.read(source.base, source.open_models(), progress=new_bar("Reading task vectors"))
+        origin = str(samples) if samples else "the recipe's test examples"
+        tuner, tell, marks = cls(source, context, merges, examples, origin, {}, Lock()), new_bar("Evaluating"), {}
+        last = [0.0] * (len(context.tasks) - 1) + [1.0]
         asked = {
             "Zero-shot": (tuner.natural_counts, 0.0),
             "Last model": (last, 1.0),
@@ -147,10 +148,10 @@ class TunerModel:
 
     def recipe(self, weights: Weights, scaling_factor: float) -> str:
         """The merge in words: a recipe for `magmax merge`; of an archive, the command."""
-        told = self.source.build_recipe(self.weights_by_task(weights), scaling_factor)
-        if told is None:
+        recipe = self.source.build_recipe(self.weights_by_task(weights), scaling_factor)
+        if recipe is None:
             return self.command(weights, scaling_factor) + "\n"
-        return yaml.safe_dump(told, sort_keys=False, width=200)
+        return yaml.safe_dump(recipe, sort_keys=False, width=200)
 
     def command(self, weights: Weights, scaling_factor: float) -> str:
         """The command that writes the same bytes."""
@@ -170,7 +171,10 @@ class TunerModel:
             "Late tasks": geometric_weights(2.0, tasks),
         }
         stored = self.source.archive.presets if self.source.archive else {}
-        return usual | {k: [given.get(name, 0.0) for name in self.source.task_names] for k, given in stored.items()}
+        return usual | {
+            k: [weights_by_task.get(name, 0.0) for name in self.source.task_names]
+            for k, weights_by_task in stored.items()
+        }
 
     def store_preset(self, name: str, weights: Weights) -> str:
         """Remember a preference in the archive. Raises MagMaxError without one, and for a name that is taken."""
@@ -201,15 +205,15 @@ def user_samples(context: ExperimentContext, path: Path) -> LabelledExamples:
         raise MagMaxError(f"{path}: samples are texts, and the recipe's model takes none; leave out --samples")
     if any(task.domain is not None for task in context.tasks):
         raise MagMaxError(f"{path}: samples have no domain, and the tasks are domains; leave out --samples")
-    found = read_samples(path)
+    samples = read_samples(path)
     names = [str(name) for name in context.classes]
     numbers = {str(c): c for c in range(len(names))} | {name: c for c, name in enumerate(names)}
     strange = [
-        f"{label!r} is no class; {nearest_hint(label, names)}" for label in set(found.labels) if label not in numbers
+        f"{label!r} is no class; {nearest_hint(label, names)}" for label in set(samples.labels) if label not in numbers
     ]
     if strange:
         raise list_problems(f"{path}: labels are the names of the recipe's classes", sorted(strange))
-    labels = np.array([numbers[label] for label in found.labels])
+    labels = np.array([numbers[label] for label in samples.labels])
     if lacking := [task.name for task in context.tasks if not len(task.rows(labels))]:
         raise MagMaxError(f"{path}: has no sample of {', '.join(lacking)}; a preview shows every task's accuracy")
-    return LabelledExamples(encoder.prepare(found.texts), labels)
+    return LabelledExamples(encoder.prepare(samples.texts), labels)

@@ -72,7 +72,7 @@ MISTAKES = {
     START.replace("1}", "heavy}"): "line 4: weight needs a number, not 'heavy'",
     START.replace("1}", "[]}"): "line 4: weight is an empty list",
     START.replace("1}", "[{filter: mlp, val: 1}]}"): "line 4: weight is a number, a list of numbers or a list of",
-    START + "parameters: {density: 1.5}\n": "line 5: prune needs keep from 0 to 1, not 1.5",
+    START + "parameters: {density: 1.5}\n": "line 5: prune needs density from 0 to 1, not 1.5",
     START + "parameters: {normalize: 2}\n": "line 5: normalize is true or false, not 2",
     START.replace("poet", "poem"): "line 4: there is no poem, neither in the current folder nor beside the recipe",
     START.replace("base_model: base\n", ""): "line 1: ties needs a base_model",

@@ -71,8 +71,8 @@ def methods_table(methods: Sequence[MethodResult]) -> FigureTable:
             TableCell(between, main.half if main.n > 1 else None),
         ]
         for name in SHARE_MEASURES:
-            known = method.means.get(name)
-            cells.append(TableCell.from_share(known.mean) if known else TableCell(EMPTY_CELL))
+            band = method.means.get(name)
+            cells.append(TableCell.from_share(band.mean) if band else TableCell(EMPTY_CELL))
         for name, unit in COST_MEASURES:
             cost = method.means.get(name)
             cells.append(TableCell(f"{cost.mean / unit:,.0f}", cost.mean) if cost else TableCell(EMPTY_CELL))
@@ -85,8 +85,8 @@ def matrix_figure(methods: Sequence[MethodResult]) -> ReportFigure:
     shown = [method for method in methods if method.is_complete] or list(methods)
     tasks = shown[0].num_tasks
     everything = [method.accuracy(i, j).mean for method in shown for i in range(tasks + 1) for j in range(1, tasks + 1)]
-    known = [value for value in everything if math.isfinite(value)]
-    low, high = min(known), max(known)
+    finite = [value for value in everything if math.isfinite(value)]
+    low, high = min(finite), max(finite)
     parts: dict[str, Markup] = {}
     for method in shown:
         rows = []
@@ -196,10 +196,11 @@ def curve_figures(methods: Sequence[MethodResult]) -> list[ReportFigure]:
 
 def sweep_figure(study: Study) -> ReportFigure:
     """Accuracy against one thing, with bands over seeds; against a way of training, a row for each rule."""
-    x = next(name for name in study.records[0] if name not in ("series", "training", "rule", "seed", "accuracy"))
-    told = aggregate(study.records, ["series", x], "accuracy")
-    names = list(dict.fromkeys(key[0] for key in told))
-    values = list(dict.fromkeys(key[1] for key in told))
+    others = (name for name in study.records[0] if name not in ("series", "training", "rule", "seed", "accuracy"))
+    x = next(others, "training")  # where the way of training is what varies
+    bands = aggregate(study.records, ["series", x], "accuracy")
+    names = list(dict.fromkeys(key[0] for key in bands))
+    values = list(dict.fromkeys(key[1] for key in bands))
 
     def tip(name: str, value: object, band: SeedBand) -> str:
         spread = f" ± {100 * band.std:.1f} over {band.n} seeds" if band.n > 1 else ""
@@ -211,7 +212,7 @@ def sweep_figure(study: Study) -> ReportFigure:
                 str(value),
                 [
                     SvgPoint(band.mean, names.index(name), tip(name, value, band), *_clip_interval(band))
-                    for (name, other), band in told.items()
+                    for (name, other), band in bands.items()
                     if other == value
                 ],
                 colour(n),
@@ -224,14 +225,14 @@ def sweep_figure(study: Study) -> ReportFigure:
     else:
         kinds = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
         trainings = sorted({name.rpartition("/")[2] for name in names}, key=lambda name: (name != "sequential", name))
-        peaks = {name: max(band.mean for (other, _), band in told.items() if other == name) for name in names}
+        peaks = {name: max(band.mean for (other, _), band in bands.items() if other == name) for name in names}
         first = sorted(names, key=lambda name: -peaks[name])[:INITIAL_CURVES]
         series = [
             SvgSeries(
                 name,
                 [
                     SvgPoint(float(value), band.mean, tip(name, value, band), *_clip_interval(band))
-                    for (other, value), band in told.items()
+                    for (other, value), band in bands.items()
                     if other == name
                 ],
                 colour(kinds.index(name.rpartition("/")[0])),
@@ -253,10 +254,10 @@ def sweep_figure(study: Study) -> ReportFigure:
             TableCell.from_share(band.std),
             TableCell(str(band.n), band.n),
         ]
-        for (name, value), band in told.items()
+        for (name, value), band in bands.items()
     ]
     table = FigureTable(["series", x.replace("_", " "), "accuracy, %", "± std", "seeds"], rows)
-    several = any(band.n > 1 for band in told.values())
+    several = any(band.n > 1 for band in bands.values())
     drawn = "Whiskers" if study.kind == "penalties" else "Bands"
     lead = study.definition + (f" {drawn} are one standard deviation over seeds." if several else "")
     return ReportFigure(study.kind, study.title, lead, " ".join(study.findings), body, series, True, table)

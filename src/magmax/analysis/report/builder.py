@@ -31,8 +31,8 @@ WEIGHT_SECTIONS = {
 def build_figures(study: Study, cells: Records = ()) -> list[ReportFigure]:
     """The figures of a study; curves are drawn from the benchmark's cells."""
     if study.kind == "curves":
-        found = summarise_methods(cells)
-        return [matrix_figure(found), *curve_figures(found)]
+        methods = summarise_methods(cells)
+        return [matrix_figure(methods), *curve_figures(methods)]
     return FIGURE_BUILDERS[study.kind](study) if study.kind in FIGURE_BUILDERS else [sweep_figure(study)]
 
 
@@ -63,11 +63,11 @@ def build_run_page(
     run: FinishedRun, statistics: StatisticsByOrigin, coefficients: Mapping[str, float] | None = None
 ) -> ReportPage:
     """The page of a benchmark or a training: accuracies, and the weights where the checkpoints are still there."""
-    found = summarise_methods(run.records)
+    methods = summarise_methods(run.records)
     studies = run_weight_studies(statistics) if statistics else []
-    sections = [PageSection("methods", "Methods", [methods_figure(found)], methods_table(found))]
-    sections.append(PageSection("matrix", "Accuracy matrix", [matrix_figure(found)]))
-    if curves := curve_figures(found):
+    sections = [PageSection("methods", "Methods", [methods_figure(methods)], methods_table(methods))]
+    sections.append(PageSection("matrix", "Accuracy matrix", [matrix_figure(methods)]))
+    if curves := curve_figures(methods):
         sections.append(PageSection("forgetting", "Forgetting", curves))
     swept = [
         run_accuracy_study(kind, run.records)
@@ -85,11 +85,11 @@ def build_run_page(
     }
     return ReportPage(
         "Benchmark report" if run.made_by == "bench" else "Training report",
-        _describe_run(run, found),
-        [*method_tiles(found), *weight_tiles(studies)],
+        _describe_run(run, methods),
+        [*method_tiles(methods), *weight_tiles(studies)],
         sort_recommendations(
             [
-                *recommend_from_accuracies(found, run.records),
+                *recommend_from_accuracies(methods, run.records),
                 *(recommend_from_weights(statistics) if statistics else []),
             ]
         ),
@@ -127,9 +127,9 @@ def method_tiles(methods: Sequence[MethodResult]) -> list[SummaryTile]:
     last = next((m for m in ours if m.rule == LAST), None)
     merged = next((m for m in ours if m.rule not in (LAST, ZERO_SHOT)), None)
     if last and merged and "forgetting" in last.means and "forgetting" in merged.means:
-        kept = 100 * merged.means["forgetting"].mean
+        forgotten = 100 * merged.means["forgetting"].mean
         tiles.append(
-            SummaryTile(f"{kept:.1f}", "points forgotten", f"{100 * last.means['forgetting'].mean:.1f} unmerged")
+            SummaryTile(f"{forgotten:.1f}", "points forgotten", f"{100 * last.means['forgetting'].mean:.1f} unmerged")
         )
     return tiles
 
@@ -174,13 +174,13 @@ def _calibration_sections(coefficients: Mapping[str, float] | None) -> list[Page
 def _describe_run(run: FinishedRun, methods: Sequence[MethodResult]) -> str:
     recipe = run.recipe
     seeds = sorted({record["seed"] for record in run.records})
-    told = [_choice_name(recipe[key]) for key in ("data", "model") if key in recipe]
-    told.append(f"{methods[0].num_tasks} tasks ({_choice_name(recipe['scenario']).replace('_', '-')})")
+    parts = [_choice_name(recipe[key]) for key in ("data", "model") if key in recipe]
+    parts.append(f"{methods[0].num_tasks} tasks ({_choice_name(recipe['scenario']).replace('_', '-')})")
     if "fit" in recipe:
-        told.append(f"{recipe['fit']['steps']} steps a task, learning rate {recipe['fit']['learning_rate']:g}")
-    told.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}".replace(" ", "\N{NO-BREAK SPACE}"))
+        parts.append(f"{recipe['fit']['steps']} steps a task, learning rate {recipe['fit']['learning_rate']:g}")
+    parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}".replace(" ", "\N{NO-BREAK SPACE}"))
     among = {"seen": "the classes learned so far", "all": "the classes of all tasks"}.get(recipe.get("among", ""))
-    return "\N{NO-BREAK SPACE}· ".join([*told, *([f"told apart among {among}"] if among else [])])
+    return "\N{NO-BREAK SPACE}· ".join([*parts, *([f"told apart among {among}"] if among else [])])
 
 
 def _choice_name(choice: Any) -> str:
@@ -189,9 +189,11 @@ def _choice_name(choice: Any) -> str:
 
 
 def _describe_environment(records: Sequence[Mapping[str, Any]]) -> str:
-    found = {json.dumps(record["environment"], sort_keys=True) for record in records if record.get("environment")}
-    told = [json.loads(each) for each in sorted(found)]
-    return "; ".join(", ".join(f"{key} {value}" for key, value in each.items()) for each in told)
+    environments = {
+        json.dumps(record["environment"], sort_keys=True) for record in records if record.get("environment")
+    }
+    contents = [json.loads(each) for each in sorted(environments)]
+    return "; ".join(", ".join(f"{key} {value}" for key, value in each.items()) for each in contents)
 
 
 __all__ = ["Recommendation", "build_figures", "build_run_page", "build_weights_page"]

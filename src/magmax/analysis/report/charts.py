@@ -175,17 +175,17 @@ def line_chart(series: Sequence[SvgSeries], x_axis: ChartAxis, y_axis: ChartAxis
         frame = _XYFrame(series, x_axis, y_axis, width, is_small)
         inside = [frame.render()]
         for each in series:
-            known = sorted((p for p in each.points if p.is_known), key=lambda p: p.x)
-            places = [(frame.x_scale(p.x), frame.y_scale(p.y)) for p in known]
+            points = sorted((p for p in each.points if p.is_known), key=lambda p: p.x)
+            places = [(frame.x_scale(p.x), frame.y_scale(p.y)) for p in points]
             marks: list[Markup] = []
-            if len(known) > 1 and any(p.has_interval for p in known):
-                spread = [(p.low, p.high) if p.has_interval else (p.y, p.y) for p in known]
-                there = [(frame.x_scale(p.x), frame.y_scale(high)) for p, (_, high) in zip(known, spread, strict=True)]
-                back = [(frame.x_scale(p.x), frame.y_scale(low)) for p, (low, _) in zip(known, spread, strict=True)]
+            if len(points) > 1 and any(p.has_interval for p in points):
+                spread = [(p.low, p.high) if p.has_interval else (p.y, p.y) for p in points]
+                there = [(frame.x_scale(p.x), frame.y_scale(high)) for p, (_, high) in zip(points, spread, strict=True)]
+                back = [(frame.x_scale(p.x), frame.y_scale(low)) for p, (low, _) in zip(points, spread, strict=True)]
                 marks.append(draw_path(there + back[::-1], "band", is_closed=True))
             if len(places) > 1:
                 marks.append(draw_path(places, f"line d{each.dash}"))
-            marks += [draw_dot(*at, p.tooltip, 3 if is_small else 3.6) for at, p in zip(places, known, strict=True)]
+            marks += [draw_dot(*at, p.tooltip, 3 if is_small else 3.6) for at, p in zip(places, points, strict=True)]
             inside.append(draw_group(each, *marks))
         return draw_svg(width, frame.height, "plane small" if is_small else "plane", *inside)
 
@@ -218,9 +218,9 @@ class _XYFrame:
 
     def _choose_x_ticks(self, values: Sequence[float], low: float, high: float, tick_count: int) -> list[float]:
         """Where the axis is labelled: at the points themselves if they are few, else at round numbers."""
-        own = sorted(set(values))
-        if len(own) <= tick_count + 2 and all(b - a > (high - low) / 12 for a, b in pairwise(own)):
-            return own
+        distinct = sorted(set(values))
+        if len(distinct) <= tick_count + 2 and all(b - a > (high - low) / 12 for a, b in pairwise(distinct)):
+            return distinct
         return [tick for tick in ticks(low, high, tick_count) if low - 1e-9 <= tick <= high + 1e-9]
 
     def render(self) -> Markup:

@@ -90,7 +90,7 @@ def study_page(study: Study, figures: Sequence[ReportFigure]) -> ReportPage:
 def calibration_figure(coefficients: Mapping[str, float]) -> ReportFigure:
     """The coefficient of each tensor that was calibrated, around 1."""
     names = list(coefficients)
-    known = [value for value in coefficients.values() if math.isfinite(value)]
+    finite = [value for value in coefficients.values() if math.isfinite(value)]
     points = [
         SvgPoint(value, row, f"{name}\nxi = {value:.4g}, {'grows' if value > 1 else 'shrinks'}")
         for row, (name, value) in enumerate(coefficients.items())
@@ -101,7 +101,7 @@ def calibration_figure(coefficients: Mapping[str, float]) -> ReportFigure:
         SvgSeries("shrinks", [p for p in points if p.x < 1 - COEFFICIENT_TOLERANCE], colour(1)),
     ]
     axis = ChartAxis("calibration coefficient", format_number, reference_values=[(1.0, "unchanged")])
-    alt = f"{len(names)} coefficients from {min(known):.3g} to {max(known):.3g}; 1 leaves a tensor as it is."
+    alt = f"{len(names)} coefficients from {min(finite):.3g} to {max(finite):.3g}; 1 leaves a tensor as it is."
     lead = "What each tensor's merged change is multiplied by, so that its features have the size they should."
     table = FigureTable(
         ["tensor", "coefficient"], [[TableCell(n), TableCell.from_number(v)] for n, v in coefficients.items()]

@@ -103,8 +103,8 @@ def ticks(low: float, high: float, tick_count: int) -> list[float]:
 
 def finite_range(values: Sequence[float], include_zero: bool = False) -> tuple[float, float]:
     """The least and the greatest that is finite."""
-    known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    return (min(0.0, *known) if include_zero else min(known)), (max(0.0, *known) if include_zero else max(known))
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    return (min(0.0, *finite) if include_zero else min(finite)), (max(0.0, *finite) if include_zero else max(finite))
 
 
 def draw_text(x: float, y: float, content: str, css_class: str = "", anchor: str = "start") -> Markup:

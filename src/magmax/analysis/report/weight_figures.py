@@ -15,12 +15,12 @@ from .svg import Markup, SvgPoint, SvgSeries, colour, shades
 def conflicts_figures(study: Study) -> list[ReportFigure]:
     """Share of conflicts by layer, a colour for each way of training."""
     layers, trainings = _unique_values(study.records, "layer"), _unique_values(study.records, "training")
-    told = aggregate(study.records, ["training", "layer"], "share")
+    shares = aggregate(study.records, ["training", "layer"], "share")
     series = [
         SvgSeries(
             training,
             [
-                _mean_point(told[training, layer], row, f"{layer}\n{_training_label(training)}", format_percent)
+                _mean_point(shares[training, layer], row, f"{layer}\n{_training_label(training)}", format_percent)
                 for row, layer in enumerate(layers)
             ],
             colour(n),
@@ -34,7 +34,7 @@ def conflicts_figures(study: Study) -> list[ReportFigure]:
     rows = [
         [
             TableCell(layer),
-            *(_share_cell(told[training, layer]) for training in trainings),
+            *(_share_cell(shares[training, layer]) for training in trainings),
             TableCell(f"{sizes[layer]:,}", sizes[layer]),
         ]
         for layer in layers
@@ -82,7 +82,7 @@ def consistency_figures(study: Study) -> list[ReportFigure]:
 def contribution_figures(study: Study) -> list[ReportFigure]:
     """Who wins under MagMax: a bar for each layer; before it, if there are several ways of training, one for each."""
     by = ["training", "layer", "task"]
-    told, weight = aggregate(study.records, by, "share"), aggregate(study.records, by, "magnitude")
+    shares, weight = aggregate(study.records, by, "share"), aggregate(study.records, by, "magnitude")
     trainings, layers, tasks = (_unique_values(study.records, name) for name in by)
     axis = ChartAxis("share of the elements that changed", format_percent)
 
@@ -92,7 +92,7 @@ def contribution_figures(study: Study) -> list[ReportFigure]:
         for task, shade in zip(tasks, shades(len(tasks)), strict=True):
             points: list[SvgPoint] = []
             for row, (name, (training, layer)) in enumerate(zip(names, keys, strict=True)):
-                share, amount = told[training, layer, task], weight[training, layer, task]
+                share, amount = shares[training, layer, task], weight[training, layer, task]
                 tip = f"{name}\n{task}: {_format_mean(share, format_percent)} of the elements\n"
                 points.append(
                     SvgPoint(share.mean, row, f"{tip}{_format_mean(amount, format_percent)} of the magnitude")
@@ -100,43 +100,48 @@ def contribution_figures(study: Study) -> list[ReportFigure]:
             series.append(SvgSeries(task, points, shade))
         return stacked_bar_chart(names, series, axis), series
 
-    found: list[ReportFigure] = []
+    figures: list[ReportFigure] = []
     if len(trainings) > 1:
         body, key = part(trainings, [(training, WHOLE_MODEL) for training in trainings])
-        found.append(_study_figure(study, "overview", study.title, study.definition, body, key, None))
+        figures.append(_study_figure(study, "overview", study.title, study.definition, body, key, None))
     drawn = {training: part(layers, [(training, layer) for layer in layers]) for training in trainings}
     rows = [
-        [*_row_cells(training, layer, trainings), *(_share_cell(told[training, layer, task]) for task in tasks)]
+        [*_row_cells(training, layer, trainings), *(_share_cell(shares[training, layer, task]) for task in tasks)]
         for training in trainings
         for layer in layers
     ]
     table = FigureTable([*_row_header(trainings), *(f"{task}, %" for task in tasks)], rows)
-    title = "The same, layer by layer" if found else study.title
+    title = "The same, layer by layer" if figures else study.title
     bodies = {training: body for training, (body, _) in drawn.items()}
-    found.append(_study_figure(study, "", title, study.definition, bodies, drawn[trainings[0]][1], table))
-    return found
+    figures.append(_study_figure(study, "", title, study.definition, bodies, drawn[trainings[0]][1], table))
+    return figures
 
 
 def cosine_figures(study: Study) -> list[ReportFigure]:
     """A table of angles, and their mean by layer."""
     trainings, tasks = _unique_values(study.records, "training"), _unique_values(study.records, "task")
-    told = aggregate([r for r in study.records if r["layer"] == WHOLE_MODEL], ["training", "task", "other"], "cosine")
-    low = min(0.0, *(band.mean for band in told.values() if band.n))
+    cosines = aggregate(
+        [r for r in study.records if r["layer"] == WHOLE_MODEL], ["training", "task", "other"], "cosine"
+    )
+    low = min(0.0, *(band.mean for band in cosines.values() if band.n))
     bodies: dict[str, Markup] = {}
     for training in trainings:
-        rows = [(task, [_cosine_cell(told[training, task, other], task, other) for other in tasks]) for task in tasks]
+        rows = [
+            (task, [_cosine_cell(cosines[training, task, other], task, other) for other in tasks]) for task in tasks
+        ]
         bodies[training] = heat_table(
             "cosine", tasks, rows, low, 1.0, f"Cosine of each two task vectors{_training_suffix(training)}"
         )
-    found = [_study_figure(study, "", study.title, study.definition, bodies, [], None)]
+    figures = [_study_figure(study, "", study.title, study.definition, bodies, [], None)]
     pairs = [r for r in study.records if r["task"] != r["other"]]
     layers, means = _unique_values(pairs, "layer"), aggregate(pairs, ["training", "layer"], "cosine")
     if len(layers) > 1:
         series: list[SvgSeries] = []
         for n, training in enumerate(trainings):
-            own = [means[training, layer].mean for layer in layers]
+            layer_means = [means[training, layer].mean for layer in layers]
             marks = [
-                SvgPoint(v, row, f"{layers[row]}\n{_training_label(training)}: {v:.3f}") for row, v in enumerate(own)
+                SvgPoint(v, row, f"{layers[row]}\n{_training_label(training)}: {v:.3f}")
+                for row, v in enumerate(layer_means)
             ]
             series.append(SvgSeries(training, marks, colour(n)))
         body = dot_chart(
@@ -148,8 +153,8 @@ def cosine_figures(study: Study) -> list[ReportFigure]:
         ]
         table = FigureTable(["layer", *(f"{_training_label(training)} mean cosine" for training in trainings)], cells)
         lead = "The mean over all pairs of tasks, layer by layer."
-        found.append(_study_figure(study, "layers", "Likeness by layer", lead, body, series, table))
-    return found
+        figures.append(_study_figure(study, "layers", "Likeness by layer", lead, body, series, table))
+    return figures
 
 
 def norms_figures(study: Study) -> list[ReportFigure]:

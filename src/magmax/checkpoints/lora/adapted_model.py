@@ -47,7 +47,7 @@ class LoraModel(Checkpoint):
             source = self._mapping.source_spec(key)
             tuned = TensorSpec("F64" if source.dtype == "F64" else "F32", source.shape)
             self.specs[key] = tuned if key in self._updates else source
-        self.aliases = {key: kept for key, kept in base.aliases.items() if key not in self.specs}
+        self.aliases = {key: stored_key for key, stored_key in base.aliases.items() if key not in self.specs}
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         if key in self._replacements:

@@ -75,12 +75,12 @@ class BoundedRegex:
         while self._position < len(self._text) and self._text[self._position] not in "|)":
             parts.append(self._parse_repetition(self._parse_atom()))
 
-        def sequence(run: MatchRun, found: Positions) -> Positions:
+        def sequence(run: MatchRun, positions: Positions) -> Positions:
             for part in parts:
-                if not found:
+                if not positions:
                     break
-                found = part(run, found)
-            return found
+                positions = part(run, positions)
+            return positions
 
         return sequence
 
@@ -108,17 +108,17 @@ class BoundedRegex:
 
     def _parse_repetition(self, matcher: Matcher) -> Matcher:
         """The node with what stands behind it: *, +, ? or {m,n}."""
-        found = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}").match(self._text, self._position)
-        if not found or found[0] == "{}":
+        match = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}").match(self._text, self._position)
+        if not match or match[0] == "{}":
             return matcher
-        self._position = found.end()
+        self._position = match.end()
         if self._accept("+"):
-            raise BoundedRegexError(f"{found[0]}+ is not supported")
+            raise BoundedRegexError(f"{match[0]}+ is not supported")
         self._accept("?")
-        if len(found[0]) == 1:
-            return _match_repeat(matcher, int(found[0] == "+"), 1 if found[0] == "?" else None)
-        least = int(found[1] or 0)
-        return _match_repeat(matcher, least, int(found[3]) if found[3] else None if found[2] else least)
+        if len(match[0]) == 1:
+            return _match_repeat(matcher, int(match[0] == "+"), 1 if match[0] == "?" else None)
+        least = int(match[1] or 0)
+        return _match_repeat(matcher, least, int(match[3]) if match[3] else None if match[2] else least)
 
     def _accept(self, token: str) -> bool:
         there = self._text.startswith(token, self._position)
@@ -137,11 +137,11 @@ def _match_character(token: str) -> Matcher:
 
 
 def _match_repeat(matcher: Matcher, minimum: int, maximum: int | None) -> Matcher:
-    def repeat(run: MatchRun, found: Positions) -> Positions:
-        run.count_steps(found)
+    def repeat(run: MatchRun, positions: Positions) -> Positions:
+        run.count_steps(positions)
         for _ in range(min(minimum, len(run.text) + 2)):  # by then every further round reaches the same positions
-            found = matcher(run, found)
-        seen, fresh, rounds = set(found), found, 0
+            positions = matcher(run, positions)
+        seen, fresh, rounds = set(positions), positions, 0
         while fresh and (maximum is None or rounds < maximum - minimum):
             run.count_steps(fresh)
             fresh = matcher(run, fresh) - seen
@@ -152,12 +152,12 @@ def _match_repeat(matcher: Matcher, minimum: int, maximum: int | None) -> Matche
     return repeat
 
 
-def _match_start(run: MatchRun, found: Positions) -> Positions:
-    return found & {0}
+def _match_start(run: MatchRun, positions: Positions) -> Positions:
+    return positions & {0}
 
 
-def _match_end(run: MatchRun, found: Positions) -> Positions:
-    return found & {len(run.text), len(run.text) - run.text.endswith("\n")}
+def _match_end(run: MatchRun, positions: Positions) -> Positions:
+    return positions & {len(run.text), len(run.text) - run.text.endswith("\n")}
 
 
 @lru_cache(4096)

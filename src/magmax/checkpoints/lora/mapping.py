@@ -98,7 +98,7 @@ def _match_names(targets: list[str], others: list[str], base: Checkpoint) -> dic
     changes += [("", first) for first in sorted({key.partition(".")[0] + "." for key in keys})]
     wanted = [*targets, *others]
     for drop, add in changes:
-        found = {name: name if name in keys else add + name.removeprefix(drop) for name in wanted}
-        if keys.issuperset(found[name] for name in targets):
-            return {name: new if new in keys else name for name, new in found.items()}
+        base_names = {name: name if name in keys else add + name.removeprefix(drop) for name in wanted}
+        if keys.issuperset(base_names[name] for name in targets):
+            return {name: new if new in keys else name for name, new in base_names.items()}
     return {name: name for name in wanted}

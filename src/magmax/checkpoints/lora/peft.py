@@ -156,18 +156,18 @@ class PeftAdapter(Checkpoint):
             self.problems.append(f"{self.weights.label}: holds no tensor of an adapter; save it again with PEFT")
 
     def _config_value(self, patterns: str, name: str, module: str) -> Any:
-        found: Any = self.config.get(patterns) or {}
-        if not isinstance(found, dict):
+        by_pattern: Any = self.config.get(patterns) or {}
+        if not isinstance(by_pattern, dict):
             raise MagMaxError(
-                f"{self._config_path}: {patterns} is {found!r}; it must be a map of module names to numbers"
+                f"{self._config_path}: {patterns} is {by_pattern!r}; it must be a map of module names to numbers"
             )
-        for text, value in cast("dict[str, Any]", found).items():
+        for text, value in cast("dict[str, Any]", by_pattern).items():
             try:
                 if compile_regex(text).matches_module(module):
                     return value
             except BoundedRegexError as error:
-                told = reprlib.repr(text)
-                raise MagMaxError(f"{self._config_path}: {patterns} has a bad expression {told}: {error}") from error
+                shown = reprlib.repr(text)
+                raise MagMaxError(f"{self._config_path}: {patterns} has a bad expression {shown}: {error}") from error
         return self.config.get(name, 8)
 
 

@@ -67,16 +67,16 @@ def adapted_layers(adapter: PeftAdapter) -> dict[AdaptedLayer, LowRankUpdate]:
         for name in adapter.replacements.values()
         if name not in frozen
     ]
-    found: dict[AdaptedLayer, LowRankUpdate] = {}
+    updates: dict[AdaptedLayer, LowRankUpdate] = {}
     for module, embedding in adapter.factor_pairs:
         try:
             layer, update = _read_update(adapter, module, embedding)
-            found[layer] = update
+            updates[layer] = update
         except MagMaxError as error:
             problems.append(str(error))
     if problems:
         raise list_problems(f"{adapter.label} cannot be merged into an adapter", problems)
-    return found
+    return updates
 
 
 def frozen_weights(adapter: PeftAdapter) -> list[str]:
@@ -112,11 +112,11 @@ def common_layers(adapters: Sequence[PeftAdapter]) -> tuple[list[AdaptedLayer], 
         MagMaxError: what `layers` refuses, and a module that has one shape in one adapter and another in the next.
     """
     everyones = [adapted_layers(folder) for folder in adapters]
-    known: dict[str, tuple[AdaptedLayer, PeftAdapter]] = {}
+    first_layers: dict[str, tuple[AdaptedLayer, PeftAdapter]] = {}
     problems: list[str] = []
-    for folder, own in zip(adapters, everyones, strict=True):
-        for layer in own:
-            first, other = known.setdefault(layer.key, (layer, folder))
+    for folder, layer_updates in zip(adapters, everyones, strict=True):
+        for layer in layer_updates:
+            first, other = first_layers.setdefault(layer.key, (layer, folder))
             if first != layer:
                 problems.append(
                     f"{folder.label}: {layer.module} is of shape {[layer.rows, *layer.row_shape]}"
@@ -125,8 +125,8 @@ def common_layers(adapters: Sequence[PeftAdapter]) -> tuple[list[AdaptedLayer], 
                 )
     if problems:
         raise list_problems("the adapters do not match", problems)
-    updates = [{layer.key: update for layer, update in own.items()} for own in everyones]
-    return [known[key][0] for key in sorted(known)], updates
+    updates = [{layer.key: update for layer, update in layer_updates.items()} for layer_updates in everyones]
+    return [first_layers[key][0] for key in sorted(first_layers)], updates
 
 
 def merged_config(adapters: Sequence[PeftAdapter], ranks: Mapping[str, int]) -> bytes:
@@ -164,14 +164,14 @@ def merged_config(adapters: Sequence[PeftAdapter], ranks: Mapping[str, int]) -> 
 def _target_modules(adapters: Sequence[PeftAdapter], modules: Sequence[str]) -> list[str]:
     """Ends of names that stand for exactly these modules: the adapters' own, where they say it so; else all names."""
     narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    own: set[str] = set()
+    modules_of_all: set[str] = set()
     for folder in adapters:
-        given: Any = folder.config.get("target_modules")
-        if not isinstance(given, list) or any(folder.config.get(name) for name in narrowed):
+        target_modules: Any = folder.config.get("target_modules")
+        if not isinstance(target_modules, list) or any(folder.config.get(name) for name in narrowed):
             return sorted(modules)
-        own.update(name for name in cast("list[Any]", given) if type(name) is str)
-    covered = all(any(f".{module}".endswith(f".{name}") for name in own) for module in modules)
-    return sorted(own) if covered else sorted(modules)
+        modules_of_all.update(name for name in cast("list[Any]", target_modules) if type(name) is str)
+    covered = all(any(f".{module}".endswith(f".{name}") for name in modules_of_all) for module in modules)
+    return sorted(modules_of_all) if covered else sorted(modules)
 
 
 def _escape(module: str) -> str:

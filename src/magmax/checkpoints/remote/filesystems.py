@@ -64,10 +64,10 @@ class FsspecSource(RemoteSource):
 
     def read_stamp(self) -> list[object]:
         self._filesystem.invalidate_cache()
-        told: dict[str, Any] = self._filesystem.info(self._path)
-        if told.get("type") == "directory":
+        info: dict[str, Any] = self._filesystem.info(self._path)
+        if info.get("type") == "directory":
             raise RemoteFileNotFoundError(f"{self._label}: is a folder")
-        return [told["size"], *(str(told[name]) for name in STAMP_FIELDS if told.get(name) is not None)]
+        return [info["size"], *(str(info[name]) for name in STAMP_FIELDS if info.get(name) is not None)]
 
 
 class HttpSource(RemoteSource):
@@ -117,8 +117,8 @@ class HttpSource(RemoteSource):
             raise PermissionError(f"status {status}")
         if status == 412:
             raise changed_file_error(self._label)
-        said = str(response.headers.get("Content-Range", ""))
-        if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", said)):
+        content_range = str(response.headers.get("Content-Range", ""))
+        if status == 416 and (match := re.fullmatch(r"bytes \*/(\d+)", content_range)):
             return int(match[1])
         if status == 200:
             raise MagMaxError(
@@ -127,11 +127,11 @@ class HttpSource(RemoteSource):
         if status != 206:
             kind = ConnectionError if status >= 500 or status in (408, 425, 429) else MagMaxError
             raise kind(f"{self._label}: the server answers with status {status} ({response.reason})")
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said)
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range)
         if match is None or int(match[1]) != begin:
             raise MagMaxError(
                 f"{self._label}: the server was asked for the bytes from {begin:,} on and says that it sends "
-                f"{said or 'others'!r}; download the file first"
+                f"{content_range or 'others'!r}; download the file first"
             )
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise MagMaxError(f"{self._label}: the server compresses what it sends; download the file first")

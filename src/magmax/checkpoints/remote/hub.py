@@ -74,11 +74,11 @@ def parse_hub_id(text: str, folder: str = "") -> HubId | None:
     """
     if _exists(folder, text):
         return None
-    given = text.removeprefix(HUB_PREFIX)
-    match = re.fullmatch(rf"({NAME_PATTERN}/{NAME_PATTERN})(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?", given)
+    name = text.removeprefix(HUB_PREFIX)
+    match = re.fullmatch(rf"({NAME_PATTERN}/{NAME_PATTERN})(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?", name)
     if text.startswith(HUB_PREFIX):
-        match = match or re.fullmatch(rf"({NAME_PATTERN})(?:@([^/@\s]+))?()", given)
-        if not match or ".." in given.split("/"):
+        match = match or re.fullmatch(rf"({NAME_PATTERN})(?:@([^/@\s]+))?()", name)
+        if not match or ".." in name.split("/"):
             raise MagMaxError(f"{text}: is no id of the hub; write {HUB_PREFIX}NAME/MODEL, with @REVISION if need be")
     elif not match or match[3] or text.endswith(("/", *PATH_SUFFIXES)) or _exists(folder, text.partition("/")[0]):
         return None
@@ -112,17 +112,17 @@ def fetch_model(hub_id: HubId) -> HubFiles:
 @lru_cache(maxsize=256)
 def _fetch_or_explain(hub_id: HubId, cache: str, endpoint: str) -> HubFiles:
     hub: Any = import_module("huggingface_hub")
-    if COMMIT_PATTERN.fullmatch(hub_id.revision) and (found := _find_in_cache(hub, hub_id)):
-        return found
+    if COMMIT_PATTERN.fullmatch(hub_id.revision) and (files := _find_in_cache(hub, hub_id)):
+        return files
     try:
         return _download(hub, hub_id)
     except MagMaxError:
         raise
     except Exception as error:  # the library's own errors, those of its HTTP client, and the system's
-        found = None if isinstance(error, hub.errors.RevisionNotFoundError) else _find_in_cache(hub, hub_id)
-        if found is None:
+        files = None if isinstance(error, hub.errors.RevisionNotFoundError) else _find_in_cache(hub, hub_id)
+        if files is None:
             raise MagMaxError(_explain_error(hub, hub_id, cache, endpoint, error)) from error
-        return found
+        return files
 
 
 def _download(hub: Any, hub_id: HubId) -> HubFiles:
@@ -192,9 +192,9 @@ def needed_files(names: Iterable[str], hub_id: HubId, download_index: Callable[[
         if len(weights) == 1 and not SHARD_PATTERN.fullmatch(weights[0]):
             return [*weights, *small]
         if weights:
-            told = ", ".join(weights[:5]) + ", ..." * (len(weights) > 5)
+            listed = ", ".join(weights[:5]) + ", ..." * (len(weights) > 5)
             raise MagMaxError(
-                f"{hub_id}: holds {len(weights)} weight files and no index ({told}); "
+                f"{hub_id}: holds {len(weights)} weight files and no index ({listed}); "
                 f"name one: {hub_id._replace(path_in_repo=weights[0]).address}"
             )
     raise MagMaxError(
@@ -206,7 +206,7 @@ def _explain_error(hub: Any, hub_id: HubId, cache: str, endpoint: str, error: Ex
     """What went wrong, and what would help."""
     errors = hub.errors
     login = "log in (hf auth login, or HF_TOKEN)"
-    told = (str(error).splitlines() or [""])[0][:200]
+    message = (str(error).splitlines() or [""])[0][:200]
     fill = f"hf download {hub_id.repo}" + (f" --revision {hub_id.revision}" if hub_id.revision else "")
     if isinstance(error, errors.GatedRepoError):
         return f"{hub_id}: is gated; accept its terms at {endpoint}/{hub_id.repo} and {login}; it is not in {cache} yet"
@@ -223,6 +223,7 @@ def _explain_error(hub: Any, hub_id: HubId, cache: str, endpoint: str, error: Ex
             f"unset it, or fill the cache where there is a network: {fill}"
         )
     return (
-        f"{hub_id}: cannot be had from {endpoint} ({type(error).__name__}: {told}), and is not, or not whole, in the "
+        f"{hub_id}: cannot be had from {endpoint} ({type(error).__name__}: {message}), and is not, or not whole, in "
+        f"the "
         f"cache {cache}; run it again with a network (what is downloaded is kept), or fill the cache: {fill}"
     )

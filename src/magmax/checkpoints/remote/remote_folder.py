@@ -85,15 +85,17 @@ class RemoteFolder:
                 f"{self.url}: has neither {STEMS[0]}{INDEX_SUFFIX} nor {STEMS[0]}.safetensors; name the .safetensors "
                 f"file"
             )
-        found = [name for name in self._file_names if name.endswith(".safetensors") and "/" not in name]
+        weight_files = [name for name in self._file_names if name.endswith(".safetensors") and "/" not in name]
         if "adapter_config.json" in self._file_names:
             raise MagMaxError(f"{self.url}: adapters are not read from another machine; download the folder first")
-        if len(found) != 1:
-            what = f"{len(found)} safetensors files and no index" if found else "no safetensors"
+        if len(weight_files) != 1:
+            what = f"{len(weight_files)} safetensors files and no index" if weight_files else "no safetensors"
             other = [name for name in self._file_names if name.endswith((".bin", ".pt", ".pth", ".distcp"))]
-            remedy = "it is not of safetensors: download it first" if other and not found else "name the file itself"
+            remedy = (
+                "it is not of safetensors: download it first" if other and not weight_files else "name the file itself"
+            )
             raise MagMaxError(f"{self.url}: the folder holds {what}; {remedy}")
-        return self.url_of(found[0])
+        return self.url_of(weight_files[0])
 
     def fingerprints(self, refresh: bool) -> dict[str, list[object]]:
         """What tells that the index is unchanged."""
@@ -129,13 +131,13 @@ class RemoteFolder:
 
         def names() -> list[str]:
             files.invalidate_cache()
-            found: list[str] = [name[len(top) :] for name in files.find(top, maxdepth=2) if name.startswith(top)]
-            return [name for name in found if ".." not in name.split("/")]
+            paths: list[str] = [name[len(top) :] for name in files.find(top, maxdepth=2) if name.startswith(top)]
+            return [name for name in paths if ".." not in name.split("/")]
 
-        found = with_retries(self.url, names)
-        if not found:
+        paths = with_retries(self.url, names)
+        if not paths:
             raise RemoteFileNotFoundError(f"{self.url}: there is no such file or folder")
-        return found
+        return paths
 
 
 def parse_weight_map(text: str, index: str) -> dict[str, str]:

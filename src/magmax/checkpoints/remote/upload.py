@@ -56,9 +56,9 @@ class Upload:
 
     def abandon(self, is_folder: bool) -> None:
         """Take the mark back, if nothing else is there."""
-        found: list[str] = with_retries(self.label, lambda: self._filesystem.find(self._path)) if is_folder else []
-        if found == [self._path_of(UPLOAD_MARKER)]:
-            self._delete(found[0])
+        paths: list[str] = with_retries(self.label, lambda: self._filesystem.find(self._path)) if is_folder else []
+        if paths == [self._path_of(UPLOAD_MARKER)]:
+            self._delete(paths[0])
 
     def send(self, path: Path) -> None:
         """Upload a file, or all files of a folder.
@@ -109,12 +109,12 @@ class Upload:
 
     def _find_conflicts(self, is_folder: bool) -> list[str]:
         self._filesystem.invalidate_cache()
-        found: list[str] = self._filesystem.find(self._path)
-        inside = [name for name in found if name.startswith(self._path + "/")]
+        paths: list[str] = self._filesystem.find(self._path)
+        inside = [name for name in paths if name.startswith(self._path + "/")]
         if not is_folder and inside:
             return [f"{self.label}: is a folder; choose another name"]
-        if is_folder and found and self._path_of(UPLOAD_MARKER) not in found:
-            return [f"{self.label}: is there already ({len(found)} objects); delete it, or choose another place"]
+        if is_folder and paths and self._path_of(UPLOAD_MARKER) not in paths:
+            return [f"{self.label}: is there already ({len(paths)} objects); delete it, or choose another place"]
         return []
 
     def _delete(self, path: str) -> None:

@@ -49,11 +49,11 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             f"{display_url(url)}: is on another machine; to read it: pip install 'magmax[remote]'"
         ) from error
     try:
-        found, path = core.url_to_fs(url)
+        filesystem, path = core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        told = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
-        raise MagMaxError(f"{display_url(url)}: cannot be opened: {told}") from error
-    return found, path
+        hint = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
+        raise MagMaxError(f"{display_url(url)}: cannot be opened: {hint}") from error
+    return filesystem, path
 
 
 def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES) -> Result:
@@ -76,8 +76,10 @@ def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES)
             raise MagMaxError(f"{label}: access is refused ({error}); log in, or mind the name") from error
         except Exception as error:  # every library of a network has errors of its own
             if number == tries - 1:
-                told = (str(error).strip() or type(error).__name__)[:300]
-                raise UnfinishedError(f"{label}: failed {tries} times ({told}); run the same command again") from error
+                message = (str(error).strip() or type(error).__name__)[:300]
+                raise UnfinishedError(
+                    f"{label}: failed {tries} times ({message}); run the same command again"
+                ) from error
             time.sleep(RETRY_WAIT * 2**number)
     raise AssertionError("the last try returns or raises")
 

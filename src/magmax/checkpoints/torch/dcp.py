@@ -72,15 +72,15 @@ class DistributedCheckpoint(Checkpoint):
             raise MagMaxError(f"{self._metadata}: has {source.size:,} bytes, too many for the metadata of a checkpoint")
         content = source.read_bytes(0, source.size)
         self._digest = xxhash.xxh3_128_hexdigest(content)
-        told = _read_metadata(content, str(self._metadata))
-        chosen = _select_entries(told, part, label)
+        metadata = _read_metadata(content, str(self._metadata))
+        chosen = _select_entries(metadata, part, label)
         self._chunks: dict[str, list[StoredBox]] = {}
         problems: list[str] = []
         for name, key in chosen.items():
-            if name in told.tensors:
-                self.specs[key] = told.tensors[name][0]
-                self._chunks[key], found = _locate_chunks(name, told, label)
-                problems += found
+            if name in metadata.tensors:
+                self.specs[key] = metadata.tensors[name][0]
+                self._chunks[key], problems_here = _locate_chunks(name, metadata, label)
+                problems += problems_here
         self._required_sizes: dict[str, int] = {}
         """Each file that is needed, and how many bytes it must have."""
         for chunk in (c for chunks in self._chunks.values() for c in chunks):
@@ -92,7 +92,7 @@ class DistributedCheckpoint(Checkpoint):
         if not self.specs:
             raise MagMaxError(f"{label}: holds no tensor of a model")
         self._chunk_tensors: dict[tuple[str, int], StoredTensor] = {}
-        self._add_notes(told, chosen)
+        self._add_notes(metadata, chosen)
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
@@ -100,8 +100,8 @@ class DistributedCheckpoint(Checkpoint):
             return self._read_elements(key, start, stop).view(spec.storage_dtype)
         size = BITS_PER_ELEMENT[spec.dtype] // 8
         first = start // size
-        found = self._read_elements(key, first, -(-stop // size)).view(np.uint8)
-        return found[start - first * size : stop - first * size]
+        units = self._read_elements(key, first, -(-stop // size)).view(np.uint8)
+        return units[start - first * size : stop - first * size]
 
     def files(self) -> list[Path]:
         return [self._metadata, *(self._metadata.parent / name for name in self._required_sizes)]
@@ -115,17 +115,17 @@ class DistributedCheckpoint(Checkpoint):
 
     def _read_elements(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
-        found = np.empty(stop - start, UNSIGNED_DTYPES[BITS_PER_ELEMENT[spec.dtype] // 8])
+        elements = np.empty(stop - start, UNSIGNED_DTYPES[BITS_PER_ELEMENT[spec.dtype] // 8])
         at = 0
         for box in split_into_boxes(spec.shape, start, stop):
             depth = len(box.leading_indices)
             shape = (box.stop - box.start, *spec.shape[depth + 1 :])
             count = math.prod(shape)
-            part = found[at : at + count].reshape(shape)
+            part = elements[at : at + count].reshape(shape)
             for chunk in self._chunks[key]:
                 self._copy_chunk(key, chunk, box, part)
             at += count
-        return found
+        return elements
 
     def _copy_chunk(self, key: str, chunk: StoredBox, box: IndexBox, out: NDArray[Any]) -> None:
         """Put what `chunk` has of `box` into `out`, which is that box of the tensor."""
@@ -152,12 +152,12 @@ class DistributedCheckpoint(Checkpoint):
         place = chunk.file, chunk.begin
         if place not in self._chunk_tensors:
             label = f"{self._metadata.parent / chunk.file}, at byte {chunk.begin:,}"
-            found = TorchFile(self._open_file(chunk.file), chunk.begin, chunk.length, label)
+            torch_file = TorchFile(self._open_file(chunk.file), chunk.begin, chunk.length, label)
             spec = TensorSpec(self.specs[key].dtype, chunk.sizes)
-            if not isinstance(found.root, StoredTensor) or found.root.spec != spec:
-                has = found.root.spec if isinstance(found.root, StoredTensor) else "no tensor"
+            if not isinstance(torch_file.root, StoredTensor) or torch_file.root.spec != spec:
+                has = torch_file.root.spec if isinstance(torch_file.root, StoredTensor) else "no tensor"
                 raise MagMaxError(f"{label}: holds {has}, but {spec} was promised for a part of {key}")
-            self._chunk_tensors[place] = found.locate_tensor(found.root)
+            self._chunk_tensors[place] = torch_file.locate_tensor(torch_file.root)
         return self._chunk_tensors[place]
 
     def _open_file(self, name: str) -> RangeFile:
@@ -234,37 +234,37 @@ class DcpMetadata(NamedTuple):
 def _read_metadata(content: bytes, label: str) -> DcpMetadata:
     """Parse a `.metadata`. Raises MagMaxError for any pickle that is not one."""
     root = SafeUnpickler(io.BytesIO(content), label, {}).load()
-    told = DcpMetadata({}, [], {}, {})
+    metadata = DcpMetadata({}, [], {}, {})
     try:
         if not isinstance(root, OpaqueObject) or not root.name.endswith(".Metadata"):
             raise TypeError("it holds no Metadata")
         whole = root.attributes
         for name, entry in whole["state_dict_metadata"].items():
             if not isinstance(entry, OpaqueObject) or "chunks" not in entry.attributes:
-                told.non_tensors.append(str(name))
+                metadata.non_tensors.append(str(name))
                 continue
             size, properties = _parse_shape(entry.attributes["size"]), entry.attributes["properties"]
             chunks = [
                 (_parse_shape(c.attributes["offsets"]), _parse_shape(c.attributes["sizes"]))
                 for c in entry.attributes["chunks"]
             ]
-            told.tensors[str(name)] = TensorSpec(dtype_of(properties.state[0]), size), chunks
+            metadata.tensors[str(name)] = TensorSpec(dtype_of(properties.state[0]), size), chunks
         for index, info in whole["storage_data"].items():
             at, where = index.attributes, info.attributes
             if where.get("transform_descriptors"):
                 raise TypeError(f"{at['fqn']} was written through {where['transform_descriptors']}")
             place = str(where["relative_path"]), int(where["offset"]), int(where["length"])
-            told.locations[str(at["fqn"]), _parse_shape(at.get("offset") or ())] = place
+            metadata.locations[str(at["fqn"]), _parse_shape(at.get("offset") or ())] = place
         paths = whole.get("planner_data")
         if isinstance(paths, dict):
             for name, path in cast("dict[Any, Any]", paths).items():
-                told.paths[str(name)] = tuple(str(part) for part in path)
+                metadata.paths[str(name)] = tuple(str(part) for part in path)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise MagMaxError(
             f"{label}: is not the metadata of a torch.distributed checkpoint that can be read ({error}); "
             "convert it where it was made: torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         ) from error
-    return told
+    return metadata
 
 
 def _parse_shape(value: Any) -> Shape:
@@ -281,10 +281,10 @@ def _select_entries(metadata: DcpMetadata, part: tuple[str, ...], label: str) ->
     paths = {name: metadata.paths.get(name, (name,)) for name in names}
     if part:
         flat = ".".join(part) + "."
-        found = {name: name.removeprefix(flat) for name in names if name.startswith(flat)}
-        if not found.keys() & metadata.tensors.keys():
+        selected = {name: name.removeprefix(flat) for name in names if name.startswith(flat)}
+        if not selected.keys() & metadata.tensors.keys():
             raise MagMaxError(f"{label}: holds nothing below {'/'.join(part)}; {_list_parts(metadata)}")
-        return found
+        return selected
     holders = {
         path[:depth]
         for path in (paths[name] for name in metadata.tensors)
@@ -307,8 +307,8 @@ def _select_entries(metadata: DcpMetadata, part: tuple[str, ...], label: str) ->
 
 def _list_parts(metadata: DcpMetadata) -> str:
     paths = [metadata.paths.get(name, (name,)) for name in metadata.tensors]
-    found = sorted({"/".join(path[:depth]) for path in paths for depth in (1, 2) if len(path) > depth})
-    return f"add one of its parts to the path: {', '.join(found[:20]) or 'it has none'}"
+    parts = sorted({"/".join(path[:depth]) for path in paths for depth in (1, 2) if len(path) > depth})
+    return f"add one of its parts to the path: {', '.join(parts[:20]) or 'it has none'}"
 
 
 def _locate_chunks(name: str, metadata: DcpMetadata, label: str) -> tuple[list[StoredBox], list[str]]:

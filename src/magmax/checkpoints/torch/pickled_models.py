@@ -47,16 +47,16 @@ class PickledModel(Checkpoint):
         self.path = path
         file = RangeFile(path, label)
         source = TorchFile(file, 0, file.size, label, inert)
-        found = self._collect_tensors(self._find_model(source.root, [p for p in part.split("/") if p]))
+        tensors = self._collect_tensors(self._find_model(source.root, [p for p in part.split("/") if p]))
         if strip:
-            found = self._strip_prefix(found, strip)
-        elif found and all(name.startswith(DATA_PARALLEL_PREFIX) for name in found):
+            tensors = self._strip_prefix(tensors, strip)
+        elif tensors and all(name.startswith(DATA_PARALLEL_PREFIX) for name in tensors):
             self.notes.append(
                 f"{label}: every name begins with {DATA_PARALLEL_PREFIX!r}; --strip {DATA_PARALLEL_PREFIX} takes it off"
             )
         self._tensors: dict[str, StoredTensor] = {}
         seen: dict[tuple[Any, ...], str] = {}
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if tensor.spec.numel and tensor.memory_key in seen:
                 self.aliases[name] = seen[tensor.memory_key]
                 continue
@@ -76,13 +76,13 @@ class PickledModel(Checkpoint):
             if name not in inside:
                 raise MagMaxError(f"{self.label}: has no part {name!r}; {_list_parts(root)}")
             root = inside[name]
-        known: dict[tuple[int, int], bool] = {}
+        visited: dict[tuple[int, int], bool] = {}
         for level in itertools.count():
             if part or _is_module(root):
                 break
             if level > MAX_DEPTH:
                 raise self._cycle_error()
-            holding = {name: value for name, value in _named_children(root).items() if _holds_tensors(value, known)}
+            holding = {name: value for name, value in _named_children(root).items() if _holds_tensors(value, visited)}
             direct = [name for name, value in holding.items() if isinstance(value, StoredTensor)]
             nested = [name for name in holding if name not in direct]
             called = [name for name in nested if name in MODEL_KEYS]
@@ -100,21 +100,21 @@ class PickledModel(Checkpoint):
 
     def _collect_tensors(self, model: Any) -> dict[str, StoredTensor]:
         """The model's tensors by name."""
-        found: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         problems: list[str] = []
         if _is_module(model):
-            self._walk_module(model, "", found, problems, itertools.count())
+            self._walk_module(model, "", tensors, problems, itertools.count())
         else:
             for name, value in _named_children(model).items():
                 if isinstance(value, StoredTensor):
-                    found[name] = value
-            if left := [name for name in _named_children(model) if name not in found]:
+                    tensors[name] = value
+            if left := [name for name in _named_children(model) if name not in tensors]:
                 self.notes.append(f"{self.label}: {', '.join(left[:5])}: no tensors, left out")
         if problems:
             raise list_problems(f"{self.label} cannot be read as a model", problems)
-        if not found:
+        if not tensors:
             raise MagMaxError(f"{self.label}: holds {_describe_type(model)}, and no tensor of a model in it")
-        return found
+        return tensors
 
     def _walk_module(
         self,
@@ -163,15 +163,15 @@ class PickledModel(Checkpoint):
         return MagMaxError(f"{self.label}: its modules lie in one another without an end")
 
     def _strip_prefix(self, tensors: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
-        kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if not kept:
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if not stripped:
             raise MagMaxError(f"{self.label}: no name begins with {prefix!r}; the first is {next(iter(tensors))!r}")
-        if len(kept) < len(tensors):
+        if len(stripped) < len(tensors):
             left = next(name for name in tensors if not name.startswith(prefix))
             self.notes.append(
-                f"{self.label}: {len(tensors) - len(kept)} names without {prefix!r} left out ({left}, ...)"
+                f"{self.label}: {len(tensors) - len(stripped)} names without {prefix!r} left out ({left}, ...)"
             )
-        return kept
+        return stripped
 
 
 def _is_module(value: Any) -> bool:
@@ -212,8 +212,8 @@ def _holds_tensors(value: Any, cache: dict[tuple[int, int], bool], depth: int = 
 
 
 def _list_parts(root: Any) -> str:
-    known: dict[tuple[int, int], bool] = {}
-    names = [name for name, value in _named_children(root).items() if _holds_tensors(value, known)]
+    visited: dict[tuple[int, int], bool] = {}
+    names = [name for name, value in _named_children(root).items() if _holds_tensors(value, visited)]
     return f"choose one with --part: {', '.join(names[:20]) or 'none holds tensors'}"
 
 

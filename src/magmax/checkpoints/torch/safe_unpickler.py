@@ -41,11 +41,11 @@ class OpaqueObject:
     def attributes(self) -> dict[str, Any]:
         """The object's `__dict__` and slots."""
         parts = cast("tuple[Any, ...]", self.state) if isinstance(self.state, tuple) else (self.state,)
-        found: dict[str, Any] = {}
+        attributes: dict[str, Any] = {}
         for part in parts:
             if isinstance(part, dict):
-                found |= cast("dict[str, Any]", part)
-        return found
+                attributes |= cast("dict[str, Any]", part)
+        return attributes
 
 
 CallTable = Mapping[str, Callable[..., Any]]
@@ -226,8 +226,8 @@ class SafeUnpickler:
             TypeError,
             ValueError,
         ) as error:
-            told = str(error) or type(error).__name__
-            raise MagMaxError(f"{self._label}: holds no whole pickle ({told[:200]}); is it truncated?") from error
+            message = str(error) or type(error).__name__
+            raise MagMaxError(f"{self._label}: holds no whole pickle ({message[:200]}); is it truncated?") from error
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -275,11 +275,11 @@ class SafeUnpickler:
     def _call(self, function: Any, args: Any) -> None:
         if not isinstance(args, tuple):
             raise ValueError("arguments that are no tuple")
-        given = cast("tuple[Any, ...]", args)
+        arguments = cast("tuple[Any, ...]", args)
         if isinstance(function, GlobalName) and function.name in self._calls:
-            self._push(self._calls[function.name](*given))
+            self._push(self._calls[function.name](*arguments))
         elif isinstance(function, GlobalName) and function.name in self._inert:
-            self._push(OpaqueObject(function.name, given))
+            self._push(OpaqueObject(function.name, arguments))
         else:
             raise MagMaxError(
                 f"{self._label}: this pickle would call {describe(function)}, which is refused; it did not run"
@@ -295,19 +295,19 @@ class SafeUnpickler:
         self._call(parts[0], tuple(parts[1:]))
 
     def _set_state(self, state: Any) -> None:
-        made = self._stack[-1]
-        if isinstance(made, OpaqueObject):
-            made.state = state
-        elif not isinstance(made, dict | list | set):  # what a subclass of these has besides holds no weights
-            raise MagMaxError(f"{self._label}: this pickle would change {describe(made)}, which is refused")
+        top = self._stack[-1]
+        if isinstance(top, OpaqueObject):
+            top.state = state
+        elif not isinstance(top, dict | list | set):  # what a subclass of these has besides holds no weights
+            raise MagMaxError(f"{self._label}: this pickle would change {describe(top)}, which is refused")
 
     def _set_items(self, pairs: list[Any]) -> None:
         into = self._stack[-1]
-        found = list(zip(pairs[::2], pairs[1::2], strict=True))
+        items = list(zip(pairs[::2], pairs[1::2], strict=True))
         if isinstance(into, OpaqueObject):
-            into.items += found
+            into.items += items
         else:
-            cast("dict[Any, Any]", into).update(_make_dict(found))
+            cast("dict[Any, Any]", into).update(_make_dict(items))
 
     def _extend(self, items: list[Any]) -> None:
         into = self._stack[-1]

@@ -81,17 +81,17 @@ class StoredTensor:
         unit = UNSIGNED_DTYPES[BITS_PER_ELEMENT[self.dtype] // 8]
         if self.strides == _contiguous_strides(self.shape):
             return self._read_contiguous(self.file, unit, self.offset + start, self.offset + stop)
-        found = np.empty(stop - start, unit)
+        elements = np.empty(stop - start, unit)
         for at in range(start, stop, GATHER_ELEMENTS):
             end = min(at + GATHER_ELEMENTS, stop)
             where = self._storage_indices(at, end)
             low, high = int(where.min()), int(where.max()) + 1
             if high - low <= 4 * GATHER_ELEMENTS:
-                found[at - start : end - start] = self._read_contiguous(self.file, unit, low, high)[where - low]
+                elements[at - start : end - start] = self._read_contiguous(self.file, unit, low, high)[where - low]
             else:
                 whole = np.memmap(self.file.path, unit, "r", self.storage_begin, (self.storage_numel,))
-                found[at - start : end - start] = whole[where]
-        return found
+                elements[at - start : end - start] = whole[where]
+        return elements
 
     @property
     def storage_numel(self) -> int:
@@ -116,17 +116,17 @@ class StoredTensor:
         return None
 
     def _read_contiguous(self, file: RangeFile, unit: np.dtype[Any], start: int, stop: int) -> NDArray[Any]:
-        found = np.empty(stop - start, unit)
-        file.read_into(found.view(np.uint8).data, self.storage_begin + start * unit.itemsize)
-        return found
+        elements = np.empty(stop - start, unit)
+        file.read_into(elements.view(np.uint8).data, self.storage_begin + start * unit.itemsize)
+        return elements
 
     def _storage_indices(self, start: int, stop: int) -> NDArray[Any]:
         """Where elements start..stop of the flattened tensor lie in the storage."""
         places = np.unravel_index(np.arange(start, stop), self.shape)
-        found = np.full(stop - start, self.offset)
+        indices = np.full(stop - start, self.offset)
         for place, stride in zip(places, self.strides, strict=True):
-            found += place * stride
-        return found
+            indices += place * stride
+        return indices
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -94,8 +94,8 @@ def thin_classes(dataset: Dataset, imbalance: float, seed: int) -> Dataset:
     n, labels = len(dataset.classes), dataset.train.labels
     largest = int(np.bincount(labels, minlength=1).max())
     random = np.random.default_rng(seed)
-    kept = []
+    rows_kept = []
     for c in range(n):
         size = max(1, round(largest * imbalance ** (-c / max(1, n - 1))))
-        kept.append(random.permutation(np.flatnonzero(labels == c))[:size])
-    return replace(dataset, train=dataset.train.pick(np.sort(np.concatenate(kept))))
+        rows_kept.append(random.permutation(np.flatnonzero(labels == c))[:size])
+    return replace(dataset, train=dataset.train.pick(np.sort(np.concatenate(rows_kept))))

@@ -155,8 +155,8 @@ def read_tab(path: Path, classes: Sequence[str]) -> LabelledExamples:
                 continue
             name, tab, text = line.rstrip("\n").partition("\t")
             if not tab or name not in number:
-                found = f"found {line[:60]!r}"
-                raise MagMaxError(f"{path}, line {i}: expected a known class, a tab and a text, {found}")
+                actual = f"found {line[:60]!r}"
+                raise MagMaxError(f"{path}, line {i}: expected a known class, a tab and a text, {actual}")
             texts.append(text)
             labels.append(number[name])
     return LabelledExamples(texts, np.array(labels, dtype=np.int64))

@@ -128,8 +128,8 @@ def _verify(source: PackageSource, folder: Path, remedy: str) -> None:
             wrong.append(f"{path} is missing. {remedy}")
             continue
         with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != file.sha256:
-            wrong.append(f"{path} has sha256 {found}, and {file.sha256} was expected. {remedy}")
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != file.sha256:
+            wrong.append(f"{path} has sha256 {digest}, and {file.sha256} was expected. {remedy}")
     if wrong:
         raise FetchError(str(list_problems(f"The files of {source} are not as expected", wrong)))

@@ -81,13 +81,11 @@ def hub(
     `path` is a local folder in the same format instead of the hub's (see `images`). The prompts are written afresh,
     so zero-shot accuracies differ a little from published ones.
     """
-    known = _table()["sets"]
-    if name not in known:
-        raise MagMaxError(
-            f"hub: there is no data set {name!r}; {nearest_hint(name, list(known))}; others: use 'images'"
-        )
-    given = {"path": path, "templates": templates, "classes": classes}
-    form = HubFormat(**{**known[name], **{key: value for key, value in given.items() if value is not None}})
+    sets = _table()["sets"]
+    if name not in sets:
+        raise MagMaxError(f"hub: there is no data set {name!r}; {nearest_hint(name, list(sets))}; others: use 'images'")
+    options = {"path": path, "templates": templates, "classes": classes}
+    form = HubFormat(**{**sets[name], **{key: value for key, value in options.items() if value is not None}})
     splits = _load(form)
     if path is not None:  # a local copy may call its columns otherwise
         features = next(iter(splits.values())).features
@@ -151,8 +149,8 @@ def _read(form: HubFormat, splits: Mapping[str, Any], seed: int, *limits: int | 
     if not own_test:
         parts, labels, numbers = _split(parts[0], labels[0], numbers[0])
     data = []
-    for part, own, of, n in zip(parts, labels, numbers, limits, strict=True):
-        whole = LabelledExamples(HubPictures(part, str(form.image)), own, of)
+    for part, part_labels, of, n in zip(parts, labels, numbers, limits, strict=True):
+        whole = LabelledExamples(HubPictures(part, str(form.image)), part_labels, of)
         data.append(whole if n is None else whole.sample_per_class(n, seed))
     prompts = [[template.format(word) for template in form.templates] for word in words]
     return Dataset(data[0], data[1], words, domains, prompts)
@@ -174,17 +172,17 @@ def _load(form: HubFormat) -> dict[str, Any]:
     folder = Path(form.path)
     try:
         if Path(folder, "dataset_dict.json").is_file():
-            found: Any = datasets.load_from_disk(form.path)
+            loaded: Any = datasets.load_from_disk(form.path)
         elif folder.is_dir() and not any(folder.rglob("*.parquet")):
-            found = datasets.load_dataset("imagefolder", data_dir=form.path, cache_dir=_cache())
+            loaded = datasets.load_dataset("imagefolder", data_dir=form.path, cache_dir=_cache())
         else:
             config = None if folder.is_dir() else form.config
-            found = datasets.load_dataset(form.path, config, cache_dir=_cache())
-        return dict(found)
+            loaded = datasets.load_dataset(form.path, config, cache_dir=_cache())
+        return dict(loaded)
     except Exception as error:  # whatever the network, the hub, the disk and the formats can come up with
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = "this folder cannot be read" if folder.is_dir() else "no folder here, and the hub does not give it"
-        raise MagMaxError(f"{form.path}: {where}: {said}") from error
+        raise MagMaxError(f"{form.path}: {where}: {message}") from error
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -198,31 +196,33 @@ def _with_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
     """The format with every column known to be there; pictures and classes are found where they are not named."""
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     labels = [name for name in ("label", "labels") if name in features]
-    found = replace(form, image=form.image or next(iter(pictures), None), label=form.label or next(iter(labels), None))
-    named = {"pictures": found.image, "classes": found.label, "names": found.names or found.label}
-    if found.domain != FILE_NAME:
-        named["domains"] = found.domain or found.label
+    complete = replace(
+        form, image=form.image or next(iter(pictures), None), label=form.label or next(iter(labels), None)
+    )
+    named = {"pictures": complete.image, "classes": complete.label, "names": complete.names or complete.label}
+    if complete.domain != FILE_NAME:
+        named["domains"] = complete.domain or complete.label
     lacking = [f"{what} ({name})" if name else what for what, name in named.items() if name not in features]
     if lacking:
         has = ", ".join(features)
         raise MagMaxError(f"{form.path} has no column of {', of '.join(lacking)}; its columns are {has}")
-    return found
+    return complete
 
 
 def _classes(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray]]:
     """The classes in words, and the class of every row of each part."""
     found = [np.asarray(part[form.label][:]) for part in parts]
-    known = list(getattr(parts[0].features[form.label], "names", ()))
-    if not known and found[0].dtype.kind in "UO":
-        known, labels = _numbered(found)
+    names = list(getattr(parts[0].features[form.label], "names", ()))
+    if not names and found[0].dtype.kind in "UO":
+        names, labels = _numbered(found)
         if form.names:
             called = dict(zip(found[0].tolist(), parts[0][form.names][:], strict=True))
-            known = [called.get(value, value) for value in known]
+            names = [called.get(value, value) for value in names]
     else:
         labels = [column.astype(np.int64) for column in found]
-    if form.classes and known and len(form.classes) != len(known):
-        raise MagMaxError(f"{form.path} has {len(known)} classes, and {len(form.classes)} names were given for them")
-    words = form.classes or known
+    if form.classes and names and len(form.classes) != len(names):
+        raise MagMaxError(f"{form.path} has {len(names)} classes, and {len(form.classes)} names were given for them")
+    words = form.classes or names
     if not words:
         raise MagMaxError(f"{form.path}: the classes in the column {form.label!r} have no names; give `classes`")
     return [_plain(word) for word in words], labels
@@ -232,13 +232,13 @@ def _domains(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndar
     if form.domain is None:
         return [], [None for _ in parts]
     if form.domain == FILE_NAME:
-        found = [_file_prefixes(form.path, part, str(form.image)) for part in parts]
+        labels = [_file_prefixes(form.path, part, str(form.image)) for part in parts]
     else:
-        found = [np.asarray(part[form.domain][:]) for part in parts]
-        known: Sequence[str] = getattr(parts[0].features[form.domain], "names", ())
-        if known:
-            return list(known), [column.astype(np.int64) for column in found]
-    values, numbers = _numbered([column.astype(str) for column in found])
+        labels = [np.asarray(part[form.domain][:]) for part in parts]
+        names: Sequence[str] = getattr(parts[0].features[form.domain], "names", ())
+        if names:
+            return list(names), [column.astype(np.int64) for column in labels]
+    values, numbers = _numbered([column.astype(str) for column in labels])
     return values, list(numbers)
 
 

@@ -75,19 +75,21 @@ def download(kind: Kind, package: str, version: str, scratch: Path, cache: Path,
     """
     client = CLIENTS[kind]
     fill = {"package": package, "version": version, "python": sys.executable}
-    here, errors = scratch / "archives", scratch / "errors.txt"
-    here.mkdir()
+    archive_folder, errors = scratch / "archives", scratch / "errors.txt"
+    archive_folder.mkdir()
     command = [part.format(**fill) for part in client.command]
-    status = _run(command, here, errors, {"TMPDIR": str(scratch.absolute())}, watch)
-    found = archives_in(here, kind, package, version)
-    if status == 0 and found:
-        return found[0]
-    said = errors.read_text(errors="replace")
-    if status is None or "No module named pip" in said:
+    status = _run(command, archive_folder, errors, {"TMPDIR": str(scratch.absolute())}, watch)
+    archives = archives_in(archive_folder, kind, package, version)
+    if status == 0 and archives:
+        return archives[0]
+    message = errors.read_text(errors="replace")
+    if status is None or "No module named pip" in message:
         why = client.absent.format(**fill)
     else:
         asked = "pip" if kind in ("wheel", "sdist") else command[0]
-        why = f"({_last_error(said, asked)}). Check the network, and the proxy and index that {asked} is set to use, "
+        why = (
+            f"({_last_error(message, asked)}). Check the network, and the proxy and index that {asked} is set to use, "
+        )
         why += "then run again."
     by_hand = f"Or run '{client.by_hand.format(**fill)}' on another machine and copy the file it makes into {cache}."
     raise FetchError(f"{package}=={version} could not be downloaded: {why} {by_hand}")
@@ -121,7 +123,7 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _last_error(said: str, client: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _last_error(output: str, client: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "e:", "npm err"))]
     return (errors or lines or [f"{client} said nothing"])[-1]

@@ -33,21 +33,21 @@ class Task:
 
     def rows(self, labels: np.ndarray, domains: np.ndarray | None = None) -> np.ndarray:
         """The positions of the examples that belong to this task, of training or of test data."""
-        own = np.isin(labels, self.classes)
+        mask = np.isin(labels, self.classes)
         if self.domain is not None:
             if domains is None:
                 raise MagMaxError(f"{self.name} is of domain {self.domain}, but the data have no domains")
-            own &= domains == self.domain
-        return np.flatnonzero(own)
+            mask &= domains == self.domain
+        return np.flatnonzero(mask)
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
         """The labels (all of this task) as rows of the task's own head."""
         order = np.argsort(self.classes)
-        found = order[np.searchsorted(self.classes, labels, sorter=order).clip(max=len(self.classes) - 1)]
-        strangers = set(labels[np.asarray(self.classes)[found] != labels].tolist())
+        targets = order[np.searchsorted(self.classes, labels, sorter=order).clip(max=len(self.classes) - 1)]
+        strangers = set(labels[np.asarray(self.classes)[targets] != labels].tolist())
         if strangers:
             raise MagMaxError(f"{self.name} holds the classes {self.classes}, not {sorted(strangers)}")
-        return found
+        return targets
 
 
 def shuffled_classes(n: int, seed: int) -> tuple[int, ...]:

@@ -27,14 +27,14 @@ def logits_of(
     training = encoder.model.training
     encoder.model.eval()
     order = np.argsort([np.size(item) for item in items], kind="stable")  # little padding
-    found = np.empty((len(items), len(head)), dtype=np.float32)
+    logits = np.empty((len(items), len(head)), dtype=np.float32)
     for start in range(0, len(items), batch):
         rows = order[start : start + batch]
         features = encoder([items[i] for i in rows])
-        found[rows] = (features @ head.to(features).T).float().cpu().numpy()
+        logits[rows] = (features @ head.to(features).T).float().cpu().numpy()
         progress(start + len(rows), len(items))
     encoder.model.train(training)
-    return found
+    return logits
 
 
 def predict(
@@ -46,8 +46,8 @@ def predict(
 
 def likelihoods(encoder: Encoder, head: Tensor, items: Sequence[Any], labels: np.ndarray) -> np.ndarray:
     """The probability of each item's own class, float64, shape (n,), among all classes of the head."""
-    found = torch.as_tensor(logits_of(encoder, head, items), dtype=torch.float64).softmax(dim=1).numpy()
-    return found[np.arange(len(items)), labels]
+    probabilities = torch.as_tensor(logits_of(encoder, head, items), dtype=torch.float64).softmax(dim=1).numpy()
+    return probabilities[np.arange(len(items)), labels]
 
 
 def accuracy_by_task(predicted: np.ndarray, labels: np.ndarray, tasks: Sequence[Task]) -> list[float]:

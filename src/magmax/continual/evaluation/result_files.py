@@ -20,8 +20,8 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     content = {
         "recipe": experiment.model_dump(),
         "summary": [
-            {"method": method, "variant": variant, **{name: asdict(mean) for name, mean in found.items()}}
-            for (method, variant), found in summary(rows).items()
+            {"method": method, "variant": variant, **{name: asdict(mean) for name, mean in means.items()}}
+            for (method, variant), means in summary(rows).items()
         ],
         "paired": [asdict(pair) for pair in pairs],
         "records": list(records),

@@ -84,7 +84,10 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, SeedMean]]:
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["variant"]), {}).setdefault(row["measure"], []).append(row["value"])
-    return {key: {name: SeedMean.of(values) for name, values in found.items()} for key, found in groups.items()}
+    return {
+        key: {name: SeedMean.of(values) for name, values in values_by_name.items()}
+        for key, values_by_name in groups.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -198,8 +201,8 @@ def markdown(rows: Sequence[Row], about: Sequence[str], notes: Sequence[str] = (
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
     """What the paired tests say, in words."""
-    found = [against_best(rows, variant) for variant in ("default", "chosen")]
-    return [_told(each) for each in found if each is not None] or [f"{OURS} was not compared: one of two is missing."]
+    pairs = [against_best(rows, variant) for variant in ("default", "chosen")]
+    return [_told(each) for each in pairs if each is not None] or [f"{OURS} was not compared: one of two is missing."]
 
 
 def _told(pair: PairedComparison) -> str:

@@ -52,12 +52,12 @@ def prompt_head(
 
     Shape (classes, width). Raises MagMaxError where a class has no sentence.
     """
-    silent = [c for c, own in enumerate(prompts) if not own]
+    silent = [c for c, class_prompts in enumerate(prompts) if not class_prompts]
     if silent or not prompts:
         raise MagMaxError(f"a zero-shot head needs a sentence for every class; the classes {silent} have none")
-    texts = [text for own in prompts for text in own]
+    texts = [text for class_prompts in prompts for text in class_prompts]
     features = torch.cat([encoder.words(texts[i : i + batch]) for i in range(0, len(texts), batch)])
-    means = [part.mean(0) for part in features.split([len(own) for own in prompts])]
+    means = [part.mean(0) for part in features.split([len(class_prompts) for class_prompts in prompts])]
     return temperature * nn.functional.normalize(torch.stack(means), dim=-1)
 
 

@@ -34,7 +34,7 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[OnnxNode]]:
     try:
         for graph in _parts(memoryview(path.read_bytes()), GRAPH):
             nodes += [_node(part) for part in _parts(graph, NODE)]
-            weights.update(found for part in _parts(graph, INITIALIZER) if (found := _weight(part)))
+            weights.update(weight for part in _parts(graph, INITIALIZER) if (weight := _weight(part)))
     except (ValueError, IndexError) as error:
         raise MagMaxError(f"{path} is no ONNX model: {error}") from error
     if not weights:
@@ -123,8 +123,8 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 def _numbers(packed: memoryview) -> list[int]:
-    found, at = [], 0
+    numbers, at = [], 0
     while at < len(packed):
         value, at = _varint(packed, at)
-        found.append(value)
-    return found
+        numbers.append(value)
+    return numbers

@@ -206,10 +206,10 @@ def _load(kind: Any, path: str | Path) -> Any:
     """A model of the hub or of a local folder. Raises MagMaxError where it cannot be had, or lacks weights."""
     try:
         with quiet_loading():
-            model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            model, loading_info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise MagMaxError(_not_had(path, kind.__name__, error)) from error
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise MagMaxError(f"{path} lacks {len(missing)} weights of a {kind.__name__}: {', '.join(missing[:5])}")
     return model.eval()
@@ -225,9 +225,9 @@ def _file(path: str, name: str) -> Path:
 
 
 def _not_had(path: str | Path, what: str, error: Exception) -> str:
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    message = next(iter(str(error).strip().splitlines()), type(error).__name__)
     where = "this folder" if Path(path).is_dir() else "no folder here, and the model hub does not give it"
-    return f"{path}: {where}; no {what}: {said}"
+    return f"{path}: {where}; no {what}: {message}"
 
 
 def _part(whole: nn.Module, part: nn.Module) -> Any:

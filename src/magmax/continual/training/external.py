@@ -30,9 +30,9 @@ def import_checkpoints(
     for model, path in zip(models, paths, strict=True):
         place = located(model)
         stamp = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in open_checkpoint(place).files()]
-        made = {MADE_FROM: str(stamp)}
-        if read_metadata(path) != made:
-            write_tensors({**base, **_same_names(place, base)}, path, made)
+        metadata = {MADE_FROM: str(stamp)}
+        if read_metadata(path) != metadata:
+            write_tensors({**base, **_same_names(place, base)}, path, metadata)
     return paths
 
 
@@ -43,12 +43,12 @@ def located(model: str) -> Path:
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(model, "model.safetensors")
+        cached = cached_file(model, "model.safetensors")
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{model}: is no file or folder here, and cannot be had from the hub: {error}") from error
-    if found is None:
+    if cached is None:
         raise MagMaxError(f"{model}: has no model.safetensors")
-    return Path(found)
+    return Path(cached)
 
 
 def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,12 +65,12 @@ def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ]
     if apart:
         raise list_problems(f"{place}: is of another model", apart)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key in shared:
         spec = opened.spec(there[key])
         stored = opened.read(there[key], 0, spec.num_units)
-        found[key] = to_tensor(stored, spec, torch.empty(0)).to(base[key].dtype)
-    return found
+        tensors[key] = to_tensor(stored, spec, torch.empty(0)).to(base[key].dtype)
+    return tensors
 
 
 def _tied(key: str, opened: Checkpoint, base: Mapping[str, Tensor]) -> str:

@@ -86,8 +86,8 @@ def fit(
     finite (the snapshot is then as it last was), and for processes or weights that `parallel` does not suit.
     """
     if len(data) == 0 or len(data) != len(data.labels):
-        given = f"{len(data)} items and {len(data.labels)} labels"
-        raise MagMaxError(f"fit needs at least one item, and one label for each; it was given {given}")
+        counts = f"{len(data)} items and {len(data.labels)} labels"
+        raise MagMaxError(f"fit needs at least one item, and one label for each; it was given {counts}")
     if not any(p.requires_grad for p in model.parameters()):
         raise MagMaxError(f"this {type(model).__name__} has no weights to train: every requires_grad is off")
     rank, world = (team.process_index, team.num_processes) if team else (0, 1)
@@ -104,9 +104,9 @@ def fit(
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * settings.factor(step)
-            own, weight = share_of(rows, rank, world)
-            labels = torch.from_numpy(data.labels[own]).to(weights[0].device)
-            items: Sequence[Any] = [data.items[i] for i in own]
+            own_rows, weight = share_of(rows, rank, world)
+            labels = torch.from_numpy(data.labels[own_rows]).to(weights[0].device)
+            items: Sequence[Any] = [data.items[i] for i in own_rows]
             if vary:
                 items = vary(items, np.random.default_rng([*_flat(seed), step, rank]))
             with _seeded_generators(settings.dropout, seed, step, rank):
@@ -138,10 +138,10 @@ class _Step(nn.Module):
 
 def share_of(rows: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
     """One process's rows of a batch, and the weight that makes the mean over processes the mean over the batch."""
-    own = rows[rank::world]
-    if len(own) == 0:  # a batch smaller than the team: work on any row, and count it for nothing
+    own_rows = rows[rank::world]
+    if len(own_rows) == 0:  # a batch smaller than the team: work on any row, and count it for nothing
         return rows[:1], 0.0
-    return own, len(own) * world / len(rows)
+    return own_rows, len(own_rows) * world / len(rows)
 
 
 @contextmanager

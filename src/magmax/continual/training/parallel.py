@@ -89,9 +89,9 @@ def shard(root: nn.Module, mesh: DeviceMesh, reads_weights: bool = False) -> Cal
     if reads_weights:
         options["reshard_after_forward"] = False
     for part in parts:
-        own = [p for p in part.parameters() if p not in numbers and not isinstance(p, DTensor)]
+        parameters = [p for p in part.parameters() if p not in numbers and not isinstance(p, DTensor)]
         fully_shard(part, mesh=mesh, **options)
-        for p in own:
+        for p in parameters:
             p.data = p.new_empty(0)
     for module in before:
         module.note_additions()
@@ -136,7 +136,7 @@ class _OriginalModule:
         self.module, self.kind = module, type(module)
         self.weights = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         held = vars(module).items()
-        self.hooks = {name: dict(found) for name, found in held if "_hooks" in name and isinstance(found, dict)}
+        self.hooks = {name: dict(hooks) for name, hooks in held if "_hooks" in name and isinstance(hooks, dict)}
         self.names = set(vars(module))
         self.added: set[str] = set()
 
@@ -164,16 +164,16 @@ class _OriginalModule:
 def _problems(root: nn.Module, parts: Sequence[nn.Module]) -> list[str]:
     """Why the weights cannot be cut, each with its name in the model."""
     part_of = {module: part for part in parts for module in part.modules()}
-    found: list[str] = []
+    problems: list[str] = []
     owners: dict[nn.Parameter, nn.Module] = {}
     for path, module in root.named_modules():
         part = part_of.get(module, root)
         for key, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
             name = key.removeprefix("model.")
             if p.ndim == 0 and p.requires_grad:
-                found.append(f"{name}: is a single number; give it a dimension, or freeze it")
+                problems.append(f"{name}: is a single number; give it a dimension, or freeze it")
             elif not p.is_contiguous():
-                found.append(f"{name}: its elements do not lie in order; replace it with its .contiguous()")
+                problems.append(f"{name}: its elements do not lie in order; replace it with its .contiguous()")
             if owners.setdefault(p, part) is not part:
-                found.append(f"{name}: is shared with another layer")
-    return found
+                problems.append(f"{name}: is shared with another layer")
+    return problems

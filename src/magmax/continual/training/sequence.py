@@ -92,9 +92,9 @@ def fine_tune(
     for t, task in enumerate(tasks, start=1):
         own, part = _examples(data, tasks, t, protocol, seed)
         recipe[f"task {t}"] = [list(own.classes), _digest(part.labels, *map(np.asarray, part.items))]
-        made = made_from_metadata(recipe)
+        metadata = made_from_metadata(recipe)
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
-        if read_metadata(paths[t]) == made:
+        if read_metadata(paths[t]) == metadata:
             tell(protocol.settings.steps, protocol.settings.steps, "kept from an earlier run")
             remembered = _remember(penalty, folder, t)
         else:
@@ -105,7 +105,7 @@ def fine_tune(
             if penalty:
                 penalty.before_task(learner, sorted({c for earlier in tasks[: t - 1] for c in earlier.classes}))
             targets = replace(part, labels=own.targets(part.labels))
-            snapshot = FitSnapshot(folder / f"step_{t}.safetensors", protocol.save_every, made[MADE_FROM])
+            snapshot = FitSnapshot(folder / f"step_{t}.safetensors", protocol.save_every, metadata[MADE_FROM])
             loss = TaskLoss(learner, own.classes, penalty)
             more = {"progress": tell, "snapshot": snapshot, "team": team, "vary": getattr(encoder, "vary", None)}
             losses = fit(encoder.model, targets, loss, protocol.settings, [seed, t], parallel=protocol.parallel, **more)
@@ -114,8 +114,8 @@ def fine_tune(
                 remembered = t
             if first:
                 if penalty:
-                    write_tensors(penalty.state, _memory(folder, t), made)
-                save_weights(encoder.model, paths[t], made)
+                    write_tensors(penalty.state, _memory(folder, t), metadata)
+                save_weights(encoder.model, paths[t], metadata)
                 _account(folder, t, {"seconds": round(snapshot.spent(), 3), "loss": float(np.mean(losses[-10:]))})
                 snapshot.remove()
                 _memory(folder, t - 1).unlink(missing_ok=True)
@@ -165,15 +165,15 @@ def _examples(
     rows = task.rows(data.labels, data.domains)
     if not protocol.replay or t == 1:
         return task, data.pick(rows)
-    kept, as_many = [rows], round(len(rows) / len(task.classes))
+    row_groups, as_many = [rows], round(len(rows) / len(task.classes))
     for number, earlier in enumerate(tasks[: t - 1], start=1):
         before = earlier.rows(data.labels, data.domains)
         order = np.random.default_rng([seed, number]).permutation(before)
         for c in sorted(set(data.labels[order].tolist())):
             chosen = order[data.labels[order] == c][: protocol.replay]
-            kept.append(np.resize(chosen, max(as_many, len(chosen))) if protocol.balanced else chosen)
+            row_groups.append(np.resize(chosen, max(as_many, len(chosen))) if protocol.balanced else chosen)
     classes = tuple(dict.fromkeys(c for each in tasks[:t] for c in each.classes))
-    return replace(task, classes=classes, domain=None), data.pick(np.concatenate(kept))
+    return replace(task, classes=classes, domain=None), data.pick(np.concatenate(row_groups))
 
 
 def _recipe(
@@ -218,8 +218,8 @@ def _remember(penalty: ForgettingPenalty | None, folder: Path, t: int) -> int:
     return t
 
 
-def _account(folder: Path, t: int, told: Mapping[str, float]) -> None:
-    content = {**training_costs(folder), str(t): dict(told)}
+def _account(folder: Path, t: int, costs: Mapping[str, float]) -> None:
+    content = {**training_costs(folder), str(t): dict(costs)}
     write_bytes(json.dumps(content, indent=2).encode() + b"\n", folder / "costs.json")
 
 

@@ -42,17 +42,17 @@ class FitSnapshot:
             named |= {f"optimizer/{place}/{name}": value for name, value in state.items()}
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in named.items():
-            found = gather(tensor)
+            whole = gather(tensor)
             if write:
-                tensors[name] = found.detach().cpu()
+                tensors[name] = whole.detach().cpu()
         if write:
-            told = {MADE_FROM: self.made_from, "losses": json.dumps(losses), "seconds": str(self.spent())}
-            write_tensors(tensors, self.path, told)
+            metadata = {MADE_FROM: self.made_from, "losses": json.dumps(losses), "seconds": str(self.spent())}
+            write_tensors(tensors, self.path, metadata)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
         """Put the saved state into model and optimizer; the losses until then, none where there is no such state."""
-        told = read_metadata(self.path)
-        if told.get(MADE_FROM) != self.made_from or "losses" not in told:
+        metadata = read_metadata(self.path)
+        if metadata.get(MADE_FROM) != self.made_from or "losses" not in metadata:
             return []
         tensors = load_file(self.path)
         now = model.state_dict()
@@ -66,8 +66,8 @@ class FitSnapshot:
             value = shard_like(value, weight) if value.shape == weight.shape else value
             content["state"].setdefault(int(place), {})[key] = value
         optimizer.load_state_dict(content)
-        self.seconds = float(told["seconds"])
-        return json.loads(told["losses"])
+        self.seconds = float(metadata["seconds"])
+        return json.loads(metadata["losses"])
 
     def spent(self) -> float:
         """Seconds of fitting so far."""

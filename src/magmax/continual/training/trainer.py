@@ -48,15 +48,15 @@ class ContinualTraining:
 
     def recipe(self) -> dict[str, Any]:
         """All that decides what comes out."""
-        told = self.experiment.training_recipe(self.seed, self.training)
-        told |= {"rule": self.rule, "scaling_factor": self.scaling_factor, "among": self.experiment.among}
-        return json.loads(json.dumps(told))
+        content = self.experiment.training_recipe(self.seed, self.training)
+        content |= {"rule": self.rule, "scaling_factor": self.scaling_factor, "among": self.experiment.among}
+        return json.loads(json.dumps(content))
 
     def run(self, new_bar: BarFactory = no_bars, team: Accelerator | None = None) -> dict[str, Any]:
         """Train, absorb, evaluate; returns the metrics."""
         if self.training not in self.experiment.training_choices:
-            known = ", ".join(self.experiment.training_choices)
-            raise MagMaxError(f"the ways to train in the experiment are {known}; {self.training!r} is none of them")
+            names = ", ".join(self.experiment.training_choices)
+            raise MagMaxError(f"the ways to train in the experiment are {names}; {self.training!r} is none of them")
         if self.training == "external":
             raise MagMaxError("external trains nothing; magmax bench merges and evaluates its models")
         check_team(team, self.experiment.parallel)
@@ -64,16 +64,16 @@ class ContinualTraining:
         if first:
             self.prepare()
         with team.main_process_first() if team else nullcontext():  # one process downloads what is missing
-            here = build_context(self.experiment, self.seed, new_bar if first else no_bars)
+            context = build_context(self.experiment, self.seed, new_bar if first else no_bars)
         if team:
-            here.encoder.model.to(team.device)
-        work = _TaskFollowUp(self, here, new_bar if first else no_bars)
+            context.encoder.model.to(team.device)
+        work = _TaskFollowUp(self, context, new_bar if first else no_bars)
         fine_tune(
-            here.encoder,
-            here.head,
-            here.train,
-            here.tasks_of(self.training),
-            here.training_method(self.training),
+            context.encoder,
+            context.head,
+            context.train,
+            context.tasks_of(self.training),
+            context.training_method(self.training),
             self.out,
             seed=self.seed,
             new_bar=new_bar if first else no_bars,
@@ -185,12 +185,12 @@ def evaluate(
     experiment: Experiment, models: list[str], seed: int, new_bar: BarFactory = no_bars
 ) -> dict[str, AccuracyRow]:
     """The accuracies of models (safetensors files of the recipe's model) after all tasks, by their paths."""
-    here = build_context(experiment, seed, new_bar)
-    found: dict[str, AccuracyRow] = {}
+    context = build_context(experiment, seed, new_bar)
+    rows: dict[str, AccuracyRow] = {}
     for path in models:
-        load_weights(here.encoder.model, Path(path))
-        found[path] = here.row(len(here.tasks))
-    return found
+        load_weights(context.encoder.model, Path(path))
+        rows[path] = context.row(len(context.tasks))
+    return rows
 
 
 def recipe_differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -90,8 +90,8 @@ class AdapterMerge:
     @property
     def dtype(self) -> str:
         """The factors' type in the result."""
-        found = self._kinds()
-        return FLOAT_DTYPES[self.options.dtype] if self.options.dtype else found.pop() if len(found) == 1 else "F32"
+        dtypes = self._kinds()
+        return FLOAT_DTYPES[self.options.dtype] if self.options.dtype else dtypes.pop() if len(dtypes) == 1 else "F32"
 
     def ranks(self) -> dict[str, int]:
         """The rank of each module in the result."""
@@ -102,12 +102,15 @@ class AdapterMerge:
         most = min(self.options.rank, layer.rows, layer.columns)
         if not self.rule.linear:
             return most
-        return min(most, sum(own[layer.key].left.rank for own in self.updates if layer.key in own))
+        return min(
+            most,
+            sum(layer_updates[layer.key].left.rank for layer_updates in self.updates if layer.key in layer_updates),
+        )
 
     def specs(self) -> dict[str, TensorSpec]:
         """The tensors of the result."""
-        made = {key: s for layer in self.layers for key, s in layer.factor_specs(self.rank(layer), self.dtype).items()}
-        return made | {name: folder.spec(name) for name, folder in self.frozen().items()}
+        specs = {key: s for layer in self.layers for key, s in layer.factor_specs(self.rank(layer), self.dtype).items()}
+        return specs | {name: folder.spec(name) for name, folder in self.frozen().items()}
 
     def frozen(self) -> dict[str, PeftAdapter]:
         """The base's own weights that come with the adapters, and the first adapter that has each."""
@@ -124,23 +127,23 @@ class AdapterMerge:
         rank = self.rank(layer)
         if self.rule.linear:
             whole = self._sum(layer, kernel)
-            kept, worth = nearest_to_sum(whole, rank).stored(self.dtype)
+            stored, worth = nearest_to_sum(whole, rank).stored(self.dtype)
             fit = LayerFit(rank, product_norm(whole), sum_error(whole, worth))
         else:
             matrix = self._dense(layer, kernel, threads)
-            kept, worth = nearest_to_dense(matrix, rank).stored(self.dtype)
+            stored, worth = nearest_to_dense(matrix, rank).stored(self.dtype)
             fit = LayerFit(rank, dense_norm(matrix), dense_error(matrix, worth))
-        if not all(is_finite(factor, self.dtype) for factor in kept):
+        if not all(is_finite(factor, self.dtype) for factor in stored):
             raise MagMaxError(f"{layer.key}: the merged factors overflow {self.dtype}; choose a wider dtype")
-        return kept, fit
+        return stored, fit
 
     def read_bytes(self, layer: AdaptedLayer) -> int:
         """Bytes of the adapters' factors for a layer."""
         return sum(
             folder.spec(factor.tensor_name).nbytes
-            for folder, own in zip(self.folders, self.updates, strict=True)
-            if layer.key in own
-            for factor in (own[layer.key].left, own[layer.key].right)
+            for folder, layer_updates in zip(self.folders, self.updates, strict=True)
+            if layer.key in layer_updates
+            for factor in (layer_updates[layer.key].left, layer_updates[layer.key].right)
         )
 
     @property
@@ -165,27 +168,35 @@ class AdapterMerge:
         worst = sorted(self.fits, key=lambda module: (-self.fits[module].relative, module))[:WORST]
         width = max(len(word) for word in ("layer", *worst))
         rows = [f"{m:{width}}  {self.fits[m].rank:4}  {self.fits[m].relative:.3g}" for m in worst]
-        told = f"all {len(self.fits)} layers: relative error {self.overall_fit().relative:.3g} (Frobenius norm)"
-        return [f"{'layer':{width}}  rank  relative error", *rows, told]
+        summary = f"all {len(self.fits)} layers: relative error {self.overall_fit().relative:.3g} (Frobenius norm)"
+        return [f"{'layer':{width}}  rank  relative error", *rows, summary]
 
     def _kinds(self) -> set[str]:
         pairs = zip(self.folders, self.updates, strict=True)
         return {
-            folder.spec(f.tensor_name).dtype for folder, own in pairs for u in own.values() for f in (u.left, u.right)
+            folder.spec(f.tensor_name).dtype
+            for folder, layer_updates in pairs
+            for u in layer_updates.values()
+            for f in (u.left, u.right)
         }
 
     def _reader(self, specs: dict[str, TensorSpec]) -> BlockReader:
         updates: Sequence[Mapping[str, LowRankUpdate]] = [{}, *self.updates]
         folders = [self.folders[0], *self.folders]
-        return BlockReader([LoraTaskVectors(folder, own, specs) for folder, own in zip(folders, updates, strict=True)])
+        return BlockReader(
+            [
+                LoraTaskVectors(folder, layer_updates, specs)
+                for folder, layer_updates in zip(folders, updates, strict=True)
+            ]
+        )
 
     def _sum(self, layer: AdaptedLayer, kernel: MergeKernel) -> FactorPair:
         """scaling_factor * sum of c_t * s_t * B_t A_t as one product; c is what a linear rule makes of unit vectors."""
         weights = kernel.rules[layer.key](list(np.eye(len(self.folders))), layer.key)
         factor = kernel.factors[layer.key]
         parts: list[FactorPair] = []
-        for weight, folder, own in zip(weights.tolist(), self.folders, self.updates, strict=True):
-            if update := own.get(layer.key):
+        for weight, folder, layer_updates in zip(weights.tolist(), self.folders, self.updates, strict=True):
+            if update := layer_updates.get(layer.key):
                 factors = (update.left, update.right)
                 left, right = (read_factor(folder, f, slice(0, f.length), np.dtype(np.float64)) for f in factors)
                 parts.append(FactorPair(left * (factor * weight * update.scale), right))

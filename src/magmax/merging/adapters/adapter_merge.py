@@ -78,7 +78,11 @@ class AdapterRunner:
         """Carry over the base's own weights; refuses those that are not the same in all adapters that have them."""
         carried: dict[str, str] = {}
         for name, first in self.merge.frozen().items():
-            having = [(f, own[name]) for f, own in zip(self.merge.folders, digests, strict=False) if name in own]
+            having = [
+                (f, tensor_digests[name])
+                for f, tensor_digests in zip(self.merge.folders, digests, strict=False)
+                if name in tensor_digests
+            ]
             carried[name] = having[0][1]
             for folder, digest in having:
                 if (folder.specs[name], digest) != (first.specs[name], carried[name]):
@@ -184,15 +188,15 @@ def adapter_job(
 
     def companions(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         fits = {module: fit.to_json() for module, fit in sorted(merge.fits.items())}
-        told = {"adapter": {**merge.overall_fit().to_json(), "layers": fits}}
+        content = {"adapter": {**merge.overall_fit().to_json(), "layers": fits}}
         card = adapter_card(provenance, merge.dtype, merge.report()).encode()
         config = merged_config(folders, merge.ranks())
-        return {ADAPTER_CONFIG: config, "README.md": card, **provenance_file(provenance, digests, told)}
+        return {ADAPTER_CONFIG: config, "README.md": card, **provenance_file(provenance, digests, content)}
 
     def refuse_twins(digests: Sequence[str]) -> None:
         seen: dict[object, str] = {}
-        for folder, own, digest in zip(folders, updates, digests, strict=True):
-            same = digest, *(u.scale for u in own.values())
+        for folder, layer_updates, digest in zip(folders, updates, digests, strict=True):
+            same = digest, *(u.scale for u in layer_updates.values())
             if same in seen:
                 raise MagMaxError(f"{folder.label}: holds the same tensors as {seen[same]}; name each adapter once")
             seen[same] = folder.label
@@ -218,13 +222,13 @@ def adapter_job(
 
 def _digests(folder: PeftAdapter) -> dict[str, str]:
     """The digest of each of an adapter's tensors; refuses NaN and infinity, of which no rank is the nearest."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for key, spec in folder.specs.items():
         stored = folder.read(key, 0, spec.num_units)
         if spec.is_mergeable and spec.numel and not is_finite(stored, spec.dtype):
             raise MagMaxError(f"{folder.weights.label}: {key} holds NaN or infinity; mend the adapter")
-        found[key] = _digest(stored, key, spec)
-    return found
+        digests[key] = _digest(stored, key, spec)
+    return digests
 
 
 def _digest(stored: NDArray[Any], key: str, spec: TensorSpec) -> str:

@@ -25,8 +25,8 @@ class FactorPair(NamedTuple):
 
     def stored(self, dtype: str) -> tuple[FactorPair, FactorPair]:
         """The pair in a type of storage, and what it is worth there, in float64."""
-        kept = FactorPair(*(narrow(np.ascontiguousarray(f, np.float64), dtype) for f in self))
-        return kept, FactorPair(*(widen(f, dtype, np.dtype(np.float64)) for f in kept))
+        stored = FactorPair(*(narrow(np.ascontiguousarray(f, np.float64), dtype) for f in self))
+        return stored, FactorPair(*(widen(f, dtype, np.dtype(np.float64)) for f in stored))
 
 
 def nearest_to_sum(whole: FactorPair, rank: int) -> FactorPair:

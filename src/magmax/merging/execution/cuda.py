@@ -98,10 +98,10 @@ class DeviceKernel(MergeKernel):
 
     @classmethod
     def of(cls, kernel: MergeKernel, device: torch.device) -> DeviceKernel:
-        given = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+        values = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
         reader = kernel.reader
-        given["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.finiteness_checked, device)
-        return cls(**given, device=device)
+        values["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.finiteness_checked, device)
+        return cls(**values, device=device)
 
     def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
         with device_stream(self.device):

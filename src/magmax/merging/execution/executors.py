@@ -119,5 +119,5 @@ class DaskCluster:
 
     def ask(self, question: Callable[[], str]) -> list[str]:
         """What the workers answer that is not "", each with the worker's address; an error counts as an answer."""
-        told: dict[str, Any] = self.client.run(question, on_error="return")
-        return [f"worker {address}: {answer}" for address, answer in told.items() if answer != ""]
+        answers: dict[str, Any] = self.client.run(question, on_error="return")
+        return [f"worker {address}: {answer}" for address, answer in answers.items() if answer != ""]

@@ -87,10 +87,10 @@ class SharedFiles:
     def _changed(self, thoroughly: bool) -> str:
         for path, wanted in self.files.items():
             try:
-                found = FileStamp.of_file(path, thoroughly)
+                stamp = FileStamp.of_file(path, thoroughly)
             except OSError as error:
                 return f"{path}: {error.strerror}; {REMEDY}"
-            if found != (wanted if thoroughly else wanted._replace(head="")):
+            if stamp != (wanted if thoroughly else wanted._replace(head="")):
                 return f"{path}: is another file than where the work was begun, or changed since; {REMEDY}"
         return ""
 

@@ -69,8 +69,8 @@ class AbsorbKernel(Kernel):
                 np.dtype("u1")
             ] * self.winners
             return [np.zeros(length, storage) for storage in storages]
-        made = self._merged(head, old)
-        return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in made]
+        outputs = self._merged(head, old)
+        return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in outputs]
 
     def _merged(self, slab: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The new slots, and the map of winners if there is one, from the base and the old slots."""
@@ -86,10 +86,10 @@ class AbsorbKernel(Kernel):
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
         state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
-        made = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
+        slots = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
         if self.winners:
-            made.append(self._winners(slab, state[0], vectors[-1]))
-        return made
+            slots.append(self._winners(slab, state[0], vectors[-1]))
+        return slots
 
     def _nothing(self, slab: InputBlock) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""

@@ -91,7 +91,7 @@ def read_manifest(file: Path) -> Manifest:
             raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT} and {FORMAT_OF_PARTS}")
         strict = content["format"] == FORMAT
         ((name, options),) = modern_rule(content["rule"]).items()
-        found = [
+        versions = [
             Version(
                 g["number"],
                 [AbsorbedModel(**t) for t in g["tasks"]],
@@ -108,7 +108,7 @@ def read_manifest(file: Path) -> Manifest:
             base_path=content["base"]["path"],
             base_digest=content["base"]["digest"],
             current=content["current"],
-            generations={generation.number: generation for generation in found},
+            generations={generation.number: generation for generation in versions},
         )
         if not _is_valid(state):
             raise ValueError("its entries do not fit together")
@@ -118,10 +118,10 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def _described(generation: Version, strict: bool) -> dict[str, Any]:
-    told = asdict(generation)
+    content = asdict(generation)
     if strict:
-        del told["extents"]
-    return told
+        del content["extents"]
+    return content
 
 
 def require_streaming(rule: Rule) -> StreamingRule:

@@ -228,15 +228,15 @@ class Running:
         return self._disk.state
 
     def _base(self) -> Checkpoint:
-        given = self._base_given
-        if given is None:
+        base = self._base_given
+        if base is None:
             if self._state.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            given = resolve_portable_path(self.path, self._state.base_path)
-            gone = not Path(given).exists() and not find_dcp(Path(given))
-            if gone and not split_base_and_adapter(given) and not given.startswith(HUB_PREFIX) and not is_url(given):
-                raise MagMaxError(f"{self.path}: its base is no longer at {given}; say where it is (--base)")
-        return open_checkpoint(given, None if isinstance(given, str | PathLike) else "base")
+            base = resolve_portable_path(self.path, self._state.base_path)
+            gone = not Path(base).exists() and not find_dcp(Path(base))
+            if gone and not split_base_and_adapter(base) and not base.startswith(HUB_PREFIX) and not is_url(base):
+                raise MagMaxError(f"{self.path}: its base is no longer at {base}; say where it is (--base)")
+        return open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
 
     def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
         slots, task = self._disk.slots(), len(self.tasks) + 1

@@ -65,10 +65,10 @@ class VersionStore:
         if self.state.current is None:
             return []
         whole = open_checkpoint(self.folder(self.state.current))
-        own = PrefixedCheckpoint(whole, "", whole.label)
-        own.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
+        first_slot = PrefixedCheckpoint(whole, "", whole.label)
+        first_slot.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
         count = self.state.rule.slots(len(self.state.tasks))
-        return [own, *(PrefixedCheckpoint(whole, slot_prefix(n), whole.label) for n in range(1, count))]
+        return [first_slot, *(PrefixedCheckpoint(whole, slot_prefix(n), whole.label) for n in range(1, count))]
 
     def winners(self) -> Checkpoint:
         """The map of the current generation: which task, from 1, supplied each element, 0 where none did."""
@@ -119,18 +119,18 @@ class VersionStore:
     def restore(self, which: str | int) -> list[Version]:
         """Make the generation of this label or number the current one; returns those dropped."""
         before = list(self.state.generations.values())
-        found = [g for g in before if which in (g.label, g.number, str(g.number))]
-        if not found:
-            known = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
-            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {known or 'none'}")
-        self.publish(found[0])
+        matches = [g for g in before if which in (g.label, g.number, str(g.number))]
+        if not matches:
+            names = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
+            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {names or 'none'}")
+        self.publish(matches[0])
         return [generation for generation in before if generation.number not in self.state.generations]
 
     def publish(self, generation: Version) -> None:
         """Make a generation the one that counts, then drop those that nothing names."""
-        known = {**self.state.generations, generation.number: generation}
+        versions = {**self.state.generations, generation.number: generation}
         self.state.current = generation.number
-        self.state.generations = {n: g for n, g in known.items() if g.label or n == generation.number}
+        self.state.generations = {n: g for n, g in versions.items() if g.label or n == generation.number}
         self.state.write(self.path / STATE)
         for folder in self.path.glob("generation-*"):
             if folder.name not in {self.folder(n).name for n in self.state.generations}:

@@ -38,11 +38,11 @@ def measure_curves(measurer: EnvironmentScorer) -> list[ResultRow]:
     rows: list[ResultRow] = []
     for curve, task, x, weights in preferences:
         rule = Tunable(preference=weights, seed=learned.context.seed)
-        found = learned.predict(rule, list(measurer.factor_variants.values()), everything)
-        for (variant, factor), classes in zip(measurer.factor_variants.items(), found, strict=True):
+        predictions = learned.predict(rule, list(measurer.factor_variants.values()), everything)
+        for (variant, factor), classes in zip(measurer.factor_variants.items(), predictions, strict=True):
             shares = accuracy_by_task(classes == measurer.labels, learned.test_task_ids, everything)
-            told = {"curve": curve, "task": task, "x": x, "variant": variant, "scaling_factor": factor}
-            rows.append({**told, "weights": list(weights), "tasks": shares})
+            row = {"curve": curve, "task": task, "x": x, "variant": variant, "scaling_factor": factor}
+            rows.append({**row, "weights": list(weights), "tasks": shares})
     return rows
 
 
@@ -67,8 +67,8 @@ def measure_sample_counts(measurer: EnvironmentScorer) -> list[ResultRow]:
                 for source in words.sources:
                     if source == "auto" and len(target.rows) < 2:
                         continue
-                    found = measurer.compute_preference(source, target, environment.draw)
-                    tried = measurer.tunable_results(source, found, environment, ["optimal"])
+                    preference = measurer.compute_preference(source, target, environment.draw)
+                    tried = measurer.tunable_results(source, preference, environment, ["optimal"])
                     told = {"per_task": per_task, "samples": len(target.rows)}
                     rows += [{**row, **told} for row in measurer.score_results(environment, tried)]
     return rows
@@ -103,13 +103,13 @@ def measure_archives(measurer: EnvironmentScorer, scratch: Path) -> list[ResultR
             began = time.perf_counter()
             names = [f"task {t}" for t in range(1, learned.num_tasks + 1)]
             models = [open_checkpoint(path, base=base) for path in learned.paths]
-            made = write_archive(
+            written = write_archive(
                 base, models, names, scratch, top=top, bits=bits, execution=ExecutionOptions(threads=1)
             )
             making = time.perf_counter() - began
             size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
             told = {"top": top, "bits": bits, "bytes": size, "model_bytes": base.nbytes, "making": round(making, 3)}
-            rows += [{**told, **row} for row in _archive_results(measurer, made)]
+            rows += [{**told, **row} for row in _archive_results(measurer, written)]
             shutil.rmtree(scratch)
     return rows
 
@@ -127,13 +127,13 @@ def _archive_results(measurer: EnvironmentScorer, archive: Archive) -> Iterator[
         for _ in learned.load_merges(rule, [measurer.magmax_factor], archive.models(learned.base)):
             seconds = time.perf_counter() - began
         labels, some = measurer.labels, learned.test_task_ids >= 0
-        kept = learned.predict_rows(learned.context.test, some)
+        base_predictions = learned.predict_rows(learned.context.test, some)
         yield {
             "preference": name,
             "weights": list(weights),
             "scaling_factor": measurer.magmax_factor,
             "seconds": round(seconds, 3),
-            "accuracy": float((kept == labels)[some].mean()),
+            "accuracy": float((base_predictions == labels)[some].mean()),
             "exact": float((exact == labels)[some].mean()),
-            "agreement": float((kept == exact)[some].mean()),
+            "agreement": float((base_predictions == exact)[some].mean()),
         }

@@ -75,8 +75,8 @@ class EnvironmentRuns:
 
     def read_cells(self) -> list[tuple[RecordKey, Record | None]]:
         """Return all cells, each with its record if one of the same recipe is there."""
-        there = CellStore(self.out / FOLDER_NAME).by_digest()
-        return [(cell, there.get(self.config.cell_digest(self.experiment, cell))) for cell in self.cells]
+        records = CellStore(self.out / FOLDER_NAME).by_digest()
+        return [(cell, records.get(self.config.cell_digest(self.experiment, cell))) for cell in self.cells]
 
 
 def run_cells(config_json: str, experiment_json: str, out: str, seed: int, training: str, threads: int = 1) -> str:
@@ -100,18 +100,18 @@ class _SequenceRunner:
         torch.set_num_threads(threads)
         self.config, self.experiment, self.threads = config, experiment, threads
         self.store = CellStore(out / FOLDER_NAME)
-        here = build_context(experiment, seed)
+        context = build_context(experiment, seed)
         self.folder = training_folder(out, experiment, seed, training)
-        self.paths = [self.folder / f"theta_{t}.safetensors" for t in range(1, len(here.tasks) + 1)]
-        self.cells = [RecordKey(seed, training, name) for name in config.cell_names(len(here.tasks))]
+        self.paths = [self.folder / f"theta_{t}.safetensors" for t in range(1, len(context.tasks) + 1)]
+        self.cells = [RecordKey(seed, training, name) for name in config.cell_names(len(context.tasks))]
         self.model_digests = {path.stem: digest_of_file(path) for path in self.paths}
-        self.evaluator = TrainedModels(here, self.paths)
+        self.evaluator = TrainedModels(context, self.paths)
 
     def run(self) -> None:
-        there = self.store.by_digest()
-        base = there.get(self.digest(self.cells[0]))
+        records = self.store.by_digest()
+        base = records.get(self.digest(self.cells[0]))
         for part in self.cells:
-            if self.digest(part) not in there:
+            if self.digest(part) not in records:
                 began, merges = time.perf_counter(), self.evaluator.merge_count
                 content = self.measure_cell(part, base)
                 seconds = round(time.perf_counter() - began, 1)

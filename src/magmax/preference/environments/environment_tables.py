@@ -55,10 +55,10 @@ def write_report(
     ]
     for training in trainings:
         chosen = {name: [r["chosen"][name] for r in first if r["training"] == training] for name in first[0]["chosen"]}
-        told = ", ".join(f"{name} {' '.join(f'{f:g}' for f in found)}" for name, found in chosen.items())
+        factors_text = ", ".join(f"{name} {' '.join(f'{f:g}' for f in factors)}" for name, factors in chosen.items())
         text += [
             f"## Training: {training}",
-            f"Chosen factors, seed by seed: {told}.",
+            f"Chosen factors, seed by seed: {factors_text}.",
             *render_sections(config, select_training(rows, training)),
         ]
     files = {
@@ -100,12 +100,12 @@ def describe_experiment(
 def render_sections(config: EnvironmentsConfig, rows: Sequence[TidyRow]) -> list[str]:
     """All tables and remarks on one training."""
     table, kinds = ScoreTable(rows), [name for name in config.mixtures if len(MIXTURES[name]) <= max_tasks(rows)]
-    told = [methods_table(table, kinds), selections_table(table, kinds, config), task_count_table(table)]
-    text = told if table.values else []
+    sections = [methods_table(table, kinds), selections_table(table, kinds, config), task_count_table(table)]
+    text = sections if table.values else []
     text += ["\n".join(f"* {line}" for line in remarks(table, config, ScoreTable(rows, "distance")))]
     for part, measured in (("curves", curves_table), ("samples", samples_table), ("archive", archive_table)):
-        if own := [row for row in rows if row["part"] == part]:
-            text.append(measured(own))
+        if part_rows := [row for row in rows if row["part"] == part]:
+            text.append(measured(part_rows))
     return [part for part in text if part]
 
 
@@ -118,8 +118,8 @@ def rank_methods(
     table: ScoreTable, mixtures: Sequence[str], draws: int | None = None
 ) -> list[tuple[str, str, list[float]]]:
     """Methods and variants that were measured in all these kinds, best first, with their means seed by seed."""
-    found = [(*key, table.seed_means(*key, mixtures, draws)) for key in table.values]
-    return sorted((each for each in found if each[2]), key=lambda each: -float(np.mean(each[2])))
+    ranked = [(*key, table.seed_means(*key, mixtures, draws)) for key in table.values]
+    return sorted((each for each in ranked if each[2]), key=lambda each: -float(np.mean(each[2])))
 
 
 def methods_table(table: ScoreTable, mixtures: Sequence[str]) -> str:
@@ -146,7 +146,7 @@ def selections_table(table: ScoreTable, mixtures: Sequence[str], config: Environ
             _, selection, source = method.split("/")
             by_source.setdefault((source, variant), {})[selection] = values
     names = ["optimal", *config.selections]
-    lines = [[*key, *(format_percent(own.get(name, [])) for name in names)] for key, own in by_source.items()]
+    lines = [[*key, *(format_percent(means.get(name, [])) for name in names)] for key, means in by_source.items()]
     title = f"Selections, on {draws} environments of each kind:\n\n"
     return title + markdown_table(["preference", "factor", *names], lines) if draws else ""
 
@@ -182,12 +182,14 @@ def remarks(table: ScoreTable, config: EnvironmentsConfig, distance_table: Score
     pairs = paired_comparisons(table, config)
     lines: list[str] = []
     for variant, words in VARIANTS.items():
-        own = [pair for pair in pairs if pair.variant == variant]
-        automatic = [p for p in own if p.other == "magmax" and p.ours.removeprefix(TUNABLE_PREFIX) in config.sources]
+        variant_pairs = [pair for pair in pairs if pair.variant == variant]
+        automatic = [
+            p for p in variant_pairs if p.other == "magmax" and p.ours.removeprefix(TUNABLE_PREFIX) in config.sources
+        ]
         if automatic:
             best = max(automatic, key=lambda pair: pair.difference.mean)
             lines.append(f"With {words}, the best source that sees a sample alone is {best.ours}.")
-        lines += [describe_pair(pair) for pair in own]
+        lines += [describe_pair(pair) for pair in variant_pairs]
     for source in config.sources:
         worse = [
             kind
@@ -240,23 +242,27 @@ def samples_table(rows: Sequence[TidyRow]) -> str:
 
 def seed_means(rows: Sequence[TidyRow], method: str, measure: str, x: int) -> list[float]:
     """For each seed the mean over environments."""
-    own = [r for r in rows if (r["method"], r["measure"], r["x"], r["variant"]) == (method, measure, x, "chosen")]
-    seeds = sorted({row["seed"] for row in own})
-    return [float(np.mean([row["value"] for row in own if row["seed"] == seed])) for seed in seeds]
+    selected = [r for r in rows if (r["method"], r["measure"], r["x"], r["variant"]) == (method, measure, x, "chosen")]
+    seeds = sorted({row["seed"] for row in selected})
+    return [float(np.mean([row["value"] for row in selected if row["seed"] == seed])) for seed in seeds]
 
 
 def archive_table(rows: Sequence[TidyRow]) -> str:
     """What an archive takes and what it loses."""
     lines: list[list[str]] = []
     for method, x in dict.fromkeys((row["method"], row["x"]) for row in rows):
-        found: Mapping[str, list[float]] = {
+        values: Mapping[str, list[float]] = {
             name: select_values(rows, method=method, x=x, measure=name) for name in {row["measure"] for row in rows}
         }
-        size, model = np.mean(found["bytes"]), np.mean(found["model_bytes"])
-        lost = np.subtract(found["accuracy"], found["exact"])
-        took = [f"{np.mean(found[name]):.1f} s" for name in ("making", "seconds")]
+        size, model = np.mean(values["bytes"]), np.mean(values["model_bytes"])
+        lost = np.subtract(values["accuracy"], values["exact"])
+        took = [f"{np.mean(values[name]):.1f} s" for name in ("making", "seconds")]
         lines.append([f"top {x:g}, {method}", f"{size / 1e6:,.0f} MB", f"{size / model:.2f}", *took])
-        lines[-1] += [format_percent(found["accuracy"]), format_percent(found["exact"]), f"{100 * np.mean(lost):+.2f}"]
+        lines[-1] += [
+            format_percent(values["accuracy"]),
+            format_percent(values["exact"]),
+            f"{100 * np.mean(lost):+.2f}",
+        ]
         lines[-1].append(f"{100 * np.max(np.abs(lost)):.2f}")
     head = [
         "archive / preference",

@@ -99,14 +99,14 @@ class EnvironmentsConfig(_StrictModel):
 
     def resolve(self, experiment: Experiment) -> EnvironmentsConfig:
         """Itself, with what it leaves to the experiment. Raises MagMaxError for what does not fit that."""
-        for kind, given, known in (
+        for kind, chosen, allowed in (
             ("training", self.training, [name for name in experiment.training_choices if name not in REFERENCES]),
             ("seeds", self.seeds, experiment.seeds),
             ("mixtures", self.mixtures, list(MIXTURES)),
         ):
-            for one in given:
-                if one not in known:
-                    raise MagMaxError(f"{kind}: there is no {one!r}; {nearest_hint(str(one), list(map(str, known)))}")
+            for one in chosen:
+                if one not in allowed:
+                    raise MagMaxError(f"{kind}: there is no {one!r}; {nearest_hint(str(one), list(map(str, allowed)))}")
         if not experiment.validation:
             raise MagMaxError(
                 "scaling factors are chosen on training examples that were held out, and the experiment holds out "
@@ -142,17 +142,17 @@ class EnvironmentsConfig(_StrictModel):
             ARCHIVE: ["factors", "archive"],
         }
         environment = ["factors", "target", "sources", "temperatures", "pull"]
-        told = self.model_dump(include=set(keys.get(cell.name, environment)))
+        content = self.model_dump(include=set(keys.get(cell.name, environment)))
         if cell.name not in keys:
-            told["selections"] = self.extra_selections(cell.mixture, cell.draw)
-        sources = told["samples"]["sources"] if cell.name == SAMPLES else told.get("sources", [])
+            content["selections"] = self.extra_selections(cell.mixture, cell.draw)
+        sources = content["samples"]["sources"] if cell.name == SAMPLES else content.get("sources", [])
         if "auto" in sources:
-            told["auto"] = AUTO_VERSION
+            content["auto"] = AUTO_VERSION
         return {
             "format": RECORD_FORMAT,
             **experiment.training_recipe(cell.seed, cell.training),
             "part": cell.name,
-            **told,
+            **content,
         }
 
     def cell_digest(self, experiment: Experiment, cell: RecordKey) -> str:

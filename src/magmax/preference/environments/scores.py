@@ -28,12 +28,12 @@ def measure_baselines(config: EnvironmentsConfig, evaluator: TrainedModels) -> d
 
     A rule's score is the mean over tasks of its accuracy; the lowest factor of equal ones is chosen.
     """
-    here = evaluator.context
-    everything, labels, held = range(evaluator.num_tasks), here.validation.labels, evaluator.validation_task_ids
+    context = evaluator.context
+    everything, labels, held = range(evaluator.num_tasks), context.validation.labels, evaluator.validation_task_ids
     evaluator.load_checkpoint(0)
-    found: dict[str, ClassIds] = {"zero_shot": evaluator.predict_rows(here.test, evaluator.test_task_ids >= 0)}
+    predictions: dict[str, ClassIds] = {"zero_shot": evaluator.predict_rows(context.test, evaluator.test_task_ids >= 0)}
     evaluator.load_checkpoint(evaluator.num_tasks)
-    found["last"] = evaluator.predict_rows(here.test, evaluator.test_task_ids >= 0)
+    predictions["last"] = evaluator.predict_rows(context.test, evaluator.test_task_ids >= 0)
     search: dict[str, dict[str, float]] = {}
     chosen: dict[str, float] = {}
     for name, rule in BASELINE_RULES.items():
@@ -41,7 +41,7 @@ def measure_baselines(config: EnvironmentsConfig, evaluator: TrainedModels) -> d
         scores = {
             factor: float(
                 np.mean(
-                    accuracy_by_task(evaluator.predict_rows(here.validation, held >= 0) == labels, held, everything)
+                    accuracy_by_task(evaluator.predict_rows(context.validation, held >= 0) == labels, held, everything)
                 )
             )
             for factor, _ in zip(factors, evaluator.load_merges(rule, factors), strict=True)
@@ -50,12 +50,12 @@ def measure_baselines(config: EnvironmentsConfig, evaluator: TrainedModels) -> d
         search[name] = {f"{factor:g}": score for factor, score in scores.items()}
         used = list(dict.fromkeys([FIXED_FACTOR, chosen[name], rule.default_scaling_factor]))
         for factor, classes in zip(used, evaluator.predict(rule, used, everything), strict=True):
-            found[f"{name}@{factor:g}"] = classes
+            predictions[f"{name}@{factor:g}"] = classes
     return {
         "search": search,
         "chosen": chosen,
         "own": evaluator.magmax_shares,
-        "predicted": {name: classes.tolist() for name, classes in found.items()},
+        "predicted": {name: classes.tolist() for name, classes in predictions.items()},
     }
 
 
@@ -97,8 +97,8 @@ class EnvironmentScorer:
         mixture = reference_preferences(mixture_shares(cell.mixture), environment.tasks, self.evaluator.num_tasks)
         preferences |= {source: {"weights": list(weights)} for source, weights in mixture.items()}
         rows = self.score_results(environment, self.baseline_results())
-        for source, found in preferences.items():
-            rows += self.score_results(environment, self.preference_results(source, found, environment))
+        for source, preference in preferences.items():
+            rows += self.score_results(environment, self.preference_results(source, preference, environment))
         return rows
 
     def compute_preference(self, source: str, target: EnvironmentTarget, seed: int) -> dict[str, Any]:

@@ -41,8 +41,10 @@ class EnvironmentTarget(NamedTuple):
         everywhere = list(weights) in (self.evaluator.magmax_shares, uniform_weights(self.evaluator.num_tasks))
         if self.split == TEST and everywhere:  # tried in every environment
             return self.evaluator.test_likelihoods(rule, factor)[rows]
-        (found,) = [self.evaluator.likelihoods(self.data, rows) for _ in self.evaluator.load_merges(rule, [factor])]
-        return found
+        (likelihoods,) = [
+            self.evaluator.likelihoods(self.data, rows) for _ in self.evaluator.load_merges(rule, [factor])
+        ]
+        return likelihoods
 
     def choose_weights(self, factor: float, temperatures: Sequence[float], pull: float, seed: int) -> dict[str, Any]:
         """What `auto` finds: its weights, the source and temperature that won, and how many candidates there were.
@@ -59,8 +61,8 @@ class EnvironmentTarget(NamedTuple):
             temperatures=temperatures,
         )
         best = choice.best
-        told = {"origin": best.source, "temperature": best.temperature, "tries": len(choice.candidates)}
-        return {"weights": list(best.weights), **told}
+        details = {"origin": best.source, "temperature": best.temperature, "tries": len(choice.candidates)}
+        return {"weights": list(best.weights), **details}
 
     def _make_candidates(self, sample_indices: Sequence[int]) -> dict[str, list[float]]:
         seen = self._replace(rows=self.rows[list(sample_indices)])
@@ -77,7 +79,7 @@ class EnvironmentTarget(NamedTuple):
     @property
     def _feature_pairs(self) -> list[tuple[Features, Features]]:
         features = map(self.evaluator.task_features, range(self.evaluator.num_tasks))
-        return [(own[0], own[self.split][self.rows]) for own in features]
+        return [(task_features[0], task_features[self.split][self.rows]) for task_features in features]
 
 
 def reference_preferences(shares: Sequence[float], tasks: Sequence[int], num_tasks: int) -> dict[str, Weights]:

@@ -23,14 +23,16 @@ def tidy_rows(records: Sequence[Record]) -> list[TidyRow]:
     `x` is the curve's a or weight, the number of target samples a task, or the archive's fraction. The measure
     "distance" is half the sum of |w - w_oracle|: the share of elements that would have to change hands.
     """
-    found: list[TidyRow] = []
+    rows_out: list[TidyRow] = []
     for record in records:
         if record["part"] != BASELINES:
             for row in record["rows"]:
                 about = {key: record[key] for key in ("seed", "training", "part")}
                 about |= {key: row.get(key, "") for key in ("mixture", "draw", "method", "variant", "scaling_factor")}
-                found += [{**dict.fromkeys(COLUMNS, ""), **about, **told} for told in _expand_row(record["part"], row)]
-    return found
+                rows_out += [
+                    {**dict.fromkeys(COLUMNS, ""), **about, **expanded} for expanded in _expand_row(record["part"], row)
+                ]
+    return rows_out
 
 
 def _expand_row(part: str, row: TidyRow) -> list[TidyRow]:
@@ -43,12 +45,12 @@ def _expand_row(part: str, row: TidyRow) -> list[TidyRow]:
         measures = ("bytes", "model_bytes", "making", "seconds", "accuracy", "exact", "agreement")
         return [{"method": method, "x": row["top"], "measure": name, "value": row[name]} for name in measures]
     x = {"x": row["per_task"]} if part == SAMPLES else {}
-    told: list[TidyRow] = [{**x, "measure": "accuracy", "value": row["accuracy"]}]
+    rows: list[TidyRow] = [{**x, "measure": "accuracy", "value": row["accuracy"]}]
     if row["weights"]:
         oracle = np.zeros(len(row["weights"]))
         oracle[row["tasks"]] = mixture_shares(row["mixture"])
-        told.append({**x, "measure": "distance", "value": float(abs(oracle - row["weights"]).sum() / 2)})
-    return told
+        rows.append({**x, "measure": "distance", "value": float(abs(oracle - row["weights"]).sum() / 2)})
+    return rows
 
 
 class ScoreTable:
@@ -63,15 +65,15 @@ class ScoreTable:
 
     def seed_means(self, method: str, variant: str, mixtures: Sequence[str], draws: int | None = None) -> list[float]:
         """For each seed that has all these kinds of environments the mean over them and their (first) draws."""
-        own = self.values.get((method, variant)) or self.values.get((method, ""), {})
-        some = {k: v for k, v in own.items() if k[0] in mixtures and (draws is None or k[2] < draws)}
+        values = self.values.get((method, variant)) or self.values.get((method, ""), {})
+        some = {k: v for k, v in values.items() if k[0] in mixtures and (draws is None or k[2] < draws)}
         by_seed = {seed: {k: v for k, v in some.items() if k[1] == seed} for seed in sorted({k[1] for k in some})}
-        whole = [own for own in by_seed.values() if {k[0] for k in own} == set(mixtures)]
-        return [float(np.mean(list(own.values()))) for own in whole]
+        whole = [values for values in by_seed.values() if {k[0] for k in values} == set(mixtures)]
+        return [float(np.mean(list(values.values()))) for values in whole]
 
     @property
     def mixtures(self) -> list[str]:
-        return list(dict.fromkeys(key[0] for own in self.values.values() for key in own))
+        return list(dict.fromkeys(key[0] for values_by_key in self.values.values() for key in values_by_key))
 
     def compare(
         self, ours: str, other: str, variant: str, mixtures: Sequence[str], draws: int | None

@@ -94,8 +94,8 @@ class TrainedModels:
         merges = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1), hold=len(factors) > 1)
         for factor in factors:
             tensors, like = merges.at(factor), self.context.base
-            made = {key: to_tensor(tensors[key], base.spec(key), like[key]) for key in self.changed_keys}
-            self.context.encoder.model.load_state_dict(made, strict=False)
+            merged = {key: to_tensor(tensors[key], base.spec(key), like[key]) for key in self.changed_keys}
+            self.context.encoder.model.load_state_dict(merged, strict=False)
             yield
 
     def load_checkpoint(self, task: int) -> None:
@@ -105,11 +105,13 @@ class TrainedModels:
 
     def predict_rows(self, data: LabelledExamples, rows: NDArray[np.bool_]) -> ClassIds:
         """The class that the encoder, as it is, finds for these rows among all; -1 for the others."""
-        found = np.full(len(data), -1)
+        predictions = np.full(len(data), -1)
         some = np.flatnonzero(rows)
         if len(some):
-            found[some] = predict(self.context.encoder, self.context.head, [data.items[row] for row in some.tolist()])
-        return found
+            predictions[some] = predict(
+                self.context.encoder, self.context.head, [data.items[row] for row in some.tolist()]
+            )
+        return predictions
 
     def likelihoods(self, data: LabelledExamples, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The probability that the encoder, as it is, gives to the right class of each of these rows."""
@@ -132,9 +134,9 @@ class TrainedModels:
         if task not in self._feature_cache:
             self.load_checkpoint(task + 1)
             train = self.context.train
-            own = self.context.tasks[task].rows(train.labels, train.domains)
-            own = np.random.default_rng([self.context.seed, task]).permutation(own)[:MAX_SAMPLES]
-            items = ([train.items[row] for row in own], self.context.test.items, self.context.validation.items)
+            task_rows = self.context.tasks[task].rows(train.labels, train.domains)
+            task_rows = np.random.default_rng([self.context.seed, task]).permutation(task_rows)[:MAX_SAMPLES]
+            items = ([train.items[row] for row in task_rows], self.context.test.items, self.context.validation.items)
             self._feature_cache[task] = self._encode(items[0]), self._encode(items[1]), self._encode(items[2])
         return self._feature_cache[task]
 
@@ -151,7 +153,7 @@ class TrainedModels:
 
 def assign_tasks(context: ExperimentContext, data: LabelledExamples) -> NDArray[np.int64]:
     """The task (from 0) of each example; -1 for those of none."""
-    found = np.full(len(data), -1)
+    task_ids = np.full(len(data), -1)
     for number, task in enumerate(context.tasks):
-        found[task.rows(data.labels, data.domains)] = number
-    return found
+        task_ids[task.rows(data.labels, data.domains)] = number
+    return task_ids

@@ -35,11 +35,11 @@ class ArchitectureCheck:
     template: tuple[Where, str] | None
 
     def __call__(self, base: Checkpoint, models: Sequence[Checkpoint]) -> Checkpoint:
-        for where, given in self.ranges:
-            if given != [0, layers(base.specs)]:
+        for where, layer_range in self.ranges:
+            if layer_range != [0, layers(base.specs)]:
                 raise MagMaxError(
                     f"{where}: not supported here: a part of the layers; {base.label} has {layers(base.specs)}, and "
-                    f"layer_range is {given}"
+                    f"layer_range is {layer_range}"
                 )
         if self.untyped:
             _one_type(self.untyped, base, models)
@@ -75,11 +75,11 @@ def _one_type(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> N
 def _one_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     wanted = _vocabulary(base)
     for model in [base, *models]:
-        found = _vocabulary(model)
-        if found is None and isinstance(model, LoraModel):  # an adapter without one has its base's
+        vocabulary = _vocabulary(model)
+        if vocabulary is None and isinstance(model, LoraModel):  # an adapter without one has its base's
             continue
-        if found is None or found != wanted:
-            why = "has no tokenizer.json" if found is None else f"has another vocabulary than {base.label}"
+        if vocabulary is None or vocabulary != wanted:
+            why = "has no tokenizer.json" if vocabulary is None else f"has another vocabulary than {base.label}"
             raise MagMaxError(
                 f"{where}: not supported here: bringing vocabularies together; {model.label} {why}. If the models have "
                 "the same tokens, take the key out: the base's tokenizer is copied"
@@ -87,9 +87,9 @@ def _one_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]
 
 
 def _one_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    own = _template(base)
+    base_template = _template(base)
     others = {_template(model) for model in models} - {None} if wanted == "auto" else {wanted.strip()}
-    if others - {own}:
+    if others - {base_template}:
         raise MagMaxError(
             f"{where}: not supported here: a chat template other than the base's; take the key out and put the "
             "template into the merged folder yourself"
@@ -109,9 +109,9 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 def _template(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.small_files_folder()
     file = folder / "chat_template.jinja" if folder else None
-    found = file.read_text("utf-8") if file and file.is_file() else None
-    found = found or _json(checkpoint, "tokenizer_config.json").get("chat_template")
-    return found.strip() if isinstance(found, str) else None
+    text = file.read_text("utf-8") if file and file.is_file() else None
+    text = text or _json(checkpoint, "tokenizer_config.json").get("chat_template")
+    return text.strip() if isinstance(text, str) else None
 
 
 def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

@@ -57,40 +57,40 @@ class Sparsifier:
     own: Mapping[str, Default] = field(default_factory=dict[str, Default])
 
 
-def _linear(given: ParameterLookup) -> Rule:
-    weights = given.per_model("weight", None)
-    return Average(weights) if given.constant("normalize", True) else TaskArithmetic(weights)
+def _linear(parameters: ParameterLookup) -> Rule:
+    weights = parameters.per_model("weight", None)
+    return Average(weights) if parameters.constant("normalize", True) else TaskArithmetic(weights)
 
 
-def _none(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _none(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     return []
 
 
-def _largest(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
-    _unscaled(given, rescale)
-    return [Prune(density=given.per_model("density", 1.0), span="tensor")]
+def _largest(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+    _unscaled(parameters, rescale)
+    return [Prune(density=parameters.per_model("density", 1.0), span="tensor")]
 
 
-def _chance(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _chance(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
-        return [Prune(density=given.per_model("density", 1.0), which="random")]
-    return [Dare(density=given.per_model("density", 1.0))]
+        return [Prune(density=parameters.per_model("density", 1.0), which="random")]
+    return [Dare(density=parameters.per_model("density", 1.0))]
 
 
-def _middle(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
-    _unscaled(given, rescale)
-    return [Breadcrumbs(density=given.per_model("density", 1.0), gamma=given.per_model("gamma", 0.01))]
+def _middle(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+    _unscaled(parameters, rescale)
+    return [Breadcrumbs(density=parameters.per_model("density", 1.0), gamma=parameters.per_model("gamma", 0.01))]
 
 
-def _rank(given: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _rank(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
-        raise given.unsupported("rescale", "della without rescaling; leave rescale out")
-    return [Della(density=given.per_model("density", 1.0), epsilon=given.per_model("epsilon", 0.15))]
+        raise parameters.unsupported("rescale", "della without rescaling; leave rescale out")
+    return [Della(density=parameters.per_model("density", 1.0), epsilon=parameters.per_model("epsilon", 0.15))]
 
 
-def _unscaled(given: ParameterLookup, rescale: bool) -> None:
+def _unscaled(parameters: ParameterLookup, rescale: bool) -> None:
     if rescale:
-        raise given.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
+        raise parameters.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
 
 
 ALL = Sparsifier(_none)
@@ -113,9 +113,9 @@ def _arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitM
     return MergekitMethod(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
 
 
-def _model_stock(given: ParameterLookup) -> Rule:
-    if given.constant("filter_wise", False):
-        raise given.unsupported("filter_wise", "model_stock row by row; leave filter_wise out")
+def _model_stock(parameters: ParameterLookup) -> Rule:
+    if parameters.constant("filter_wise", False):
+        raise parameters.unsupported("filter_wise", "model_stock row by row; leave filter_wise out")
     return ModelStock()
 
 

@@ -30,13 +30,13 @@ class ParameterLookup:
     """
 
     def __init__(
-        self, document: YamlDocument, shared: Sequence[ParameterLevel], own: Sequence[Sequence[ParameterLevel]]
+        self, document: YamlDocument, shared: Sequence[ParameterLevel], model_levels: Sequence[Sequence[ParameterLevel]]
     ) -> None:
-        self._document, self._shared, self._own = document, shared, own
+        self._document, self._shared, self._own = document, shared, model_levels
 
     def per_model(self, name: str, default: float | None, turn: Turn = float) -> Numbers:
         """A number for each model, put through `turn`. Raises MagMaxError if a model has none, and no default."""
-        values = [self._number(name, default, [*own, *self._shared], turn) for own in self._own]
+        values = [self._number(name, default, [*levels, *self._shared], turn) for levels in self._own]
         alike = len(set(values)) == 1 and not isinstance(values[0], Layers | Filters)
         return values[0] if alike else PerModel(tuple(values))
 
@@ -87,46 +87,46 @@ def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
     conditions = setting if isinstance(setting, list) else [setting]
     if not any(isinstance(condition, dict) for condition in conditions):
         return [(None, _value(setting, where, name, turn))]
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for condition in conditions:
         if not isinstance(condition, dict) or not {"value"} <= set(condition) <= {"value", "filter"}:
             raise MagMaxError(f"{where}: {name} is a number, a list of numbers or a list of {{filter, value}}")
         part = condition.get("filter")
         if not isinstance(part, str | None):
             raise MagMaxError(f"{where}: a filter of {name} is a part of tensor names, not {part!r}")
-        found.append((None if part == "*" else part, _value(condition["value"], where, name, turn)))
-    return found
+        entries.append((None if part == "*" else part, _value(condition["value"], where, name, turn)))
+    return entries
 
 
-def _value(given: Any, where: str, name: str, turn: Turn) -> float | Layers:
-    if not isinstance(given, list):
-        return turn(_number(given, where, name))
-    if not given:
+def _value(value: Any, where: str, name: str, turn: Turn) -> float | Layers:
+    if not isinstance(value, list):
+        return turn(_number(value, where, name))
+    if not value:
         raise MagMaxError(f"{where}: {name} is an empty list; give it a number")
-    numbers = tuple(turn(_number(item, where, name)) for item in given)
+    numbers = tuple(turn(_number(item, where, name)) for item in value)
     return numbers[0] if len(numbers) == 1 else Layers(numbers, outside="first")
 
 
-def _number(given: Any, where: str, name: str) -> float:
+def _number(value: Any, where: str, name: str) -> float:
     """A number; text such as 1e-5, which YAML takes for a word, is one too."""
     try:
-        if isinstance(given, bool):
+        if isinstance(value, bool):
             raise ValueError
-        return given if isinstance(given, int) else float(given)
+        return value if isinstance(value, int) else float(value)
     except (TypeError, ValueError) as error:
-        raise MagMaxError(f"{where}: {name} needs a number, not {given!r}") from error
+        raise MagMaxError(f"{where}: {name} needs a number, not {value!r}") from error
 
 
-def _constant(given: Any, default: Kind, where: str, name: str) -> Kind:
-    if isinstance(given, list | dict):
+def _constant(value: Any, default: Kind, where: str, name: str) -> Kind:
+    if isinstance(value, list | dict):
         raise MagMaxError(f"{where}: not supported here: {name} by layer or tensor; give one value for all")
     if isinstance(default, bool):
-        if given in (True, False):
-            return bool(given)  # pyright: ignore[reportReturnType]
-        raise MagMaxError(f"{where}: {name} is true or false, not {given!r}")
-    number = _number(given, where, name)
+        if value in (True, False):
+            return bool(value)  # pyright: ignore[reportReturnType]
+        raise MagMaxError(f"{where}: {name} is true or false, not {value!r}")
+    number = _number(value, where, name)
     if isinstance(default, int):
         if number != int(number):
-            raise MagMaxError(f"{where}: {name} needs a whole number, not {given!r}")
+            raise MagMaxError(f"{where}: {name} needs a whole number, not {value!r}")
         return int(number)  # pyright: ignore[reportReturnType]
     return number  # pyright: ignore[reportReturnType]

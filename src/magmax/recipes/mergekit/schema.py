@@ -10,24 +10,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-def _reference(given: Any) -> Any:
+def _reference(value: Any) -> Any:
     """A model as one string, PATH[@REVISION][+ADAPTER[@REVISION]], which mergekit also writes as a map."""
-    if not isinstance(given, dict):
-        return given
-    if unknown := sorted(map(str, set(given) - {"model", "lora"})):
+    if not isinstance(value, dict):
+        return value
+    if unknown := sorted(map(str, set(value) - {"model", "lora"})):
         raise ValueError(f"of a model written as a map only model and lora are supported, not {', '.join(unknown)}")
-    halves = [given.get("model"), given.get("lora")]
+    halves = [value.get("model"), value.get("lora")]
     return "+".join(_half(half) for half in halves if half is not None)
 
 
-def _half(given: Any) -> str:
-    if not isinstance(given, dict):
-        return str(given)
-    return f"{given.get('path')}@{given['revision']}" if given.get("revision") else str(given.get("path"))
+def _half(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return f"{value.get('path')}@{value['revision']}" if value.get("revision") else str(value.get("path"))
 
 
-def _dtype(given: Any) -> Any:
-    return given.removeprefix("torch.") if isinstance(given, str) else given
+def _dtype(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
 Reference = Annotated[str, BeforeValidator(_reference)]

@@ -98,8 +98,10 @@ class _Translation:
             levels["base_model",] = ParameterLevel(("base_model",), {})
         self._count(method, base, merged)
         for place, level in levels.items():
-            own = place in merged
-            self._parameters(method, level, method.own if own else {}, "a model's own" if own else "the base's own")
+            is_merged = place in merged
+            self._parameters(
+                method, level, method.own if is_merged else {}, "a model's own" if is_merged else "the base's own"
+            )
         for level in shared:
             self._parameters(method, level, {**method.shared, **method.own}, "every model's")
         ranges = self._ranges(inputs)
@@ -108,13 +110,13 @@ class _Translation:
         start = self._located(base, ("base_model",)) if base else (paths or [""])[0]
         if self.problems:
             raise list_problems(f"{self.document.file} cannot be merged here", self.problems)
-        given = ParameterLookup(self.document, shared, [[levels[place]] for place in merged])
+        parameters = ParameterLookup(self.document, shared, [[levels[place]] for place in merged])
         return MergeRequest(
-            rule=self._rule(method, given),
+            rule=self._rule(method, parameters),
             base=start,
             models=paths,
             names=self._names(paths),
-            options=self._options(method, given, ours),
+            options=self._options(method, parameters, ours),
             out=self._out(ours.get("out")),
             check=self._fitness(method, ranges),
             notes=self.notes,
@@ -140,16 +142,16 @@ class _Translation:
             which = "both models and slices" if recipe.models is not None else "neither models nor slices"
             raise MagMaxError(f"{self.document.file}: has {which}; a recipe has one of them")
         if recipe.slices is None:
-            found = {("models", n): each for n, each in enumerate(recipe.models or [])}
-            return found, [everyone], recipe.base_model
+            inputs = {("models", n): each for n, each in enumerate(recipe.models or [])}
+            return inputs, [everyone], recipe.base_model
         if len(recipe.slices) != 1:
             where = self.document.locate("slices")
             raise MagMaxError(f"{where}: not supported here: a model put together of {len(recipe.slices)} slices; "
                               "one slice with all layers, or models, is")  # fmt: skip
         (only,) = recipe.slices
-        found = {("slices", 0, "sources", n): each for n, each in enumerate(only.sources)}
+        inputs = {("slices", 0, "sources", n): each for n, each in enumerate(only.sources)}
         shared = [ParameterLevel(("slices", 0, "parameters"), only.parameters or {}), everyone]
-        return found, shared, only.base_model or recipe.base_model
+        return inputs, shared, only.base_model or recipe.base_model
 
     def _count(self, method: MergekitMethod, base: str | None, merged: Mapping[Any, str]) -> None:
         name, where = self.recipe.merge_method, self.document.locate("slices" if self.recipe.slices else "models")
@@ -180,13 +182,13 @@ class _Translation:
                 )
 
     def _ranges(self, inputs: Mapping[tuple[str | int, ...], MergekitModel]) -> list[tuple[str, list[int]]]:
-        for place, given in inputs.items():
-            if place[0] == "slices" and given.layer_range is None:
+        for place, model in inputs.items():
+            if place[0] == "slices" and model.layer_range is None:
                 self.problems.append(f"{self.document.locate(*place)}: layer_range is missing")
         return [
-            (self.document.locate(*place, "layer_range"), given.layer_range)
-            for place, given in inputs.items()
-            if given.layer_range is not None
+            (self.document.locate(*place, "layer_range"), model.layer_range)
+            for place, model in inputs.items()
+            if model.layer_range is not None
         ]
 
     def _keys(self) -> None:
@@ -205,17 +207,17 @@ class _Translation:
             where = self.document.locate("tokenizer", key)
             self.problems.append(f"{where}: not supported here: tokenizer.{key}; the base's tokenizer is copied")
 
-    def _rule(self, method: MergekitMethod, given: ParameterLookup) -> Any:
+    def _rule(self, method: MergekitMethod, parameters: ParameterLookup) -> Any:
         try:
-            return method.rule(given)
+            return method.rule(parameters)
         except MagMaxError as error:
             if str(error).startswith(self.document.file):
                 raise
             key = "parameters" if self.recipe.parameters else "merge_method"
             raise MagMaxError(f"{self.document.locate(key)}: {error}") from error
 
-    def _options(self, method: MergekitMethod, given: ParameterLookup, ours: Mapping[str, Any]) -> OutputOptions:
-        factor = given.number("lambda", 1.0) if "lambda" in method.shared else 1.0
+    def _options(self, method: MergekitMethod, parameters: ParameterLookup, ours: Mapping[str, Any]) -> OutputOptions:
+        factor = parameters.number("lambda", 1.0) if "lambda" in method.shared else 1.0
         mismatch, allowed = ours.get("mismatch", "strict"), ours.get("allow_nonfinite", False)
         if mismatch not in ("strict", "base"):
             raise MagMaxError(f"mismatch is strict or base, not {mismatch!r}")

@@ -88,8 +88,8 @@ def _rounding_norm(size: float, shape: tuple[int, ...], eps: float) -> float:
     size * eps / 4 * (1 / sqrt(rows) + 1 / sqrt(columns)); the margin is sixteenfold. The decomposition adds its own.
     """
     rows, columns = shape
-    own = max(shape) * float(np.finfo(np.float64).eps)
-    return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), own)
+    float64_rounding = max(shape) * float(np.finfo(np.float64).eps)
+    return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), float64_rounding)
 
 
 def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
@@ -107,8 +107,8 @@ def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> t
         return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
     u, s, vh = _from_squares(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
     least = max(noise, columns * float(np.finfo(np.float64).eps) * float(s[0]))
-    kept = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
-    u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :kept], s[:kept], vh[:kept, :]))  # not views of all
+    rank = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
+    u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :rank], s[:rank], vh[:rank, :]))  # not views of all
     return u, s, vh
 
 

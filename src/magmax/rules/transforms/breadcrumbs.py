@@ -50,9 +50,9 @@ class Breadcrumbs(TaskVectorTransform):
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
         numbers = zip(for_all_models(self.density, scope.tasks), for_all_models(self.gamma, scope.tasks), strict=True)
-        kept = [(round(density * scope.elements), round(gamma * scope.elements)) for density, gamma in numbers]
-        dropped = [min(outliers, scope.elements - keep) for keep, outliers in kept]
-        reached = [outliers + keep for outliers, (keep, _) in zip(dropped, kept, strict=True)]
+        counts = [(round(density * scope.elements), round(gamma * scope.elements)) for density, gamma in numbers]
+        dropped = [min(outliers, scope.elements - keep) for keep, outliers in counts]
+        reached = [outliers + keep for outliers, (keep, _) in zip(dropped, counts, strict=True)]
         twice = Scope(2 * scope.tasks, scope.elements, scope.float64)
         cuts = yield from through(request_largest([*dropped, *reached], twice), _doubled)
         return list(zip(cuts[: scope.tasks], cuts[scope.tasks :], strict=True))

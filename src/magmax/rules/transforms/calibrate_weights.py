@@ -61,11 +61,11 @@ class CalibrateWeights(MergedTransform):
     sensitive: Sequence[str] | str = ()
 
     def __post_init__(self) -> None:
-        known = {"form": ("norm", "ellipsoid"), "per": ("tensor", "row", None), "norm": ("l2", "l1")}
-        for option, words in known.items():
+        choices = {"form": ("norm", "ellipsoid"), "per": ("tensor", "row", None), "norm": ("l2", "l1")}
+        for option, words in choices.items():
             if getattr(self, option) not in words:
-                told = " or ".join(word for word in words if word)
-                raise MagMaxError(f"{self.name} needs {option} to be {told}, not {getattr(self, option)!r}")
+                allowed = " or ".join(word for word in words if word)
+                raise MagMaxError(f"{self.name} needs {option} to be {allowed}, not {getattr(self, option)!r}")
         if self.form == "ellipsoid" and self.norm == "l1":
             raise MagMaxError(f"{self.name}: the ellipsoid is one of L2 norms; leave norm out, or choose form: norm")
         if not -1 <= self.guard <= 1:
@@ -105,8 +105,8 @@ class CalibrateWeights(MergedTransform):
         key = block.address.key
         if key not in lengths.parts or self.is_guarded(lengths.vectors[key]):
             return merge(block)
-        merged, found = lengths.of(block, merge, self.needs_angles)
-        xi = self.coefficients(found, factor)
+        merged, measures = lengths.of(block, merge, self.needs_angles)
+        xi = self.coefficients(measures, factor)
         if self.sensitive:
             xi = np.minimum(xi, 1) if key in self.sensitive else np.maximum(xi, 1)
         xp = namespace(merged)
@@ -118,11 +118,11 @@ class CalibrateWeights(MergedTransform):
         """Whether task vectors of these measures are too much alike."""
         return self.guard < 1 and float(cosines(vectors[:, :-1]).mean()) > self.guard
 
-    def coefficients(self, found: Sums, factor: float = 1.0) -> NDArray[np.float64]:
+    def coefficients(self, measures: Sums, factor: float = 1.0) -> NDArray[np.float64]:
         """xi of each part, shape (parts,), from the `measures` of tau_1, ..., tau_T and m: (parts, T + 1, T + 2)."""
-        dots = found[:, :, :-1]
+        dots = measures[:, :, :-1]
         squares = dots.diagonal(axis1=1, axis2=2)
-        sizes = found[:, :, -1] if self.norm == "l1" else np.sqrt(squares)
+        sizes = measures[:, :, -1] if self.norm == "l1" else np.sqrt(squares)
         mean, size = sizes[:, :-1].mean(axis=1), sizes[:, -1] * abs(factor)
         with np.errstate(all="ignore"):
             if self.form == "norm":
@@ -136,19 +136,23 @@ class CalibrateWeights(MergedTransform):
         return np.where((size > 0) & (xi < LARGEST), xi, 1.0)
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        vectors = {key: own for answer in all_statistics for key, own in answer.vectors.items()}
-        told: list[str] = []
+        vectors = {key: measures for answer in all_statistics for key, measures in answer.vectors.items()}
+        sentences: list[str] = []
         if guarded := [key for key in vectors if self.is_guarded(vectors[key])]:
-            told.append(f"{self.name}: the guard leaves {len(guarded)} of {len(vectors)} tensors as they were")
-        means = {key: mean_cosine(own[:, :-1]) for key, own in vectors.items()} if self.form == "ellipsoid" else {}
+            sentences.append(f"{self.name}: the guard leaves {len(guarded)} of {len(vectors)} tensors as they were")
+        means = (
+            {key: mean_cosine(measures[:, :-1]) for key, measures in vectors.items()}
+            if self.form == "ellipsoid"
+            else {}
+        )
         mean = math.fsum(means.values()) / max(1, len(means))
         if mean > CORRELATED:
             most = max(means, key=lambda key: means[key])
-            told.append(
+            sentences.append(
                 f"{self.name}: the ellipsoid supposes orthogonal task vectors, and their mean cosine is {mean:.2f} "
                 f"({means[most]:.2f} in {most}), so that it shrinks what it should restore; use form: norm"
             )
-        return "; ".join(told)
+        return "; ".join(sentences)
 
 
 def is_calibrated(key: str, shape: Sequence[int]) -> bool:

@@ -34,6 +34,6 @@ class Dare(TaskVectorTransform):
     def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
         # The complement twice, as where the option was the fraction dropped: merges made then keep their bytes.
         density = 1 - (1 - for_model(self.density, task))
-        kept = keep_at_random(task_vector, density, "dare", self.seed, task, address)
-        divide_in_place(kept, density)
-        return kept
+        sparse = keep_at_random(task_vector, density, "dare", self.seed, task, address)
+        divide_in_place(sparse, density)
+        return sparse

@@ -127,12 +127,12 @@ class Della(TaskVectorTransform):
         if density == 1:
             return task_vector
         keep = density - epsilon + 2 * epsilon * ranks.of(task_vector, task, address)
-        kept = keep_at_random(task_vector, keep, "della", self.seed, task, address)
+        sparse = keep_at_random(task_vector, keep, "della", self.seed, task, address)
         xp = namespace(task_vector)
-        kept /= xp.reshape(
+        sparse /= xp.reshape(
             xp.asarray(
                 np.where(keep > 0, keep, 1), dtype=task_vector.dtype, device=getattr(task_vector, "device", None)
             ),
             task_vector.shape,
         )
-        return kept
+        return sparse

@@ -74,8 +74,8 @@ class Sensitivity:
     def to_json(self) -> str:
         """The file's content."""
         drops = {key: drop._asdict() for key, drop in self.drops.items()}
-        told = asdict(self) | {"drops": drops, "sensitive": list(self.sensitive)}
-        return json.dumps({"format": FORMAT, **told}, indent=2, allow_nan=False) + "\n"
+        content = asdict(self) | {"drops": drops, "sensitive": list(self.sensitive)}
+        return json.dumps({"format": FORMAT, **content}, indent=2, allow_nan=False) + "\n"
 
 
 def largest_drops(drops: Mapping[str, ScoreDrop], count: int = 10) -> list[str]:

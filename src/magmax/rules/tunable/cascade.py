@@ -52,13 +52,13 @@ class Cascade:
 
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element, once all cuts are exact."""
-        found = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
+        winners = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
         among = np.asarray(self.among, np.int16)
         for at, deltas in split_block(block):
             start = at.offset - block.address.offset
             rows = self.run_steps(self.elements(at, deltas), WindowSteps(self.windows, at))
-            found[start : start + len(rows)] = among[rows]
-        return found
+            winners[start : start + len(rows)] = among[rows]
+        return winners
 
     @property
     def streams(self) -> Sequence[int]:
@@ -103,11 +103,11 @@ class Cascade:
         keys = self._keys(words(0), gone)
         left = np.ones(len(gone), np.bool_)
         for row in range(1, len(codes)):
-            own = np.flatnonzero(labels == row)
-            sure, most = steps.cut(len(codes) + row - 1, keys[own], gone[own])
-            winners[gone[own[sure]]] = row
-            alive[gone[own[most & ~sure]]] = False
-            left[own[most]] = False
+            elements_of_row = np.flatnonzero(labels == row)
+            sure, most = steps.cut(len(codes) + row - 1, keys[elements_of_row], gone[elements_of_row])
+            winners[gone[elements_of_row[sure]]] = row
+            alive[gone[elements_of_row[most & ~sure]]] = False
+            left[elements_of_row[most]] = False
         rest = gone[left]
         keys = self._keys(words(self.tasks + 1), rest)
         for row in range(1, len(codes)):

@@ -48,7 +48,7 @@ class PricedAssignment:
 
     def winners(self, block: Block) -> Winners:
         """The task that supplies each element."""
-        found = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
+        winners = np.empty(math.prod(block.task_vectors[0].shape), np.int16)
         among = np.asarray(self.among, np.int16)
         for at, deltas in split_block(block):
             best, _, lead, margin = self.leaders(deltas)
@@ -57,11 +57,11 @@ class PricedAssignment:
                 columns = self.columns(at, deltas, self.words(at, len(best)), close)
                 best[close] = best_rows(self.net(columns))
             start = at.offset - block.address.offset
-            found[start : start + len(best)] = among[best]
+            winners[start : start + len(best)] = among[best]
         offsets, tasks = self.exceptions.get(block.address.key, (np.zeros(0, np.int64), np.zeros(0, np.int16)))
-        first, last = np.searchsorted(offsets, [block.address.offset, block.address.offset + len(found)])
-        found[offsets[first:last] - block.address.offset] = tasks[first:last]
-        return found
+        first, last = np.searchsorted(offsets, [block.address.offset, block.address.offset + len(winners)])
+        winners[offsets[first:last] - block.address.offset] = tasks[first:last]
+        return winners
 
     def leaders(self, task_vectors: Sequence[NDArray[Any]]) -> tuple[Winners, NDArray[Any], NDArray[Any], float]:
         """Of some elements the best of `among` (its row), its worth less its price, and by how much it leads the next.
@@ -116,8 +116,8 @@ class Candidates(NamedTuple):
     def worth(self, noise: float) -> Floats:
         """Magnitudes with equal ones moved apart."""
         odd = np.arange(len(self.magnitudes), dtype=np.uint32) * np.uint32(0x85EBCA6A) + np.uint32(0xC2B2AE35)
-        found = np.empty_like(self.magnitudes)
-        for row, magnitudes, factor in zip(found, self.magnitudes, odd, strict=True):
+        worth = np.empty_like(self.magnitudes)
+        for row, magnitudes, factor in zip(worth, self.magnitudes, odd, strict=True):
             np.multiply(self.words * factor, noise / (1 << 32), out=row)
             row += magnitudes
-        return found
+        return worth

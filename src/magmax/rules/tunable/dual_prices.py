@@ -82,9 +82,9 @@ class UndecidedReduction(Reduction):
         body = [
             np.vstack([part.offsets, part.words.astype(np.int64), part.magnitudes.view(np.int64)]) for part in parts
         ]
-        told = np.hstack([clear, sums.view(np.int64), np.array([near]), np.hstack(body).reshape(-1)])
-        into.resize(len(told), refcheck=False)
-        into[:] = told
+        packed = np.hstack([clear, sums.view(np.int64), np.array([near]), np.hstack(body).reshape(-1)])
+        into.resize(len(packed), refcheck=False)
+        into[:] = packed
 
     def _open(
         self,
@@ -110,14 +110,14 @@ class UndecidedReduction(Reduction):
         sure[near] = False
         columns = priced.columns(address, task_vectors, words, near)
         winners, open_ = find_undecided(priced.net(columns), self.windows)
-        spots, own = np.flatnonzero(~open_), winners[~open_]
-        clear += np.bincount(own, minlength=len(clear))
+        spots, clear_winners = np.flatnonzero(~open_), winners[~open_]
+        clear += np.bincount(clear_winners, minlength=len(clear))
         clear += [np.count_nonzero(sure & (best == row)) for row in range(len(clear))]
-        kept = np.abs(take_from_winners(Block(address, task_vectors), np.asarray(priced.among, np.int16)[best]))
-        kept *= sure
-        total = kept.sum(dtype=np.float64)
-        sums[0] += total + columns.magnitudes[own, spots].sum()
-        sums[1] += total + columns.worth(priced.noise)[own, spots].sum()
+        magnitudes = np.abs(take_from_winners(Block(address, task_vectors), np.asarray(priced.among, np.int16)[best]))
+        magnitudes *= sure
+        total = magnitudes.sum(dtype=np.float64)
+        sums[0] += total + columns.magnitudes[clear_winners, spots].sum()
+        sums[1] += total + columns.worth(priced.noise)[clear_winners, spots].sum()
         return near[open_]
 
     def _close(
@@ -178,22 +178,24 @@ def request_prices(
     windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / sum(wanted))
     best: PricedAssignment | None = None
     for left in reversed(range(ROUNDS)):
-        found = UndecidedElements.read((yield UndecidedReduction(state, windows, rate)), tasks)
-        if len(found.keys) > 2 * room and left:
-            rate = room / found.near
-            found = found.thinned(rate)
+        undecided = UndecidedElements.read((yield UndecidedReduction(state, windows, rate)), tasks)
+        if len(undecided.keys) > 2 * room and left:
+            rate = room / undecided.near
+            undecided = undecided.thinned(rate)
         if not state.noise:
-            state = replace(state, noise=tie_breaker(found.columns.magnitudes))
-        worth, old = found.columns.worth(state.noise), np.array(state.prices)
-        share = quota - found.clear
+            state = replace(state, noise=tie_breaker(undecided.columns.magnitudes))
+        worth, old = undecided.columns.worth(state.noise), np.array(state.prices)
+        share = quota - undecided.clear
         if rate == 1 and share.min() >= 0:
             prices = balance_prices(worth, share, old)
             if not left or count_misplaced(worth, share, prices) <= MOST_MOVES:
                 shift = prices - old
                 prices, at = solve_exactly(worth, share, prices, windows - (shift[:, None] - shift))
                 if _order_holds(prices - old, windows).all():
-                    return _final_assignment(state, found, worth - prices[:, None], prices, at, share)
-                best = _better_assignment(best, _final_assignment(state, found, worth - old[:, None], old, at, share))
+                    return _final_assignment(state, undecided, worth - prices[:, None], prices, at, share)
+                best = _better_assignment(
+                    best, _final_assignment(state, undecided, worth - old[:, None], old, at, share)
+                )
                 if best.gap < NEGLIGIBLE:
                     return best
         else:
@@ -201,7 +203,7 @@ def request_prices(
         if np.isfinite(windows).all():
             prices = old + largest_safe_shift((prices - old) * DAMP, windows)
         state = replace(state, prices=prices.tolist())
-        near = found.near
+        near = undecided.near
         if near > 0.9 * room:
             part = 0.9 * room / near if near < 2 * ZOOM * room else 1 / ZOOM
             net, sound = worth - prices[:, None], _order_holds(prices - old, windows)
@@ -215,11 +217,11 @@ def request_prices(
     raise AssertionError("in the last round every element is known")
 
 
-def _better_assignment(best: PricedAssignment | None, made: PricedAssignment) -> PricedAssignment:
+def _better_assignment(best: PricedAssignment | None, candidate: PricedAssignment) -> PricedAssignment:
     """What retains more, with the lower of both bounds."""
     if best is None:
-        return made
-    return replace(max(best, made, key=lambda one: one.retained), bound=min(best.bound, made.bound))
+        return candidate
+    return replace(max(best, candidate, key=lambda one: one.retained), bound=min(best.bound, candidate.bound))
 
 
 def largest_safe_shift(shift: Floats, windows: Floats) -> Floats:
@@ -244,15 +246,20 @@ def tie_breaker(magnitudes: Floats) -> float:
 
 
 def _final_assignment(
-    state: PricedAssignment, found: UndecidedElements, net: Floats, prices: Floats, at: Places, share: NDArray[np.int64]
+    state: PricedAssignment,
+    undecided: UndecidedElements,
+    net: Floats,
+    prices: Floats,
+    at: Places,
+    share: NDArray[np.int64],
 ) -> PricedAssignment:
     """The answer, once every undecided element has its task `at`, and each task its `share` of them."""
     astray = np.flatnonzero(best_rows(net) != at)
     tasks = np.asarray(state.among, np.int16)[at[astray]]
-    keys = np.array([found.keys[place] for place in astray], object)
+    keys = np.array([undecided.keys[place] for place in astray], object)
     exceptions = {
-        key: (found.columns.offsets[astray[keys == key]], tasks[keys == key]) for key in sorted(set(keys.tolist()))
+        key: (undecided.columns.offsets[astray[keys == key]], tasks[keys == key]) for key in sorted(set(keys.tolist()))
     }
-    retained = found.retained + float(found.columns.magnitudes[at, np.arange(len(at))].sum())
-    bound = found.worth + float(net.max(axis=0).sum()) + float((share * prices).sum())
+    retained = undecided.retained + float(undecided.columns.magnitudes[at, np.arange(len(at))].sum())
+    bound = undecided.worth + float(net.max(axis=0).sum()) + float((share * prices).sum())
     return replace(state, prices=prices.tolist(), exceptions=exceptions, retained=retained, bound=bound)

@@ -15,19 +15,19 @@ Weights = tuple[float, ...]
 NamedWeights = tuple[tuple[str, float], ...]
 
 
-def parse_weights(given: Any) -> Weights | NamedWeights:
+def parse_weights(content: Any) -> Weights | NamedWeights:
     """A preference as it was written, checked: weights in the models' order, or (name, weight) pairs.
 
     Raises MagMaxError for what is neither a list nor a map, and for a weight that is no finite number of 0 or more.
     """
-    if isinstance(given, Mapping):
-        named = cast("Mapping[Any, Any]", given)
+    if isinstance(content, Mapping):
+        named = cast("Mapping[Any, Any]", content)
         pairs = tuple((str(name), _weight(weight, f"{name}: ")) for name, weight in named.items())
         _some([weight for _, weight in pairs])
         return pairs
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise MagMaxError(f"a preference is a list of weights or a map of names to weights, not {given!r}")
-    items = list(cast("Sequence[Any]", given))
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        raise MagMaxError(f"a preference is a list of weights or a map of names to weights, not {content!r}")
+    items = list(cast("Sequence[Any]", content))
     if items and all(isinstance(item, tuple | list) for item in items):
         return parse_weights({str(name): weight for name, weight in items})
     weights = tuple(_weight(weight, f"number {n}: ") for n, weight in enumerate(items, start=1))

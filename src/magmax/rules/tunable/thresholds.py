@@ -24,11 +24,11 @@ class StepThreshold(NamedTuple):
 
     def keeps(self, keys: Keys, spots: Places, address: Address) -> Mask:
         """Which of some members stay, `spots` behind an address."""
-        kept = keys > self.key
+        mask = keys > self.key
         if self.last is not None and address.key <= self.last.key:
             equal = keys == self.key
-            kept |= equal if address.key < self.last.key else equal & (spots <= self.last.offset - address.offset)
-        return kept
+            mask |= equal if address.key < self.last.key else equal & (spots <= self.last.offset - address.offset)
+        return mask
 
     @property
     def order(self) -> tuple[int, Address]:

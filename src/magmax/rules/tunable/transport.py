@@ -18,13 +18,13 @@ COARSE = (64, 8, 1)
 
 def best_rows(net: Floats) -> Places:
     """The row of the largest entry of each column; of equal ones the last."""
-    best, found = net[0].copy(), np.zeros(net.shape[1], np.int16)
-    beats = np.empty_like(found)
+    best, rows = net[0].copy(), np.zeros(net.shape[1], np.int16)
+    beats = np.empty_like(rows)
     for number, row in enumerate(net[1:], start=1):  # several times as fast as argmax
         np.multiply(row >= best, np.int16(number), out=beats)
-        np.maximum(found, beats, out=found)
+        np.maximum(rows, beats, out=rows)
         np.maximum(best, row, out=best)
-    return found.astype(np.intp)
+    return rows.astype(np.intp)
 
 
 def balance_prices(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Floats:
@@ -39,17 +39,17 @@ def balance_prices(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Float
         if part.shape[1] < 64 * len(worth) and step > 1:
             continue
         counts = np.rint(wanted * (part.shape[1] / worth.shape[1])).astype(np.int64)
-        least, kept = None, prices
+        least, best_prices = None, prices
         stale = 0
         for _ in range(SWEEPS):
             prices = _sweep_prices(part, counts, prices)
             off = int(np.abs(np.bincount(best_rows(part - prices[:, None]), minlength=len(worth)) - counts).sum())
             stale = stale + 1 if least is not None and off >= least else 0
             if least is None or off < least:
-                least, kept = off, prices
+                least, best_prices = off, prices
             if off <= len(worth) + part.shape[1] // 10_000 or stale > 3:
                 break
-        prices = kept
+        prices = best_prices
     return prices
 
 
@@ -67,10 +67,10 @@ def _sweep_prices(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> F
 
 def _best_of_later(worth: Floats, prices: Floats) -> Floats:
     """For each task the most that an element is worth, less its price, to any task after it."""
-    found = np.full_like(worth, -np.inf)
+    best = np.full_like(worth, -np.inf)
     for task in reversed(range(len(worth) - 1)):
-        np.maximum(found[task + 1], worth[task + 1] - prices[task + 1], out=found[task])
-    return found
+        np.maximum(best[task + 1], worth[task + 1] - prices[task + 1], out=best[task])
+    return best
 
 
 def _threshold(lead: Floats, count: int, old: float) -> float:
@@ -160,15 +160,15 @@ def solve_exactly(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reac
 
 def _candidates(worth: Floats, at: Places, moves: int) -> Places:
     """For each ordered pair of tasks the elements that may have to move, as many as there are moves and one."""
-    found: set[int] = set()
+    candidates: set[int] = set()
     for task in range(len(worth)):
-        own = np.flatnonzero(at == task)
+        elements_of_task = np.flatnonzero(at == task)
         for other in range(len(worth)):
-            if other != task and len(own):
-                cost = worth[task, own] - worth[other, own]
-                most = min(moves, len(own) - 1)
-                found.update(own[np.argpartition(cost, most)[: most + 1]].tolist())
-    return np.array(sorted(found), np.intp)
+            if other != task and len(elements_of_task):
+                cost = worth[task, elements_of_task] - worth[other, elements_of_task]
+                most = min(moves, len(elements_of_task) - 1)
+                candidates.update(elements_of_task[np.argpartition(cost, most)[: most + 1]].tolist())
+    return np.array(sorted(candidates), np.intp)
 
 
 def _costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
@@ -176,12 +176,12 @@ def _costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
     tasks = len(worth)
     costs, movers = np.full((tasks, tasks), np.inf), np.zeros((tasks, tasks), np.intp)
     for task in range(tasks):
-        own = np.flatnonzero(at == task)
-        if len(own):
-            net = worth[:, own] - prices[:, None]
+        elements_of_task = np.flatnonzero(at == task)
+        if len(elements_of_task):
+            net = worth[:, elements_of_task] - prices[:, None]
             loss = net[task] - net
             first = loss.argmin(axis=1)
-            movers[task] = own[first]
+            movers[task] = elements_of_task[first]
             costs[task] = loss[np.arange(tasks), first]
     np.fill_diagonal(costs, np.inf)
     return costs, movers

@@ -54,10 +54,10 @@ class Tunable(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, known in (("span", ("model", "tensor")), ("selection", ("optimal", "random", "smallest"))):
-            if getattr(self, option) not in known:
+        for option, choices in (("span", ("model", "tensor")), ("selection", ("optimal", "random", "smallest"))):
+            if getattr(self, option) not in choices:
                 raise MagMaxError(
-                    f"tunable needs {option} to be one of {', '.join(known)}, not {getattr(self, option)!r}"
+                    f"tunable needs {option} to be one of {', '.join(choices)}, not {getattr(self, option)!r}"
                 )
         object.__setattr__(self, "preference", parse_weights(self.preference))
 
@@ -93,16 +93,18 @@ class Tunable(Rule):
     def for_models(self, names: Sequence[str]) -> Self:
         if self._weights is self.preference:
             return self
-        given = dict(cast("NamedWeights", self.preference))
-        for name in given:
+        by_name = dict(cast("NamedWeights", self.preference))
+        for name in by_name:
             if name not in names:
                 hint = nearest_hint(name, list(names))
                 raise MagMaxError(f"the preference names {name!r}, which is none of the models; {hint}")
-        return replace(self, preference=[given.get(name, 0.0) for name in names])
+        return replace(self, preference=[by_name.get(name, 0.0) for name in names])
 
     def describe(self) -> dict[str, Any]:
-        told = list(self._weights) if self._weights is self.preference else dict(cast("NamedWeights", self.preference))
-        return {self.name: {**super().describe()[self.name], "preference": told}}
+        preference = (
+            list(self._weights) if self._weights is self.preference else dict(cast("NamedWeights", self.preference))
+        )
+        return {self.name: {**super().describe()[self.name], "preference": preference}}
 
     def check(self, tasks: int) -> None:
         super().check(tasks)
@@ -135,9 +137,9 @@ class Tunable(Rule):
         return take_from_winners(block, chosen.winners(block))
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        found = [answer for answer in all_statistics if isinstance(answer, PricedAssignment)]
-        if not found:
+        assignments = [answer for answer in all_statistics if isinstance(answer, PricedAssignment)]
+        if not assignments:
             return ""
-        retained, bound = sum(one.retained for one in found), sum(one.bound for one in found)
+        retained, bound = sum(one.retained for one in assignments), sum(one.bound for one in assignments)
         gap = max(0.0, bound - retained) / bound if bound else 0.0
         return f"tunable: retains {retained:.9g} of magnitude; no choice could exceed {bound:.9g} (gap {gap:.1e})"

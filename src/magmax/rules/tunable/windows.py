@@ -65,9 +65,9 @@ class UndecidedSteps(Reduction):
                 spots = spots[chosen <= self.rate * ((1 << 32) - 1)]
             rows = [*elements.codes, *(elements.words(stream) for stream in replay.streams)]
             parts.append(_packed([spots + at.offset, *(row[spots] for row in rows)]))
-        told = np.hstack([counts.reshape(-1), np.array([near]), np.hstack(parts).reshape(-1).view(np.int64)])
-        into.resize(len(told), refcheck=False)
-        into[:] = told
+        packed = np.hstack([counts.reshape(-1), np.array([near]), np.hstack(parts).reshape(-1).view(np.int64)])
+        into.resize(len(packed), refcheck=False)
+        into[:] = packed
 
 
 def _packed(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
@@ -143,15 +143,15 @@ class GuessedSteps(CascadeSteps):
 
     def __init__(
         self,
-        found: SampledElements,
+        elements: SampledElements,
         windows: Sequence[ThresholdWindow],
         wanted: Sequence[int],
         rate: float,
         margin: float,
     ) -> None:
-        self._found, self._wanted, self._rate, self._margin = found, wanted, rate, margin
+        self._found, self._wanted, self._rate, self._margin = elements, wanted, rate, margin
         self.windows = list(windows)
-        self.open = np.zeros(len(found.offsets), np.bool_)
+        self.open = np.zeros(len(elements.offsets), np.bool_)
         self.failed = False
         self._short: dict[int, float] = {}
         self._sated: set[int] = set()
@@ -201,10 +201,10 @@ class GuessedSteps(CascadeSteps):
         return StepThreshold(key, self._found.address(int(spots[np.flatnonzero(keys == key)[rank - above - 1]])))
 
     def _kept(self, cut: StepThreshold, keys: Keys, spots: Places) -> Mask:
-        kept = keys > cut.key
+        mask = keys > cut.key
         if cut.last is not None:
-            kept |= (keys == cut.key) & (spots < self._found.upto(cut.last))
-        return kept
+            mask |= (keys == cut.key) & (spots < self._found.upto(cut.last))
+        return mask
 
 
 def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reduction, Any, Cascade]:
@@ -214,11 +214,11 @@ def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reducti
     room, total, margin = max(LEAST, ROOM // words), sum(wanted), MARGIN
     replay, rate = replace(replay, windows=unknown), min(1.0, room / total)
     for left in reversed(range(ROUNDS)):
-        found = SampledElements.read((yield UndecidedSteps(replay, rate)), replay)
-        guess = GuessedSteps(found, replay.windows, wanted, rate, margin)
-        replay.run_steps(found.elements, guess)
+        elements = SampledElements.read((yield UndecidedSteps(replay, rate)), replay)
+        guess = GuessedSteps(elements, replay.windows, wanted, rate, margin)
+        replay.run_steps(elements.elements, guess)
         near = np.count_nonzero(guess.open) / rate
-        if guess.failed or (rate < 1 and near >= found.near):
+        if guess.failed or (rate < 1 and near >= elements.near):
             replay, near, margin = replace(replay, windows=unknown), total, 2 * margin
         else:
             replay = replace(replay, windows=guess.windows)
