@@ -118,7 +118,7 @@ def _natural_sort_key(key: str) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _CountingKernel(Kernel):
-    """Counts slab by slab; sums are joined exactly at the end, so that the order of slabs changes nothing."""
+    """Counts block by block; sums are joined exactly at the end, so that the order of blocks changes nothing."""
 
     reader: BlockReader
     excluded: Mapping[str, str]
@@ -134,18 +134,18 @@ class _CountingKernel(Kernel):
     def model_indices(self) -> range:
         return range(1, len(self.reader.inputs))
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
-        if slab.key in self.excluded:
-            slab.read(0)
+    def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
+        if block.key in self.excluded:
+            block.read(0)
             for task in self.model_indices:
-                slab.read_for_digest(task)
+                block.read_for_digest(task)
             return []
-        base = self.reader.numbers(slab, 0)
-        vectors = [self.reader.task_vector(slab, task, base) for task in self.model_indices]
+        base = self.reader.numbers(block, 0)
+        vectors = [self.reader.task_vector(block, task, base) for task in self.model_indices]
         if self.prune:
-            at = Address(slab.key, slab.start)
+            at = Address(block.key, block.start)
             vectors = [self.prune.apply(v, t, at, self.prune_statistics) for t, v in enumerate(vectors, start=1)]
-        self.block_counts.setdefault(slab.key, []).append(block_statistics(vectors, base))
+        self.block_counts.setdefault(block.key, []).append(block_statistics(vectors, base))
         return []
 
 
@@ -217,11 +217,11 @@ def collect_weight_statistics(
     kernel = _CountingKernel(BlockReader(inputs), apart)
     if top is not None:
         prune = Prune(density=top)
-        questions = StatisticsRunner(kernel.reader, elements, WorkerPool(threads), progress)
-        kernel = replace(kernel, prune=prune, prune_statistics=questions.answer(prune.statistics(questions.scope)))
-    ledger = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)
+        runner = StatisticsRunner(kernel.reader, elements, WorkerPool(threads), progress)
+        kernel = replace(kernel, prune=prune, prune_statistics=runner.answer(prune.statistics(runner.scope)))
+    collector = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)
     tensors = {key: _add_exactly(kernel.block_counts[key]) for key in base.specs if key in kernel.block_counts}
-    digests = dict(zip(["base", *task_names], ledger.digests(inputs), strict=True))
+    digests = dict(zip(["base", *task_names], collector.digests(inputs), strict=True))
     return WeightStatistics(list(task_names), tensors, apart, digests)
 
 

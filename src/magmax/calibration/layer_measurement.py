@@ -266,26 +266,26 @@ class FeatureMeasurement:
         """What was measured of every layer, in the order of the module."""
         layers: list[LayerReport] = []
         for part in (part for site in self._sites for stage in site.stages for part in stage.parts):
-            outcome = self._outcomes.get(part) or _PartResult(
+            result = self._outcomes.get(part) or _PartResult(
                 RatioStatistics(len(self.models)), why="the samples do not reach it"
             )
             keys = [self._key(piece) for piece in part.pieces.values()]
-            before, weights = mean(outcome.tally.merged), self.gram.norms(keys)
+            before, weights = mean(result.tally.merged), self.gram.norms(keys)
             layers.append(
                 LayerReport(
                     name=part.name,
                     kind=part.kind,
                     tensors=keys,
-                    xi=outcome.xi,
-                    measured=outcome.raw,
-                    why=outcome.why,
-                    features=mean(outcome.tally.task_magnitudes),
+                    xi=result.xi,
+                    measured=result.raw,
+                    why=result.why,
+                    features=mean(result.tally.task_magnitudes),
                     features_before=before,
-                    features_after=[outcome.xi * value for value in before],
-                    by_samples=self._by_samples(outcome.tally),
-                    by_place=outcome.tally.by_place(),
+                    features_after=[result.xi * value for value in before],
+                    by_samples=self._by_samples(result.tally),
+                    by_place=result.tally.by_place(),
                     weights=weights,
-                    weight_after=outcome.xi * weights[-1],
+                    weight_after=result.xi * weights[-1],
                     cosine=self.gram.cosine(keys),
                 )
             )

@@ -93,7 +93,7 @@ class InMemoryCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class FoldKernel(Kernel):
-    """The calibrated tensor of one slab. Input 0 is the base, 1 the merged model; the rest are read for their digests.
+    """The calibrated tensor of one block. Input 0 is the base, 1 the merged model; the rest are read for their digests.
 
     Attributes:
         out: the specs of what is written: those of the merged model.
@@ -103,42 +103,42 @@ class FoldKernel(Kernel):
     coefficients: Coefficients
     out: Mapping[str, TensorSpec]
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        base = slab.read(0)
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        base = block.read(0)
         for number in range(2, len(self.inputs)):
-            slab.read_for_digest(number)
-        return [fold_block(slab, base, slab.spec(0), slab.read(1), self.out[slab.key], self.coefficients)]
+            block.read_for_digest(number)
+        return [fold_block(block, base, block.spec(0), block.read(1), self.out[block.key], self.coefficients)]
 
 
 @dataclass(frozen=True)
 class FoldAfterMerge(WrappedKernel[Kernel]):
-    """A merge, and then its calibration: what another kernel makes of a slab, folded. Input 0 is the base."""
+    """A merge, and then its calibration: what another kernel makes of a block, folded. Input 0 is the base."""
 
     coefficients: Coefficients
     out: Mapping[str, TensorSpec]
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        (merged,) = self.merge(slab)
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        (merged,) = self.merge(block)
         assert merged is not None
-        return [fold_block(slab, slab.read(0), slab.spec(0), merged, self.out[slab.key], self.coefficients)]
+        return [fold_block(block, block.read(0), block.spec(0), merged, self.out[block.key], self.coefficients)]
 
 
 def fold_block(
-    slab: InputBlock,
+    block: InputBlock,
     base: NDArray[Any],
     spec: TensorSpec,
     merged: NDArray[Any],
     out: TensorSpec,
     coefficients: Coefficients,
 ) -> NDArray[Any]:
-    """A slab's stored units, folded where its tensor has a coefficient; refuses what overflows."""
-    xi = coefficients.get(slab.key)
+    """A block's stored units, folded where its tensor has a coefficient; refuses what overflows."""
+    xi = coefficients.get(block.key)
     if xi is None or (xi == 1).all() or not out.is_mergeable:
         return merged
     wide = compute_dtype("F64" if "F64" in (spec.dtype, out.dtype) else out.dtype)
-    each = coefficient_per_unit(xi, spec, slab.start, slab.stop)
+    each = coefficient_per_unit(xi, spec, block.start, block.stop)
     folded = fold_arrays(widen(base, spec.dtype, wide), widen(merged, out.dtype, wide), each)
     stored = narrow(folded, out.dtype)
     if not is_finite(stored, out.dtype):
-        raise MagMaxError(f"{slab.key}: the calibrated values overflow {out.dtype}; merge into a wider dtype")
+        raise MagMaxError(f"{block.key}: the calibrated values overflow {out.dtype}; merge into a wider dtype")
     return stored

@@ -27,7 +27,7 @@ Parts = dict[str, dict[int, NDArray[np.float64]]]
 
 @dataclass(frozen=True)
 class _NormKernel(Kernel):
-    """The `measures` of task vectors and merged vector, by tensor and the slab's first part: a row, or all of it."""
+    """The `measures` of task vectors and merged vector, by tensor and the block's first part: a row, or all of it."""
 
     reader: BlockReader
     sizes: Mapping[str, int]
@@ -37,14 +37,14 @@ class _NormKernel(Kernel):
     def holds_all_inputs(self) -> bool:
         return True
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
-        if slab.key in self.sizes:
-            base = self.reader.numbers(slab, 0)
-            vectors = [self.reader.task_vector(slab, n, base) for n in [*range(2, len(self.reader.inputs)), 1]]
-            size, length = self.sizes[slab.key], slab.stop - slab.start
-            whole = slab.start % size == 0 and length % size == 0
+    def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
+        if block.key in self.sizes:
+            base = self.reader.numbers(block, 0)
+            vectors = [self.reader.task_vector(block, n, base) for n in [*range(2, len(self.reader.inputs)), 1]]
+            size, length = self.sizes[block.key], block.stop - block.start
+            whole = block.start % size == 0 and length % size == 0
             measures = dot_products_and_norms(vectors, size if whole else length, angles=True)
-            self.found.setdefault(slab.key, {})[slab.start] = measures
+            self.found.setdefault(block.key, {})[block.start] = measures
         return []
 
 
@@ -56,7 +56,7 @@ def measure_gram(
     execution: ExecutionOptions | None = None,
     mismatch: Mismatch = "strict",
 ) -> TaskVectorGram:
-    """Lengths and angles of whole tensors; every input is read once, slab by slab.
+    """Lengths and angles of whole tensors; every input is read once, block by block.
 
     Raises:
         MagMaxError: models that do not fit the base, NaN or infinity.

@@ -1,8 +1,9 @@
-"""Canonical slabs: the fixed cuts of a tensor by which it is read, merged, written and digested.
+"""Canonical blocks: the fixed cuts of a tensor by which it is read, merged, written and digested.
 
-A slab is as many whole rows (along dimension 0) as fit in `BLOCK_ELEMENTS` elements; a longer row is cut into flat
+A block is as many whole rows (along dimension 0) as fit in `BLOCK_ELEMENTS` elements; a longer row is cut into flat
 ranges of
-`BLOCK_ELEMENTS`. The cuts depend on the shape alone, so whatever is defined slab by slab is the same on every machine.
+`BLOCK_ELEMENTS`. The cuts depend on the shape alone, so whatever is defined block by block is the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ BLOCKS_PER_CHUNK = 8
 
 
 class Chunk(NamedTuple):
-    """A run of neighbouring slabs of one tensor, the unit of work: unit offsets of its start and end."""
+    """A run of neighbouring blocks of one tensor, the unit of work: unit offsets of its start and end."""
 
     key: str
     start: int
     stop: int
 
     def blocks(self, spec: TensorSpec) -> Iterator[tuple[int, int]]:
-        """The (start, stop) of each slab in the chunk, in units of the tensor."""
+        """The (start, stop) of each block in the chunk, in units of the tensor."""
         rows, row = _block_shape(spec)
         at = self.start
         while at < self.stop:
@@ -45,12 +46,12 @@ def iter_chunks(key: str, spec: TensorSpec, whole: bool = False) -> Iterator[Chu
 
 
 def canonical_blocks(key: str, spec: TensorSpec) -> list[tuple[int, int]]:
-    """The (start, stop) of each slab of the tensor, in units of it."""
+    """The (start, stop) of each block of the tensor, in units of it."""
     return [cut for chunk in iter_chunks(key, spec) for cut in chunk.blocks(spec)]
 
 
 def _block_shape(spec: TensorSpec) -> tuple[int, int]:
-    """(rows a slab, units a row); zero rows where a single row is longer than a slab."""
+    """(rows a block, units a row); zero rows where a single row is longer than a block."""
     if not spec.is_mergeable or not spec.shape:
         return BLOCK_ELEMENTS, 1
     row = max(1, spec.num_units // max(1, spec.shape[0]))
@@ -58,18 +59,18 @@ def _block_shape(spec: TensorSpec) -> tuple[int, int]:
 
 
 def block_digest(raw: object) -> bytes:
-    """xxh3-128 of a slab's bytes."""
+    """xxh3-128 of a block's bytes."""
     return xxhash.xxh3_128_digest(raw)  # pyright: ignore[reportArgumentType]
 
 
 def block_digests(raw: NDArray[Any], bounds: Sequence[tuple[int, int]]) -> bytes:
-    """The digests of neighbouring slabs that lie one after another in `stored`, joined."""
+    """The digests of neighbouring blocks that lie one after another in `stored`, joined."""
     first = bounds[0][0]
     return b"".join(block_digest(raw[start - first : stop - first]) for start, stop in bounds)
 
 
 def tensor_digest(block_digests: bytes) -> str:
-    """xxh3-128 of the slabs' digests in order: every part of it can be computed by another worker."""
+    """xxh3-128 of the blocks' digests in order: every part of it can be computed by another worker."""
     return xxhash.xxh3_128_hexdigest(block_digests)
 
 

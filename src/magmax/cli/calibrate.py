@@ -116,11 +116,11 @@ def calibrate(
     total = 2 * (opened.nbytes + start.nbytes + sum(other.nbytes for other in others))
     with progress_options(total, f"calibrating {merged}", threads, restart) as settings:
         calibrated = ready.measure(settings)
-        outcome = calibrate_job(*checkpoints, calibrated.coefficients, chosen.provenance(), names).run(settings)
+        result = calibrate_job(*checkpoints, calibrated.coefficients, chosen.provenance(), names).run(settings)
     if report:
         replace_file(Path(report), calibrated.report.as_json().encode())
     if plot:
         draw(calibrated.report, Path(plot))
     for line in calibrated.report.lines():
         print(line)
-    print_result(f"calibrated {len(calibrated.coefficients)} tensors in {space} space", outcome)
+    print_result(f"calibrated {len(calibrated.coefficients)} tensors in {space} space", result)

@@ -77,8 +77,8 @@ def convert(
     from ..merging.convert import convert_job
 
     job = convert_job(model, out, part, strip, inert)
-    if outcome := run_or_preview(job, f"converting {model}", threads, restart, dry_run):
-        print_result(f"converted {model}", outcome)
+    if result := run_or_preview(job, f"converting {model}", threads, restart, dry_run):
+        print_result(f"converted {model}", result)
 
 
 def diff(

@@ -78,13 +78,13 @@ def merge(
     if device and plan.adapter_rank is not None:
         print_note(f"adapters are merged by the processors alone, not on {device}")
     job = plan.job(execution=ExecutionOptions(threads, note=print_note, device=device))
-    outcome = run_or_preview(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
-    if outcome is None:
+    result = run_or_preview(job, f"merging {len(plan.models)} models", threads, restart, dry_run, scheduler, device)
+    if result is None:
         return
     for line in job.report():
         print(line)
     what = "models" if plan.adapter_rank is None else "adapters"
-    print_result(f"merged {len(plan.models)} {what} with {plan.rule.name}", outcome)
+    print_result(f"merged {len(plan.models)} {what} with {plan.rule.name}", result)
 
 
 def sweep(
@@ -148,8 +148,8 @@ def sweep(
             with work.merged() as scaler:
                 for factor in chosen:
                     path = scaler.write(factor)
-                    outcome = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
-                    rows.append((f"{factor:g}", outcome))
+                    result = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
+                    rows.append((f"{factor:g}", result))
         finally:
             if rows:
                 print_table(["scaling_factor", "score" if evaluate else "path"], rows)

@@ -125,11 +125,11 @@ def tune(
         if dry_run:
             print_preview(job, threads, scheduler)
             return
-        outcome = job.run(settings)
+        result = job.run(settings)
     if opened_archive and save:
         opened_archive.save_preset(save, weights_by_name)
     print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    print_result(f"tuned {len(inputs)} models", outcome)
+    print_result(f"tuned {len(inputs)} models", result)
 
 
 def create(

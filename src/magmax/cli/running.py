@@ -53,8 +53,8 @@ def absorb(
     size = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
     with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
         running = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
-        outcome = running.absorb(model, name, label)
-    print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", outcome)
+        merge_result = running.absorb(model, name, label)
+    print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", merge_result)
 
 
 def result(
@@ -90,8 +90,8 @@ def result(
 
     running = _running(state, base, None)
     job = running.result_job(out, OutputOptions(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
-    if outcome := run_or_preview(job, "writing the result", threads, restart, dry_run, scheduler):
-        print_result(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", outcome)
+    if merge_result := run_or_preview(job, "writing the result", threads, restart, dry_run, scheduler):
+        print_result(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", merge_result)
 
 
 def status(state: str, *, as_json: Json = False) -> None:

@@ -27,10 +27,10 @@ SAFETENSORS = (".safetensors", ".json")
 
 @dataclass(frozen=True)
 class CopyKernel(Kernel):
-    """Every slab as it is."""
+    """Every block as it is."""
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        return [slab.read(0)]
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        return [block.read(0)]
 
 
 def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequence[str] = ()) -> Job:

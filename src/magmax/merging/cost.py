@@ -103,7 +103,7 @@ def _threads(job: Job, threads: int) -> int:
 
 
 def _arrays(job: Job, threads: int) -> int:
-    """Bytes of the arrays that are held at once: some slabs for each thread, or one tensor of every input."""
+    """Bytes of the arrays that are held at once: some blocks for each thread, or one tensor of every input."""
     specs = [*job.specs.values(), *job.inputs[0].specs.values()]
     widest = max([4, *(spec.storage_dtype.itemsize for spec in specs)])
     if job.kernel.whole_tensor:

@@ -9,9 +9,9 @@ from ..checkpoints.blocks import checkpoint_digest, iter_chunks, tensor_digest
 
 
 class DigestCollector:
-    """Slab digests of several streams (the inputs of a pass, then its outputs), joined into a digest per tensor.
+    """Block digests of several streams (the inputs of a pass, then its outputs), joined into a digest per tensor.
 
-    A tensor's slab digests are held only until its last chunk is in.
+    A tensor's block digests are held only until its last chunk is in.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], streams: int, whole: bool = False) -> None:
@@ -28,7 +28,7 @@ class DigestCollector:
         ]
 
     def add(self, key: str, start: int, parts: Sequence[bytes]) -> None:
-        """Take the joined slab digests of one chunk: an entry per stream, empty where the stream was not touched."""
+        """Take the joined block digests of one chunk: an entry per stream, empty where the stream was not touched."""
         self._parts.setdefault(key, {})[start] = parts
         self._missing[key] -= 1
         if self._missing[key]:

@@ -48,23 +48,23 @@ class ModelDifference:
 
 @dataclass(frozen=True)
 class MovementKernel(Kernel):
-    """Sums of squares of the task vector and of the base, and counts of changes, slab by slab."""
+    """Sums of squares of the task vector and of the base, and counts of changes, block by block."""
 
     reader: BlockReader
     apart: Mapping[str, str]
     sums: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict[str, list[tuple[float, float, int]]])
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
-        if slab.key not in self.apart:
-            start = self.reader.numbers(slab, 0).astype("f8")
-            vector = self.reader.numbers(slab, 1) - start
+    def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
+        if block.key not in self.apart:
+            start = self.reader.numbers(block, 0).astype("f8")
+            vector = self.reader.numbers(block, 1) - start
             parts = (float(vector @ vector), float(start @ start), int(np.count_nonzero(vector)))
-            self.sums.setdefault(slab.key, []).append(parts)
+            self.sums.setdefault(block.key, []).append(parts)
         return []
 
 
 def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> ModelDifference:
-    """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of slabs hardly matters."""
+    """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of blocks hardly matters."""
     apart = dict(match_to_base(base, [model], "base").unmerged)
     kernel = MovementKernel(BlockReader([base, model], allow_nonfinite=True), apart)
     BlockPipeline([base, model], [], kernel, WorkerPool(threads), digest=False).run(progress)

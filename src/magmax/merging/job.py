@@ -89,7 +89,7 @@ class Job:
         check: called with the input digests before anything becomes visible; may refuse.
         stem: how the names of a folder's weight files begin.
         worker: what reads the inputs and fills the sinks.
-        memory: bytes that the questions and the worker take beside the slabs.
+        memory: bytes that the questions and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
     """
@@ -204,9 +204,9 @@ class Job:
             reused = work.reused
             if reused:
                 execution.note(f"resuming: {reused / self.read_bytes:.0%} was done already")
-            ledger = work.run(execution.progress)
-        outputs = ledger.tensors[len(self.inputs) :]
-        digests = ledger.digests(self.inputs)
+            collector = work.run(execution.progress)
+        outputs = collector.tensors[len(self.inputs) :]
+        digests = collector.digests(self.inputs)
         self._check_unchanged()
         self.check(digests)
         provenance = self._provenance(digests)
@@ -232,8 +232,8 @@ class Job:
         if execution.executor is None or isinstance(execution.executor, ThreadPoolExecutor):
             yield execution
             return
-        with SharedFiles.of(self.inputs).with_probe(self.target) as ground:
-            execution = replace(execution, shared_files=ground)
+        with SharedFiles.of(self.inputs).with_probe(self.target) as shared_files:
+            execution = replace(execution, shared_files=shared_files)
             execution.pool.check_workers()
             yield execution
 
@@ -317,15 +317,15 @@ def run_and_upload(
     upload = Upload(target.url)
     upload.write_marker(target.is_folder)
     ready = target.path.with_name(target.path.name + ".ready")
-    outcome = _unfinished_upload(ready, target.path, json.loads(json.dumps(identity)))
-    if outcome is None:
+    result = _unfinished_upload(ready, target.path, json.loads(json.dumps(identity)))
+    if result is None:
         try:
-            outcome = make()
+            result = make()
         except MagMaxError as error:
             if not isinstance(error, UnfinishedError):
                 upload.abandon(target.is_folder)
             raise
-        content = {**asdict(outcome), "path": ""}
+        content = {**asdict(result), "path": ""}
         replace_file(ready, json.dumps({"identity": identity, "outcome": content}).encode())
     else:
         note("resuming: the output is made already and is uploaded now")
@@ -333,7 +333,7 @@ def run_and_upload(
     ready.unlink()
     remove(target.path)
     target.path.parent.rmdir()
-    return replace(outcome, path=upload.label)
+    return replace(result, path=upload.label)
 
 
 def _unfinished_upload(ready: Path, output: Path, identity: Any) -> MergeResult | None:

@@ -1,4 +1,4 @@
-"""The arithmetic of a merge on one slab: base + scaling_factor * rule(task vectors)."""
+"""The arithmetic of a merge on one block: base + scaling_factor * rule(task vectors)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 
 @dataclass(frozen=True)
 class MergeKernel(Kernel):
-    """The merged tensor of one slab; input 0 is the base, inputs 1 to T are the models.
+    """The merged tensor of one block; input 0 is the base, inputs 1 to T are the models.
 
     Attributes:
         out: the specs of what is written.
@@ -78,91 +78,94 @@ class MergeKernel(Kernel):
     def holds_all_inputs(self) -> bool:
         return not isinstance(self.rule, StreamingRule)
 
-    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
+    def prepare(self, pool: WorkerPool, progress: Progress) -> Self:
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        answers = collect_statistics(self.rule, self.rules, self.reader, self._elements(), crew, progress)
+        answers = collect_statistics(self.rule, self.rules, self.reader, self._elements(), pool, progress)
         return replace(self, statistics=answers.found, reader=answers.reader)
 
     def note(self) -> str:
         return self.rule.summarize(list(self.statistics.values()))
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        if slab.key in self.unmerged:
-            return [self.copy_unmerged(slab)]
-        return [self.join(slab, self.task_vector)]
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        if block.key in self.unmerged:
+            return [self.copy_unmerged(block)]
+        return [self.join(block, self.task_vector)]
 
-    def join(self, slab: InputBlock, vector: Callable[[InputBlock, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
-        """The slab with `vector`, given what is merged of it and the base there, scaled and added to the base."""
-        head, stored, tail = self.split(slab)
+    def join(self, block: InputBlock, vector: Callable[[InputBlock, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
+        """The block with `vector`, given what is merged of it and the base there, scaled and added to the base."""
+        head, stored, tail = self.split(block)
         if head.start == head.stop:
-            return self.base_units(slab, tail)
+            return self.base_units(block, tail)
         base = self.reader.widen(head, 0, stored)
         merged = self.scale(head, base, vector(head, base))
-        return np.concatenate([merged, self.base_units(slab, tail)]) if len(tail) else merged
+        return np.concatenate([merged, self.base_units(block, tail)]) if len(tail) else merged
 
-    def split(self, slab: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
-        """What is merged of the slab, the base's units there, and those beyond."""
-        head, stored = slab.until(self.extents.get(slab.key, slab.stop)), slab.read(0)
+    def split(self, block: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
+        """What is merged of the block, the base's units there, and those beyond."""
+        head, stored = block.until(self.extents.get(block.key, block.stop)), block.read(0)
         count = head.stop - head.start
         return head, stored[:count], stored[count:]
 
-    def task_vector(self, slab: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
+    def task_vector(self, input_block: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
         """The rule's merge of the models' task vectors, unscaled."""
-        where = Address(slab.key, slab.start)
-        rule, numbers = self.rules[slab.key], range(1, self.tasks + 1)
-        if isinstance(rule, CachedRule) and (cached := rule.cached_block(where, slab.stop - slab.start)) is not None:
+        where = Address(input_block.key, input_block.start)
+        rule, numbers = self.rules[input_block.key], range(1, self.tasks + 1)
+        if (
+            isinstance(rule, CachedRule)
+            and (cached := rule.cached_block(where, input_block.stop - input_block.start)) is not None
+        ):
             return cached
         if isinstance(rule, StreamingRule):
             state = ()
             for task in numbers:
-                state = rule.step(state, self.reader.task_vector(slab, task, base), task, where)
+                state = rule.step(state, self.reader.task_vector(input_block, task, base), task, where)
             return rule.finish(state, self.tasks)
-        vectors = [self.reader.task_vector(slab, task, base) for task in numbers]
-        block = Block(where, vectors, base, slab.shape if rule.whole_tensor else None)
-        return rule.merge(block, self.statistics.get(slab.key, self.statistics.get(None)))
+        vectors = [self.reader.task_vector(input_block, task, base) for task in numbers]
+        block = Block(where, vectors, base, input_block.shape if rule.whole_tensor else None)
+        return rule.merge(block, self.statistics.get(input_block.key, self.statistics.get(None)))
 
-    def scale(self, slab: InputBlock, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
+    def scale(self, block: InputBlock, base: NDArray[Any], merged: NDArray[Any]) -> NDArray[Any]:
         """base + scaling_factor * merged, the product and the sum rounded separately, stored in the output's type."""
         with np.errstate(over="ignore", invalid="ignore"):
-            merged *= merged.dtype.type(self.factors[slab.key])
+            merged *= merged.dtype.type(self.factors[block.key])
             merged += base
-        return self._stored(slab, merged)
+        return self._stored(block, merged)
 
-    def copy_unmerged(self, slab: InputBlock) -> NDArray[Any]:
+    def copy_unmerged(self, block: InputBlock) -> NDArray[Any]:
         """The base's own tensor; the models' are read where they can be, for their digests alone."""
-        base = slab.read(0)
+        base = block.read(0)
         for task in range(1, self.tasks + 1):
-            slab.read_for_digest(task)
-        return self.base_units(slab, base)
+            block.read_for_digest(task)
+        return self.base_units(block, base)
 
     def _elements(self) -> dict[str, int]:
         """How many elements of each tensor are merged."""
         specs = self.reader.inputs[0].specs
         return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in self.unmerged}
 
-    def base_units(self, slab: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
+    def base_units(self, block: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
         """The base's own units in the output's type."""
-        spec = slab.spec(0)
-        if not spec.is_mergeable or self.out[slab.key].dtype == spec.dtype:
+        spec = block.spec(0)
+        if not spec.is_mergeable or self.out[block.key].dtype == spec.dtype:
             return base
         if not self.reader.allow_nonfinite and not is_finite(base, spec.dtype):
             raise MagMaxError(
-                f"{slab.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
-                f"{self.out[slab.key].dtype}; mend the base, or let them through with --allow-nonfinite"
+                f"{block.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
+                f"{self.out[block.key].dtype}; mend the base, or let them through with --allow-nonfinite"
             )
-        return self._stored(slab, widen(base, spec.dtype, compute_dtype(spec.dtype)))
+        return self._stored(block, widen(base, spec.dtype, compute_dtype(spec.dtype)))
 
-    def _stored(self, slab: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
+    def _stored(self, block: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
-        dtype = self.out[slab.key].dtype
+        dtype = self.out[block.key].dtype
         stored = narrow(values, dtype)
         if not self.reader.allow_nonfinite and not is_finite(stored, dtype):
             if np.isfinite(values).all():
-                raise MagMaxError(f"{slab.key}: the merged values overflow {dtype}; choose a wider dtype")
+                raise MagMaxError(f"{block.key}: the merged values overflow {dtype}; choose a wider dtype")
             raise MagMaxError(
-                f"{slab.key}: the merged values overflow {values.dtype}, the type merged in; convert the base"
+                f"{block.key}: the merged values overflow {values.dtype}, the type merged in; convert the base"
             )
         return stored
 

@@ -39,9 +39,9 @@ Progress = Callable[[int], None]
 
 
 class InputBlock:
-    """One slab of one tensor, several neighbouring ones, or the beginning of these, as a kernel sees it.
+    """One block of one tensor, several neighbouring ones, or the beginning of these, as a kernel sees it.
 
-    `cuts` are the slabs themselves.
+    `cuts` are the blocks themselves.
     """
 
     def __init__(self, inputs: Sequence[Checkpoint], key: str, cuts: Sequence[tuple[int, int]], digest: bool) -> None:
@@ -55,13 +55,13 @@ class InputBlock:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The base's shape, of a slab that is all of its tensor or the leading rows of it: with as many rows."""
+        """The base's shape, of a block that is all of its tensor or the leading rows of it: with as many rows."""
         shape = self.spec(0).shape
         row = math.prod(shape[1:])
         return ((self.stop - self.start) // row, *shape[1:]) if shape and row else shape
 
     def read(self, number: int) -> NDArray[Any]:
-        """The slab's units in input `number`, digested as they are read; the caller may overwrite them."""
+        """The block's units in input `number`, digested as they are read; the caller may overwrite them."""
         checkpoint = self._inputs[number]
         units = checkpoint.read(checkpoint.resolve_alias(self.key), self.start, self.stop)
         if self._digest:
@@ -69,7 +69,7 @@ class InputBlock:
         return units
 
     def until(self, limit: int) -> InputBlock:
-        """The part of the slab before an offset in the tensor, which may be nothing; digests go to the whole slab."""
+        """The part of the block before an offset in the tensor, which may be nothing; digests go to the whole block."""
         if limit >= self.stop:
             return self
         head = copy(self)
@@ -84,23 +84,23 @@ class InputBlock:
 
 
 class Kernel(ABC):
-    """What a pass does to each slab."""
+    """What a pass does to each block."""
 
     @property
     def whole_tensor(self) -> bool:
-        """Whether it gets each tensor as one slab; a pass then works on one tensor at a time, whatever its threads."""
+        """Whether it gets each tensor as one block; a pass then works on one tensor at a time, whatever its threads."""
         return False
 
     @property
     def holds_all_inputs(self) -> bool:
-        """Whether it holds a slab of every input at once."""
+        """Whether it holds a block of every input at once."""
         return False
 
     @abstractmethod
-    def __call__(self, slab: InputBlock) -> Sequence[NDArray[Any] | None]:
-        """Read what is needed of the slab; return the stored units for each sink, or None to leave that sink alone."""
+    def __call__(self, block: InputBlock) -> Sequence[NDArray[Any] | None]:
+        """Read what is needed of the block; return the stored units for each sink, or None to leave that sink alone."""
 
-    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
+    def prepare(self, pool: WorkerPool, progress: Progress) -> Self:
         """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
         return self
 
@@ -126,8 +126,8 @@ class WrappedKernel(Kernel, Generic[Inner]):
     def holds_all_inputs(self) -> bool:
         return self.merge.holds_all_inputs
 
-    def prepare(self, crew: WorkerPool, progress: Progress) -> Self:
-        return replace(self, merge=self.merge.prepare(crew, progress))
+    def prepare(self, pool: WorkerPool, progress: Progress) -> Self:
+        return replace(self, merge=self.merge.prepare(pool, progress))
 
     def note(self) -> str:
         return self.merge.note()
@@ -155,17 +155,17 @@ class ChunkTask(ShareTask):
         return digests
 
     def process(self, chunk: Chunk) -> tuple[Chunk, list[bytes]]:
-        """One chunk, slab by slab; with it the slab digests of each input and then of each sink, joined."""
+        """One chunk, block by block; with it the block digests of each input and then of each sink, joined."""
         joined = [b""] * (len(self.inputs) + len(self.sinks))
         for cuts in blocks_of_chunk(chunk, self.inputs[0].specs[chunk.key], self.kernel.whole_tensor):
-            slab = InputBlock(self.inputs, chunk.key, cuts, self.digest)
-            outputs = self.kernel(slab)
+            block = InputBlock(self.inputs, chunk.key, cuts, self.digest)
+            outputs = self.kernel(block)
             for number, (sink, stored) in enumerate(zip(self.sinks, outputs, strict=True), start=len(self.inputs)):
                 if stored is not None:
-                    sink.write(chunk.key, slab.start, stored)
+                    sink.write(chunk.key, block.start, stored)
                     if self.digest:
-                        slab.digests[number] = block_digests(stored, cuts)
-            for number, digest in slab.digests.items():
+                        block.digests[number] = block_digests(stored, cuts)
+            for number, digest in block.digests.items():
                 joined[number] += digest
         return chunk, joined
 
@@ -193,10 +193,10 @@ class BlockPipeline:
         """Do every chunk that is not done yet; the first error of any worker stops them all and is raised."""
         specs = self.inputs[0].specs
         whole = self.kernel.whole_tensor
-        ledger = DigestCollector(specs, len(self.inputs) + len(self.sinks), whole)
+        collector = DigestCollector(specs, len(self.inputs) + len(self.sinks), whole)
         done = set[tuple[str, int]]()
         for key, start, stop, digests in self.parts:
-            ledger.add(key, start, [bytes.fromhex(d) for d in digests])
+            collector.add(key, start, [bytes.fromhex(d) for d in digests])
             done.add((key, start))
             progress(self.cost(key, start, stop))
         keep_freed_memory()
@@ -206,7 +206,7 @@ class BlockPipeline:
         results = self._results(todo)
         try:
             for chunk, digests in results:
-                ledger.add(chunk.key, chunk.start, digests)
+                collector.add(chunk.key, chunk.start, digests)
                 pending.append([*chunk, [d.hex() for d in digests]])
                 cost = self.cost(*chunk)
                 unsaved += cost // len(self.inputs)
@@ -219,7 +219,7 @@ class BlockPipeline:
             with suppress(OSError):
                 self._save(pending)
             raise
-        return ledger
+        return collector
 
     @property
     def reused(self) -> int:
@@ -250,15 +250,16 @@ class BlockPipeline:
 
 
 def blocks_of_chunk(chunk: Chunk, spec: TensorSpec, whole: bool) -> list[list[tuple[int, int]]]:
-    """The slabs of a chunk, each by itself, or together as one."""
-    slabs = list(chunk.blocks(spec))
-    return [slabs] if whole else [[slab] for slab in slabs]
+    """The blocks of a chunk, each by itself, or together as one."""
+    blocks = list(chunk.blocks(spec))
+    return [blocks] if whole else [[block] for block in blocks]
 
 
 def keep_freed_memory() -> None:
     """Have the C library keep freed blocks of up to 24 MB for the next use, instead of returning them to the kernel.
 
-    glibc raises its threshold to the largest block it has seen freed. Below the threshold a slab's temporary arrays are
+    glibc raises its threshold to the largest block it has seen freed. Below the threshold a block's temporary arrays
+    are
     reused; above it each would be mapped, zeroed and unmapped again, which takes four times as long as the arithmetic.
     Where the environment fixes a threshold for returning memory, as Dask's nannies do, glibc raises neither by itself.
     """

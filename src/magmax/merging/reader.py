@@ -1,4 +1,4 @@
-"""Slabs as numbers: widened, checked, subtracted."""
+"""Blocks as numbers: widened, checked, subtracted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .pipeline import InputBlock
 
 @dataclass(frozen=True)
 class BlockReader:
-    """Slabs as numbers in the base's compute type, refusing NaN and infinity unless they are allowed.
+    """Blocks as numbers in the base's compute type, refusing NaN and infinity unless they are allowed.
 
     Attributes:
         finiteness_checked: whether all that is to be merged was read once already, and found finite.
@@ -28,19 +28,19 @@ class BlockReader:
     allow_nonfinite: bool = False
     finiteness_checked: bool = False
 
-    def numbers(self, slab: InputBlock, number: int) -> NDArray[Any]:
-        """The slab in input `number`."""
-        return self.widen(slab, number, slab.read(number))
+    def numbers(self, block: InputBlock, number: int) -> NDArray[Any]:
+        """The block in input `number`."""
+        return self.widen(block, number, block.read(number))
 
-    def widen(self, slab: InputBlock, number: int, stored: NDArray[Any]) -> NDArray[Any]:
+    def widen(self, block: InputBlock, number: int, stored: NDArray[Any]) -> NDArray[Any]:
         """Units of input `number` as numbers."""
-        dtype = slab.spec(number).dtype
+        dtype = block.spec(number).dtype
         if not self.allow_nonfinite and not self.finiteness_checked and not is_finite(stored, dtype):
-            raise self._error(number, slab.key)
-        return widen(stored, dtype, compute_dtype(slab.spec(0).dtype))
+            raise self._error(number, block.key)
+        return widen(stored, dtype, compute_dtype(block.spec(0).dtype))
 
-    def task_vector(self, slab: InputBlock, number: int, base: NDArray[Any]) -> NDArray[Any]:
-        vector = self.numbers(slab, number)
+    def task_vector(self, block: InputBlock, number: int, base: NDArray[Any]) -> NDArray[Any]:
+        vector = self.numbers(block, number)
         if self.inputs[number].is_task_vector:
             return vector
         with np.errstate(over="ignore", invalid="ignore"):
@@ -48,7 +48,7 @@ class BlockReader:
         return vector
 
     def _error(self, number: int, key: str) -> MagMaxError:
-        """Count what is wrong in the whole tensor, so that the message is the same whichever slab came first."""
+        """Count what is wrong in the whole tensor, so that the message is the same whichever block came first."""
         checkpoint = self.inputs[number]
         name, spec = checkpoint.resolve_alias(key), checkpoint.spec(key)
         bad = nan = 0

@@ -39,7 +39,7 @@ def collect_statistics(
     placed: Mapping[str, Rule],
     reader: BlockReader,
     elements: Mapping[str, int],
-    crew: WorkerPool,
+    pool: WorkerPool,
     progress: Progress,
 ) -> CollectedStatistics:
     """Carry out the plan over all models: the rule's, or a tensor's of the rule as `placed`.
@@ -49,13 +49,13 @@ def collect_statistics(
     """
     keep_freed_memory()
     if rule.statistics_span is Span.MODEL:
-        questions = StatisticsRunner(reader, elements, crew, progress, rule.whole_tensor)
-        return CollectedStatistics({None: questions.answer(rule.statistics(questions.scope))}, questions.reader)
-    asking = TensorStatisticsTask(placed, reader, elements, rule.whole_tensor)
+        runner = StatisticsRunner(reader, elements, pool, progress, rule.whole_tensor)
+        return CollectedStatistics({None: runner.answer(rule.statistics(runner.scope))}, runner.reader)
+    tensor_task = TensorStatisticsTask(placed, reader, elements, rule.whole_tensor)
     asked = [key for key, count in elements.items() if count]
     statistics: dict[str | None, Statistics] = {}
     checked = True
-    for key, reply in _replies(asking, asked, crew, progress):
+    for key, reply in _replies(tensor_task, asked, pool, progress):
         statistics[key] = reply.answer
         checked &= reply.checked
     return CollectedStatistics({key: statistics[key] for key in asked}, replace(reader, finiteness_checked=checked))
@@ -96,28 +96,30 @@ class TensorStatisticsTask(ShareTask):
             read.append(size)
             progress(size)
 
-        questions = StatisticsRunner(self.reader, {key: count}, WorkerPool(1), counted, self.whole)
-        answer = questions.answer(self.rules[key].statistics(replace(questions.scope, row_elements=row)))
-        return TensorStatistics(answer, questions.reader.finiteness_checked, sum(read))
+        runner = StatisticsRunner(self.reader, {key: count}, WorkerPool(1), counted, self.whole)
+        answer = runner.answer(self.rules[key].statistics(replace(runner.scope, row_elements=row)))
+        return TensorStatistics(answer, runner.reader.finiteness_checked, sum(read))
 
 
 def _replies(
-    asking: TensorStatisticsTask, asked: Sequence[str], crew: WorkerPool, progress: Progress
+    tensor_task: TensorStatisticsTask, asked: Sequence[str], worker_pool: WorkerPool, progress: Progress
 ) -> Iterator[tuple[str, TensorStatistics]]:
     """The reply about each tensor, as they come."""
-    if crew.executor is None:
-        with ThreadPoolExecutor(1 if asking.whole else crew.count) as pool:
-            yield from zip(asked, pool.map(partial(asking.tensor, progress=progress), asked), strict=True)
+    if worker_pool.executor is None:
+        with ThreadPoolExecutor(1 if tensor_task.whole else worker_pool.count) as pool:
+            yield from zip(asked, pool.map(partial(tensor_task.tensor, progress=progress), asked), strict=True)
         return
-    inputs = asking.reader.inputs
-    for share, replies in crew.map_shares(asking, asked, lambda key: len(inputs) * inputs[0].specs[key].nbytes):
+    inputs = tensor_task.reader.inputs
+    for share, replies in worker_pool.map_shares(
+        tensor_task, asked, lambda key: len(inputs) * inputs[0].specs[key].nbytes
+    ):
         progress(sum(reply.read for reply in replies))
         yield from zip(share, replies, strict=True)
 
 
 @dataclass(frozen=True)
 class ReductionTask(ShareTask):
-    """One question, to be put to blocks: slabs, or whole tensors where the rule merges these, so that what is asked
+    """One question, to be put to blocks: blocks, or whole tensors where the rule merges these, so that what is asked
     and what is merged agree.
 
     Attributes:
@@ -158,18 +160,18 @@ class ReductionTask(ShareTask):
         return (chunk.stop - chunk.start) * inputs[0].specs[chunk.key].storage_dtype.itemsize * len(inputs)
 
     def _blocks(self, chunk: Chunk) -> Iterator[Block]:
-        inputs, fold = self.reader.inputs, self.reduction
+        inputs, reduction = self.reader.inputs, self.reduction
         for cuts in blocks_of_chunk(chunk, inputs[0].specs[chunk.key], self.whole):
             start, stop = cuts[0][0], min(cuts[-1][1], self.elements[chunk.key])
             if stop <= start:
                 break
-            if fold.addresses is not None and Address(chunk.key, start) not in fold.addresses:
+            if reduction.addresses is not None and Address(chunk.key, start) not in reduction.addresses:
                 continue
-            end = min(stop, start + fold.sampled) if fold.sampled else stop
-            slab = InputBlock(inputs, chunk.key, [(start, end)], digest=False)
-            base = self.reader.numbers(slab, 0)
-            deltas = [self.reader.task_vector(slab, task, base) for task in range(1, len(inputs))]
-            shape = slab.shape if self.whole and end == stop else None
+            end = min(stop, start + reduction.sampled) if reduction.sampled else stop
+            block = InputBlock(inputs, chunk.key, [(start, end)], digest=False)
+            base = self.reader.numbers(block, 0)
+            deltas = [self.reader.task_vector(block, task, base) for task in range(1, len(inputs))]
+            shape = block.shape if self.whole and end == stop else None
             yield Block(Address(chunk.key, start), deltas, base, shape)
 
 
@@ -180,11 +182,11 @@ class StatisticsRunner:
         self,
         reader: BlockReader,
         elements: Mapping[str, int],
-        crew: WorkerPool,
+        pool: WorkerPool,
         progress: Progress,
         whole: bool = False,
     ) -> None:
-        self.reader, self._crew, self._progress = reader, crew, progress
+        self.reader, self._pool, self._progress = reader, pool, progress
         self._whole = whole
         self._elements, specs = elements, reader.inputs[0].specs
         self._specs = {key: specs[key] for key in elements}
@@ -196,30 +198,30 @@ class StatisticsRunner:
         """Ask each question in turn, and return what the plan makes of the replies."""
         return run_request(plan, self._asked)
 
-    def _asked(self, fold: Reduction) -> Counts | dict[Address, Counts]:
-        counting = ReductionTask(self.reader, fold, self._elements, self._whole)
-        if self._crew.executor is not None:
+    def _asked(self, reduction: Reduction) -> Counts | dict[Address, Counts]:
+        counting = ReductionTask(self.reader, reduction, self._elements, self._whole)
+        if self._pool.executor is not None:
             reply = self._sent(counting)
         else:
-            reply = self._apart(counting) if fold.per_block else self._summed(counting)
-        if _reads_everything(fold):
+            reply = self._apart(counting) if reduction.per_block else self._summed(counting)
+        if _reads_everything(reduction):
             self.reader = replace(self.reader, finiteness_checked=True)
         return reply
 
     def _sent(self, counting: ReductionTask) -> Counts | dict[Address, Counts]:
         """The shares' own counts; integers can be added in any order."""
-        fold = counting.reduction
+        reduction = counting.reduction
         counts_by_block: dict[Address, Counts] = {}
-        total = fold.initial()
-        least = 0 if fold.per_block else RESULT_SHARE * total.nbytes
-        for share, reply in self._crew.map_shares(counting, self._chunks(), counting.cost, least):
-            if fold.per_block:
+        total = reduction.initial()
+        least = 0 if reduction.per_block else RESULT_SHARE * total.nbytes
+        for share, reply in self._pool.map_shares(counting, self._chunks(), counting.cost, least):
+            if reduction.per_block:
                 counts_by_block |= reply
             else:
                 total += reply
-            if _reads_everything(fold):
+            if _reads_everything(reduction):
                 self._progress(sum(map(counting.cost, share)))
-        return counts_by_block if fold.per_block else total
+        return counts_by_block if reduction.per_block else total
 
     def _summed(self, counting: ReductionTask) -> Counts:
         """Each thread counts for itself; integers can be added in any order."""
@@ -250,7 +252,7 @@ class StatisticsRunner:
         return counts_by_block
 
     def _each(self, work: Callable[[Chunk], Chunk], counting: ReductionTask) -> None:
-        threads = 1 if self._whole else self._crew.count
+        threads = 1 if self._whole else self._pool.count
         one_by_one = (work(chunk) for chunk in self._chunks())
         ahead = Prefetcher(self.reader.inputs if _reads_everything(counting.reduction) else ())
         alone = threads == 1 and not any(checkpoint.url for checkpoint in self.reader.inputs)
@@ -263,8 +265,8 @@ class StatisticsRunner:
         return (chunk for key, spec in self._specs.items() for chunk in iter_chunks(key, spec, self._whole))
 
 
-def _reads_everything(fold: Reduction) -> bool:
-    return not fold.sampled and fold.addresses is None
+def _reads_everything(reduction: Reduction) -> bool:
+    return not reduction.sampled and reduction.addresses is None
 
 
 def _leading_shape(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:

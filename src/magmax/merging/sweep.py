@@ -32,11 +32,11 @@ MOST_FACTORS = 10_000
 class TaskVectorKernel(WrappedKernel[MergeKernel]):
     """The merged task vector itself, unscaled, in the type it is computed in."""
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
-        if slab.key in self.merge.unmerged:
-            self.merge.copy_unmerged(slab)
+    def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
+        if block.key in self.merge.unmerged:
+            self.merge.copy_unmerged(block)
             return [None]
-        head, stored, _ = self.merge.split(slab)
+        head, stored, _ = self.merge.split(block)
         if head.start == head.stop:
             return [None]
         return [self.merge.task_vector(head, self.merge.reader.widen(head, 0, stored))]
@@ -48,10 +48,10 @@ class ScaleKernel(Kernel):
 
     merge: MergeKernel
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        if slab.key in self.merge.unmerged:
-            return [self.merge.copy_unmerged(slab)]
-        return [self.merge.join(slab, lambda head, _: self.merge.reader.numbers(head, 1))]
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        if block.key in self.merge.unmerged:
+            return [self.merge.copy_unmerged(block)]
+        return [self.merge.join(block, lambda head, _: self.merge.reader.numbers(head, 1))]
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class FactorSweep:
         }
         kernel = TaskVectorKernel(_merge_kernel(whole))
         job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_none)
-        outcome = job.run(self.execution)
+        result = job.run(self.execution)
         try:
-            yield SweepWriter(self, (outcome, open_checkpoint(vector)))
+            yield SweepWriter(self, (result, open_checkpoint(vector)))
         finally:
             remove(vector)
 
@@ -120,10 +120,10 @@ class SweepWriter:
         whole = sweep.job(sweep.path(factor), options)
         if self.once is None:
             return Path(whole.run(sweep.execution).path)
-        outcome, vector = self.once
+        result, vector = self.once
         inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
-        origin = Provenance(whole.recipe, whole.names, outcome.input_digests, [c.origin for c in whole.inputs])
+        origin = Provenance(whole.recipe, whole.names, result.input_digests, [c.origin for c in whole.inputs])
         job = replace(
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
             check=_unchecked, extra_passes=0,

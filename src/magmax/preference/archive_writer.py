@@ -57,9 +57,9 @@ class ArchiveWriter:
     threads: int
 
     def vectors(self, chunk: Chunk) -> list[NDArray[Any]]:
-        slab = InputBlock(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
-        base = self.reader.numbers(slab, 0)
-        return [self.reader.task_vector(slab, task, base) for task in range(1, len(self.reader.inputs))]
+        block = InputBlock(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
+        base = self.reader.numbers(block, 0)
+        return [self.reader.task_vector(block, task, base) for task in range(1, len(self.reader.inputs))]
 
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
         """How many entries of each task are kept in each block."""
@@ -239,12 +239,12 @@ def _kept(
 ) -> tuple[list[KeptEntries], BlockReader]:
     """Each task's threshold, found over the whole model."""
     elements = {key: reader.inputs[0].specs[key].numel for key in keys}
-    questions = StatisticsRunner(reader, elements, execution.pool, execution.progress)
-    scope = questions.scope
+    runner = StatisticsRunner(reader, elements, execution.pool, execution.progress)
+    scope = runner.scope
     if top == 1:
         return [KeptEntries(None, scope.float64)] * scope.tasks, reader
-    cuts = questions.answer(Prune(density=top).statistics(scope))
-    return [KeptEntries(cut.code, scope.float64) for cut in cuts], questions.reader
+    cuts = runner.answer(Prune(density=top).statistics(scope))
+    return [KeptEntries(cut.code, scope.float64) for cut in cuts], runner.reader
 
 
 def _digest(checkpoint: Checkpoint) -> str:

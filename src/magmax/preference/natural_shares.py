@@ -34,10 +34,10 @@ def natural_shares(
     match = match_to_base(opened, others, mismatch)
     elements = {k: match.extents.get(k, s.numel) for k, s in opened.specs.items() if k not in match.unmerged}
     reader = BlockReader([opened, *others], allow_nonfinite)
-    questions = StatisticsRunner(reader, elements, execution.pool, execution.progress)
+    runner = StatisticsRunner(reader, elements, execution.pool, execution.progress)
 
     def plan() -> Any:
-        return (yield SupplyCount(questions.scope.tasks, questions.scope.float64))
+        return (yield SupplyCount(runner.scope.tasks, runner.scope.float64))
 
-    counts = questions.answer(plan())
+    counts = runner.answer(plan())
     return [float(count) / max(1, int(counts.sum())) for count in counts]

@@ -110,20 +110,20 @@ def run_request(plan: StatisticsRequest, ask: Callable[[Reduction], Any]) -> Sta
     reply: Any = None
     while True:
         try:
-            fold = plan.send(reply)
+            reduction = plan.send(reply)
         except StopIteration as end:
             return end.value
-        reply = ask(fold)
+        reply = ask(reduction)
 
 
 def run_locally(plan: StatisticsRequest, block: Block) -> Statistics:
     """The answer to a plan over a single block."""
 
-    def ask(fold: Reduction) -> Any:
-        counts = fold.initial()
-        if fold.addresses is None or block.address in fold.addresses:
-            fold.update(replace(block, task_vectors=[delta + 0 for delta in block.task_vectors]), counts)
-        return {block.address: counts} if fold.per_block else counts
+    def ask(reduction: Reduction) -> Any:
+        counts = reduction.initial()
+        if reduction.addresses is None or block.address in reduction.addresses:
+            reduction.update(replace(block, task_vectors=[delta + 0 for delta in block.task_vectors]), counts)
+        return {block.address: counts} if reduction.per_block else counts
 
     return run_request(plan, ask)
 
@@ -159,7 +159,7 @@ def through(plan: StatisticsRequest, through: Callable[[Block], Block]) -> Stati
     reply: Any = None
     while True:
         try:
-            fold = plan.send(reply)
+            reduction = plan.send(reply)
         except StopIteration as end:
             return end.value
-        reply = yield TransformedReduction(fold, through)
+        reply = yield TransformedReduction(reduction, through)

@@ -58,9 +58,9 @@ class PreviewMerges:
         blocks: list[Block] = []
         starts: list[NDArray[Any]] = []
         for done, key in enumerate(keys, start=1):
-            slab = InputBlock(reader.inputs, key, [(0, base.specs[key].numel)], digest=False)
-            start = reader.numbers(slab, 0)
-            deltas = [reader.task_vector(slab, number, start) for number in range(1, len(reader.inputs))]
+            block = InputBlock(reader.inputs, key, [(0, base.specs[key].numel)], digest=False)
+            start = reader.numbers(block, 0)
+            deltas = [reader.task_vector(block, number, start) for number in range(1, len(reader.inputs))]
             if any(delta.any() for delta in deltas):
                 cuts = [slice(at, at + PIECE) for at in range(0, len(start), PIECE)]
                 blocks += [Block(Address(key, cut.start), [delta[cut] for delta in deltas]) for cut in cuts]

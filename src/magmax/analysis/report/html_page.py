@@ -125,8 +125,8 @@ def standalone_svgs(figure: ReportFigure) -> dict[str, str]:
         key, end = draw_legend(figure.legend, width, height) if figure.legend else (Markup(""), height)
         place = -MARGIN, -MARGIN, width + 2 * MARGIN, end + 2 * MARGIN
         head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{" ".join(f"{n:g}" for n in place)}"'
-        ground = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="12" class="ground"/>').format(*place)
-        made[name] = f"{head}>{style}{ground}{rest.removesuffix('</svg>')}{key}</svg>\n"
+        shared_files = Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="12" class="ground"/>').format(*place)
+        made[name] = f"{head}>{style}{shared_files}{rest.removesuffix('</svg>')}{key}</svg>\n"
     return made
 
 

@@ -53,10 +53,10 @@ class AdapterRunner:
         return sum(self.merge.read_bytes(layer) for layer in self.merge.layers if layer.module in done)
 
     def run(self, progress: Progress) -> DigestCollector:
-        ledger = DigestCollector({}, 0)
+        collector = DigestCollector({}, 0)
         made: dict[str, str] = {}
-        ledger.tensors = [*(_digests(folder) for folder in self.merge.folders), made]
-        made |= self._frozen(ledger.tensors)
+        collector.tensors = [*(_digests(folder) for folder in self.merge.folders), made]
+        made |= self._frozen(collector.tensors)
         for module, fit, digests in self.parts:
             self.merge.fits[module] = LayerFit(*fit)
             made |= digests
@@ -72,7 +72,7 @@ class AdapterRunner:
                 sink.sync()
             self.journal.append([[layer.module, [fit.rank, fit.norm, fit.error], digests]])
             progress(self.merge.read_bytes(layer))
-        return ledger
+        return collector
 
     def _frozen(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
         """Carry over the base's own weights; refuses those that are not the same in all adapters that have them."""

@@ -78,16 +78,16 @@ def from_device(values: torch.Tensor, dtype: str) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class DeviceReader(BlockReader):
-    """Slabs as tensors on a device."""
+    """Blocks as tensors on a device."""
 
     device: torch.device = PROCESSORS
 
-    def widen(self, slab: InputBlock, number: int, stored: NDArray[Any]) -> Any:
+    def widen(self, block: InputBlock, number: int, stored: NDArray[Any]) -> Any:
         """Units of input `number` as numbers, on the device."""
-        values = to_device(stored, slab.spec(number).dtype, self.device)
+        values = to_device(stored, block.spec(number).dtype, self.device)
         if not self.allow_nonfinite and not self.finiteness_checked and not bool(torch.isfinite(values).all()):
-            raise self._error(number, slab.key)
-        return values.to(WIDE[compute_dtype(slab.spec(0).dtype)])
+            raise self._error(number, block.key)
+        return values.to(WIDE[compute_dtype(block.spec(0).dtype)])
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,20 @@ class DeviceKernel(MergeKernel):
         values["reader"] = DeviceReader(reader.inputs, reader.allow_nonfinite, reader.finiteness_checked, device)
         return cls(**values, device=device)
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
         with device_stream(self.device):
-            return super().__call__(slab)
+            return super().__call__(block)
 
-    def scale(self, slab: InputBlock, base: Any, merged: Any) -> NDArray[Any]:
+    def scale(self, block: InputBlock, base: Any, merged: Any) -> NDArray[Any]:
         """base + scaling_factor * merged, rounded as on the processor, in stored units."""
-        merged *= torch.tensor(self.factors[slab.key], dtype=merged.dtype, device=merged.device)
+        merged *= torch.tensor(self.factors[block.key], dtype=merged.dtype, device=merged.device)
         merged += base
-        dtype = self.out[slab.key].dtype
+        dtype = self.out[block.key].dtype
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it
-            return self._stored(slab, from_device(merged, wide))
+            return self._stored(block, from_device(merged, wide))
         stored = from_device(merged.to(TYPES[dtype]), dtype)
-        return stored if is_finite(stored, dtype) else self._stored(slab, from_device(merged, wide))
+        return stored if is_finite(stored, dtype) else self._stored(block, from_device(merged, wide))
 
 
 def on_device(kernel: Any, name: str) -> tuple[Any, str]:

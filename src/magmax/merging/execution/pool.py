@@ -174,13 +174,13 @@ def group_by_cost(items: Iterable[Item], cost: Callable[[Item], int], most: int)
         yield share
 
 
-def run_share(token: str, packed: bytes, ground: SharedFiles | None, items: bytes) -> bytes:
+def run_share(token: str, packed: bytes, shared_files: SharedFiles | None, items: bytes) -> bytes:
     """In a worker: one share of the task that `packed` is; kept under its token for the shares to come.
 
     Items and result are pickled here, as Dask's own messages make tuples of named tuples.
     """
-    if ground is not None:
-        ground.check(thoroughly=token not in _tasks)
+    if shared_files is not None:
+        shared_files.check(thoroughly=token not in _tasks)
     return pickle.dumps(_done(_unpacked(token, packed), pickle.loads(items)))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of absorbing one model into a running merge, on one slab."""
+"""The arithmetic of absorbing one model into a running merge, on one block."""
 
 from __future__ import annotations
 
@@ -58,67 +58,67 @@ class AbsorbKernel(Kernel):
         """The rule as it is for each tensor."""
         return rules_by_tensor(self.rule, self.reader.inputs[0].specs)
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any] | None]:
-        if slab.key in self.unmerged:
-            return self._nothing(slab)
-        head = slab.until(self.extents.get(slab.key, slab.stop))
-        count, length = head.stop - head.start, slab.stop - slab.start
-        old = [slab.read(number)[:count] for number in range(self.slots + 1)]
+    def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
+        if block.key in self.unmerged:
+            return self._nothing(block)
+        head = block.until(self.extents.get(block.key, block.stop))
+        count, length = head.stop - head.start, block.stop - block.start
+        old = [block.read(number)[:count] for number in range(self.slots + 1)]
         if not count:
-            storages = [self.specs[slab.key].storage_dtype] * self.rule.slots(self.task) + [
+            storages = [self.specs[block.key].storage_dtype] * self.rule.slots(self.task) + [
                 np.dtype("u1")
             ] * self.winners
             return [np.zeros(length, storage) for storage in storages]
         outputs = self._merged(head, old)
         return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in outputs]
 
-    def _merged(self, slab: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _merged(self, block: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The new slots, and the map of winners if there is one, from the base and the old slots."""
-        rule = self.rules[slab.key]
-        dtype = self.specs[slab.key].dtype
-        base, *candidates = (self.reader.widen(slab, number, units) for number, units in enumerate(old))
-        candidates.append(self.reader.numbers(slab, self.slots + 1))
+        rule = self.rules[block.key]
+        dtype = self.specs[block.key].dtype
+        base, *candidates = (self.reader.widen(block, number, units) for number, units in enumerate(old))
+        candidates.append(self.reader.numbers(block, self.slots + 1))
         if not self.rule.selects_entries:
             *held, vector = candidates
             vector -= base
-            state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+            state = rule.step(tuple(held), vector, self.task, Address(block.key, block.start))
             return [narrow(s, dtype) for s in state]
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
-        state = rule.step(tuple(held), vector, self.task, Address(slab.key, slab.start))
+        state = rule.step(tuple(held), vector, self.task, Address(block.key, block.start))
         slots = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
         if self.winners:
-            slots.append(self._winners(slab, state[0], vectors[-1]))
+            slots.append(self._winners(block, state[0], vectors[-1]))
         return slots
 
-    def _nothing(self, slab: InputBlock) -> list[NDArray[Any] | None]:
+    def _nothing(self, block: InputBlock) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
-        slab.read(0)
-        if slab.key in self.held:
+        block.read(0)
+        if block.key in self.held:
             for number in range(1, self.slots + 1):
-                slab.read(number)
-        slab.read_for_digest(self.slots + 1)
+                block.read(number)
+        block.read_for_digest(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
 
-    def _winners(self, slab: InputBlock, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
-        old = slab.read(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
+    def _winners(self, block: InputBlock, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
+        old = block.read(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
         np.copyto(old, np.uint8(self.task), where=as_signed_bits(chosen) == as_signed_bits(newest))
         return old
 
 
 @dataclass(frozen=True)
 class ResultKernel(Kernel):
-    """The merged tensor of one slab from the base (input 0) and the slots."""
+    """The merged tensor of one block from the base (input 0) and the slots."""
 
     merge: MergeKernel
     slots: int
 
-    def __call__(self, slab: InputBlock) -> list[NDArray[Any]]:
-        if slab.key in self.merge.unmerged:
-            return [self.merge.base_units(slab, slab.read(0))]
-        rule = self.merge.rules[slab.key]
+    def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
+        if block.key in self.merge.unmerged:
+            return [self.merge.base_units(block, block.read(0))]
+        rule = self.merge.rules[block.key]
         assert isinstance(rule, StreamingRule)
-        stored = [slab.read(number) for number in range(1, self.slots + 1)]
+        stored = [block.read(number) for number in range(1, self.slots + 1)]
 
         def vector(head: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
             parts = [units[: head.stop - head.start] for units in stored]
@@ -128,7 +128,7 @@ class ResultKernel(Kernel):
                     values -= base
             return rule.finish(tuple(state), self.merge.tasks)
 
-        return [self.merge.join(slab, vector)]
+        return [self.merge.join(block, vector)]
 
 
 def _recover_values(

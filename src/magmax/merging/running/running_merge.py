@@ -146,13 +146,13 @@ class Running:
         self._disk.refuse_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
-        outcome = job.run(self._settings)
-        slots = list(outcome.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
-        tasks = [*self.tasks, AbsorbedModel(name, outcome.input_digests[len(self._disk.slots()) + 1])]
-        self._state.base_digest = outcome.input_digests[0]
+        result = job.run(self._settings)
+        slots = list(result.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
+        tasks = [*self.tasks, AbsorbedModel(name, result.input_digests[len(self._disk.slots()) + 1])]
+        self._state.base_digest = result.input_digests[0]
         self._remember_base()
         self._disk.publish(Version(number, tasks, slots, label, extents_of(base, match)))
-        return outcome
+        return result
 
     def result(
         self, scaling_factor: Number | None = None, out: str | PathLike[str] | None = None, **options: Any
@@ -171,8 +171,8 @@ class Running:
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
         inputs = kernel.merge.reader.inputs
-        ledger = BlockPipeline(inputs, [memory], kernel, self._settings.pool).run(self._settings.progress)
-        self._disk.verifier()(ledger.digests(inputs))
+        digests = BlockPipeline(inputs, [memory], kernel, self._settings.pool).run(self._settings.progress)
+        self._disk.verifier()(digests.digests(inputs))
         return restore_kind(self._base_given, base, memory.tensors, chosen)
 
     def result_job(self, out: str | PathLike[str], options: OutputOptions) -> Job:
