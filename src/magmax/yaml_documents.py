@@ -114,7 +114,7 @@ def _explain(
 
 
 def is_assignment(word: str) -> bool:
-    """Whether a command-line word is an assignment such as `rule.k=2`."""
+    """Return whether a command-line word is an assignment such as `rule.k=2`."""
     return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 

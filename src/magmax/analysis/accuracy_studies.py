@@ -183,7 +183,7 @@ def run_accuracy_study(kind: str, records: Records) -> Study:
 
 
 def has_records(kind: str, records: Records) -> bool:
-    """Whether there is something for a study to show."""
+    """Return whether there is something for a study to show."""
     try:
         return bool(run_accuracy_study(kind, records).records)
     except MagMaxError:

@@ -38,7 +38,7 @@ class MethodResult:
 
     @property
     def label(self) -> str:
-        """What tells it from the others: the name, and how its factor was found if not by default."""
+        """Return what tells it from the others: the name, and how its factor was found if not by default."""
         return self.name if self.variant == "default" else f"{self.name}, {self.variant}"
 
     @property
@@ -48,7 +48,7 @@ class MethodResult:
 
     @property
     def is_continual(self) -> bool:
-        """Whether it keeps to the rules of continual learning: no old data, no joint training."""
+        """Return whether it keeps to the rules of continual learning: no old data, no joint training."""
         return self.training not in REFERENCES
 
     def accuracy(self, num_learned: int, task: int) -> SeedBand:
@@ -67,7 +67,7 @@ class MethodResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is something to see after every task, not after the last alone."""
+        """Return whether there is something to see after every task, not after the last alone."""
         return all(self.accuracy_on_learned(i).n for i in range(1, self.num_tasks + 1))
 
 

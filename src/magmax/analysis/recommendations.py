@@ -42,7 +42,7 @@ class Recommendation:
 
 
 def recommend_from_weights(statistics: StatisticsByOrigin) -> list[Recommendation]:
-    """What the task vectors alone suggest; of several trainings together where it is the same."""
+    """Return what the task vectors alone suggest; of several trainings together where it is the same."""
     reasons_by_advice: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for training in dict.fromkeys(origin.training for origin in statistics):
         selected = {
@@ -138,7 +138,7 @@ def _check_norms(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
 
 
 def recommend_from_accuracies(methods: Sequence[MethodResult], records: Records) -> list[Recommendation]:
-    """What the accuracies suggest."""
+    """Return what the accuracies suggest."""
     if not methods:
         return []
     recommendations: list[Recommendation] = []
@@ -163,7 +163,7 @@ def _check_best_method(methods: Sequence[MethodResult], records: Records) -> Ite
 
 
 def is_significant(pair: PairedComparison) -> bool:
-    """Whether the interval of the difference leaves out zero."""
+    """Return whether the interval of the difference leaves out zero."""
     return pair.difference.mean - pair.difference.half > 0
 
 
@@ -247,7 +247,7 @@ def _check_harmed_tasks(methods: Sequence[MethodResult], records: Records) -> It
 
 
 def sort_recommendations(recommendations: Sequence[Recommendation]) -> list[Recommendation]:
-    """What to try, then what to beware of, then what is well."""
+    """Return what to try, then what to beware of, then what is well."""
     order = {"try": 0, "caution": 1, "good": 2}
     return sorted(dict.fromkeys(recommendations), key=lambda each: order[each.kind])
 

@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class TaskVectorStatistics:
-    """What is known of one tensor, or of several added up; T is the number of task vectors tau_1..tau_T.
+    """Counts and sums over the task vectors tau_1..tau_T of one tensor, or of several added up.
 
     Attributes:
         elements: how many there are.
@@ -77,7 +77,7 @@ class TaskVectorStatistics:
 
 @dataclass(frozen=True)
 class WeightStatistics:
-    """What a pass found.
+    """The statistics of a pass over a base and its fine-tuned models, tensor by tensor.
 
     Attributes:
         task_names: the models' names, in order.

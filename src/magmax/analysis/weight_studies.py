@@ -16,7 +16,7 @@ MIN_GROUP_SHARE = 0.001
 
 @dataclass(frozen=True)
 class ModelsOrigin:
-    """Where models come from: the training of a benchmark and its seed; "given" and 0 for files that a user names."""
+    """The training and seed that models come from; "given" and 0 for files that a user names."""
 
     training: str = "given"
     seed: int = 0

@@ -63,7 +63,7 @@ class CalibrationReport:
         return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
 
     def lines(self) -> list[str]:
-        """What is worth knowing at once: the range of xi, what was clipped or left alone and why."""
+        """Return what is worth knowing at once: the range of xi, what was clipped or left alone and why."""
         xis = sorted(layer.xi for layer in self.layers if layer.xi != 1)
         lines = (
             [f"xi of {len(xis)} layers: {xis[0]:.3g} to {xis[-1]:.3g}, median {xis[len(xis) // 2]:.3g}"] if xis else []

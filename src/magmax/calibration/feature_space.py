@@ -27,7 +27,7 @@ Samples = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """What is measured, beyond the samples.
+    """Options of a calibration in feature space, beyond the samples.
 
     Attributes:
         norm: of a feature vector's magnitude: "l1", as the public code has it, or "l2".
@@ -51,7 +51,7 @@ class FeatureOptions:
 
 @dataclass(frozen=True)
 class FeatureCalibration:
-    """What a calibration came to.
+    """The result of a calibration in feature space: coefficients and report.
 
     Attributes:
         coefficients: xi for each tensor of the module that was folded.

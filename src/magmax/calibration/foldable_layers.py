@@ -53,7 +53,7 @@ class ParameterRows:
 
 @dataclass(frozen=True, eq=False)
 class FoldablePart:
-    """What gets one coefficient: the weights of a layer, or of a projection inside one.
+    """The weights of a layer, or of a projection inside one, that share one coefficient.
 
     Attributes:
         pieces: its parameters, by their names in the layer.

@@ -65,7 +65,7 @@ class TaskVectorGram:
             )
 
     def doubtful_reason(self, merged: str) -> str:
-        """What makes it doubtful that this is a merge of the models; empty where nothing does."""
+        """Return what makes it doubtful that this is a merge of the models; empty where nothing does."""
         if self.correlation >= DOUBTFUL_CORRELATION:
             return ""
         return (

@@ -28,7 +28,7 @@ Handle = Callable[[int, FoldableLayer, Inputs], None]
 
 
 class _Call(NamedTuple):
-    """Where an item waits: the place of the stage among those that are measured, and each part's input."""
+    """A call that an item waits at: the stage's place in the order of measurement, and each part's input."""
 
     place: int
     inputs: Sequence[Inputs]
@@ -36,7 +36,7 @@ class _Call(NamedTuple):
 
 @dataclass
 class _PartResult:
-    """What became of a part: its tally, its coefficient before and after the limits, and why it is what it is."""
+    """The result for a part: ratio statistics, coefficient before and after the limits, and the reason."""
 
     tally: RatioStatistics
     raw: float = 1.0
@@ -263,7 +263,7 @@ class FeatureMeasurement:
         return numbers.reshape(stop - start, *shape[1:]).to(piece.parameter.device, compute)
 
     def report(self) -> CalibrationReport:
-        """What was measured of every layer, in the order of the module."""
+        """Return what was measured of every layer, in the order of the module."""
         layers: list[LayerReport] = []
         for part in (part for site in self._sites for stage in site.stages for part in stage.parts):
             result = self._outcomes.get(part) or _PartResult(
@@ -292,7 +292,7 @@ class FeatureMeasurement:
         return CalibrationReport(list(self.names), layers, dict(self._left))
 
     def _by_samples(self, tally: RatioStatistics) -> dict[int, float]:
-        """What so many samples a task would have said, on the same inputs."""
+        """Return what so many samples a task would have said, on the same inputs."""
         most = max(len(task_samples) for task_samples in self.samples)
         counts = sorted({2**n for n in range(most.bit_length()) if 2**n <= most} | {most})
         return {count: xi for count in counts if (xi := tally.xi(count)) is not None}

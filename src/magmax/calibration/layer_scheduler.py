@@ -54,7 +54,7 @@ class LayerCoroutine:
             raise _StopCoroutine
 
     def is_running(self) -> bool:
-        """Whether the caller is this work."""
+        """Return whether the caller is this work."""
         return threading.current_thread() is self._thread
 
     def _run(self) -> None:

@@ -125,7 +125,9 @@ def _matched(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str],
 
 
 def _saved_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What transformers calls the tensors in the files that it writes, where that is not what the module does."""
+    """Return what transformers calls the tensors in the files that it writes, where that is not what the module
+    does.
+    """
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before version 5 there was no difference

@@ -25,7 +25,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class CalibrationOptions(BaseModel):
-    """How a merged model gets its magnitude back. Paths are relative to the recipe's folder.
+    """Options of a calibration (MAGIC). Paths are relative to the recipe's folder.
 
     Attributes:
         space: "weight" needs no data; "feature" a few samples of each task; "dual" is the one and then the other.
@@ -59,7 +59,7 @@ class CalibrationOptions(BaseModel):
     any_model: bool = False
 
     def provenance(self) -> dict[str, Any]:
-        """What provenance tells of it: all that is not as usual, without paths."""
+        """Return what provenance tells of it: all that is not as usual, without paths."""
         changed = self.model_dump(exclude_defaults=True, exclude={"samples", "model", "sensitive", "space"})
         return {"space": self.space, **changed, **({"n": self.n} if self.space != "weight" else {})}
 

@@ -47,7 +47,9 @@ def read_samples(path: Path, labelled: bool = True) -> LabelledTexts:
 
 
 def sample_paths(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Where each task's samples are: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one lacks."""
+    """Return where each task's samples are: FOLDER/NAME.csv, or a folder FOLDER/NAME. Raises MagMaxError where one
+    lacks.
+    """
     paths: list[Path] = []
     for name in names:
         places = [place for place in (folder / f"{name}.csv", folder / name) if place.exists()]

@@ -51,18 +51,18 @@ class Checkpoint(ABC):
 
     @property
     def source(self) -> str:
-        """What a name for it is made from: where it was downloaded from, its path, or its label."""
+        """Return what a name for it is made from: where it was downloaded from, its path, or its label."""
         last = self.origin.rpartition("+")[2]
         return last if last.startswith(HUB_PREFIX) else str(self.path or self.url or self.label)
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether it is in files, here or elsewhere, and not in memory."""
+        """Return whether it is in files, here or elsewhere, and not in memory."""
         return self.path is not None or bool(self.url)
 
     @property
     def remote_bytes(self) -> int:
-        """How many of its bytes come from another machine, as far as tensors go."""
+        """Return how many of its bytes come from another machine, as far as tensors go."""
         return self.nbytes if self.url else 0
 
     def small_files_folder(self) -> Path | None:

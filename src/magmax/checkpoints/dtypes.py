@@ -23,14 +23,14 @@ BYTE_DTYPE = np.dtype("u1")
 
 
 class TensorSpec(NamedTuple):
-    """What a checkpoint's header says of one tensor: type (a key of `BITS_PER_ELEMENT`) and shape."""
+    """The type (a key of `BITS_PER_ELEMENT`) and shape of a tensor, as a checkpoint's header states them."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether the tensor takes part in a merge; every other tensor is carried over byte by byte."""
+        """Return whether the tensor takes part in a merge; every other tensor is carried over byte by byte."""
         return self.dtype in STORAGE_DTYPES
 
     @property

@@ -105,7 +105,7 @@ def lock_folder(folder: Path) -> Generator[None]:
 
 
 def _is_open_as(path: Path, fd: int) -> bool:
-    """Whether `path` still is the file that is open as `fd`."""
+    """Return whether `path` still is the file that is open as `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:

@@ -89,7 +89,7 @@ def spec_of(tensor: Any) -> TensorSpec:
 
 
 def _memory_key(tensor: Any) -> tuple[Any, ...] | None:
-    """Where in memory a torch tensor lies; equal places are tied tensors."""
+    """Return where in memory a torch tensor lies; equal places are tied tensors."""
     if not tensor.nbytes:
         return None
     if hasattr(tensor, "__array_interface__"):
@@ -139,7 +139,9 @@ def open_state_dict_file(path: Path, label: str) -> StateDict:
 
 
 def _has_all_tensors(path: Path, tensors: Mapping[str, Any]) -> bool:
-    """Whether every storage has the length of a record of the archive: torch does not look where it maps a file."""
+    """Return whether every storage has the length of a record of the archive: torch does not look where it maps a
+    file.
+    """
     if not zipfile.is_zipfile(path):
         return True
     try:

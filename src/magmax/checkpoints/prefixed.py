@@ -14,7 +14,7 @@ from .dtypes import TensorSpec
 
 
 class TensorSink(Protocol):
-    """Where tensors go, in any order: a draft on disk, a view of one, or arrays in memory."""
+    """A destination of tensors, written in any order: a draft on disk, a view of one, or arrays in memory."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...

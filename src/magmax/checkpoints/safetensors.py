@@ -161,5 +161,5 @@ class SafetensorsFile(Checkpoint):
 
 
 def is_string_map(value: Any) -> TypeGuard[dict[str, str]]:
-    """Whether parsed JSON is an object whose values are all strings."""
+    """Return whether parsed JSON is an object whose values are all strings."""
     return isinstance(value, dict) and all(type(v) is str for v in cast("dict[str, Any]", value).values())

@@ -30,7 +30,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class OutputPath:
-    """Where an output goes. A name ending in `.safetensors` is one file; any other name is a folder of shards.
+    """The path of an output: a `.safetensors` file, or, with any other name, a folder of shards.
 
     Attributes:
         path: where it is made.
@@ -63,7 +63,7 @@ class OutputPath:
         return self.path.with_name(self.path.name + ".magmax-old")
 
     def find_problems(self, inputs: list[Path]) -> list[str]:
-        """What forbids writing here, seen without writing: all of it."""
+        """Return what forbids writing here, seen without writing: all of it."""
         path = self.path
         if path.name in ("", ".."):
             return [f"{path}: names no new file or folder; give the output a name of its own"]
@@ -120,7 +120,7 @@ class ShardFile:
         self._fd = -1
 
     def is_intact(self) -> bool:
-        """Whether the file on disk is this shard, begun earlier."""
+        """Return whether the file on disk is this shard, begun earlier."""
         try:
             with open(self.path, "rb") as file:
                 same = file.read(len(self._header_bytes)) == self._header_bytes

@@ -181,7 +181,7 @@ def _bytes(trainings: Any) -> int:
 
 
 def _print(result: Study) -> None:
-    """What was found in words, and the records; of many only the first."""
+    """Return what was found in words, and the records; of many only the first."""
     for sentence in result.findings:
         print(sentence)
     from ..analysis.records import json_safe

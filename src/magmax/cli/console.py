@@ -61,7 +61,7 @@ def progress_options(
 
 @contextmanager
 def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
-    """What moves a bar on stderr, or nothing where stderr is no terminal."""
+    """Return what moves a bar on stderr, or nothing where stderr is no terminal."""
     if _is_quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -131,7 +131,7 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
 
 
 def _times(job: Job, threads: int) -> str:
-    """How long a job would take on some disks, and on none."""
+    """Return how long a job would take on some disks, and on none."""
     from ..merging.cost import DISKS, job_cost
 
     cost = job_cost(job, threads)
@@ -144,14 +144,14 @@ def _times(job: Job, threads: int) -> str:
 
 
 def print_result(words: str, result: MergeResult) -> None:
-    """What was written, and what it took."""
+    """Return what was written, and what it took."""
     print_unmerged(result)
     read, written = format_bytes(result.read_bytes - result.reused_bytes), format_bytes(result.written_bytes)
     print(f"{words}: {result.path} ({result.seconds:.2f} s, {read} read, {written} written)")
 
 
 def print_notes(plan: MergeRequest) -> None:
-    """What a recipe wants its user to know."""
+    """Return what a recipe wants its user to know."""
     for note in plan.notes:
         print_note(f"note: {note}")
 

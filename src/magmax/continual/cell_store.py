@@ -38,7 +38,7 @@ class CellStore:
         self.folder = out / FORMERLY
 
     def exists(self) -> bool:
-        """Whether a benchmark has written here, be it no record yet."""
+        """Return whether a benchmark has written here, be it no record yet."""
         return self.file.is_file() or self.folder.is_dir()
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def _locked(file: FileIO, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def _whole(content: bytes) -> int:
-    """How many bytes come before what a killed writer left: a line without end, or one that is no record."""
+    """Return how many bytes come before what a killed writer left: a line without end, or one that is no record."""
     end = content.rfind(b"\n") + 1
     last = content.rfind(b"\n", 0, max(0, end - 1)) + 1
     return end if end < len(content) or _record(content[last:end]) is not None else last

@@ -161,7 +161,7 @@ class _CellMeasurement:
         return {"variant": name, "scaling_factor": factor, "rows": rows}
 
     def possible(self, learned: int) -> bool:
-        """Whether the rule can merge so few (the third largest of two is none)."""
+        """Return whether the rule can merge so few (the third largest of two is none)."""
         try:
             if self.rule is not None:
                 self.rule.check(learned)
@@ -258,7 +258,8 @@ def with_seed(cell: BenchmarkCell) -> Rule:
 
 
 def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
-    """What a method must keep from one task to the next: weights, what its rule remembers, what its penalty does.
+    """Return what a method must keep from one task to the next: weights, what its rule remembers, what its penalty
+    does.
 
     The pre-trained model itself is not counted; a training that goes on from its last weights keeps these, an
     independent one does not; a rule in constant memory keeps its slots, another one every checkpoint; EWC keeps F;
@@ -285,7 +286,7 @@ def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Where a record was made."""
+    """Return where a record was made."""
     return {
         "magmax": __version__,
         "torch": torch.__version__,

@@ -110,7 +110,7 @@ def hold_out(data: LabelledExamples, per_class: int, seed: int) -> tuple[Labelle
 
 
 def device() -> str:
-    """Where models run: the accelerator, if there is one."""
+    """Return where models run: the accelerator, if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

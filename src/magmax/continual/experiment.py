@@ -72,7 +72,7 @@ class FitOptions(BaseModel):
 
 
 class Experiment(BaseModel):
-    """What `magmax train` and `magmax bench` do. Names come from the registry, or are package.module:function.
+    """An experiment of `magmax train` or `magmax bench`. Names come from the registry, or are package.module:function.
 
     Attributes:
         data, model, head, scenario: each a name, or {name: {option: value}}.
@@ -214,7 +214,7 @@ class BenchmarkCell(BaseModel):
 
     @property
     def scaled(self) -> bool:
-        """Whether its scaling factor matters."""
+        """Return whether its scaling factor matters."""
         return self.merges and self.calibration is None
 
     @property

@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class ProgressCallback(Protocol):
-    """What a working function calls now and then: so many of so many are done, and a short note."""
+    """A callback that receives how many of how many steps are done, and a short note."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 

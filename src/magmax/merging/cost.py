@@ -31,7 +31,7 @@ DISKS = (200, 1_000, 5_000)
 
 @dataclass(frozen=True)
 class JobCost:
-    """What a job moves.
+    """The bytes, elements and threads of a job.
 
     t = max(disk_bytes / disk speed, elements * ELEMENT_NS / threads), for reading, computing and writing overlap.
 
@@ -60,7 +60,7 @@ class JobCost:
 
 
 def job_cost(job: Job, threads: int = 0) -> JobCost:
-    """What a job moves, and so how long it takes; the decompositions of rules that need these are left out."""
+    """Return what a job moves, and so how long it takes; the decompositions of rules that need these are left out."""
     passes = 1 + job.extra_passes
     read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in job.inputs)
     elements = sum(spec.numel for checkpoint in job.inputs for spec in checkpoint.specs.values())

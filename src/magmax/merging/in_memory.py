@@ -25,7 +25,7 @@ from .pipeline import BlockPipeline
 def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, execution: ExecutionOptions
 ) -> dict[str, NDArray[Any]]:
-    """The merged tensors as stored units, flat, by the base's own keys."""
+    """Merge in memory; return flat arrays of stored units by the base's keys."""
     return InMemoryMerges(rule, base, models, options, execution).at(options.resolve_scaling_factor(rule))
 
 
@@ -51,7 +51,7 @@ class InMemoryMerges:
         self.inputs, self.settings = [base, *models], execution
 
     def at(self, factor: Number) -> dict[str, NDArray[Any]]:
-        """The merged tensors as stored units, flat, by the base's own keys."""
+        """Return the merge at a scaling factor: flat arrays of stored units by the base's keys."""
         memory = MemorySink(self.kernel.out)
         scaled = replace(self.kernel, scaling_factor=factor)
         BlockPipeline(self.inputs, [memory], scaled, self.settings.pool, digest=False).run(self.settings.progress)
@@ -73,7 +73,7 @@ class MemorySink:
 
 
 def restore_kind(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: OutputOptions) -> Any:
-    """The merged tensors in the shape of the thing that was given as the base."""
+    """Return the merged tensors as the same kind of object as the base: a state dict or a module."""
     original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
     specs = options.out_specs(opened)
     restored = {key: to_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}

@@ -20,7 +20,9 @@ from .reader import BlockReader
 
 @dataclass(frozen=True)
 class TensorMovement:
-    """How one tensor moved: the L2 norm of its task vector, of the base, and the share of elements that changed."""
+    """The movement of one tensor: L2 norm of its task vector and of the base, and the share of elements that
+    changed.
+    """
 
     key: str
     elements: int

@@ -37,7 +37,7 @@ from .result import MergeResult
 
 
 class JobRunner(Protocol):
-    """What reads the inputs of a job and fills its sinks, and notes in the journal what is done."""
+    """The runner of a job: reads the inputs, fills the sinks, and notes finished chunks in the journal."""
 
     @property
     def sinks(self) -> Sequence[TensorSink]: ...
@@ -61,7 +61,7 @@ def block_pipeline(
 
 
 def prepare_kernel(kernel: Kernel, execution: ExecutionOptions) -> Kernel:
-    """The kernel, once it has found out what it must know, where the settings will have it work."""
+    """Return the kernel with its statistics collected, on the device that the options name."""
     kernel = kernel.prepare(execution.pool, execution.progress)
     notes = [kernel.note()]
     if execution.device is not None:
@@ -140,7 +140,7 @@ class Job:
         )
 
     def problems(self) -> list[str]:
-        """Everything that would stop the work, as far as can be known without doing it."""
+        """Return everything that would stop the job, as far as can be checked without doing it."""
         problems = self.target.find_problems(
             [path for c in self.inputs for path in [c.path, *c.files()] if path is not None]
         )
@@ -253,7 +253,7 @@ class Job:
         return parts if draft.is_intact() else []
 
     def _identity(self) -> dict[str, Any]:
-        """What must be unchanged for finished chunks to be of use."""
+        """Return what must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().with_blank_digests().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
         fingerprints = [checkpoint.fingerprints() for checkpoint in self.inputs]
@@ -278,7 +278,7 @@ class Job:
 
 
 def explain_os_error(error: OSError, out: Path, again: str) -> MagMaxError:
-    """What the operating system refused while `out` was made; `again` says what the same command then does."""
+    """Return what the operating system refused while `out` was made; `again` says what the same command then does."""
     if error.errno == errno.ENOSPC:
         free = shutil.disk_usage(nearest_existing_folder(out)).free
         return MagMaxError(

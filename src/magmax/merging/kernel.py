@@ -94,7 +94,7 @@ class MergeKernel(Kernel):
         return [self.join(block, self.task_vector)]
 
     def join(self, block: InputBlock, vector: Callable[[InputBlock, NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
-        """The block with `vector`, given what is merged of it and the base there, scaled and added to the base."""
+        """Scale the merged part of a block, add it to the base, and append what is not merged."""
         head, stored, tail = self.split(block)
         if head.start == head.stop:
             return self.base_units(block, tail)
@@ -103,7 +103,7 @@ class MergeKernel(Kernel):
         return np.concatenate([merged, self.base_units(block, tail)]) if len(tail) else merged
 
     def split(self, block: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
-        """What is merged of the block, the base's units there, and those beyond."""
+        """Return what is merged of the block, the base's units there, and those beyond."""
         head, stored = block.until(self.extents.get(block.key, block.stop)), block.read(0)
         count = head.stop - head.start
         return head, stored[:count], stored[count:]
@@ -134,19 +134,19 @@ class MergeKernel(Kernel):
         return self._stored(block, merged)
 
     def copy_unmerged(self, block: InputBlock) -> NDArray[Any]:
-        """The base's own tensor; the models' are read where they can be, for their digests alone."""
+        """Copy a block of the base; read the models' blocks where they exist, for their digests."""
         base = block.read(0)
         for task in range(1, self.tasks + 1):
             block.read_for_digest(task)
         return self.base_units(block, base)
 
     def _elements(self) -> dict[str, int]:
-        """How many elements of each tensor are merged."""
+        """Return how many elements of each tensor are merged."""
         specs = self.reader.inputs[0].specs
         return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in self.unmerged}
 
     def base_units(self, block: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
-        """The base's own units in the output's type."""
+        """Return the base's units in the output's type."""
         spec = block.spec(0)
         if not spec.is_mergeable or self.out[block.key].dtype == spec.dtype:
             return base

@@ -27,7 +27,7 @@ class RowRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """How models fit a base.
+    """The result of matching models to a base: tensors merged in part, not merged, and mismatched.
 
     Attributes:
         unmerged: the tensors that are not merged, key -> why; those of the base are carried over as they are.
@@ -45,7 +45,7 @@ class Match:
         return {key: part.elements for key, part in self.partly_merged.items()}
 
     def describe(self) -> dict[str, Any]:
-        """What provenance tells of tensors that are not merged as a whole, without any path."""
+        """Return what provenance tells of tensors that are not merged as a whole, without any path."""
         description: dict[str, Any] = {}
         if self.partly_merged:
             description["merged_rows"] = {key: [part.rows, part.of] for key, part in sorted(self.partly_merged.items())}
@@ -92,7 +92,7 @@ def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mism
 
 
 def extents_of(base: Checkpoint, match: Match) -> dict[str, int]:
-    """How many elements are merged of each of the base's tensors of which a model has not all."""
+    """Return how many elements are merged of each of the base's tensors of which a model has not all."""
     return {**{key: 0 for key in match.mismatched if key in base.specs}, **match.extents}
 
 
@@ -117,14 +117,14 @@ def narrow_match(base: Checkpoint, match: Match, before: Mapping[str, int]) -> M
 
 
 def _differ_in_rows_only(ours: TensorSpec, theirs: TensorSpec | None) -> bool:
-    """Whether two tensors differ in the length of their first dimension and in nothing else that matters."""
+    """Return whether two tensors differ in the length of their first dimension and in nothing else that matters."""
     if theirs is None or not ours.shape or not theirs.shape or ours.shape[1:] != theirs.shape[1:]:
         return False
     return ours.is_mergeable and theirs.is_mergeable and not theirs.dtype == "F64" != ours.dtype
 
 
 def _part(ours: TensorSpec, row_counts: Mapping[str, int]) -> RowRange:
-    """The rows that the base and all models have; models that are not in `found` have as many as the base."""
+    """Return the rows that the base and all models have; models not in `row_counts` have as many as the base."""
     of = ours.shape[0]
     rows = min(of, *row_counts.values())
     theirs = ", ".join(f"{label} has {count}" for label, count in row_counts.items())

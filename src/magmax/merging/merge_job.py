@@ -76,7 +76,7 @@ def small_files(
 
 
 def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
-    """What provenance tells of a merge."""
+    """Return what provenance tells of a merge."""
     recipe = {
         "rule": rule.describe(),
         "scaling_factor": to_config(options.resolve_scaling_factor(rule)),
@@ -90,7 +90,7 @@ def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
 
 
 def base_metadata(base: Checkpoint) -> dict[str, str]:
-    """The base's own metadata, and which names share a tensor, as safetensors' save_model notes it."""
+    """Return the base's metadata, and the names that share a tensor, as safetensors' save_model writes them."""
     metadata = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
     return metadata | base.aliases
 

@@ -16,7 +16,7 @@ NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64":
 
 
 def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
-    """Name -> content or source of each file to copy from the base's folder; config.json gets `dtype`, if given."""
+    """Return name -> content or source of each file to copy from the base's folder; config.json gets `dtype`."""
     files: dict[str, bytes | Path] = {}
     for path in sorted(path for place in [folder, *_parts(folder)] for path in place.iterdir()):
         other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")

@@ -16,7 +16,7 @@ from .matching import Mismatch
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What a merge computes, beyond its rule.
+    """Options of a merge beyond its rule: scaling factor, dtype, mismatches, shards.
 
     Attributes:
         scaling_factor: multiplies the merged task vector, and may depend on the tensor; None means the rule's default.

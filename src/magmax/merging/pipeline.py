@@ -84,16 +84,18 @@ class InputBlock:
 
 
 class Kernel(ABC):
-    """What a pass does to each block."""
+    """The function that a pass applies to each block."""
 
     @property
     def whole_tensor(self) -> bool:
-        """Whether it gets each tensor as one block; a pass then works on one tensor at a time, whatever its threads."""
+        """Return whether it gets each tensor as one block; a pass then works on one tensor at a time, whatever its
+        threads.
+        """
         return False
 
     @property
     def holds_all_inputs(self) -> bool:
-        """Whether it holds a block of every input at once."""
+        """Return whether it holds a block of every input at once."""
         return False
 
     @abstractmethod
@@ -101,11 +103,11 @@ class Kernel(ABC):
         """Read what is needed of the block; return the stored units for each sink, or None to leave that sink alone."""
 
     def prepare(self, pool: WorkerPool, progress: Progress) -> Self:
-        """The kernel, once it has found out what it must know beforehand. By default it needs nothing."""
+        """Return the kernel with all that it needs before the pass. By default it needs nothing."""
         return self
 
     def note(self) -> str:
-        """What a user should hear once it is prepared. By default, nothing."""
+        """Return what a user should hear once it is prepared. By default, nothing."""
         return ""
 
 
@@ -271,7 +273,7 @@ def keep_freed_memory() -> None:
 
 
 class Prefetcher:
-    """What is fetched from other machines before its turn: chunk after chunk, as far as `PREFETCH_BYTES` goes."""
+    """A prefetcher of remote ranges: chunk after chunk, up to `PREFETCH_BYTES`."""
 
     def __init__(self, inputs: Sequence[Checkpoint]) -> None:
         self._inputs = [checkpoint for checkpoint in inputs if checkpoint.url]

@@ -41,7 +41,7 @@ class Provenance:
         return {METADATA_KEY: json.dumps(self.as_dict(), separators=(",", ":"))}
 
     def with_blank_digests(self) -> Provenance:
-        """The same, with zeros for the digests that are not known before the inputs are read."""
+        """Return the provenance with zeros for digests that are not computed yet."""
         return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names), self.origins)
 
 

@@ -64,14 +64,14 @@ class BlockReader:
 
 
 def is_finite(stored: NDArray[Any], dtype: str) -> bool:
-    """Whether no stored unit is NaN or infinite."""
+    """Return whether no stored unit is NaN or infinite."""
     if dtype == "BF16":
         return int((stored & np.uint16(0x7F80)).max()) < 0x7F80
     return bool(np.isfinite(stored).all())
 
 
 def nonfinite_mask(stored: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
-    """Which stored units are NaN or infinite."""
+    """Return which stored units are NaN or infinite."""
     if dtype == "BF16":
         return (stored & np.uint16(0x7F80)) == np.uint16(0x7F80)
     return ~np.isfinite(stored)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was done: where, from how many bytes, into how many, in how many seconds, and the digests."""
+    """The result of a merge: path, seconds, bytes read, written and reused, unmerged tensors and digests."""
 
     path: Path | str
     seconds: float

@@ -23,7 +23,7 @@ RESULT_SHARE = 64
 
 
 class CollectedStatistics(NamedTuple):
-    """What a rule asked.
+    """The statistics that a rule requested, and the reader, which knows what it has checked.
 
     Attributes:
         found: the answers by tensor; under None where the rule asks of the whole model.
@@ -62,7 +62,7 @@ def collect_statistics(
 
 
 class TensorStatistics(NamedTuple):
-    """What came of the questions about one tensor: the answer, whether all of it was read, and bytes read."""
+    """The statistics of one tensor, whether all of it was read, and the bytes read."""
 
     answer: Statistics
     checked: bool

@@ -68,7 +68,7 @@ class FactorSweep:
     execution: ExecutionOptions
 
     def path(self, factor: float) -> Path:
-        """Where the result at a factor goes: OUT with the factor put before its suffix."""
+        """Return where the result at a factor goes: OUT with the factor put before its suffix."""
         suffix = ".safetensors" if not OutputPath(self.out).is_folder else ""
         return self.out.with_name(f"{self.out.name.removesuffix(suffix)}-{factor:g}{suffix}")
 

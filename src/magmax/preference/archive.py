@@ -46,7 +46,7 @@ Presets = dict[str, dict[str, float]]
 
 
 class ArchiveInfo:
-    """What `archive.json` says. Raises MagMaxError, in words of the reason alone, for what says no such thing."""
+    """The content of `archive.json`. Raises MagMaxError, with the reason alone, for anything else."""
 
     def __init__(self, content: Any) -> None:
         try:
@@ -72,7 +72,7 @@ class ArchiveInfo:
             raise MagMaxError(str(error)) from error
 
     def same_models(self, other: ArchiveInfo) -> bool:
-        """Whether both are of the same models, as far as they say."""
+        """Return whether both are of the same models, as far as they say."""
         return (self.tasks, self.models, self.base_digest) == (other.tasks, other.models, other.base_digest)
 
 
@@ -90,17 +90,17 @@ class Archive:
         self.tensors = open_checkpoint(folder)
 
     def base(self, base: str | None = None) -> Checkpoint:
-        """The base: the one given, or where it was when the archive was made."""
+        """Open the base: the path in the argument, or where the archive was made from."""
         if base is None and self._about.base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
         return open_checkpoint(base or resolve_portable_path(self.folder, self._about.base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTaskVector]:
-        """Each task's vector, as far as it was kept."""
+        """Return each task's archived task vector."""
         return [ArchivedTaskVector(self, task, name, base) for task, name in enumerate(self.tasks)]
 
     def job(self, rule: Rule, out: Path, options: OutputOptions, base: str | None = None) -> Job:
-        """The work of merging what was kept, into a file or folder outside the archive's."""
+        """Return the job of merging the archived task vectors into a file or folder outside the archive."""
         self.refuse_inside(out)
         opened = self.base(base)
         job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
@@ -214,7 +214,7 @@ class ArchivedTaskVector(Checkpoint):
         return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage_dtype)
 
     def _start(self, key: str, block: int) -> int:
-        """How many entries are kept before a block, or in all."""
+        """Return how many entries are kept before a block, or in all."""
         if block * BLOCK >= self.specs[key].numel:
             return self._tensors.specs[f"{self._task}/values/{key}"].numel
         return int(self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")[0])

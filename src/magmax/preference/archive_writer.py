@@ -34,7 +34,7 @@ LARGEST_BF16 = (2 - 2**-7) * 2.0**127
 
 
 class KeptEntries(NamedTuple):
-    """Which entries of one task vector are kept: those of at least this magnitude, or all."""
+    """The entries of one task vector that are archived: those of at least this magnitude, or all."""
 
     least: int | None
     wide: bool
@@ -62,13 +62,13 @@ class ArchiveWriter:
         return [self.reader.task_vector(block, task, base) for task in range(1, len(self.reader.inputs))]
 
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
-        """How many entries of each task are kept in each block."""
+        """Return how many entries of each task are kept in each block."""
         edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
         masks = [entries.mask(vector) for entries, vector in zip(self.kept, self.vectors(chunk), strict=True)]
         return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
 
     def starts(self, execution: ExecutionOptions) -> dict[tuple[int, str], NDArray[np.int64]]:
-        """How many entries of a task's tensor are kept before each block, and in all."""
+        """Return how many entries of a task's tensor are kept before each block, and in all."""
         starts: dict[tuple[int, str], NDArray[np.int64]] = {
             (task, key): np.zeros(1 + -(-self.spec(key).numel // BLOCK), np.int64)
             for task in range(len(self.kept))

@@ -30,7 +30,7 @@ class PreferenceTrial:
 
 @dataclass(frozen=True)
 class PreferenceChoice:
-    """What was tried, and the best of it."""
+    """The candidates that were tried, and the best of them."""
 
     candidates: Sequence[PreferenceTrial]
     best: PreferenceTrial

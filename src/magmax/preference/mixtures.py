@@ -24,7 +24,7 @@ RowIndices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TargetEnvironment:
-    """Where a merged model is to work.
+    """An environment of a merged model: a mixture of tasks, with samples to tune on and rows to score.
 
     Attributes:
         mixture: its kind, such as D1.

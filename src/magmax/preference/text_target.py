@@ -39,7 +39,7 @@ def read_task_samples(folder: Path, names: Sequence[str], labelled: bool = True)
 
 @dataclass(frozen=True)
 class TextPreferenceEstimator:
-    """What a preference can be made of: the models, their training samples, and samples of the target."""
+    """An estimator of preferences for text models, from training samples and samples of the target."""
 
     encoder: TextEncoder
     base: Checkpoint

@@ -23,7 +23,7 @@ from ..rules import Rule, Tunable
 
 
 class TargetSamples(BaseModel):
-    """Where the preference of the rule tunable comes from. Paths are relative to the recipe's folder.
+    """The source of a preference for the rule tunable. Paths are relative to the recipe's folder.
 
     Attributes:
         data: labelled texts of the target: a CSV with the columns text and label, or a folder of LABEL/NAME.txt.
@@ -42,7 +42,7 @@ class TargetSamples(BaseModel):
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """A recipe made ready: what `magmax.merge` would be given.
+    """A validated merge: rule, inputs, options and output.
 
     Attributes:
         check: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to

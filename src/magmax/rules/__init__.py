@@ -162,7 +162,7 @@ def _components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransfo
 
 
 def as_rule(rule: Rule | str) -> Rule:
-    """A rule given as an object or by name."""
+    """Return a rule from an object or a name."""
     return make_rule(rule) if isinstance(rule, str) else rule
 
 

@@ -37,18 +37,20 @@ class Component(ABC):
 
     @property
     def cpu_only_parts(self) -> list[str]:
-        """What of it takes arrays in the processor's memory only, by name: nothing, where it works on a GPU too."""
+        """Return what of it takes arrays in the processor's memory only, by name: nothing, where it works on a GPU
+        too.
+        """
         inside = [name for option in _options(self) if isinstance(option, Component) for name in option.cpu_only_parts]
         return [self.name] * self.cpu_only + inside
 
     @property
     def varies_by_tensor(self) -> bool:
-        """Whether any of its numbers differs from tensor to tensor."""
+        """Return whether any of its numbers differs from tensor to tensor."""
         return any(option.varies_by_tensor for option in _options(self))
 
     @property
     def per_model(self) -> bool:
-        """Whether any of its numbers is given for each model."""
+        """Return whether any of its numbers is given for each model."""
         return any(option.per_model for option in _options(self))
 
     def for_tensor(self, position: TensorPosition) -> Self:
@@ -56,7 +58,7 @@ class Component(ABC):
         return _with_options(self, lambda option: option.for_tensor(position)) if self.varies_by_tensor else self
 
     def for_models(self, names: Sequence[str]) -> Self:
-        """The part, numbers given by the models' names put in the models' order."""
+        """Return the component with numbers by model name put in the models' order."""
         return _with_options(self, lambda option: option.for_models(names)) if self.per_model else self
 
     def check_schedules(self, tasks: int) -> None:
@@ -91,7 +93,7 @@ class Rule(Component):
 
     @property
     def passes(self) -> int:
-        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
         return 0
 
     @property
@@ -112,17 +114,19 @@ class Rule(Component):
 
     @property
     def whole_tensor(self) -> bool:
-        """Whether it must have all of a tensor at once: `Block.shape` is then the tensor's."""
+        """Return whether it must have all of a tensor at once: `Block.shape` is then the tensor's."""
         return False
 
     @property
     def needs_base(self) -> bool:
-        """Whether it combines whole weights theta_0 + tau_t, so that it needs `Block.base`."""
+        """Return whether it combines whole weights theta_0 + tau_t, so that it needs `Block.base`."""
         return False
 
     @property
     def needs_scaling_factor(self) -> bool:
-        """Whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked first."""
+        """Return whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked
+        first.
+        """
         return False
 
     @property
@@ -157,7 +161,9 @@ class Rule(Component):
         return self
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        """Return what a user should hear of the answers to its plan (one, or one for each tensor). By default,
+        nothing.
+        """
         return ""
 
     def __call__(
@@ -223,7 +229,7 @@ class StreamingRule(Rule):
         """The merged task vector of `tasks` tasks; may overwrite `state`."""
 
     def slots(self, tasks: int) -> int:
-        """How many arrays the state of so many tasks holds."""
+        """Return how many arrays the state of so many tasks holds."""
         return min(tasks, 1)
 
     def merge(self, block: Block, statistics: Statistics) -> Array:
@@ -271,7 +277,7 @@ def _options(part: Component) -> Iterator[Schedule | Component]:
 
 
 def _nested_options(value: Any) -> Iterator[Schedule | Component]:
-    """What of an option depends on a place: itself, or, of a tuple, each of its items."""
+    """Return what of an option depends on a place: itself, or, of a tuple, each of its items."""
     if isinstance(value, Schedule | Component):
         yield value
     elif isinstance(value, tuple):
@@ -296,7 +302,7 @@ class TaskVectorTransform(Component):
 
     @property
     def passes(self) -> int:
-        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
         return 0
 
     @property
@@ -327,7 +333,7 @@ class MergedTransform(Component):
 
     @property
     def passes(self) -> int:
-        """How many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
         return 0
 
     def statistics(self, scope: Scope, merge: MergeFunction) -> StatisticsRequest:
@@ -339,7 +345,9 @@ class MergedTransform(Component):
         """The transformed merge of a block; it is multiplied by the scaling factor `factor` afterwards."""
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        """What a user should hear of the answers to its plan (one, or one for each tensor). By default, nothing."""
+        """Return what a user should hear of the answers to its plan (one, or one for each tensor). By default,
+        nothing.
+        """
         return ""
 
     def check_names(self, names: Collection[str]) -> None:

@@ -18,7 +18,7 @@ PIECE = 1 << 14
 
 
 class NormStatistics(NamedTuple):
-    """What was measured of the tensors.
+    """The dot products and norms of the tensors.
 
     Attributes:
         parts: of each tensor, how many elements its parts have: all of it, or a row.
@@ -117,12 +117,12 @@ def mean_cosine(dots: Sums) -> float:
 
 
 def _is_cut(block: Block, size: int) -> bool:
-    """Whether the block holds no whole number of parts."""
+    """Return whether the block holds no whole number of parts."""
     return block.address.offset % size != 0 or block.task_vectors[0].shape[0] % size != 0
 
 
 def _part_start(address: Address, size: int) -> Address:
-    """Where the part that an address lies in begins."""
+    """Return where the part that an address lies in begins."""
     return Address(address.key, address.offset // size * size)
 
 

@@ -16,7 +16,7 @@ from .statistics import Array, Block, Counts, Reduction, Scope, Span, Statistics
 
 
 class SceStatistics(NamedTuple):
-    """What SCE must know of a tensor before it merges it: which elements it selects, and each model's weight."""
+    """The statistics of SCE for one tensor: its selected elements, and each model's weight."""
 
     cut: LargestEntries | None
     weights: Sequence[float]
@@ -96,7 +96,7 @@ def _select(block: Block, cut: LargestEntries | None) -> None:
 
 @dataclass(frozen=True)
 class VaryingCount(Reduction):
-    """How many elements are not the same in all task vectors."""
+    """A count of the elements that differ between task vectors."""
 
     def initial(self) -> Counts:
         return np.zeros(1, np.int64)

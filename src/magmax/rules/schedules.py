@@ -22,17 +22,17 @@ class Schedule(ABC):
 
     @property
     def varies_by_tensor(self) -> bool:
-        """Whether it differs from tensor to tensor."""
+        """Return whether it differs from tensor to tensor."""
         return True
 
     @property
     def per_model(self) -> bool:
-        """Whether it differs from model to model."""
+        """Return whether it differs from model to model."""
         return False
 
     @abstractmethod
     def for_tensor(self, position: TensorPosition) -> float | Schedule:
-        """What it is for one tensor."""
+        """Return what it is for one tensor."""
 
     @abstractmethod
     def numbers(self) -> Iterator[float]:
@@ -43,11 +43,11 @@ class Schedule(ABC):
         """The value as a recipe writes it."""
 
     def for_models(self, names: Sequence[str]) -> Self | Schedule:
-        """The value, once the models' names and order are known."""
+        """Return the schedule with the models' names put in their order."""
         return self
 
     def check(self, tasks: int) -> str | None:
-        """What is wrong with it for so many models, if anything."""
+        """Return what is wrong with it for so many models, if anything."""
         return None
 
 
@@ -190,7 +190,7 @@ Numbers = Number | PerModel | PerModelName
 
 
 def resolve(value: Number, position: TensorPosition) -> float:
-    """What a value is for one tensor."""
+    """Return what a value is for one tensor."""
     return value.for_tensor(position) if isinstance(value, Schedule) else value
 
 

@@ -31,7 +31,7 @@ class KthMagnitudeCode(NamedTuple):
 
 @dataclass(frozen=True)
 class LargestEntries:
-    """Which entries of one task vector are its k largest: those above a magnitude, and of those equal to it the first.
+    """The k largest entries of one task vector: those above a magnitude, and the first of those equal to it.
 
     Attributes:
         code: the magnitude, as the integer its bits spell.
@@ -58,7 +58,7 @@ class LargestEntries:
         return mask
 
     def drops_any_equal(self, address: Address, equal: int) -> bool:
-        """Whether not all of a block's `equal` entries of just this magnitude are kept."""
+        """Return whether not all of a block's `equal` entries of just this magnitude are kept."""
         return (
             equal > 0
             and self.last_equal is not None
@@ -138,7 +138,7 @@ def request_largest(keeps: Sequence[int], scope: Scope) -> Generator[Reduction, 
 def largest_entries(
     ranks: Sequence[KthMagnitudeCode], equals: Mapping[Address, Counts], wide: bool
 ) -> list[LargestEntries]:
-    """Which entries are the largest, given how many entries of each block equal each task's k-th."""
+    """Return which entries are the largest, given how many entries of each block equal each task's k-th."""
     order = sorted(equals)
     entries: list[LargestEntries] = []
     for task, (code, wanted, equal) in enumerate(ranks):

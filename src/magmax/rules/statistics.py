@@ -25,7 +25,7 @@ def namespace(array: Array) -> Any:
 
 
 class Address(NamedTuple):
-    """Where a block lies: its tensor, and the offset of its first element in the flattened tensor."""
+    """The address of a block: its tensor, and the offset of its first element in the flattened tensor."""
 
     key: str
     offset: int
@@ -56,7 +56,7 @@ class Span(Enum):
 
 @dataclass(frozen=True)
 class Scope:
-    """What a plan knows before it asks.
+    """The scope of a statistics request: number of tasks, elements, and the tensors' shapes.
 
     Attributes:
         tasks: the number of task vectors.

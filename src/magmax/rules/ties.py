@@ -17,7 +17,7 @@ from .statistics import Address, Array, Block, Counts, Reduction, Scope, Span, S
 
 
 class TiesStatistics(NamedTuple):
-    """What TIES must know before it merges: each task's cut, and whether most elected signs are negative."""
+    """The statistics of TIES: each task's largest entries, and whether most elected signs are negative."""
 
     cuts: Sequence[LargestEntries]
     mostly_negative: bool
@@ -90,7 +90,7 @@ class Ties(Rule):
 
 @dataclass(frozen=True)
 class SignVotes(Reduction):
-    """How many more elements elect a positive sign than a negative one."""
+    """The number of elements that elect a positive sign, less those that elect a negative one."""
 
     cuts: Sequence[LargestEntries]
     weights: Sequence[float]
@@ -107,7 +107,7 @@ class SignVotes(Reduction):
 
 @dataclass(frozen=True)
 class EqualCountsAndVotes(Reduction):
-    """Per task, how many magnitudes are exactly its code; and the votes, if all of these are kept."""
+    """Per task, the number of magnitudes equal to its code; and the votes if all of these are kept."""
 
     codes: Sequence[int]
     float64: bool

@@ -111,7 +111,7 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, Tr
 
 
 def _expanded(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
-    """What of the space a study chooses from: by "" a number or a choice, or by its name each model's number."""
+    """Return what of the space a study chooses from: by "" a number or a choice, or by its name each model's number."""
     if isinstance(span, list):
         if not span:
             raise MagMaxError("a list of choices holds at least one")

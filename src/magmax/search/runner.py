@@ -114,7 +114,9 @@ class TrialStore:
         self.tried = [self._tried(trial) for trial in self._finished]
 
     def choose(self, number: int, known_trials: int, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What trial `number` tries, knowing the scores up to trial `known` and what the others before it try."""
+        """Return what trial `number` tries, knowing the scores up to trial `known` and what the others before it
+        try.
+        """
         optuna = self._optuna
         seed = int.from_bytes(f"{self._recipe.seed} {number}".encode(), "little") % (2**32 - 5)
         kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}

@@ -22,7 +22,7 @@ BEST, TABLE = "best.yaml", "trials.csv"
 
 
 def tasks_of(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> list[str]:
-    """What the trials are compared on: the objectives, or every task that is scored."""
+    """Return what the trials are compared on: the objectives, or every task that is scored."""
     return recipe.objectives or list(dict.fromkeys(task for trial in tried for task in trial.scores))
 
 

@@ -24,7 +24,7 @@ SCORE = "score"
 
 
 class TrialResult(NamedTuple):
-    """What came of a trial: the scores by task; or why the settings do not go together."""
+    """The result of a trial: scores by task, or the reason why its settings do not go together."""
 
     scores: dict[str, float]
     refused: str = ""
@@ -37,7 +37,7 @@ def to_optuna(choice: Any) -> str | int | float | bool | None:
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What every trial of a search needs.
+    """The merge, space and score that every trial of a search needs.
 
     Attributes:
         merge: the content of the merge recipe; its paths are seen from `folder`.
@@ -86,7 +86,7 @@ class TrialSettings:
             remove(out)
 
     def scores(self, path: Path) -> dict[str, float]:
-        """What a result is worth."""
+        """Return what a result is worth."""
         if not isinstance(self.score, str):
             return accuracies(*self.score, path)
         found: Any = registry.find("score", {}, self.score)(path)

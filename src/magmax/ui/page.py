@@ -35,7 +35,7 @@ def format_percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class SliderRow:
-    """What moves in a task's row."""
+    """The elements of a task's row that change."""
 
     slider: Slider
     share: TextElement
@@ -64,7 +64,7 @@ class TunerPage:
         self.apply_preset(MAGMAX_PRESET)
 
     def build_header(self) -> None:
-        """What is merged, and how it is looked at."""
+        """Return what is merged, and how it is looked at."""
         context, merges = self.tuner.context, self.tuner.merges
         with container("header"):
             with container("p", "brand"):

@@ -111,7 +111,7 @@ class PreviewMerges:
 
 
 def _count_winners(blocks: Sequence[Block], tasks: int) -> list[int]:
-    """How many elements MagMax takes from each task."""
+    """Return how many elements MagMax takes from each task."""
     supply = SupplyCount(tasks, any(delta.dtype == np.float64 for block in blocks for delta in block.task_vectors))
     counts = supply.initial()
     for block in blocks:

@@ -41,7 +41,7 @@ def format_number(value: float) -> str:
 
 @dataclass(frozen=True)
 class ChartAxis:
-    """What is measured: its name, how it is written, and whether it must begin at zero."""
+    """An axis of a chart: its label, number format, and whether it begins at zero."""
 
     label: str
     format_value: Callable[[float], str] = format_number
@@ -217,7 +217,7 @@ class _XYFrame:
         self.y_scale = LinearScale(self.y_ticks[0], self.y_ticks[-1], bottom, top)
 
     def _choose_x_ticks(self, values: Sequence[float], low: float, high: float, tick_count: int) -> list[float]:
-        """Where the axis is labelled: at the points themselves if they are few, else at round numbers."""
+        """Return where the axis is labelled: at the points themselves if they are few, else at round numbers."""
         distinct = sorted(set(values))
         if len(distinct) <= tick_count + 2 and all(b - a > (high - low) / 12 for a, b in pairwise(distinct)):
             return distinct
@@ -246,7 +246,7 @@ class _XYFrame:
 
 
 def _row_offsets(series: Sequence[SvgSeries]) -> list[float]:
-    """How far each series is moved within its row, so that intervals do not lie on each other."""
+    """Return how far each series is moved within its row, so that intervals do not lie on each other."""
     apart = 10.0 if len(series) > 1 and any(p.has_interval for s in series for p in s.points) else 0.0
     return [apart * (n - (len(series) - 1) / 2) for n in range(len(series))]
 

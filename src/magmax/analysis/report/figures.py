@@ -19,7 +19,7 @@ equally well, with a contrast above 4.5."""
 
 @dataclass(frozen=True)
 class TableCell:
-    """A table's cell: what is read, what it is sorted by, and what is told when it is pointed at."""
+    """A cell of a table: text, value to sort by, and tooltip."""
 
     text: str
     sort_value: float | None = None
@@ -45,7 +45,7 @@ class FigureTable:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """What a page shows.
+    """A figure of a report: drawing, title, legend and table of its numbers.
 
     Attributes:
         html_id: its name within a page.

@@ -48,7 +48,7 @@ class PageSection:
 
 @dataclass(frozen=True)
 class ReportPage:
-    """What a report says, in the order it says it.
+    """The content of a report page, in the order in which it is shown.
 
     Attributes:
         summary: of what was run, in a sentence.

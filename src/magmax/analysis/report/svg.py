@@ -14,7 +14,7 @@ LETTER_PIXELS = 7.2
 
 @dataclass(frozen=True)
 class SvgPoint:
-    """One mark: its place, the ends of its interval if it has one, and what is told when it is pointed at."""
+    """A mark of a chart: its place, interval and tooltip."""
 
     x: float
     y: float

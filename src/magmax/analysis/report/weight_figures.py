@@ -44,7 +44,7 @@ def conflicts_figures(study: Study) -> list[ReportFigure]:
 
 
 def consistency_figures(study: Study) -> list[ReportFigure]:
-    """How large changes are against how many tasks agree on their direction."""
+    """Return how large changes are against how many tasks agree on their direction."""
     trainings = _unique_values(study.records, "training")
     groups = [group for group in _unique_values(study.records, "agreeing") if group > 0]
     largest = aggregate(study.records, ["training", "agreeing"], "largest")
@@ -158,7 +158,7 @@ def cosine_figures(study: Study) -> list[ReportFigure]:
 
 
 def norms_figures(study: Study) -> list[ReportFigure]:
-    """How far each task moved each layer."""
+    """Return how far each task moved each layer."""
     by = ["training", "layer", "task"]
     relative, norm = aggregate(study.records, by, "relative"), aggregate(study.records, by, "norm")
     trainings, layers, tasks = (_unique_values(study.records, name) for name in by)

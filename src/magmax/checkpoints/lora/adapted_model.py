@@ -78,7 +78,7 @@ class LoraModel(Checkpoint):
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
+    """Return whether a folder holds an adapter and no model of its own."""
     others = [file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
     return (folder / ADAPTER_CONFIG).is_file() and not set(others) - {*WEIGHT_FILES, "training_args.bin"}
 
@@ -113,7 +113,7 @@ def relative_path(folder: str, text: str) -> str:
 
 
 def portable_path(folder: Path, source: object, checkpoint: Checkpoint) -> str | None:
-    """What opens a checkpoint again, as seen from a folder: its ids on the hub, or the path, or every part of
+    """Return what opens a checkpoint again, as seen from a folder: its ids on the hub, or the path, or every part of
     "BASE+ADAPTER", that was given; None if nothing does."""
     if checkpoint.origin and all(origin.startswith(HUB_PREFIX) for origin in checkpoint.origin.split("+")):
         return checkpoint.origin
@@ -127,7 +127,7 @@ def portable_path(folder: Path, source: object, checkpoint: Checkpoint) -> str |
 
 
 def resolve_portable_path(folder: Path, source: str) -> str:
-    """What `portable_path` told of a folder, as it is seen from here."""
+    """Return what `portable_path` told of a folder, as it is seen from here."""
     here = os.fspath(folder)
     return map_parts(source, lambda part: os.path.normpath(os.path.join(here, part)), here)
 

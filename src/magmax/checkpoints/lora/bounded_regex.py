@@ -53,7 +53,9 @@ class BoundedRegex:
             raise BoundedRegexError(str(error)) from error
 
     def matches_module(self, module: str) -> bool:
-        """Whether the expression is the whole of a module's name, or of its end after a dot, as PEFT decides it."""
+        """Return whether the expression is the whole of a module's name, or of its end after a dot, as PEFT decides
+        it.
+        """
         if len(module) > MAX_LENGTH:
             raise BoundedRegexError(f"the name of the module is longer than {MAX_LENGTH} characters")
         line = len(module.partition("\n")[0])

@@ -84,7 +84,7 @@ class PeftAdapter(Checkpoint):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the adapter says that its weights are stored transposed."""
+        """Return whether the adapter says that its weights are stored transposed."""
         return self.config.get("fan_in_fan_out") is True
 
     def factor_names(self, module: str, is_embedding: bool) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapted_layers(adapter: PeftAdapter) -> dict[AdaptedLayer, LowRankUpdate]:
-    """What an adapter adds to each module that it targets.
+    """Return what an adapter adds to each module that it targets.
 
     Raises:
         MagMaxError: one that lists all that has no meaning without the base: modules and biases saved in full, and

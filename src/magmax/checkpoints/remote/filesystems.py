@@ -28,7 +28,7 @@ STAMP_FIELDS = (
 
 
 class RangeResponse(NamedTuple):
-    """What an answer holds: its bytes, how many the whole file has, and what tells that the file is unchanged."""
+    """The answer to a range request: bytes, size of the whole file, and a stamp that changes with the file."""
 
     content: bytes
     size: int
@@ -139,5 +139,5 @@ class HttpSource(RemoteSource):
 
 
 def open_source(url: str) -> RemoteSource:
-    """What gives the file of a URL."""
+    """Return what gives the file of a URL."""
     return HttpSource(url) if url.lower().startswith(HTTP_SCHEMES) else FsspecSource(url)

@@ -51,18 +51,18 @@ class HubFiles(NamedTuple):
 
 
 def locate_model(text: str) -> HubFiles:
-    """Where a path or a model of the hub is on this machine; see `find`."""
+    """Return where a path or a model of the hub is on this machine; see `find`."""
     wanted = parse_hub_id(text)
     return fetch_model(wanted) if wanted else HubFiles(Path(text), text)
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether a text could be meant as the id of a model on the hub."""
+    """Return whether a text could be meant as the id of a model on the hub."""
     return re.fullmatch(rf"{NAME_PATTERN}/{NAME_PATTERN}(@\S+)?", text) is not None and not text.endswith(PATH_SUFFIXES)
 
 
 def parse_hub_id(text: str, folder: str = "") -> HubId | None:
-    """What a text names on the hub, if it is no path as seen from `folder`.
+    """Return what a text names on the hub, if it is no path as seen from `folder`.
 
     `hf://NAME_PATTERN/MODEL[@REVISION][/INSIDE]` always does, where no file has that very name.
     `NAME_PATTERN/MODEL[@REVISION]` does
@@ -90,7 +90,7 @@ def _exists(folder: str, name: str) -> bool:
 
 
 def fetch_model(hub_id: HubId) -> HubFiles:
-    """Where a model's files are on this machine, downloaded if they are not there yet.
+    """Return where a model's files are on this machine, downloaded if they are not there yet.
 
     The hub is asked once in a process what a branch or tag stands for; a commit that is in the cache whole is taken
     from there unasked, and so is any model where the hub cannot be reached or HF_HUB_OFFLINE is set. Of the files only
@@ -203,7 +203,7 @@ def needed_files(names: Iterable[str], hub_id: HubId, download_index: Callable[[
 
 
 def _explain_error(hub: Any, hub_id: HubId, cache: str, endpoint: str, error: Exception) -> str:
-    """What went wrong, and what would help."""
+    """Return what went wrong, and what would help."""
     errors = hub.errors
     login = "log in (hf auth login, or HF_TOKEN)"
     message = (str(error).splitlines() or [""])[0][:200]

@@ -98,7 +98,7 @@ class RemoteFolder:
         return self.url_of(weight_files[0])
 
     def fingerprints(self, refresh: bool) -> dict[str, list[object]]:
-        """What tells that the index is unchanged."""
+        """Return what tells that the index is unchanged."""
         if self._index_file is None:
             return {}
         return {self.index_url: self._index_file.read_stamp() if refresh else self._index_file.stamp}

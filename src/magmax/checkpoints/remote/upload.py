@@ -19,7 +19,7 @@ PART_BYTES = 8 << 20
 
 
 def staging_path(url: str) -> Path:
-    """Where the output for a URL is made on this machine."""
+    """Return where the output for a URL is made on this machine."""
     place = hashlib.sha256(url.encode()).hexdigest()[:16]
     return Path(cache_folder(), "outgoing", place, PurePosixPath(urlsplit(url).path).name)
 
@@ -42,7 +42,7 @@ class Upload:
         self._path = path.rstrip("/")
 
     def find_problems(self, is_folder: bool, inputs: Collection[str]) -> list[str]:
-        """What forbids to write here, seen without writing."""
+        """Return what forbids to write here, seen without writing."""
         if self.label in inputs or any(each.startswith(self.label + "/") for each in inputs):
             return [f"{self.label}: is one of the inputs, or holds one; choose another place for the output"]
         return with_retries(self.label, lambda: self._find_conflicts(is_folder))

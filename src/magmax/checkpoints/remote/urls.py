@@ -28,7 +28,7 @@ class RemoteFileNotFoundError(MagMaxError):
 
 
 def is_url(text: str) -> bool:
-    """Whether a text names something on another machine, models of the hub apart."""
+    """Return whether a text names something on another machine, models of the hub apart."""
     return SCHEME_PATTERN.match(text) is not None and not text.startswith(HUB_PREFIX)
 
 
@@ -90,5 +90,5 @@ def changed_file_error(label: str) -> MagMaxError:
 
 
 def cache_folder() -> str:
-    """Where what is on its way is kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
+    """Return where what is on its way is kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
     return os.environ.get("MAGMAX_CACHE") or ".cache"

@@ -166,7 +166,7 @@ class DistributedCheckpoint(Checkpoint):
         return self._open_files[name]
 
     def _check_files(self, folder: Path) -> list[str]:
-        """What is wrong with the shards' files, as far as their sizes tell."""
+        """Return what is wrong with the shards' files, as far as their sizes tell."""
         problems: list[str] = []
         for name, needed in sorted(self._required_sizes.items()):
             if Path(name).name != name:
@@ -216,7 +216,7 @@ def _boxes_in_row(row: int, shape: Sequence[int], start: int, stop: int) -> Iter
 
 
 class DcpMetadata(NamedTuple):
-    """What a `.metadata` says.
+    """The content of a `.metadata` file.
 
     Attributes:
         tensors: name -> spec and the (offsets, sizes) of its chunks.

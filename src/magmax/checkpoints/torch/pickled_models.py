@@ -181,7 +181,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _named_children(value: Any) -> dict[str, Any]:
-    """What a mapping or an object of an unknown class holds, by name."""
+    """Return what a mapping or an object of an unknown class holds, by name."""
     if isinstance(value, dict):
         held = list(cast("dict[Any, Any]", value).items())
     elif isinstance(value, OpaqueObject):
@@ -200,7 +200,9 @@ def _key_name(name: Any) -> str:
 
 
 def _holds_tensors(value: Any, cache: dict[tuple[int, int], bool], depth: int = 0) -> bool:
-    """Whether a tensor is in a value, or in what it holds, a few levels down; what is `known` is not sought again."""
+    """Return whether a tensor is in a value, or in what it holds, a few levels down; what is `known` is not sought
+    again.
+    """
     if isinstance(value, StoredTensor) or _is_module(value):
         return True
     place = id(value), depth

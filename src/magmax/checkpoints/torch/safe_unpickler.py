@@ -246,7 +246,7 @@ class SafeUnpickler:
         self._stack = []
 
     def _pop_to_mark(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Return what was pushed since the last mark."""
         items, self._stack = self._stack, self._marks.pop()
         return items
 
@@ -327,7 +327,7 @@ class SafeUnpickler:
 
 
 def describe(value: Any, depth: int = 9) -> str:
-    """What messages call something found in a pickle."""
+    """Return the words that messages use for an object of a pickle."""
     if (
         depth
         and isinstance(value, OpaqueObject)

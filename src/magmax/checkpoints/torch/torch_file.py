@@ -71,7 +71,7 @@ class StoredTensor:
 
     @property
     def memory_key(self) -> tuple[Any, ...]:
-        """What is equal for tensors that are one and the same memory."""
+        """Return what is equal for tensors that are one and the same memory."""
         return self.storage.key, self.dtype, self.offset, self.shape, self.strides, self.is_lazy_view
 
     def read_elements(self, start: int, stop: int) -> NDArray[Any]:
@@ -121,7 +121,7 @@ class StoredTensor:
         return elements
 
     def _storage_indices(self, start: int, stop: int) -> NDArray[Any]:
-        """Where elements start..stop of the flattened tensor lie in the storage."""
+        """Return where elements start..stop of the flattened tensor lie in the storage."""
         places = np.unravel_index(np.arange(start, stop), self.shape)
         indices = np.full(stop - start, self.offset)
         for place, stride in zip(places, self.strides, strict=True):
@@ -262,7 +262,7 @@ class TorchFile:
             raise self._error(f"holds {info.filename} compressed, as torch never does")
 
     def _entry_range(self, info: zipfile.ZipInfo, begin: int) -> tuple[int, int]:
-        """Where an entry's bytes lie: after its local header, whose length only the header itself tells."""
+        """Return where an entry's bytes lie: after its local header, whose length only the header itself tells."""
         self._check_uncompressed(info)
         header = self._file.read_bytes(begin + info.header_offset, 30)
         at = begin + info.header_offset + 30 + int.from_bytes(header[26:28], "little")

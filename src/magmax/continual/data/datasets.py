@@ -173,7 +173,8 @@ def _content(item: Any) -> Hashable:
 
 
 def hold_out_groups(groups: Sequence[Hashable], share: float, seed: int) -> np.ndarray:
-    """Which examples to hold out for testing, shape (n,): all those of a random share of the groups, at least one.
+    """Return which examples to hold out for testing, shape (n,): all those of a random share of the groups, at least
+    one.
 
     What belongs together (the sentences of one review, the pictures of one thing) has one group, so that nothing of
     it is seen in training.

@@ -42,12 +42,12 @@ class PackageSource:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
+    """Return where downloads are kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
     return Path(os.environ.get("MAGMAX_CACHE") or ".cache")
 
 
 def is_fetched(source: PackageSource, cache: Path | None = None) -> bool:
-    """Whether all the files of the source are in the cache (their bytes are checked by `fetch`)."""
+    """Return whether all the files of the source are in the cache (their bytes are checked by `fetch`)."""
     return all((_folder(source, cache) / name).is_file() for name in source.files)
 
 

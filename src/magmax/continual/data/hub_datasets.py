@@ -53,7 +53,7 @@ class HubPictures(Sequence[Any]):
 
 @dataclass(frozen=True)
 class HubFormat:
-    """Where a data set is and what is in it; see `images`."""
+    """The path of a data set and the names of its columns; see `images`."""
 
     path: str
     image: str | None = None

@@ -58,7 +58,7 @@ def accuracy_by_task(predicted: np.ndarray, labels: np.ndarray, tasks: Sequence[
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """What one model gets right: for each task the share of its examples; over all examples; the mean over classes."""
+    """The accuracies of one model: of each task, over all examples, and the mean over classes."""
 
     tasks: list[float]
     micro: float

@@ -44,7 +44,7 @@ def forgetting(r: np.ndarray) -> float:
 
 
 def backward_transfer(r: np.ndarray) -> float:
-    """What later tasks did to earlier ones: the mean over j < T of R[T, j] - R[j, j]; 0 for a single task.
+    """Return what later tasks did to earlier ones: the mean over j < T of R[T, j] - R[j, j]; 0 for a single task.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017.
     """
@@ -52,7 +52,7 @@ def backward_transfer(r: np.ndarray) -> float:
 
 
 def forward_transfer(r: np.ndarray) -> float:
-    """What earlier tasks did for later ones: the mean over j > 1 of R[j - 1, j] - R[0, j]; 0 for a single task.
+    """Return what earlier tasks did for later ones: the mean over j > 1 of R[j - 1, j] - R[0, j]; 0 for a single task.
 
     Lopez-Paz and Ranzato, with the pre-trained model in the place of a random one.
     """

@@ -68,7 +68,7 @@ def not_run(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> lis
 
 
 def describe_experiment(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was measured, in words that stand above or below the table."""
+    """Return what was measured, in words that stand above or below the table."""
     fit, seeds = experiment.fit, sorted({record["seed"] for record in records})
     warm = f"{fit.warmup:.0%} of the steps" if fit.warmup < 1 else f"{fit.warmup:g} steps"
     among = "the classes of the tasks learned so far" if experiment.among == "seen" else "the classes of all tasks"

@@ -200,7 +200,7 @@ def markdown(rows: Sequence[Row], about: Sequence[str], notes: Sequence[str] = (
 
 
 def comparisons(rows: Sequence[Row]) -> list[str]:
-    """What the paired tests say, in words."""
+    """Return what the paired tests say, in words."""
     pairs = [against_best(rows, variant) for variant in ("default", "chosen")]
     return [_told(each) for each in pairs if each is not None] or [f"{OURS} was not compared: one of two is missing."]
 

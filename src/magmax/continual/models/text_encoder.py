@@ -17,7 +17,7 @@ from ..progress import ProgressCallback, no_progress
 
 
 class Encoder(Protocol):
-    """What training and evaluation need: the module whose weights are merged, and features for items."""
+    """The encoder that training and evaluation need: the module whose weights are merged, and features of items."""
 
     @property
     def model(self) -> nn.Module: ...

@@ -86,7 +86,7 @@ class ImageEncoder:
         return load_images(items, self.view, progress)
 
     def vary(self, items: Sequence[np.ndarray], random: np.random.Generator) -> Sequence[np.ndarray]:
-        """What training sees of these prepared pictures, this time."""
+        """Return what training sees of these prepared pictures, this time."""
         return [self.view.augment(item, random) for item in items] if self.varied else items
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LossFunction(Protocol):
-    """What is minimised: a scalar for a batch of n items and their n labels.
+    """A loss: a scalar for a batch of n items and their n labels.
 
     One that computes with the model's weights themselves, as a penalty of their size does, and is to run with
     `parallel="fsdp"`, says so by an attribute `reads_weights = True`.

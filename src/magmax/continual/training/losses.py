@@ -62,7 +62,7 @@ class TaskLoss:
 
     @property
     def reads_weights(self) -> bool:
-        """Whether the penalty computes with the model's weights."""
+        """Return whether the penalty computes with the model's weights."""
         return getattr(self.penalty, "reads_weights", False)
 
     def __call__(self, items: Sequence[Any], labels: Tensor) -> Tensor:

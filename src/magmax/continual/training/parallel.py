@@ -38,7 +38,7 @@ def check_team(team: Accelerator | None, parallel: Parallel) -> None:
 def distribute(
     step: nn.Module, team: Accelerator | None, parallel: Parallel, reads_weights: bool
 ) -> Iterator[nn.Module]:
-    """What every process of a team calls instead of `step`; afterwards its modules are whole again.
+    """Return what every process of a team calls instead of `step`; afterwards its modules are whole again.
 
     After an exception a model that was cut stays so: putting it together takes all processes, and one may be gone.
 
@@ -141,7 +141,7 @@ class _OriginalModule:
         self.added: set[str] = set()
 
     def note_additions(self) -> None:
-        """What cutting alone put into the module; what training puts there later is left."""
+        """Return what cutting alone put into the module; what training puts there later is left."""
         self.added = set(vars(self.module)) - self.names
 
     def restore(self) -> None:

@@ -34,7 +34,7 @@ TaskCallback = Callable[[int, Path], None]
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """How a sequence of tasks is learned.
+    """Options of learning a sequence of tasks.
 
     Attributes:
         settings: of every task.
@@ -145,7 +145,7 @@ def check(data: LabelledExamples, tasks: Sequence[Task], classes: int) -> None:
 
 
 def training_costs(folder: Path) -> dict[str, dict[str, float]]:
-    """What each task's training took (seconds, last loss), by its number."""
+    """Return what each task's training took (seconds, last loss), by its number."""
     try:
         return json.loads((folder / "costs.json").read_text())
     except (OSError, ValueError):
@@ -203,7 +203,7 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def _memory(folder: Path, t: int) -> Path:
-    """Where what the penalty remembers after task t is kept until task t + 1 is done."""
+    """Return where what the penalty remembers after task t is kept until task t + 1 is done."""
     return folder / f"penalty_{t}.safetensors"
 
 

@@ -120,7 +120,7 @@ class ContinualTraining:
 
 
 class _TaskFollowUp:
-    """What follows each task: absorb it, evaluate the model and the merge, write the metrics."""
+    """The steps after each task: absorb the model, evaluate it and the merge, write the metrics."""
 
     def __init__(self, training: ContinualTraining, context: ExperimentContext, new_bar: BarFactory) -> None:
         self.training, self.here, self.new_bar = training, context, new_bar
@@ -152,7 +152,7 @@ class _TaskFollowUp:
             self.running.absorb(self.theta(i + 1), names[i])
 
     def after(self, t: int, path: Path) -> None:
-        """What is called when theta_t is there."""
+        """Return what is called when theta_t is there."""
         if self.running is not None:
             self.absorb(t)
         learned = len(self.here.tasks) if self.training.training == "joint" else t
@@ -194,7 +194,7 @@ def evaluate(
 
 
 def recipe_differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Where two recipes differ: "fit.steps was 60 and is 50"."""
+    """Return where two recipes differ: "fit.steps was 60 and is 50"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
         return [d for k in keys for d in recipe_differences(before.get(k), now.get(k), f"{name}.{k}" if name else k)]

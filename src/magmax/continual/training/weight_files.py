@@ -54,7 +54,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What was written beside the weights; empty where there is no readable file."""
+    """Return what was written beside the weights; empty where there is no readable file."""
     try:
         with safe_open(path, framework="pt") as opened:
             return opened.metadata() or {}

@@ -32,7 +32,7 @@ FLOAT64 = np.dtype(np.float64)
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What a merge of adapters computes, beyond its rule.
+    """Options of a merge of adapters, beyond its rule.
 
     Attributes:
         rank: the most that a layer of the result may have.
@@ -53,7 +53,7 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well a layer of the result stands for the merged update M: ||M||, and ||M - B A|| as stored (Frobenius)."""
+    """The error of a layer's product B A against the merged update M: ||M|| and ||M - B A|| as stored (Frobenius)."""
 
     rank: int
     norm: float

@@ -14,7 +14,7 @@ from .shared_files import SharedFiles
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How to work, not what to compute: none of this changes a byte of the result, but for what `device` says.
+    """Options of how a merge is executed: threads, executor, device, progress. None changes a byte of the output.
 
     Attributes:
         threads: chunks worked on at once; 0 means one for each processor.
@@ -50,5 +50,5 @@ class ExecutionOptions:
 
     @property
     def pool(self) -> WorkerPool:
-        """Those who work."""
+        """Return the pool of workers that these options describe."""
         return WorkerPool(self.threads, self.executor, self.shared_files)

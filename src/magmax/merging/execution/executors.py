@@ -103,7 +103,7 @@ class DaskCluster:
         return bytes(pickle.dumps(content))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
     def wait(self) -> bool:
-        """Whether there is a worker, or one comes soon."""
+        """Return whether there is a worker, or one comes soon."""
         try:
             self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
@@ -111,13 +111,15 @@ class DaskCluster:
         return True
 
     def threads(self) -> dict[str, int]:
-        """How many threads each worker has, by its address. Raises UnfinishedError if the scheduler is lost."""
+        """Return how many threads each worker has, by its address. Raises UnfinishedError if the scheduler is lost."""
         try:
             return dict(self.client.nthreads())
         except (OSError, RuntimeError, AttributeError) as error:  # what a client raises that has lost its scheduler
             raise UnfinishedError(f"the Dask scheduler does not answer ({error}); {SAME_COMMAND}") from error
 
     def ask(self, question: Callable[[], str]) -> list[str]:
-        """What the workers answer that is not "", each with the worker's address; an error counts as an answer."""
+        """Return what the workers answer that is not "", each with the worker's address; an error counts as an
+        answer.
+        """
         answers: dict[str, Any] = self.client.run(question, on_error="return")
         return [f"worker {address}: {answer}" for address, answer in answers.items() if answer != ""]

@@ -47,11 +47,11 @@ Item = TypeVar("Item")
 
 
 class ShareTask(ABC):
-    """What is done with each share of some work; whatever it is made of can be pickled."""
+    """The work done on each share of a job; all that it is made of can be pickled."""
 
     @property
     def is_exclusive(self) -> bool:
-        """Whether a process does one share at a time, whatever its threads. By default not."""
+        """Return whether a process does one share at a time, whatever its threads. By default not."""
         return False
 
     @abstractmethod
@@ -61,7 +61,7 @@ class ShareTask(ABC):
 
 @dataclass(frozen=True)
 class WorkerPool:
-    """Those who work.
+    """A pool of workers: threads of this process or the workers of an executor.
 
     Attributes:
         threads: of this process, where there is no executor; 0 means one for each processor.
@@ -75,7 +75,7 @@ class WorkerPool:
 
     @property
     def count(self) -> int:
-        """How many threads of this process work, where there is no executor."""
+        """Return how many threads of this process work, where there is no executor."""
         return self.threads or available_cores()
 
     def check_workers(self) -> None:
@@ -120,7 +120,7 @@ class WorkerPool:
             wait([future for future in waiting if not future.cancel()])
 
     def _submitter(self, task: ShareTask) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
-        """What hands in a share of the task, and what gives its result from what comes back."""
+        """Return what hands in a share of the task, and what gives its result from what comes back."""
         executor = self.executor
         assert executor is not None
         if isinstance(executor, ThreadPoolExecutor):
@@ -135,13 +135,13 @@ class WorkerPool:
 
 
 def worker_slots(executor: Executor | None) -> int:
-    """How many shares the workers of an executor do at once."""
+    """Return how many shares the workers of an executor do at once."""
     cluster = DaskCluster.of(executor)
     return sum(cluster.threads().values()) if cluster else getattr(executor, "_max_workers", available_cores())
 
 
 class _Slots:
-    """How many shares may be under way: two for each thread of a worker, so that none waits for its next."""
+    """The number of shares under way at once: two for each thread of a worker, so that none waits for its next."""
 
     def __init__(self, executor: Executor | None) -> None:
         self._executor, self._cluster = executor, DaskCluster.of(executor)
@@ -232,7 +232,7 @@ def submit(executor: Executor, work: Callable[..., Any], *given: Any) -> Future[
 
 
 def wait_for_result(future: Future[Any]) -> Any:
-    """What came of work handed to an executor. Raises UnfinishedError if its workers were lost."""
+    """Return what came of work handed to an executor. Raises UnfinishedError if its workers were lost."""
     try:
         return future.result()
     except CancelledError as error:

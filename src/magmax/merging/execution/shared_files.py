@@ -38,7 +38,7 @@ class FileStamp(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedFiles:
-    """What each worker must see.
+    """The files that every worker must see, and the version that it must run.
 
     Attributes:
         files: every input file, by its absolute path.
@@ -70,7 +70,7 @@ class SharedFiles:
             probe.unlink(missing_ok=True)
 
     def problem(self) -> str:
-        """What this process does not see as it must, in words; nothing if it sees everything."""
+        """Return what this process does not see as it must, in words; nothing if it sees everything."""
         if self.version != __version__:
             return f"has magmax {__version__}, and the work was begun with {self.version}; install the same"
         if self.probe and not os.path.exists(self.probe):
@@ -96,7 +96,7 @@ class SharedFiles:
 
 
 def worker_name() -> str:
-    """What messages call this process."""
+    """Return what messages call this process."""
     return f"worker {socket.gethostname()}, process {os.getpid()}"
 
 

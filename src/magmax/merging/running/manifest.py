@@ -65,7 +65,7 @@ class Manifest:
 
     @property
     def extents(self) -> Mapping[str, int]:
-        """Those of the generation that counts."""
+        """Return the extents of the current version."""
         return self.generation.extents if self.generation else {}
 
     def write(self, file: Path) -> None:
@@ -140,7 +140,7 @@ def require_streaming(rule: Rule) -> StreamingRule:
 
 
 def _is_valid(state: Manifest) -> bool:
-    """Whether what was read has the types and numbers that a state has."""
+    """Return whether what was read has the types and numbers that a state has."""
     whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
     whole = whole and state.mismatch in get_args(Mismatch)
     return whole and state.current in (None, *state.generations) and all(

@@ -107,7 +107,7 @@ class Running:
 
     @property
     def winners(self) -> bool:
-        """Whether it maps which task supplied each element."""
+        """Return whether it maps which task supplied each element."""
         return self._state.winners
 
     @property
@@ -200,7 +200,7 @@ class Running:
         )
 
     def status(self) -> RunningStatus:
-        """Where the running merge stands."""
+        """Return where the running merge stands."""
         current = self._state.generation
         return RunningStatus(
             self.rule.describe(),

@@ -23,12 +23,12 @@ MOST_MAPPED_TASKS = 255
 
 
 def slot_prefix(number: int) -> str:
-    """How the names of slot `number` begin in a generation's files; slot 0 alone has the models' own names."""
+    """Return the prefix of the tensor names of slot `number`; slot 0 has none."""
     return f"magmax.slot{number}/" if number else ""
 
 
 class VersionStore:
-    """What a running merge has on disk.
+    """The files of a running merge: its manifest and the versions that this names.
 
     Attributes:
         path: the folder.
@@ -40,7 +40,9 @@ class VersionStore:
 
     @classmethod
     def find(cls, path: Path) -> VersionStore | None:
-        """What is there, if something is. Raises MagMaxError for a folder of anything else, and for a damaged one."""
+        """Return what is there, if something is. Raises MagMaxError for a folder of anything else, and for a damaged
+        one.
+        """
         if (path / STATE).exists():
             return cls(path, _read(path))
         strange = not path.is_dir() or any(p.name[:10] not in ("generation", STATE) for p in path.iterdir())
@@ -57,11 +59,11 @@ class VersionStore:
             yield
 
     def folder(self, number: int) -> Path:
-        """Where a generation's files are, or will be."""
+        """Return where a generation's files are, or will be."""
         return _folder(self.path, number)
 
     def slots(self) -> list[Checkpoint]:
-        """What the current generation holds of the rule, a checkpoint for each slot."""
+        """Return what the current generation holds of the rule, a checkpoint for each slot."""
         if self.state.current is None:
             return []
         whole = open_checkpoint(self.folder(self.state.current))
@@ -86,7 +88,9 @@ class VersionStore:
         return [int(counts[number]) / total for number in range(1, tasks + 1)]
 
     def verifier(self) -> Callable[[Sequence[str]], None]:
-        """What refuses digests of the base and the slots that are not those recorded when they were last seen."""
+        """Return what refuses digests of the base and the slots that are not those recorded when they were last
+        seen.
+        """
         current = self.state.generation
         recorded = [self.state.base_digest, *(current.slots if current else ())]
 

@@ -80,7 +80,7 @@ def select_training(rows: Sequence[TidyRow], training: str) -> list[TidyRow]:
 def describe_experiment(
     config: EnvironmentsConfig, experiment: Experiment, records: Sequence[Record], num_cells: int
 ) -> str:
-    """What was measured, in words, of so many parts."""
+    """Return what was measured, in words, of so many parts."""
     stopped = f"NOT ALL IS MEASURED: {len(records)} of {num_cells} parts. " if len(records) < num_cells else ""
     environments = (
         f" {config.draws} environments of each kind, {config.target:.0%} of each the target sample and the rest "
@@ -248,7 +248,7 @@ def seed_means(rows: Sequence[TidyRow], method: str, measure: str, x: int) -> li
 
 
 def archive_table(rows: Sequence[TidyRow]) -> str:
-    """What an archive takes and what it loses."""
+    """Return what an archive takes and what it loses."""
     lines: list[list[str]] = []
     for method, x in dict.fromkeys((row["method"], row["x"]) for row in rows):
         values: Mapping[str, list[float]] = {

@@ -42,7 +42,7 @@ class ControlCurves(_StrictModel):
 
 
 class SampleCurve(_StrictModel):
-    """How many target samples a preference needs: so many times the number of tasks in the environment.
+    """Numbers of target samples to try, as multiples of the number of tasks in the environment.
 
     They are drawn by the environment's mixture from the training examples that were held out, and the environments are
     scored on the same rows as elsewhere.
@@ -61,7 +61,7 @@ class ArchiveComparison(_StrictModel):
 
 
 class EnvironmentsConfig(_StrictModel):
-    """What `magmax study environments` does.
+    """The configuration of `magmax study environments`.
 
     Attributes:
         experiment: the recipe of `magmax bench` whose trainings are merged; relative to this one's file.
@@ -116,7 +116,7 @@ class EnvironmentsConfig(_StrictModel):
         return self.model_copy(update={"seeds": self.seeds or experiment.seeds, "factors": factors})
 
     def cell_names(self, num_tasks: int) -> list[str]:
-        """What is measured of each training, one record each: the baselines, the environments ("D1-0"), other
+        """Return what is measured of each training, one record each: the baselines, the environments ("D1-0"), other
         questions.
 
         Of every kind of environment the first draw comes before any second one.

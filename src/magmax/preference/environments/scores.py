@@ -24,7 +24,7 @@ ResultRow = dict[str, Any]
 
 
 def measure_baselines(config: EnvironmentsConfig, evaluator: TrainedModels) -> dict[str, Any]:
-    """What needs no environment: each rule's factor chosen on held-out training examples, and what it predicts.
+    """Return what needs no environment: each rule's factor chosen on held-out training examples, and what it predicts.
 
     A rule's score is the mean over tasks of its accuracy; the lowest factor of equal ones is chosen.
     """
@@ -70,7 +70,7 @@ class MethodPredictions(NamedTuple):
 
 
 class EnvironmentScorer:
-    """One training's records, given its baselines."""
+    """The measurements of one training in all environments."""
 
     def __init__(self, config: EnvironmentsConfig, evaluator: TrainedModels, baselines: Mapping[str, Any]) -> None:
         self.config, self.evaluator, self.baselines = config, evaluator, baselines

@@ -47,7 +47,8 @@ class EnvironmentTarget(NamedTuple):
         return likelihoods
 
     def choose_weights(self, factor: float, temperatures: Sequence[float], pull: float, seed: int) -> dict[str, Any]:
-        """What `auto` finds: its weights, the source and temperature that won, and how many candidates there were.
+        """Return what `auto` finds: its weights, the source and temperature that won, and how many candidates there
+        were.
 
         Raises MagMaxError for fewer than two rows.
         """

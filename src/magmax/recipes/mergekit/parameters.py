@@ -23,7 +23,7 @@ class ParameterLevel(NamedTuple):
 
 
 class ParameterLookup:
-    """What a recipe sets, from the most particular level to the most general: a model's own, the slice's, everyone's.
+    """The parameters of a mergekit recipe, from the most specific level (a model) to the most general.
 
     A value that names no filter holds for all tensors; of a list of filters the first that is a part of the tensor's
     name holds; where none is, the next level is asked, and at last the method's default.

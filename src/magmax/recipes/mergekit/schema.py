@@ -37,7 +37,7 @@ Settings = dict[str, Any]
 
 
 class MergekitModel(BaseModel):
-    """A model, its layers from the first number up to but not with the second, and the parameters that are its own."""
+    """A model, the range of its layers (the second number excluded), and its parameters."""
 
     model_config = STRICT
     model: Reference

@@ -25,7 +25,7 @@ OURS = ("out", "mismatch", "allow_nonfinite")
 
 
 def is_mergekit(content: Mapping[str, Any]) -> bool:
-    """Whether a document is a mergekit recipe: no other has this key, and every one of theirs has it."""
+    """Return whether a document is a mergekit recipe: no other has this key, and every one of theirs has it."""
     return "merge_method" in content
 
 
@@ -81,7 +81,7 @@ def _assigned(
 
 
 class _Translation:
-    """A recipe on its way to a plan: what is found wrong or worth a note on the way is gathered."""
+    """A translation of a mergekit recipe into a merge request; collects problems and notes."""
 
     def __init__(self, document: YamlDocument, recipe: MergekitRecipe, folder: str) -> None:
         self.document, self.recipe, self.folder = document, recipe, folder
@@ -245,7 +245,9 @@ class _Translation:
         return None if out is None else str(out) if is_url(str(out)) else os.path.join(self.folder, str(out))
 
     def _located(self, model: str, place: tuple[str | int, ...]) -> str:
-        """Where a model lies: as given, which is from the current folder, as mergekit has it; or from the recipe's."""
+        """Return where a model lies: as given, which is from the current folder, as mergekit has it; or from the
+        recipe's.
+        """
         halves = split_base_and_adapter(model) or (model,)
         if all(map(os.path.lexists, halves)):
             return model

@@ -35,7 +35,7 @@ class SpectralRule(Rule):
 
     @abstractmethod
     def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
-        """The merged matrix of the task vectors' matrices, as float64 or the matrices' own type.
+        """Merge the task vectors' matrices; return float64 or the matrices' type.
 
         Singular values up to `noises`, one for each matrix, are what rounding may have made of zero.
         """

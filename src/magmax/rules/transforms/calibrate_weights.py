@@ -82,7 +82,7 @@ class CalibrateWeights(MergedTransform):
 
     @property
     def needs_angles(self) -> bool:
-        """Whether the angles between vectors matter, not their lengths alone."""
+        """Return whether the angles between vectors matter, not their lengths alone."""
         return self.form == "ellipsoid" or self.guard < 1
 
     def check_names(self, names: Collection[str]) -> None:
@@ -115,7 +115,7 @@ class CalibrateWeights(MergedTransform):
         return xp.reshape(rows, (-1,))
 
     def is_guarded(self, vectors: Sums) -> bool:
-        """Whether task vectors of these measures are too much alike."""
+        """Return whether task vectors of these measures are too much alike."""
         return self.guard < 1 and float(cosines(vectors[:, :-1]).mean()) > self.guard
 
     def coefficients(self, measures: Sums, factor: float = 1.0) -> NDArray[np.float64]:
@@ -156,7 +156,9 @@ class CalibrateWeights(MergedTransform):
 
 
 def is_calibrated(key: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a matrix that is no embedding and no norm, or a convolution; told from name and shape."""
+    """Return whether a tensor is a matrix that is no embedding and no norm, or a convolution; told from name and
+    shape.
+    """
     if 0 in shape:
         return False
     return len(shape) > 3 or (len(shape) > 1 and APART.search(key.lower()) is None)

@@ -18,7 +18,7 @@ from ..statistics import Address, Array, Counts, Scope, Span, Statistics, Statis
 
 
 class MagnitudeRanks(NamedTuple):
-    """How entries are ranked, from 0 for the smallest magnitude to 1 for the largest.
+    """The ranks of entries by magnitude, from 0 for the smallest to 1 for the largest.
 
     Attributes:
         row: the length of the rows to rank within; 0 where `tables` tell the ranks.

@@ -15,7 +15,7 @@ FORMAT = "magmax sensitivity 1"
 
 
 class ScoreDrop(NamedTuple):
-    """What growing one tensor's update cost.
+    """The score lost by growing one tensor's update, and the noise of that measurement.
 
     Attributes:
         drop: the metric before less the metric after; positive where growing hurts.
@@ -27,13 +27,13 @@ class ScoreDrop(NamedTuple):
 
     @property
     def is_significant(self) -> bool:
-        """Whether it is a drop beyond the noise."""
+        """Return whether it is a drop beyond the noise."""
         return self.drop > self.noise
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much a merged model loses where one tensor's update is scaled, tensor by tensor, and those it must not grow.
+    """The score that a merged model loses where one tensor's update grows, and the tensors that must not grow.
 
     As a file: JSON with these attributes, `drops` as {tensor: {drop, noise}}, and the format's name under "format".
 

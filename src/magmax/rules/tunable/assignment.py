@@ -38,7 +38,7 @@ def largest_magnitude_task(codes: Codes, among: Sequence[int]) -> Winners:
 
 
 def moved_mask(codes: Codes) -> NDArray[np.bool_]:
-    """Where any task vector is not zero."""
+    """Return where any task vector is not zero."""
     anything = codes[0].copy()
     for code in codes[1:]:
         anything |= code

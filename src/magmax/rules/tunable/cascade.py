@@ -66,7 +66,7 @@ class Cascade:
         return [*(task + 1 for task in self.among if self.at_random), 0, self.tasks + 1]
 
     def elements(self, address: Address, task_vectors: Sequence[NDArray[Any]]) -> CascadeElements:
-        """Those that begin at an address."""
+        """Return the elements of a block that begins at an address."""
         codes = codes_of(task_vectors, self.float64)
 
         def words(stream: int) -> NDArray[Any]:

@@ -20,7 +20,7 @@ LARGEST = 1e300
 
 @dataclass(frozen=True)
 class PricedAssignment:
-    """Which task supplies an element: argmax_t (|tau_t| + noise * u_t - price_t), but for some exceptions.
+    """An assignment by prices: element to argmax_t (|tau_t| + noise * u_t - price_t), with some exceptions.
 
     u_t is a random number in [0, 1) that depends on (seed, tensor name, flat offset, task): it decides between equal
     magnitudes.
@@ -43,7 +43,7 @@ class PricedAssignment:
 
     @property
     def gap(self) -> float:
-        """How much more another choice could keep at most, as a part of that."""
+        """Return how much more another choice could keep at most, as a part of that."""
         return max(0.0, self.bound - self.retained) / self.bound if self.bound else 0.0
 
     def winners(self, block: Block) -> Winners:

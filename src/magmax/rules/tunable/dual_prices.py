@@ -51,7 +51,7 @@ SAMPLER = 0x9E3779B1
 
 @dataclass(frozen=True)
 class UndecidedReduction(Reduction):
-    """What prices decide, and the elements that they nearly leave open.
+    """A reduction that counts what prices decide and collects the elements that they nearly leave open.
 
     Of each block: how many moved elements each task wins by more than its `windows` over every other, the sums of their
     magnitudes and of their worths, the number of all others, and of a part of these (`rate`, chosen by their address)
@@ -95,7 +95,7 @@ class UndecidedReduction(Reduction):
         clear: Counts,
         sums: Floats,
     ) -> Places:
-        """Which of the elements that begin at an address are undecided; adds up what is not.
+        """Return which of the elements that begin at an address are undecided; adds up what is not.
 
         Noise and rounding are looked into only where they may matter.
         """
@@ -123,7 +123,7 @@ class UndecidedReduction(Reduction):
     def _close(
         self, task_vectors: Sequence[NDArray[Any]], spots: Places, best: Winners, top: NDArray[Any], reach: NDArray[Any]
     ) -> NDArray[np.bool_]:
-        """Which of the elements at these spots their best may not lead some other by as much as it must."""
+        """Return which of the elements at these spots their best may not lead some other by as much as it must."""
         close = np.zeros(len(spots), bool)
         prices = np.asarray(self.priced.prices).astype(top.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -218,7 +218,7 @@ def request_prices(
 
 
 def _better_assignment(best: PricedAssignment | None, candidate: PricedAssignment) -> PricedAssignment:
-    """What retains more, with the lower of both bounds."""
+    """Return what retains more, with the lower of both bounds."""
     if best is None:
         return candidate
     return replace(max(best, candidate, key=lambda one: one.retained), bound=min(best.bound, candidate.bound))

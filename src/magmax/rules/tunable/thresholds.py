@@ -17,13 +17,13 @@ Places = NDArray[np.intp]
 
 
 class StepThreshold(NamedTuple):
-    """Which members of a step stay: those of larger keys, and of the key itself those up to an address, if any."""
+    """The threshold of a step: members with larger keys stay, and those of the key itself up to an address."""
 
     key: int
     last: Address | None = None
 
     def keeps(self, keys: Keys, spots: Places, address: Address) -> Mask:
-        """Which of some members stay, `spots` behind an address."""
+        """Return which of some members stay, `spots` behind an address."""
         mask = keys > self.key
         if self.last is not None and address.key <= self.last.key:
             equal = keys == self.key
@@ -40,26 +40,26 @@ EVERY, NONE = StepThreshold(-1), StepThreshold((1 << 63) - 1)
 
 
 class ThresholdWindow(NamedTuple):
-    """Where a cut may lie: what surely stays, and what may."""
+    """The window of a threshold: the members that surely stay, and those that possibly do."""
 
     surely_kept: StepThreshold = NONE
     possibly_kept: StepThreshold = EVERY
 
 
 class CascadeSteps(ABC):
-    """What decides at each step who stays."""
+    """A decision at each step of the cascade which members stay."""
 
     @abstractmethod
     def all_stay(self, step: int, members: Mask) -> bool:
-        """Whether no member goes, so that their keys need not be known."""
+        """Return whether no member goes, so that their keys need not be known."""
 
     @abstractmethod
     def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
-        """Which members stay surely, and which may."""
+        """Return which members stay surely, and which may."""
 
 
 class WindowSteps(CascadeSteps):
-    """What the windows of all steps decide of the elements that begin at an address; counts it, if asked to.
+    """Decisions by the windows of all steps for the elements of a block; counts them if asked to.
 
     Attributes:
         counts: for each step, how many members stay surely, and how many surely go.

@@ -126,7 +126,9 @@ def narrow_windows(net: Floats, windows: Floats, part: float) -> Floats:
 
 
 def count_misplaced(worth: Floats, wanted: NDArray[np.int64], prices: Floats) -> int:
-    """How many elements go to another task, under these prices, than they must for all to have what is wanted."""
+    """Return how many elements go to another task, under these prices, than they must for all to have what is
+    wanted.
+    """
     counts = np.bincount(best_rows(worth - prices[:, None]), minlength=len(worth))
     return int((counts - wanted).clip(0).sum())
 

@@ -35,7 +35,7 @@ MARGIN = 3.0
 
 @dataclass(frozen=True)
 class UndecidedSteps(Reduction):
-    """What the windows decide, and the elements that they leave open.
+    """A reduction that counts what the windows decide and collects the elements that they leave open.
 
     Of each block: for each step how many members surely stay and surely go, the number of elements that are open, and
     of a part of these (`rate`, chosen by their address) offset, magnitudes and random words.
@@ -117,12 +117,12 @@ class SampledElements(NamedTuple):
         )
 
     def address(self, number: int) -> Address:
-        """Where an element lies."""
+        """Return where an element lies."""
         block = int(np.searchsorted(self.starts, number, side="right")) - 1
         return Address(self.order[block].key, int(self.offsets[number]))
 
     def upto(self, last: Address) -> int:
-        """How many elements lie no further than an address."""
+        """Return how many elements lie no further than an address."""
         block = bisect_right(self.order, last) - 1
         if block < 0:
             return 0
@@ -133,7 +133,7 @@ class SampledElements(NamedTuple):
 
 
 class GuessedSteps(CascadeSteps):
-    """Takes the steps on those elements that were found, and so finds about where each cuts; exactly, if all were.
+    """Steps on sampled elements, which locate each threshold; exactly if all elements were sampled.
 
     Attributes:
         windows: where each step cuts.
@@ -231,7 +231,9 @@ def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reducti
 
 
 def _words(tasks: int, at_random: bool, wide: bool) -> int:
-    """How many words an element takes, of so many tasks with a quota: its offset, magnitudes and random words."""
+    """Return how many words an element takes, of so many tasks with a quota: its offset, magnitudes and random
+    words.
+    """
     return 2 + (2 if wide else 1) * tasks + (tasks if at_random else 0) + 2
 
 
