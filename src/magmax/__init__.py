@@ -1,4 +1,4 @@
-"""Merge fine-tuned models by magnitude, and learn new tasks for ever without forgetting."""
+"""Merge fine-tuned models by magnitude: continual learning by model merging."""
 
 from __future__ import annotations
 
