@@ -195,7 +195,7 @@ def test_base_and_model_exchanged_are_another_work_than_the_interrupted_one(file
         merge_job(make_rule("magmax"), base, [model], tmp_path / "out", OutputOptions(), ["x"])
         for base, model in ((one, other), (other, one))
     ]
-    identities = [job._identity() for job in jobs]
+    identities = [job._fingerprints_and_recipe() for job in jobs]
     assert identities[0] != identities[1]
 
 

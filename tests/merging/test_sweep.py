@@ -80,7 +80,7 @@ def test_merges_that_are_held_read_the_models_once(monkeypatch: pytest.MonkeyPat
     counts: list[int] = []
     for factor in (0.3, 1.0):
         read.clear()
-        merges.at(factor)
+        merges.merge_at(factor)
         counts.append(len([label for label in read if label != "base"]))
     carried = ("position_ids", "mask", "quantised")
     assert counts[1] <= len(carried) * len(models) < counts[0]
@@ -102,7 +102,7 @@ def test_several_factors_in_memory_give_what_each_gives_alone(rule: Rule, dtype:
     factors = [0.3, 1.0, 0.3]
     together = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=2), hold=True)
     for factor in factors:
-        found = together.at(factor)
-        alone = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1)).at(factor)
+        found = together.merge_at(factor)
+        alone = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1)).merge_at(factor)
         assert found.keys() == alone.keys()
         assert all(found[key].tobytes() == alone[key].tobytes() for key in alone)

@@ -140,7 +140,7 @@ class _CountingKernel(Kernel):
             for task in self.model_indices:
                 block.read_for_digest(task)
             return []
-        base = self.reader.numbers(block, 0)
+        base = self.reader.read_numbers(block, 0)
         vectors = [self.reader.task_vector(block, task, base) for task in self.model_indices]
         if self.prune:
             at = Address(block.key, block.start)
@@ -218,7 +218,7 @@ def collect_weight_statistics(
     if top is not None:
         prune = Prune(density=top)
         runner = StatisticsRunner(kernel.reader, elements, WorkerPool(threads), progress)
-        kernel = replace(kernel, prune=prune, prune_statistics=runner.answer(prune.statistics(runner.scope)))
+        kernel = replace(kernel, prune=prune, prune_statistics=runner.collect(prune.statistics(runner.scope)))
     collector = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)
     tensors = {key: _add_exactly(kernel.block_counts[key]) for key in base.specs if key in kernel.block_counts}
     digests = dict(zip(["base", *task_names], collector.digests(inputs), strict=True))

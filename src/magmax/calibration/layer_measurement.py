@@ -20,7 +20,7 @@ from .foldable_layers import FoldableLayer, FoldablePart, Inputs, LayerStage, Pa
 from .forward import Run
 from .gram import TaskVectorGram
 from .layer_scheduler import LayerCoroutine, LayerScheduler
-from .ratios import RatioStatistics, mean
+from .ratios import RatioStatistics, mean_magnitudes
 from .rescale import Coefficients, fold_tensor, read_widened
 
 Handle = Callable[[int, FoldableLayer, Inputs], None]
@@ -79,12 +79,12 @@ class FeatureMeasurement:
         stages = [stage for site in calls for stage in site.stages]
         held = [stage for site, most in calls.items() if most > 1 for stage in site.stages]
         if not sequential:
-            self._round(stages, stages)
+            self._run_samples(stages, stages)
             return
         for last in [*held, None]:  # a layer called again is known only when all items are through
             upto = len(stages) if last is None else stages.index(last) + 1
             if todo := [stage for stage in stages[:upto] if any(part not in self._outcomes for part in stage.parts)]:
-                self._round(todo, [] if last is None else [last])
+                self._run_samples(todo, [] if last is None else [last])
 
     def _discover(self) -> dict[FoldableLayer, int]:
         """The layers in the order of their first calls, and how often an item calls each at the most."""
@@ -93,7 +93,7 @@ class FeatureMeasurement:
         def count(number: int, site: FoldableLayer, inputs: Inputs) -> None:
             calls.setdefault(site, Counter())[number] += 1
 
-        with self._watched(count) as put_through:
+        with self._watch_layer(count) as put_through:
             for number, (task, sample, item) in enumerate(self._items):
                 try:
                     put_through(number)
@@ -105,7 +105,7 @@ class FeatureMeasurement:
                     ) from error
         return {site: max(each.values()) for site, each in calls.items()}
 
-    def _round(self, todo: Sequence[LayerStage], held: Sequence[LayerStage]) -> None:
+    def _run_samples(self, todo: Sequence[LayerStage], held: Sequence[LayerStage]) -> None:
         """Put all items through together; measure these stages, and fold those that are not held until the end."""
         places = {stage: place for place, stage in enumerate(todo)}
         open_stages = set(todo)
@@ -123,18 +123,18 @@ class FeatureMeasurement:
             stage = todo[first]
             self._measure(stage, {turn.number: calls[turn].inputs for turn in group}, tallies)
             if stage not in held:
-                self._settle(stage, tallies)
+                self._fold_stage(stage, tallies)
                 open_stages.remove(stage)
             return group
 
         turns = LayerScheduler(decide)
-        with self._watched(handle) as put_through:
+        with self._watch_layer(handle) as put_through:
             turns.run([lambda number=number: put_through(number) for number in range(len(self._items))])
         for stage in [stage for stage in todo if stage in open_stages]:
-            self._settle(stage, tallies)
+            self._fold_stage(stage, tallies)
 
     @contextmanager
-    def _watched(self, handle: Handle) -> Iterator[Callable[[int], None]]:
+    def _watch_layer(self, handle: Handle) -> Iterator[Callable[[int], None]]:
         """While every call of a layer is told to `handle`: a function that puts an item through the model."""
         here = threading.local()
 
@@ -175,7 +175,7 @@ class FeatureMeasurement:
                 self._outcomes[part] = _PartResult(tally, why=why)
                 continue
             base = self._tensors(self.base, part)
-            merged = self._magnitudes(part, self._moved(part, base), part_inputs)
+            merged = self._magnitudes(part, self._merged_task_vector(part, base), part_inputs)
             for task, model in enumerate(self.models):
                 theirs = {number: inputs for number, inputs in part_inputs.items() if self._items[number][0] == task}
                 for number, magnitudes in self._magnitudes(part, self._task_vector(model, part, base), theirs).items():
@@ -189,7 +189,7 @@ class FeatureMeasurement:
             if self._key(piece) in self.gram.left_out:
                 return f"{self._key(piece)}: {self.gram.left_out[self._key(piece)]}"
         base = self._tensors(self.base, part)
-        moved = self._moved(part, base)
+        moved = self._merged_task_vector(part, base)
         if not any(delta.any() for delta in moved.values()):
             return "the merge does not move it"
         if not part.sure and not part.is_affine(base, moved, next(iter(calls.values()))):
@@ -213,7 +213,7 @@ class FeatureMeasurement:
                 )
         return magnitudes
 
-    def _settle(self, stage: LayerStage, tallies: Mapping[FoldablePart, RatioStatistics]) -> None:
+    def _fold_stage(self, stage: LayerStage, tallies: Mapping[FoldablePart, RatioStatistics]) -> None:
         """Fold what was measured of a stage into the weights."""
         for part in stage.parts:
             if part in self._outcomes:
@@ -229,9 +229,9 @@ class FeatureMeasurement:
             base = self._tensors(self.base, part)
             for name, piece in part.pieces.items():
                 fold_tensor(piece.values, base[name], xi)
-                self._note(piece, xi)
+                self._add_coefficient(piece, xi)
 
-    def _note(self, piece: ParameterRows, xi: float) -> None:
+    def _add_coefficient(self, piece: ParameterRows, xi: float) -> None:
         key = self._key(piece)
         if piece.rows is None:
             self.coefficients[key] = np.array(xi)
@@ -243,7 +243,7 @@ class FeatureMeasurement:
         """The key of a parameter in the state dict; of one with several, the first."""
         return self._aliases[id(piece.parameter)]
 
-    def _moved(self, part: FoldablePart, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _merged_task_vector(self, part: FoldablePart, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The merged weights less the base's."""
         return {name: piece.values.to(part.compute) - base[name] for name, piece in part.pieces.items()}
 
@@ -270,7 +270,7 @@ class FeatureMeasurement:
                 RatioStatistics(len(self.models)), why="the samples do not reach it"
             )
             keys = [self._key(piece) for piece in part.pieces.values()]
-            before, weights = mean(result.tally.merged), self.gram.norms(keys)
+            before, weights = mean_magnitudes(result.tally.merged), self.gram.norms(keys)
             layers.append(
                 LayerReport(
                     name=part.name,
@@ -279,7 +279,7 @@ class FeatureMeasurement:
                     xi=result.xi,
                     measured=result.raw,
                     why=result.why,
-                    features=mean(result.tally.task_magnitudes),
+                    features=mean_magnitudes(result.tally.task_magnitudes),
                     features_before=before,
                     features_after=[result.xi * value for value in before],
                     by_samples=self._by_samples(result.tally),

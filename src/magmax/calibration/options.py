@@ -162,7 +162,7 @@ def prepare_calibration(
     folder = _folder(chosen, base, merged)
     from .model_loading import load_module
 
-    items = read_items(folder, Path(chosen.samples), names, chosen)
+    items = read_model_inputs(folder, Path(chosen.samples), names, chosen)
     return PreparedCalibration(chosen, base, merged, models, names, sensitive, items, load_module(folder, merged))
 
 
@@ -179,7 +179,7 @@ def _folder(chosen: CalibrationOptions, base: Checkpoint, merged: Checkpoint) ->
     )
 
 
-def read_items(folder: Path, samples: Path, names: Sequence[str], chosen: CalibrationOptions) -> list[list[Any]]:
+def read_model_inputs(folder: Path, samples: Path, names: Sequence[str], chosen: CalibrationOptions) -> list[list[Any]]:
     """n samples of each task as a model's own inputs: token ids of texts, or pixels of pictures."""
     from .samples import read_samples, sample_paths
 

@@ -34,9 +34,9 @@ class RatioStatistics:
         """One call on one sample: the magnitudes at its places, under the task's model and under the merged one."""
         counted = merged > 0
         ratio = torch.where(counted, task_magnitudes / merged, 0.0)
-        self.ratios[task, sample] = _plus(self.ratios.get((task, sample), (0.0, 0)), ratio, int(counted.sum()))
-        self.task_magnitudes[task] = _plus(self.task_magnitudes[task], task_magnitudes, task_magnitudes.numel())
-        self.merged[task] = _plus(self.merged[task], merged, merged.numel())
+        self.ratios[task, sample] = _add_sums(self.ratios.get((task, sample), (0.0, 0)), ratio, int(counted.sum()))
+        self.task_magnitudes[task] = _add_sums(self.task_magnitudes[task], task_magnitudes, task_magnitudes.numel())
+        self.merged[task] = _add_sums(self.merged[task], merged, merged.numel())
         sums = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
         size = max(len(sums[0]), len(ratio))
         self.places[task] = (
@@ -68,12 +68,12 @@ class RatioStatistics:
         return torch.where(tasks > 0, total / tasks, torch.nan).tolist() if size else None
 
 
-def mean(sums: Sequence[Sum]) -> list[float]:
+def mean_magnitudes(sums: Sequence[Sum]) -> list[float]:
     """The mean magnitude of each task."""
     return [total / count if count else 0.0 for total, count in sums]
 
 
-def _plus(sums: Sum, values: Tensor, count: int) -> Sum:
+def _add_sums(sums: Sum, values: Tensor, count: int) -> Sum:
     return sums[0] + float(values.sum()), sums[1] + count
 
 

@@ -39,7 +39,7 @@ class _NormKernel(Kernel):
 
     def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
         if block.key in self.sizes:
-            base = self.reader.numbers(block, 0)
+            base = self.reader.read_numbers(block, 0)
             vectors = [self.reader.task_vector(block, n, base) for n in [*range(2, len(self.reader.inputs)), 1]]
             size, length = self.sizes[block.key], block.stop - block.start
             whole = block.start % size == 0 and length % size == 0

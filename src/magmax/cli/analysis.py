@@ -58,12 +58,14 @@ def study(
         raise MagMaxError(f"there is no study {what!r}; {nearest_hint(what, [*WEIGHT_STUDIES, *ACCURACY_STUDIES])}")
     if density is not None and (what != "conflicts" or not 0 < density <= 1):
         raise MagMaxError(f"--density is a fraction from 0 to 1 for the study conflicts, not {density} for {what}")
-    result, cells = _studied(what, models, base, source, density, threads)
-    files = [] if out is None else _written(result, cells, Path(out))  # first: who reads what is printed may stop early
+    result, cells = _run_study(what, models, base, source, density, threads)
+    files = (
+        [] if out is None else _write_study(result, cells, Path(out))
+    )  # first: who reads what is printed may stop early
     if as_json:
         print(result.as_json(), end="")
     else:
-        _print(result)
+        _print_study(result)
     if files:
         print(", ".join(map(str, files)))
 
@@ -134,7 +136,7 @@ def coefficients_of(path: Path) -> dict[str, float]:
     return coefficients
 
 
-def _studied(
+def _run_study(
     what: str, models: Sequence[str], base: str | None, source: str | None, density: float | None, threads: int
 ) -> tuple[Study, Records]:
     """The study, and the benchmark's cells if it is of one."""
@@ -180,7 +182,7 @@ def _bytes(trainings: Any) -> int:
     return sum(path.stat().st_size for paths in trainings for path in paths)
 
 
-def _print(result: Study) -> None:
+def _print_study(result: Study) -> None:
     """Return what was found in words, and the records; of many only the first."""
     for sentence in result.findings:
         print(sentence)
@@ -196,7 +198,7 @@ def _print(result: Study) -> None:
         print(f"... {len(result.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
 
 
-def _written(result: Study, cells: Records, folder: Path) -> list[Path]:
+def _write_study(result: Study, cells: Records, folder: Path) -> list[Path]:
     """The records, the page and the drawings of a study, each as a file."""
     from ..analysis.report.builder import build_figures
     from ..analysis.report.html_page import standalone_svgs, study_page

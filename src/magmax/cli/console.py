@@ -123,14 +123,14 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
             print(
                 f"workers       {count}, {threads} shares at once, peak memory about {format_bytes(held)} each{whole}"
             )
-    print(f"time          {_times(job, threads)}")
+    print(f"time          {_format_times(job, threads)}")
     for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
         print(note)
     print_unmerged(job)
     print("no problem found; nothing was written")
 
 
-def _times(job: Job, threads: int) -> str:
+def _format_times(job: Job, threads: int) -> str:
     """Return how long a job would take on some disks, and on none."""
     from ..merging.cost import DISKS, job_cost
 

@@ -143,20 +143,20 @@ def bench(
     from ..continual.experiment_file import read_experiment
 
     experiment = read_experiment(recipe, assignments)
-    from ..continual.benchmark import Benchmark, finished
+    from ..continual.benchmark import Benchmark, finished_records
     from ..continual.evaluation.result_files import print_results, write_results
     from ..merging.execution.executors import job_executor
 
     check_counts(jobs, threads)
     folder = Path(out).resolve()
     if dry_run:
-        print_results(experiment, finished(experiment, folder))
+        print_results(experiment, finished_records(experiment, folder))
         return
     try:
         with job_executor(jobs, scheduler) as executor, progress_bars() as new_bar:
             Benchmark(experiment, folder, executor, threads or 1, discard, new_bar("Benchmark")).run()
     finally:
-        records = finished(experiment, folder)
+        records = finished_records(experiment, folder)
         files = write_results(experiment, records, Path(out)) if records else []
     print_results(experiment, records)
     print(", ".join(map(str, files)))

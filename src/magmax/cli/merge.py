@@ -73,7 +73,7 @@ def merge(
     }
     from ..merging.execution.execution_options import ExecutionOptions
 
-    plan = _plan(models, flags)
+    plan = _build_request(models, flags)
     print_notes(plan)
     if device and plan.adapter_rank is not None:
         print_note(f"adapters are merged by the processors alone, not on {device}")
@@ -148,14 +148,14 @@ def sweep(
             with work.merged() as scaler:
                 for factor in chosen:
                     path = scaler.write(factor)
-                    result = str(path) if evaluate is None else _scored(evaluate, path, keep_results)
+                    result = str(path) if evaluate is None else _score_result(evaluate, path, keep_results)
                     rows.append((f"{factor:g}", result))
         finally:
             if rows:
                 print_table(["scaling_factor", "score" if evaluate else "path"], rows)
 
 
-def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> MergeRequest:
+def _build_request(words: tuple[str, ...], flags: dict[str, Any]) -> MergeRequest:
     """The recipe that the command line names or spells out; flags stand above the recipe."""
     import os
 
@@ -179,7 +179,7 @@ def _plan(words: tuple[str, ...], flags: dict[str, Any]) -> MergeRequest:
     return build_request(apply_overrides({"models": paths, **options}, assigned), "the command line", {}, "")
 
 
-def _scored(command: str, path: Path, keep: bool) -> str:
+def _score_result(command: str, path: Path, keep: bool) -> str:
     """Run the user's evaluation on a result, and delete the result unless it is to be kept; the number it printed."""
     from ..checkpoints.writer import remove
 

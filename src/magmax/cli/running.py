@@ -50,9 +50,9 @@ def absorb(
     mismatch
         From the start, what to do where a model's tensors are not the base's: as in merge.
     """
-    size = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
+    size = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
     with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
-        running = _running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
+        running = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
         merge_result = running.absorb(model, name, label)
     print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", merge_result)
 
@@ -88,7 +88,7 @@ def result(
 
     from ..merging.output_options import OutputOptions
 
-    running = _running(state, base, None)
+    running = _open_running(state, base, None)
     job = running.result_job(out, OutputOptions(scaling_factor, dtype, allow_nonfinite=allow_nonfinite))
     if merge_result := run_or_preview(job, "writing the result", threads, restart, dry_run, scheduler):
         print_result(f"wrote the merge of {len(running.tasks)} tasks with {running.rule.name}", merge_result)
@@ -102,7 +102,7 @@ def status(state: str, *, as_json: Json = False) -> None:
     state
         The running merge's folder.
     """
-    state_now = _running(state, None, None).status()
+    state_now = _open_running(state, None, None).status()
     if as_json:
         print_json(asdict(state_now))
         return
@@ -134,7 +134,7 @@ def label(state: str, label: str) -> None:
     label
         The name to give.
     """
-    running = _running(state, None, None)
+    running = _open_running(state, None, None)
     running.label(label)
     print(f"labelled the state after {len(running.tasks)} tasks {label!r}")
 
@@ -149,13 +149,13 @@ def restore(state: str, which: str) -> None:
     which
         A generation's label or number.
     """
-    running = _running(state, None, None)
+    running = _open_running(state, None, None)
     for dropped in running.restore(which):
         print(f"dropped generation {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
     print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
 
 
-def _running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:
+def _open_running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:
     from pathlib import Path
 
     from ..merging.running.running_merge import Running

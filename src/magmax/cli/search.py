@@ -47,13 +47,14 @@ def search(
         print_note("note: scores are those on the test examples; what is chosen by them must not be reported on them")
     with job_executor(jobs or 1, scheduler) as executor:
         tried = Search(
-            config, trials, Path(out), executor, jobs or worker_slots(executor), threads or 1, _say_trial
+            config, trials, Path(out), executor, jobs or worker_slots(executor), threads or 1, _print_trial
         ).run()
     files = write_search(config, trials, tried, Path(out))
     tasks = tasks_of(config, tried)
     shown = pareto_front(tried, tasks, config.direction) if len(tasks) > 1 else [best_of(config, tried)]
     rows = [
-        (str(t.number), *map(_told, t.settings.values()), *(f"{t.scores[task]:.6g}" for task in tasks)) for t in shown
+        (str(t.number), *map(_format_value, t.settings.values()), *(f"{t.scores[task]:.6g}" for task in tasks))
+        for t in shown
     ]
     if len(tasks) > 1:
         print(
@@ -63,11 +64,11 @@ def search(
     print(f"best: trial {best_of(config, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
 
 
-def _say_trial(trial: TrialRecord) -> None:
-    chosen = ", ".join(f"{name} {_told(value)}" for name, value in trial.settings.items())
+def _print_trial(trial: TrialRecord) -> None:
+    chosen = ", ".join(f"{name} {_format_value(value)}" for name, value in trial.settings.items())
     scores = ", ".join(f"{task} {score:.6g}" for task, score in trial.scores.items())
     print_note(f"trial {trial.number}: {chosen}: {scores or trial.refused}")
 
 
-def _told(value: object) -> str:
+def _format_value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

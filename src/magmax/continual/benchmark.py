@@ -42,28 +42,28 @@ class Benchmark:
         Raises what a job raised; cells that were finished stay.
         """
         self.experiment.check()
-        cells = read(self.experiment, self.out)
+        cells = read_cells(self.experiment, self.out)
         missing = [cell for cell, record in cells if record is None]
         done, total = 0, len(missing) + len(self.trainings_of(missing))
         self.progress(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
-        self.begin(missing)
+        self.submit_trainings(missing)
         try:
             while self._waiting:
                 for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
                     job, name = self._waiting.pop(future), future.result()
-                    self.follow(job, missing)
+                    self.handle_finished(job, missing)
                     done += 1
                     self.progress(done, total, name)
         finally:
             for future in self._waiting:
                 future.cancel()
-        return finished(self.experiment, self.out)
+        return finished_records(self.experiment, self.out)
 
     def trainings_of(self, cells: Sequence[BenchmarkCell]) -> list[tuple[int, str]]:
         """The seeds and names of the trainings that these cells need, in their order."""
         return list(dict.fromkeys((cell.seed, cell.training) for cell in cells if cell.training != ZERO_SHOT))
 
-    def begin(self, missing: Sequence[BenchmarkCell]) -> None:
+    def submit_trainings(self, missing: Sequence[BenchmarkCell]) -> None:
         """Submit all trainings, and the cells that need none."""
         recipe, out = self.experiment.model_dump_json(), str(self.out)
         for seed, training in self.trainings_of(missing):
@@ -76,7 +76,7 @@ class Benchmark:
         for cell in cells:
             self._waiting[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
 
-    def follow(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
+    def handle_finished(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
         """A finished training's cells can be measured; a measured training's checkpoints may go."""
         if not isinstance(job, BenchmarkCell):
             self.submit([cell for cell in missing if (cell.seed, cell.training) == job])
@@ -86,12 +86,12 @@ class Benchmark:
                 shutil.rmtree(training_folder(self.out, self.experiment, job.seed, job.training), ignore_errors=True)
 
 
-def finished(experiment: Experiment, out: Path) -> list[Record]:
+def finished_records(experiment: Experiment, out: Path) -> list[Record]:
     """The records that are there, of all the experiment's cells."""
-    return [record for _, record in read(experiment, out) if record is not None]
+    return [record for _, record in read_cells(experiment, out) if record is not None]
 
 
-def read(experiment: Experiment, out: Path) -> list[tuple[BenchmarkCell, Record | None]]:
+def read_cells(experiment: Experiment, out: Path) -> list[tuple[BenchmarkCell, Record | None]]:
     """Return all cells of the experiment, each with its record if one of the same recipe is there."""
     records = CellStore(out).by_digest()
     return [(cell, records.get(digest_of(experiment.cell_recipe(cell)))) for cell in experiment.cells()]

@@ -78,10 +78,10 @@ def _run_training(experiment: Experiment, out: Path, seed: int, training: str, t
 def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
     """Measure a cell whose training is trained, and append its record. Returns its name."""
     with context_lock:
-        return _cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
+        return _run_cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
 
 
-def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) -> str:
+def _run_cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) -> str:
     torch.set_num_threads(threads)
     context = build_context(experiment, cell.seed)
     paths: list[Path] = []
@@ -101,7 +101,7 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
         **({} if cell.calibration is None else {"calibration": rule_name(cell.calibration)}),
         "digest": digest_of(recipe_of_cell),
         **measured,
-        "peak_memory": max(peak_memory() or 0, trained_in(paths)) or None,
+        "peak_memory": max(peak_memory() or 0, training_peak_memory(paths)) or None,
         "stored_bytes": stored_bytes(context, cell),
         "models": {path.stem: digest_of_file(path) for path in paths},
         "recipe": recipe_of_cell,
@@ -111,7 +111,7 @@ def _cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) 
     return f"{cell.method}, seed {cell.seed}"
 
 
-def trained_in(paths: Sequence[Path]) -> int:
+def training_peak_memory(paths: Sequence[Path]) -> int:
     """The peak memory of the training that made these checkpoints; 0 where it is not known."""
     try:
         return json.loads((paths[0].parent / MEMORY).read_text())["peak_memory"] or 0
@@ -123,116 +123,118 @@ class _CellMeasurement:
     """One cell's measurement: the rows of R at the rule's own scaling factor and at the one chosen."""
 
     def __init__(self, context: ExperimentContext, cell: BenchmarkCell, paths: Sequence[Path]) -> None:
-        self.here, self.cell, self.paths = context, cell, paths
+        self.context, self.cell, self.paths = context, cell, paths
         self.rule: Rule | None = with_seed(cell) if cell.merges else None
         self.name, self.options = calibration_options(cell.calibration) if cell.calibration else ("", {})
         if self.rule is not None and self.name in ("wsc", "dsc"):
             options = self.options if self.name == "wsc" else {"per": self.options["per"]}
             self.rule = chain(self.rule, CalibrateWeights(**options))
-        self.held: tuple[int, InMemoryMerges] | None = None
-        self.corrected: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.cached_merges: tuple[int, InMemoryMerges] | None = None
+        self.correction: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.merging = self.evaluating = 0.0
 
     def record(self) -> dict[str, Any]:
         default = self.rule.default_scaling_factor if self.rule else None
         variants, search = [self.variant("default", default)], dict[str, float]()
         if self.cell.scaled:
-            scores = {factor: self.validated(factor) for factor in self.here.experiment.factors}
+            scores = {factor: self.validation_accuracy(factor) for factor in self.context.experiment.factors}
             search = {str(factor): score for factor, score in scores.items()}
             if scores:
                 chosen = max(scores, key=lambda factor: scores[factor])
                 same = chosen == default
                 variants.append({**variants[0], "variant": "chosen"} if same else self.variant("chosen", chosen))
-            variants += [self.variant(f"factor {factor:g}", factor) for factor in self.here.experiment.sweep]
+            variants += [self.variant(f"factor {factor:g}", factor) for factor in self.context.experiment.sweep]
         task_costs = {} if self.cell.rule == ZERO_SHOT else training_costs(self.paths[0].parent)
         training = sum(each["seconds"] for each in task_costs.values())
         seconds = {"training": training, "merging": self.merging, "evaluating": self.evaluating}
         return {"variants": variants, "search": search, "seconds": {k: round(v, 3) for k, v in seconds.items()}}
 
     def variant(self, name: str, factor: float | None) -> dict[str, Any]:
-        tasks = len(self.here.tasks)
-        whole = {"all": ("default", "chosen"), "default": ("default",), "last": ()}[self.here.experiment.rows]
+        tasks = len(self.context.tasks)
+        whole = {"all": ("default", "chosen"), "default": ("default",), "last": ()}[self.context.experiment.rows]
         wanted = range(tasks + 1) if name in whole else [0, tasks]
         if self.cell.training == "joint":
             wanted = [tasks]
         if self.cell.rule != ZERO_SHOT:
             wanted = [i for i in wanted if i > 0]
-        rows = {i: asdict(self.measured(i, factor)) for i in wanted if self.possible(i)}
+        rows = {i: asdict(self.measure_row(i, factor)) for i in wanted if self.can_merge(i)}
         return {"variant": name, "scaling_factor": factor, "rows": rows}
 
-    def possible(self, learned: int) -> bool:
+    def can_merge(self, learned: int) -> bool:
         """Return whether the rule can merge so few (the third largest of two is none)."""
         try:
             if self.rule is not None:
                 self.rule.check(learned)
         except MagMaxError:
-            return learned == len(self.here.tasks)
+            return learned == len(self.context.tasks)
         return True
 
-    def measured(self, learned: int, factor: float | None) -> AccuracyRow:
+    def measure_row(self, learned: int, factor: float | None) -> AccuracyRow:
         self.load(learned, factor)
-        return self.timed(lambda: self.here.row(learned))
+        return self.timed(lambda: self.context.row(learned))
 
-    def validated(self, factor: float) -> float:
+    def validation_accuracy(self, factor: float) -> float:
         """Average accuracy on the validation examples after the last task."""
-        tasks = len(self.here.tasks)
+        tasks = len(self.context.tasks)
         self.load(tasks, factor)
-        accuracies = self.timed(lambda: self.here.row(tasks, self.here.validation)).tasks
-        lacking = [task.name for task, share in zip(self.here.tasks, accuracies, strict=True) if math.isnan(share)]
+        accuracies = self.timed(lambda: self.context.row(tasks, self.context.validation)).tasks
+        lacking = [task.name for task, share in zip(self.context.tasks, accuracies, strict=True) if math.isnan(share)]
         if lacking:
             raise MagMaxError(f"no validation example of {', '.join(lacking)}; hold out more of each class")
         return sum(accuracies) / len(accuracies)
 
     def load(self, learned: int, factor: float | None) -> None:
         """The model after so many tasks, into the encoder."""
-        model = self.here.encoder.model
+        model = self.context.encoder.model
         if self.cell.rule == ZERO_SHOT:
-            model.load_state_dict(self.here.base)
+            model.load_state_dict(self.context.base)
         elif self.rule is None:
             load_weights(model, self.paths[0 if self.cell.training == "joint" else learned - 1])
         else:
             began = time.perf_counter()
-            model.load_state_dict(self.merged(learned, factor))
+            model.load_state_dict(self.merged_weights(learned, factor))
             if self.name in ("fsc", "dsc"):
                 self.calibrate(learned, factor)
-            if self.here.experiment.batch_norm == "recalibrated":
-                with self.corrected():
-                    recalibrate(self.here.encoder, self.here.some_training_items())
+            if self.context.experiment.batch_norm == "recalibrated":
+                with self.correction():
+                    recalibrate(self.context.encoder, self.context.some_training_items())
             self.merging += time.perf_counter() - began
 
-    def merged(self, learned: int, factor: float | None) -> dict[str, torch.Tensor]:
+    def merged_weights(self, learned: int, factor: float | None) -> dict[str, torch.Tensor]:
         """The merge after so many tasks; one before scaling serves all factors."""
         assert self.rule is not None
         options = OutputOptions(factor)
-        base = open_checkpoint(self.here.base, "theta_0")
-        if self.held is None or self.held[0] != learned:
+        base = open_checkpoint(self.context.base, "theta_0")
+        if self.cached_merges is None or self.cached_merges[0] != learned:
             models = [open_checkpoint(path, base=base) for path in self.paths[:learned]]
-            again = bool(self.here.experiment.factors or self.here.experiment.sweep or self.cell.calibration)
+            again = bool(self.context.experiment.factors or self.context.experiment.sweep or self.cell.calibration)
             hold = again and not isinstance(self.rule, StreamingRule)  # these are quick, and small
-            self.held = (
+            self.cached_merges = (
                 learned,
                 InMemoryMerges(self.rule, base, models, options, ExecutionOptions(threads=1), hold=hold),
             )
-        return restore_kind(self.here.base, base, self.held[1].at(options.resolve_scaling_factor(self.rule)), options)
+        return restore_kind(
+            self.context.base, base, self.cached_merges[1].merge_at(options.resolve_scaling_factor(self.rule)), options
+        )
 
     def calibrate(self, learned: int, factor: float | None) -> None:
         """Calibrate what is in the encoder in feature space, on validation examples of each task learned so far."""
-        encoder = self.here.encoder
+        encoder = self.context.encoder
         calibration = calibrate_features(
             encoder.model,
-            self.here.base,
+            self.context.base,
             self.paths[:learned],
-            samples_of(self.here, self.here.tasks_of(self.cell.training)[:learned], self.options["n"]),
+            samples_of(self.context, self.context.tasks_of(self.cell.training)[:learned], self.options["n"]),
             lambda model, items: encoder(items),
             FeatureOptions(self.options["norm"], self.options["ratio"], self.options["inputs"]),
             execution=ExecutionOptions(threads=1),
         )
         if not self.options.get("folded", True):
-            encoder.model.load_state_dict(self.merged(learned, factor))
-            self.corrected = partial(calibration_hooks, encoder.model, self.here.base, calibration)
+            encoder.model.load_state_dict(self.merged_weights(learned, factor))
+            self.correction = partial(calibration_hooks, encoder.model, self.context.base, calibration)
 
     def timed(self, work: Callable[[], AccuracyRow]) -> AccuracyRow:
-        with self.corrected():
+        with self.correction():
             began = time.perf_counter()
             result = work()
         self.evaluating += time.perf_counter() - began

@@ -83,7 +83,7 @@ def build_context(experiment: Experiment, seed: int, new_bar: BarFactory = no_ba
 
     The head is made without the validation examples.
     """
-    raw, dataset, encoder, base, heads = _built(
+    raw, dataset, encoder, base, heads = _build_parts(
         json.dumps([experiment.data, experiment.model], sort_keys=True), new_bar
     )
     encoder.model.load_state_dict(base)
@@ -120,7 +120,9 @@ context_lock = threading.Lock()
 _cache: dict[str, Any] = {}
 
 
-def _built(parts: str, new_bar: BarFactory) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
+def _build_parts(
+    parts: str, new_bar: BarFactory
+) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
     """The data as they come, as the encoder takes them, the encoder, theta_0, and the heads made so far."""
     if parts not in _cache:
         data, model = json.loads(parts)

@@ -70,7 +70,7 @@ def job_cost(job: Job, threads: int = 0) -> JobCost:
 
 def preview(job: Job, threads: int = 0) -> dict[str, int]:
     """Passes, bytes to read and write, disk needed and free, peak memory."""
-    size, threads = job.draft().size, _threads(job, threads)
+    size, threads = job.make_draft().size, _threads(job, threads)
     remote = sum(checkpoint.remote_bytes for checkpoint in job.inputs)
     memory = job.memory + threads * job.memory_per_thread + min(remote, PREFETCH_BYTES)
     return {

@@ -27,7 +27,7 @@ class DigestCollector:
             for checkpoint, tensors in zip(inputs, self.tensors, strict=False)
         ]
 
-    def add(self, key: str, start: int, parts: Sequence[bytes]) -> None:
+    def add_chunk(self, key: str, start: int, parts: Sequence[bytes]) -> None:
         """Take the joined block digests of one chunk: an entry per stream, empty where the stream was not touched."""
         self._parts.setdefault(key, {})[start] = parts
         self._missing[key] -= 1

@@ -26,7 +26,7 @@ def merge_in_memory(
     rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, execution: ExecutionOptions
 ) -> dict[str, NDArray[Any]]:
     """Merge in memory; return flat arrays of stored units by the base's keys."""
-    return InMemoryMerges(rule, base, models, options, execution).at(options.resolve_scaling_factor(rule))
+    return InMemoryMerges(rule, base, models, options, execution).merge_at(options.resolve_scaling_factor(rule))
 
 
 class InMemoryMerges:
@@ -50,7 +50,7 @@ class InMemoryMerges:
         self.kernel = cast("MergeKernel", prepare_kernel(kernel, execution))
         self.inputs, self.settings = [base, *models], execution
 
-    def at(self, factor: Number) -> dict[str, NDArray[Any]]:
+    def merge_at(self, factor: Number) -> dict[str, NDArray[Any]]:
         """Return the merge at a scaling factor: flat arrays of stored units by the base's keys."""
         memory = MemorySink(self.kernel.out)
         scaled = replace(self.kernel, scaling_factor=factor)

@@ -58,8 +58,8 @@ class MovementKernel(Kernel):
 
     def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
         if block.key not in self.apart:
-            start = self.reader.numbers(block, 0).astype("f8")
-            vector = self.reader.numbers(block, 1) - start
+            start = self.reader.read_numbers(block, 0).astype("f8")
+            vector = self.reader.read_numbers(block, 1) - start
             parts = (float(vector @ vector), float(start @ start), int(np.count_nonzero(vector)))
             self.sums.setdefault(block.key, []).append(parts)
         return []

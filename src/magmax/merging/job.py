@@ -89,7 +89,7 @@ class Job:
         check: called with the input digests before anything becomes visible; may refuse.
         stem: how the names of a folder's weight files begin.
         worker: what reads the inputs and fills the sinks.
-        memory: bytes that the questions and the worker take beside the blocks.
+        memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
     """
@@ -123,14 +123,14 @@ class Job:
     @property
     def disk_needed(self) -> int:
         """Bytes of disk that the output takes beyond what an unfinished one has taken."""
-        return self.draft().size - _allocated(self.target.partial_path)
+        return self.make_draft().size - _allocated(self.target.partial_path)
 
     @property
     def disk_free(self) -> int:
         """Bytes of disk that are free where the output goes."""
         return shutil.disk_usage(nearest_existing_folder(self.target.path)).free
 
-    def draft(self) -> OutputDraft:
+    def make_draft(self) -> OutputDraft:
         return OutputDraft(
             self.target,
             self.specs,
@@ -168,7 +168,9 @@ class Job:
         if problems := self.problems():
             raise list_problems(f"{display_url(self.target.url)} cannot be written", problems)
         self.target.path.parent.mkdir(parents=True, exist_ok=True)
-        return run_and_upload(self.target, self._identity(), lambda: self._make(execution), execution.note)
+        return run_and_upload(
+            self.target, self._fingerprints_and_recipe(), lambda: self._make(execution), execution.note
+        )
 
     def _make(self, execution: ExecutionOptions) -> MergeResult:
         """The work done and the output published on this machine."""
@@ -177,9 +179,9 @@ class Job:
                 raise list_problems(f"{self.target.path} cannot be written", problems)
             self.target.path.parent.mkdir(parents=True, exist_ok=True)
             journal = Journal(self.target.journal_path)
-            draft = self.draft()
+            draft = self.make_draft()
             try:
-                return self._run(draft, journal, execution)
+                return self._run_pipeline(draft, journal, execution)
             except MagMaxError as error:
                 if not (isinstance(error, UnfinishedError) and journal.load()[1]):
                     draft.discard()
@@ -191,13 +193,15 @@ class Job:
         except OSError as error:
             raise explain_os_error(error, self.target.path, "it resumes where it stopped") from error
 
-    def _run(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
+    def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
         for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
             execution.note(said)
-        parts = self._resumable(draft, journal, execution)
+        parts = self._finished_chunks(draft, journal, execution)
         if not parts:
-            journal.start(self._identity())  # first of all: an old journal must never vouch for a new draft
+            journal.start(
+                self._fingerprints_and_recipe()
+            )  # first of all: an old journal must never vouch for a new draft
         draft.open(fresh=not parts)
         with self._with_checked_workers(execution) as execution:
             work = self.worker(self, self.sinks(draft), journal, execution, parts)
@@ -237,7 +241,7 @@ class Job:
             execution.pool.check_workers()
             yield execution
 
-    def _resumable(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> list[Any]:
+    def _finished_chunks(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> list[Any]:
         """The finished chunks of an interrupted run of this very job on these very inputs."""
         identity, parts = journal.load()
         if identity is None or not parts or execution.restart:
@@ -245,14 +249,14 @@ class Job:
         if not all(c.is_on_disk for c in self.inputs):
             execution.note("starting afresh: inputs in memory cannot be recognised")
             return []
-        ours = json.loads(json.dumps(self._identity()))  # as the journal gives it back
+        ours = json.loads(json.dumps(self._fingerprints_and_recipe()))  # as the journal gives it back
         changed = [name for name, now in ours.items() if identity.get(name) != now]
         if changed or len(identity) != len(ours):
             execution.note(f"starting afresh: {', '.join(changed) or 'the inputs'} changed since the interrupted run")
             return []
         return parts if draft.is_intact() else []
 
-    def _identity(self) -> dict[str, Any]:
+    def _fingerprints_and_recipe(self) -> dict[str, Any]:
         """Return what must be unchanged for finished chunks to be of use."""
         identity: dict[str, Any] = {"the recipe": self._provenance().with_blank_digests().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]

@@ -82,8 +82,8 @@ class MergeKernel(Kernel):
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        answers = collect_statistics(self.rule, self.rules, self.reader, self._elements(), pool, progress)
-        return replace(self, statistics=answers.found, reader=answers.reader)
+        collected = collect_statistics(self.rule, self.rules, self.reader, self._elements(), pool, progress)
+        return replace(self, statistics=collected.by_tensor, reader=collected.reader)
 
     def note(self) -> str:
         return self.rule.summarize(list(self.statistics.values()))
@@ -104,7 +104,7 @@ class MergeKernel(Kernel):
 
     def split(self, block: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
         """Return what is merged of the block, the base's units there, and those beyond."""
-        head, stored = block.until(self.extents.get(block.key, block.stop)), block.read(0)
+        head, stored = block.leading_part(self.extents.get(block.key, block.stop)), block.read(0)
         count = head.stop - head.start
         return head, stored[:count], stored[count:]
 
@@ -131,7 +131,7 @@ class MergeKernel(Kernel):
         with np.errstate(over="ignore", invalid="ignore"):
             merged *= merged.dtype.type(self.factors[block.key])
             merged += base
-        return self._stored(block, merged)
+        return self._narrow(block, merged)
 
     def copy_unmerged(self, block: InputBlock) -> NDArray[Any]:
         """Copy a block of the base; read the models' blocks where they exist, for their digests."""
@@ -155,9 +155,9 @@ class MergeKernel(Kernel):
                 f"{block.key}: what is kept of the base as it is holds NaN or infinity, and is to be stored as "
                 f"{self.out[block.key].dtype}; mend the base, or let them through with --allow-nonfinite"
             )
-        return self._stored(block, widen(base, spec.dtype, compute_dtype(spec.dtype)))
+        return self._narrow(block, widen(base, spec.dtype, compute_dtype(spec.dtype)))
 
-    def _stored(self, block: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
+    def _narrow(self, block: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
         dtype = self.out[block.key].dtype
         stored = narrow(values, dtype)

@@ -68,7 +68,7 @@ class InputBlock:
             self.digests[number] = block_digests(units, self.cuts)
         return units
 
-    def until(self, limit: int) -> InputBlock:
+    def leading_part(self, limit: int) -> InputBlock:
         """The part of the block before an offset in the tensor, which may be nothing; digests go to the whole block."""
         if limit >= self.stop:
             return self
@@ -198,7 +198,7 @@ class BlockPipeline:
         collector = DigestCollector(specs, len(self.inputs) + len(self.sinks), whole)
         done = set[tuple[str, int]]()
         for key, start, stop, digests in self.parts:
-            collector.add(key, start, [bytes.fromhex(d) for d in digests])
+            collector.add_chunk(key, start, [bytes.fromhex(d) for d in digests])
             done.add((key, start))
             progress(self.cost(key, start, stop))
         keep_freed_memory()
@@ -208,18 +208,18 @@ class BlockPipeline:
         results = self._results(todo)
         try:
             for chunk, digests in results:
-                collector.add(chunk.key, chunk.start, digests)
+                collector.add_chunk(chunk.key, chunk.start, digests)
                 pending.append([*chunk, [d.hex() for d in digests]])
                 cost = self.cost(*chunk)
                 unsaved += cost // len(self.inputs)
                 if unsaved > SYNC_BYTES or time.monotonic() - saved > JOURNAL_SECONDS:
-                    self._save(pending)
+                    self._note_finished(pending)
                     pending, saved, unsaved = [], time.monotonic(), 0
                 progress(cost)
         except BaseException:
             results.close()
             with suppress(OSError):
-                self._save(pending)
+                self._note_finished(pending)
             raise
         return collector
 
@@ -232,7 +232,7 @@ class BlockPipeline:
         """Bytes that a chunk reads: what progress counts."""
         return (stop - start) * self.inputs[0].specs[key].storage_dtype.itemsize * len(self.inputs)
 
-    def _save(self, pending: list[Any]) -> None:
+    def _note_finished(self, pending: list[Any]) -> None:
         """Note finished chunks, once what they wrote is on disk."""
         if self.journal is None:
             return

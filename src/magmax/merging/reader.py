@@ -28,7 +28,7 @@ class BlockReader:
     allow_nonfinite: bool = False
     finiteness_checked: bool = False
 
-    def numbers(self, block: InputBlock, number: int) -> NDArray[Any]:
+    def read_numbers(self, block: InputBlock, number: int) -> NDArray[Any]:
         """The block in input `number`."""
         return self.widen(block, number, block.read(number))
 
@@ -40,7 +40,7 @@ class BlockReader:
         return widen(stored, dtype, compute_dtype(block.spec(0).dtype))
 
     def task_vector(self, block: InputBlock, number: int, base: NDArray[Any]) -> NDArray[Any]:
-        vector = self.numbers(block, number)
+        vector = self.read_numbers(block, number)
         if self.inputs[number].is_task_vector:
             return vector
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Putting a rule's questions to every block of the models: passes that only count."""
+"""Collection of a rule's statistics over all blocks of the models: passes that only count."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class CollectedStatistics(NamedTuple):
     """The statistics that a rule requested, and the reader, which knows what it has checked.
 
     Attributes:
-        found: the answers by tensor; under None where the rule asks of the whole model.
-        reader: the reader, which need not check again what was read to answer.
+        by_tensor: the statistics by tensor; under None where the rule requests those of the whole model.
+        reader: the reader, which need not check again what these passes read.
     """
 
-    found: Mapping[str | None, Statistics]
+    by_tensor: Mapping[str | None, Statistics]
     reader: BlockReader
 
 
 def collect_statistics(
     rule: Rule,
-    placed: Mapping[str, Rule],
+    rules: Mapping[str, Rule],
     reader: BlockReader,
     elements: Mapping[str, int],
     pool: WorkerPool,
     progress: Progress,
 ) -> CollectedStatistics:
-    """Carry out the plan over all models: the rule's, or a tensor's of the rule as `placed`.
+    """Collect the rule's statistics over all models: of the model at once, or of each tensor by its rule in `rules`.
 
     Args:
         elements: of each tensor to be merged, how many leading elements are.
@@ -50,13 +50,13 @@ def collect_statistics(
     keep_freed_memory()
     if rule.statistics_span is Span.MODEL:
         runner = StatisticsRunner(reader, elements, pool, progress, rule.whole_tensor)
-        return CollectedStatistics({None: runner.answer(rule.statistics(runner.scope))}, runner.reader)
-    tensor_task = TensorStatisticsTask(placed, reader, elements, rule.whole_tensor)
+        return CollectedStatistics({None: runner.collect(rule.statistics(runner.scope))}, runner.reader)
+    tensor_task = TensorStatisticsTask(rules, reader, elements, rule.whole_tensor)
     asked = [key for key, count in elements.items() if count]
     statistics: dict[str | None, Statistics] = {}
     checked = True
-    for key, reply in _replies(tensor_task, asked, pool, progress):
-        statistics[key] = reply.answer
+    for key, reply in _statistics_by_tensor(tensor_task, asked, pool, progress):
+        statistics[key] = reply.statistics
         checked &= reply.checked
     return CollectedStatistics({key: statistics[key] for key in asked}, replace(reader, finiteness_checked=checked))
 
@@ -64,14 +64,14 @@ def collect_statistics(
 class TensorStatistics(NamedTuple):
     """The statistics of one tensor, whether all of it was read, and the bytes read."""
 
-    answer: Statistics
+    statistics: Statistics
     checked: bool
-    read: int
+    read_bytes: int
 
 
 @dataclass(frozen=True)
 class TensorStatisticsTask(ShareTask):
-    """The questions of a rule about each tensor by itself."""
+    """The collection of a rule's statistics of each tensor by itself."""
 
     rules: Mapping[str, Rule]
     reader: BlockReader
@@ -84,9 +84,9 @@ class TensorStatisticsTask(ShareTask):
 
     def __call__(self, items: Sequence[str]) -> list[TensorStatistics]:
         keep_freed_memory()
-        return [self.tensor(key, lambda _: None) for key in items]
+        return [self.collect_tensor(key, lambda _: None) for key in items]
 
-    def tensor(self, key: str, progress: Progress) -> TensorStatistics:
+    def collect_tensor(self, key: str, progress: Progress) -> TensorStatistics:
         spec = self.reader.inputs[0].specs[key]
         count = self.elements[key]
         row = spec.numel // spec.shape[0] if len(spec.shape) > 1 else count
@@ -97,17 +97,17 @@ class TensorStatisticsTask(ShareTask):
             progress(size)
 
         runner = StatisticsRunner(self.reader, {key: count}, WorkerPool(1), counted, self.whole)
-        answer = runner.answer(self.rules[key].statistics(replace(runner.scope, row_elements=row)))
-        return TensorStatistics(answer, runner.reader.finiteness_checked, sum(read))
+        statistics = runner.collect(self.rules[key].statistics(replace(runner.scope, row_elements=row)))
+        return TensorStatistics(statistics, runner.reader.finiteness_checked, sum(read))
 
 
-def _replies(
+def _statistics_by_tensor(
     tensor_task: TensorStatisticsTask, asked: Sequence[str], worker_pool: WorkerPool, progress: Progress
 ) -> Iterator[tuple[str, TensorStatistics]]:
-    """The reply about each tensor, as they come."""
+    """Yield each tensor's statistics, as they come."""
     if worker_pool.executor is None:
         with ThreadPoolExecutor(1 if tensor_task.whole else worker_pool.count) as pool:
-            yield from zip(asked, pool.map(partial(tensor_task.tensor, progress=progress), asked), strict=True)
+            yield from zip(asked, pool.map(partial(tensor_task.collect_tensor, progress=progress), asked), strict=True)
         return
     inputs = tensor_task.reader.inputs
     for share, replies in worker_pool.map_shares(
@@ -119,8 +119,7 @@ def _replies(
 
 @dataclass(frozen=True)
 class ReductionTask(ShareTask):
-    """One question, to be put to blocks: blocks, or whole tensors where the rule merges these, so that what is asked
-    and what is merged agree.
+    """One reduction over blocks, or over whole tensors where the rule merges these, so that both see the same.
 
     Attributes:
         elements: of each tensor, how many leading elements are merged.
@@ -138,24 +137,24 @@ class ReductionTask(ShareTask):
     def __call__(self, items: Sequence[Chunk]) -> Counts | dict[Address, Counts]:
         keep_freed_memory()
         if self.reduction.per_block:
-            return {at: counts for chunk in items for at, counts in self.apart(chunk)}
+            return {at: counts for chunk in items for at, counts in self.count_blocks(chunk)}
         total = self.reduction.initial()
         for chunk in items:
-            self.summed(chunk, total)
+            self.add_chunk(chunk, total)
         return total
 
-    def summed(self, chunk: Chunk, into: Counts) -> None:
+    def add_chunk(self, chunk: Chunk, into: Counts) -> None:
         for block in self._blocks(chunk):
             self.reduction.update(block, into)
 
-    def apart(self, chunk: Chunk) -> Iterator[tuple[Address, Counts]]:
+    def count_blocks(self, chunk: Chunk) -> Iterator[tuple[Address, Counts]]:
         for block in self._blocks(chunk):
             counts = self.reduction.initial()
             self.reduction.update(block, counts)
             yield block.address, counts
 
     def cost(self, chunk: Chunk) -> int:
-        """Bytes that a chunk reads, where the fold looks at all of it."""
+        """Return the bytes that a chunk reads, where the reduction looks at all of it."""
         inputs = self.reader.inputs
         return (chunk.stop - chunk.start) * inputs[0].specs[chunk.key].storage_dtype.itemsize * len(inputs)
 
@@ -169,14 +168,14 @@ class ReductionTask(ShareTask):
                 continue
             end = min(stop, start + reduction.sampled) if reduction.sampled else stop
             block = InputBlock(inputs, chunk.key, [(start, end)], digest=False)
-            base = self.reader.numbers(block, 0)
+            base = self.reader.read_numbers(block, 0)
             deltas = [self.reader.task_vector(block, task, base) for task in range(1, len(inputs))]
             shape = block.shape if self.whole and end == stop else None
             yield Block(Address(chunk.key, start), deltas, base, shape)
 
 
 class StatisticsRunner:
-    """Carries out plans over some tensors of the inputs, of which the first is the base and the next are the tasks."""
+    """A runner of statistics requests over some tensors of the inputs: the base, then the models."""
 
     def __init__(
         self,
@@ -194,22 +193,22 @@ class StatisticsRunner:
         shapes = {key: _leading_shape(spec.shape, elements[key]) for key, spec in self._specs.items()}
         self.scope = Scope(len(reader.inputs) - 1, sum(elements.values()), wide, shapes=shapes)
 
-    def answer(self, plan: StatisticsRequest) -> Statistics:
-        """Ask each question in turn, and return what the plan makes of the replies."""
-        return run_request(plan, self._asked)
+    def collect(self, request: StatisticsRequest) -> Statistics:
+        """Run the reductions of a request in turn, and return its statistics."""
+        return run_request(request, self._run_reduction)
 
-    def _asked(self, reduction: Reduction) -> Counts | dict[Address, Counts]:
+    def _run_reduction(self, reduction: Reduction) -> Counts | dict[Address, Counts]:
         counting = ReductionTask(self.reader, reduction, self._elements, self._whole)
         if self._pool.executor is not None:
-            reply = self._sent(counting)
+            reply = self._run_on_workers(counting)
         else:
-            reply = self._apart(counting) if reduction.per_block else self._summed(counting)
+            reply = self._count_per_block(counting) if reduction.per_block else self._sum_in_threads(counting)
         if _reads_everything(reduction):
             self.reader = replace(self.reader, finiteness_checked=True)
         return reply
 
-    def _sent(self, counting: ReductionTask) -> Counts | dict[Address, Counts]:
-        """The shares' own counts; integers can be added in any order."""
+    def _run_on_workers(self, counting: ReductionTask) -> Counts | dict[Address, Counts]:
+        """Add up the counts of all shares; integers can be added in any order."""
         reduction = counting.reduction
         counts_by_block: dict[Address, Counts] = {}
         total = reduction.initial()
@@ -223,7 +222,7 @@ class StatisticsRunner:
                 self._progress(sum(map(counting.cost, share)))
         return counts_by_block if reduction.per_block else total
 
-    def _summed(self, counting: ReductionTask) -> Counts:
+    def _sum_in_threads(self, counting: ReductionTask) -> Counts:
         """Each thread counts for itself; integers can be added in any order."""
         thread_local = threading.local()
         everyones: list[Counts] = []
@@ -232,26 +231,26 @@ class StatisticsRunner:
             if not hasattr(thread_local, "counts"):
                 thread_local.counts = counting.reduction.initial()
                 everyones.append(thread_local.counts)
-            counting.summed(chunk, thread_local.counts)
+            counting.add_chunk(chunk, thread_local.counts)
             return chunk
 
-        self._each(work, counting)
+        self._for_each_chunk(work, counting)
         total = counting.reduction.initial()
         for counts in everyones:
             total += counts
         return total
 
-    def _apart(self, counting: ReductionTask) -> dict[Address, Counts]:
+    def _count_per_block(self, counting: ReductionTask) -> dict[Address, Counts]:
         counts_by_block: dict[Address, Counts] = {}
 
         def work(chunk: Chunk) -> Chunk:
-            counts_by_block.update(counting.apart(chunk))
+            counts_by_block.update(counting.count_blocks(chunk))
             return chunk
 
-        self._each(work, counting)
+        self._for_each_chunk(work, counting)
         return counts_by_block
 
-    def _each(self, work: Callable[[Chunk], Chunk], counting: ReductionTask) -> None:
+    def _for_each_chunk(self, work: Callable[[Chunk], Chunk], counting: ReductionTask) -> None:
         threads = 1 if self._whole else self._pool.count
         one_by_one = (work(chunk) for chunk in self._chunks())
         ahead = Prefetcher(self.reader.inputs if _reads_everything(counting.reduction) else ())

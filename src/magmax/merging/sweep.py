@@ -51,7 +51,7 @@ class ScaleKernel(Kernel):
     def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
         if block.key in self.merge.unmerged:
             return [self.merge.copy_unmerged(block)]
-        return [self.merge.join(block, lambda head, _: self.merge.reader.numbers(head, 1))]
+        return [self.merge.join(block, lambda head, _: self.merge.reader.read_numbers(head, 1))]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class FactorSweep:
             if key not in whole.unmerged
         }
         kernel = TaskVectorKernel(_merge_kernel(whole))
-        job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_none)
+        job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_no_small_files)
         result = job.run(self.execution)
         try:
             yield SweepWriter(self, (result, open_checkpoint(vector)))
@@ -126,7 +126,7 @@ class SweepWriter:
         origin = Provenance(whole.recipe, whole.names, result.input_digests, [c.origin for c in whole.inputs])
         job = replace(
             whole, inputs=inputs, names=["base", "task vector"], kernel=ScaleKernel(kernel), origin=origin,
-            check=_unchecked, extra_passes=0,
+            check=_no_check, extra_passes=0,
         )  # fmt: skip
         return Path(job.run(sweep.execution).path)
 
@@ -136,11 +136,11 @@ def _merge_kernel(job: Job) -> MergeKernel:
     return job.kernel
 
 
-def _none(provenance: Provenance, digests: object) -> dict[str, bytes | Path]:
+def _no_small_files(provenance: Provenance, digests: object) -> dict[str, bytes | Path]:
     return {}
 
 
-def _unchecked(digests: Sequence[str]) -> None:
+def _no_check(digests: Sequence[str]) -> None:
     """The inputs were checked when they were merged."""
 
 

@@ -58,7 +58,7 @@ class ArchiveWriter:
 
     def vectors(self, chunk: Chunk) -> list[NDArray[Any]]:
         block = InputBlock(self.reader.inputs, chunk.key, [(chunk.start, chunk.stop)], digest=False)
-        base = self.reader.numbers(block, 0)
+        base = self.reader.read_numbers(block, 0)
         return [self.reader.task_vector(block, task, base) for task in range(1, len(self.reader.inputs))]
 
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
@@ -103,14 +103,16 @@ class ArchiveWriter:
     ) -> None:
         def work(chunk: Chunk) -> Chunk:
             for task, vector in enumerate(self.vectors(chunk)):
-                self.put(draft, chunk, task, vector, starts[task, chunk.key])
+                self.write_part(draft, chunk, task, vector, starts[task, chunk.key])
             return chunk
 
         with closing(run_in_threads(work, self.pieces(), self.threads)) as done:
             for chunk in done:
                 execution.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
 
-    def put(self, draft: OutputDraft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]) -> None:
+    def write_part(
+        self, draft: OutputDraft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]
+    ) -> None:
         """Write one task's part of a chunk."""
         mask, first = self.kept[task].mask(vector), chunk.start // BLOCK
         values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // BLOCK)])
@@ -190,7 +192,7 @@ def write_archive(
     digests = [_digest(model) for model in models]
     refuse_equal_models(models, digests)
     keep_freed_memory()
-    entries, reader = _kept(BlockReader(inputs), keys, top, execution)
+    entries, reader = _find_kept_entries(BlockReader(inputs), keys, top, execution)
     writing = ArchiveWriter(reader, keys, entries, bits, execution.pool.count)
     starts = writing.starts(execution)
     about = {
@@ -234,7 +236,7 @@ def _presets(out: Path, names: Sequence[str]) -> Presets:
     return old.presets
 
 
-def _kept(
+def _find_kept_entries(
     reader: BlockReader, keys: Sequence[str], top: float, execution: ExecutionOptions
 ) -> tuple[list[KeptEntries], BlockReader]:
     """Each task's threshold, found over the whole model."""
@@ -243,7 +245,7 @@ def _kept(
     scope = runner.scope
     if top == 1:
         return [KeptEntries(None, scope.float64)] * scope.tasks, reader
-    cuts = runner.answer(Prune(density=top).statistics(scope))
+    cuts = runner.collect(Prune(density=top).statistics(scope))
     return [KeptEntries(cut.code, scope.float64) for cut in cuts], runner.reader
 
 

@@ -39,5 +39,5 @@ def natural_shares(
     def plan() -> Any:
         return (yield SupplyCount(runner.scope.tasks, runner.scope.float64))
 
-    counts = runner.answer(plan())
+    counts = runner.collect(plan())
     return [float(count) / max(1, int(counts.sum())) for count in counts]

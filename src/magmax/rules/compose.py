@@ -14,7 +14,7 @@ from .statistics import Address, Array, Block, Scope, Span, Statistics, Statisti
 
 @dataclass(frozen=True)
 class RuleWrapper(Rule):
-    """A rule that does more than another one, and asks, costs and merges as that one where it does not say."""
+    """A wrapper around a rule, which behaves as that rule where it overrides nothing."""
 
     name: ClassVar[str] = "chain"
     scaling_factor: ClassVar[float] = 1.0
@@ -157,7 +157,7 @@ def _compose(befores: Sequence[TaskVectorTransform], rule: Rule) -> Rule:
 
 @dataclass(frozen=True)
 class Chain(RuleWrapper):
-    """A chain that asks questions, all of them over one span."""
+    """A chain that requests statistics, all of them over one span."""
 
     transforms: tuple[TaskVectorTransform, ...]
 
@@ -189,18 +189,18 @@ class Chain(RuleWrapper):
         return self.rule.summarize([rules for _, rules in all_statistics])
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
-        answers: list[Statistics] = []
+        collected: list[Statistics] = []
         for place, before in enumerate(self.transforms):
-            left = partial(apply_transforms, before=self.transforms[:place], all_statistics=tuple(answers))
-            answers.append((yield from through(before.statistics(scope), left)))
+            left = partial(apply_transforms, before=self.transforms[:place], all_statistics=tuple(collected))
+            collected.append((yield from through(before.statistics(scope), left)))
         rules = yield from through(
-            self.rule.statistics(scope), partial(apply_transforms, before=self.transforms, all_statistics=answers)
+            self.rule.statistics(scope), partial(apply_transforms, before=self.transforms, all_statistics=collected)
         )
-        return answers, rules
+        return collected, rules
 
     def merge(self, block: Block, statistics: Statistics) -> Array:
-        answers, rules = statistics
-        return self.rule.merge(apply_transforms(block, self.transforms, answers), rules)
+        of_transforms, rules = statistics
+        return self.rule.merge(apply_transforms(block, self.transforms, of_transforms), rules)
 
 
 @dataclass(frozen=True)
@@ -243,14 +243,14 @@ def apply_transforms(
 ) -> Block:
     """The block as the transforms leave it; may overwrite the block's arrays."""
     deltas = list(block.task_vectors)
-    for transform, answer in zip(before, all_statistics, strict=False):
-        deltas = [transform.apply(delta, task, block.address, answer) for task, delta in enumerate(deltas, start=1)]
+    for transform, statistics in zip(before, all_statistics, strict=False):
+        deltas = [transform.apply(delta, task, block.address, statistics) for task, delta in enumerate(deltas, start=1)]
     return replace(block, task_vectors=deltas)
 
 
 @dataclass(frozen=True)
 class CachedRule(RuleWrapper):
-    """A rule that merges each block once and from then on gives copies, of the same models and with the same answer."""
+    """A cache of a rule's merged blocks in memory, so that several scaling factors share one pass."""
 
     cache: dict[tuple[Address, int], Array] = field(
         default_factory=dict[tuple[Address, int], Array], repr=False, compare=False
@@ -270,7 +270,7 @@ class CachedRule(RuleWrapper):
 
 
 def with_cache(rule: Rule) -> Rule:
-    """The rule, with that part of it held which is the same for every scaling factor."""
+    """Wrap the part of a rule that does not depend on the scaling factor in a cache."""
     if isinstance(rule, TransformedRule):
         return replace(rule, rule=with_cache(rule.rule))
     return rule if rule.needs_scaling_factor else CachedRule(rule)

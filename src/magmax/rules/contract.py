@@ -14,7 +14,7 @@ from .schedules import Schedule, to_config
 from .statistics import Address, Array, Block, Scope, Span, Statistics, StatisticsRequest, namespace, run_locally
 
 State = tuple[Array, ...]
-"""What a fold over tasks remembers: arrays of one block's shape."""
+"""The state of a fold over tasks: arrays of one block's shape."""
 
 
 MergeFunction = Callable[[Block], Array]
@@ -79,7 +79,7 @@ class Component(ABC):
 class Rule(Component):
     """A way to merge task vectors tau_t = theta_t - theta_0 into one.
 
-    A rule is a pure function of blocks. It may first ask questions of all blocks (`statistics`); the answer goes
+    A rule is a pure function of blocks. It may first request statistics of all blocks (`statistics`); the answer goes
     into the
     merge of each.
 
@@ -93,13 +93,15 @@ class Rule(Component):
 
     @property
     def passes(self) -> int:
-        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many reductions it usually requests at most; each is a pass over all inputs."""
         return 0
 
     @property
     def memory(self) -> int:
-        """Bytes that its questions take beside the blocks, at the usual most, where these are many; of one tensor,
-        where they are asked of one tensor after another, for each thread then asks of its own."""
+        """Return the bytes that its statistics usually take at most, beside the blocks.
+
+        With the span `TENSOR`, those of one tensor: each thread then collects its own.
+        """
         return 0
 
     @property
@@ -124,18 +126,18 @@ class Rule(Component):
 
     @property
     def needs_scaling_factor(self) -> bool:
-        """Return whether what it merges depends on what that is multiplied by, so that `scaled_by` must be asked
-        first.
+        """Return whether what it merges depends on what that is multiplied by, so that `for_scaling_factor` must be
+        called first.
         """
         return False
 
     @property
     def statistics_span(self) -> Span:
-        """Over what the plan's questions range."""
+        """Return the range of its statistics."""
         return Span.MODEL
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
-        """Ask what the merge must know; the number of yields is the number of extra passes. By default, none."""
+        """Request what the merge needs; the number of yields is the number of extra passes. By default, none."""
         yield from ()
 
     @abstractmethod
@@ -161,9 +163,7 @@ class Rule(Component):
         return self
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        """Return what a user should hear of the answers to its plan (one, or one for each tensor). By default,
-        nothing.
-        """
+        """Describe the statistics to the user (one, or one for each tensor). By default, nothing."""
         return ""
 
     def __call__(
@@ -206,7 +206,7 @@ class Rule(Component):
 
 @dataclass(frozen=True)
 class StreamingRule(Rule):
-    """A rule that asks nothing and takes one task vector after another, in memory that does not grow with tasks.
+    """A rule without statistics that takes one task vector after another, in memory that does not grow with tasks.
 
     `step` takes a task vector in, `finish` turns what is remembered into the merged task vector. The merge of files,
     the merge of modules and the running merge all call exactly these two.
@@ -298,25 +298,25 @@ def _convert_option(value: Any, change: Callable[[Any], Any]) -> Any:
 
 @dataclass(frozen=True)
 class TaskVectorTransform(Component):
-    """A transform of one task vector at a time, which may first ask questions of all blocks."""
+    """A transform of one task vector at a time, which may first request statistics of all blocks."""
 
     @property
     def passes(self) -> int:
-        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many reductions it usually requests at most; each is a pass over all inputs."""
         return 0
 
     @property
     def memory(self) -> int:
-        """Bytes that its questions take beside the blocks, at the usual most, where these are many."""
+        """Return the bytes that its statistics usually take at most, beside the blocks."""
         return 0
 
     @property
     def statistics_span(self) -> Span | None:
-        """Over what the plan's questions range; None if it asks none."""
+        """Return the range of its statistics; None if it requests none."""
         return None if type(self).statistics is TaskVectorTransform.statistics else Span.MODEL
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
-        """Ask what `apply` must know. By default, nothing."""
+        """Request what `apply` needs. By default, nothing."""
         yield from ()
 
     @abstractmethod
@@ -326,18 +326,18 @@ class TaskVectorTransform(Component):
 
 @dataclass(frozen=True)
 class MergedTransform(Component):
-    """A transform of the merged task vector, which may first ask questions of all blocks.
+    """A transform of the merged task vector, which may first request statistics of all blocks.
 
     The task vectors of its blocks are those that came in, before any transform ahead of the rule.
     """
 
     @property
     def passes(self) -> int:
-        """Return how many questions it asks, at the usual most; each is a pass over all inputs."""
+        """Return how many reductions it usually requests at most; each is a pass over all inputs."""
         return 0
 
     def statistics(self, scope: Scope, merge: MergeFunction) -> StatisticsRequest:
-        """Ask what `apply` must know. By default, nothing."""
+        """Request what `apply` needs. By default, nothing."""
         yield from ()
 
     @abstractmethod
@@ -345,9 +345,7 @@ class MergedTransform(Component):
         """The transformed merge of a block; it is multiplied by the scaling factor `factor` afterwards."""
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
-        """Return what a user should hear of the answers to its plan (one, or one for each tensor). By default,
-        nothing.
-        """
+        """Describe the statistics to the user (one, or one for each tensor). By default, nothing."""
         return ""
 
     def check_names(self, names: Collection[str]) -> None:

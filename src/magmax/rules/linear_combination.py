@@ -71,9 +71,9 @@ class LinearCombinationRule(Rule):
         """c_0, c_1, ..., c_T, of the dot products of theta_0, tau_1, ..., tau_T."""
 
     def statistics(self, scope: Scope) -> StatisticsRequest:
-        question = GramReduction(scope.tasks, self.needs_base)
-        parts: Mapping[Address, Sums] = yield question
-        total = question.initial()
+        reduction = GramReduction(scope.tasks, self.needs_base)
+        parts: Mapping[Address, Sums] = yield reduction
+        total = reduction.initial()
         for at in sorted(parts):
             if not np.isfinite(parts[at]).all():
                 raise MagMaxError(f"{at.key}: {self.name} measures angles, and those of NaN or infinity are undefined")

@@ -71,7 +71,7 @@ class Sce(Rule):
 
     def merge(self, block: Block, statistics: Statistics) -> Array:
         selected: SceStatistics = statistics
-        _select(block, selected.cut)
+        _zero_unselected(block, selected.cut)
         agreeing = list(keep_agreeing(block.task_vectors))
         apply_weights(agreeing, selected.weights)
         return disjoint_mean(agreeing, selected.weights, block.task_vectors[0])
@@ -86,7 +86,7 @@ def variances(block: Block) -> Block:
     return Block(block.address, [fold_sum([(distance - mean) ** 2 for distance in apart])])
 
 
-def _select(block: Block, cut: LargestEntries | None) -> None:
+def _zero_unselected(block: Block, cut: LargestEntries | None) -> None:
     """Zero, in place, every entry of the elements that are not selected."""
     if cut is not None:
         mask = cut.mask(variances(block).task_vectors[0], block.address)
@@ -117,7 +117,7 @@ class SquareSums(Reduction):
         return np.zeros((self.tasks, 2, 2048), np.int64)
 
     def update(self, block: Block, into: Counts) -> None:
-        _select(block, self.cut)
+        _zero_unselected(block, self.cut)
         for delta, (upper, lower) in zip(block.task_vectors, into, strict=True):
             squares = np.asarray(delta).astype(np.float64)
             squares *= squares

@@ -1,4 +1,4 @@
-"""What a rule can ask before it merges: questions to every block, whose answers are counts or sums added up."""
+"""Statistics that a rule requests before it merges: reductions over all blocks, counts or sums added up."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Block:
 
 
 class Span(Enum):
-    """Over what the questions of a plan range: one tensor after another, or all tensors together."""
+    """The range of a statistics request: one tensor after another, or all tensors together."""
 
     TENSOR = "tensor"
     MODEL = "model"
@@ -75,16 +75,15 @@ class Scope:
 
 
 class Reduction(ABC):
-    """A question to every block: integer counts, added up, so that no order or schedule can change the answer.
+    """A reduction over all blocks: integer counts, added up, so that no order or schedule can change the result.
 
-    Sums of floating numbers do depend on the order: a fold that takes them must be `per_block`, and its plan adds
-    them up
-    in the order of their addresses.
+    Sums of floating numbers do depend on the order: a reduction that takes them must be `per_block`, and the request
+    adds them up in the order of their addresses.
 
     Attributes:
         sampled: how many elements of each block to look at; 0 means all of them.
-        per_block: answer with the counts or sums of each block, by its address, instead of their total.
-        addresses: the blocks to ask; None means all of them.
+        per_block: return the counts or sums of each block, by its address, instead of their total.
+        addresses: the blocks to read; None means all of them.
     """
 
     sampled: int = 0
@@ -93,31 +92,31 @@ class Reduction(ABC):
 
     @abstractmethod
     def initial(self) -> NDArray[Any]:
-        """Counters at rest: `Counts`, or `Sums`."""
+        """Return zeros: `Counts`, or `Sums`."""
 
     @abstractmethod
     def update(self, block: Block, into: NDArray[Any]) -> None:
-        """Add what the block has to say; may overwrite the block's task vectors."""
+        """Add the block's counts to `into`; may overwrite the block's task vectors."""
 
 
 Statistics = Any
 StatisticsRequest = Generator[Reduction, Any, Statistics]
-"""Yields folds, is sent their sums (or, of one that is `apart`, a map of addresses to counts), returns the answer."""
+"""Yields reductions, is sent their sums (of one that is `per_block`, a map of addresses), returns the statistics."""
 
 
-def run_request(plan: StatisticsRequest, ask: Callable[[Reduction], Any]) -> Statistics:
-    """Put each question of a plan to `ask`, and return what the plan makes of the replies."""
+def run_request(request: StatisticsRequest, collect: Callable[[Reduction], Any]) -> Statistics:
+    """Run each reduction of a request with `collect`, and return the statistics that the request computes."""
     reply: Any = None
     while True:
         try:
-            reduction = plan.send(reply)
+            reduction = request.send(reply)
         except StopIteration as end:
             return end.value
-        reply = ask(reduction)
+        reply = collect(reduction)
 
 
-def run_locally(plan: StatisticsRequest, block: Block) -> Statistics:
-    """The answer to a plan over a single block."""
+def run_locally(request: StatisticsRequest, block: Block) -> Statistics:
+    """Return the statistics of a request over a single block."""
 
     def ask(reduction: Reduction) -> Any:
         counts = reduction.initial()
@@ -125,12 +124,12 @@ def run_locally(plan: StatisticsRequest, block: Block) -> Statistics:
             reduction.update(replace(block, task_vectors=[delta + 0 for delta in block.task_vectors]), counts)
         return {block.address: counts} if reduction.per_block else counts
 
-    return run_request(plan, ask)
+    return run_request(request, ask)
 
 
 @dataclass(frozen=True)
 class TransformedReduction(Reduction):
-    """A question put to blocks as something leaves them."""
+    """A reduction of blocks that are transformed first."""
 
     reduction: Reduction
     transform: Callable[[Block], Block]
@@ -154,12 +153,12 @@ class TransformedReduction(Reduction):
         self.reduction.update(self.transform(block), into)
 
 
-def through(plan: StatisticsRequest, through: Callable[[Block], Block]) -> StatisticsRequest:
-    """The plan, its questions put to blocks as `through` leaves them."""
+def through(request: StatisticsRequest, transform: Callable[[Block], Block]) -> StatisticsRequest:
+    """Return the request with its reductions run on blocks that `transform` changed first."""
     reply: Any = None
     while True:
         try:
-            reduction = plan.send(reply)
+            reduction = request.send(reply)
         except StopIteration as end:
             return end.value
-        reply = yield TransformedReduction(reduction, through)
+        reply = yield TransformedReduction(reduction, transform)

@@ -84,7 +84,7 @@ class Ties(Rule):
     def merge(self, block: Block, statistics: Statistics) -> Array:
         trimmed: TiesStatistics = statistics
         weights = for_all_models(self.weights, len(block.task_vectors))
-        _trim(block, trimmed.cuts, weights)
+        _trim_in_place(block, trimmed.cuts, weights)
         return disjoint_mean(keep_agreeing(block.task_vectors, trimmed.mostly_negative), weights, block.task_vectors[0])
 
 
@@ -100,7 +100,7 @@ class SignVotes(Reduction):
         return np.zeros(1, np.int64)
 
     def update(self, block: Block, into: Counts) -> None:
-        _trim(block, self.cuts, self.weights)
+        _trim_in_place(block, self.cuts, self.weights)
         total = np.asarray(fold_sum(block.task_vectors))
         into[0] += np.count_nonzero(total > 0) - np.count_nonzero(total < 0)
 
@@ -123,7 +123,7 @@ class EqualCountsAndVotes(Reduction):
         SignVotes(self.cuts, self.weights).update(block, into[-1:])
 
 
-def _trim(block: Block, cuts: Sequence[LargestEntries], weights: Sequence[float]) -> None:
+def _trim_in_place(block: Block, cuts: Sequence[LargestEntries], weights: Sequence[float]) -> None:
     """Zero, in place, every entry that is not among its task's largest; multiply the others by the task's weight."""
     for delta, cut in zip(block.task_vectors, cuts, strict=True):
         apply_mask(as_signed_bits(delta), cut.mask(delta, block.address))

@@ -79,7 +79,7 @@ class Search:
                     number = len(begun)
                     begun.append(store.choose(number, number - self.jobs, begun))
                     path = self.out.absolute() / f"trial-{number}.safetensors"
-                    work = self.settings.try_out
+                    work = self.settings.run_trial
                     waiting.append(submit(self.executor, work, begun[number], path, self.threads))
                 number = len(store.tried)
                 self.progress(store.add(number, begun[number], wait_for_result(waiting.pop(0))))
@@ -111,7 +111,7 @@ class TrialStore:
                 f"{file.parent}: holds a search with another recipe ({', '.join(changed)}); name another --out"
             )
         self._finished: list[Any] = list(self._study.trials)
-        self.tried = [self._tried(trial) for trial in self._finished]
+        self.tried = [self._to_record(trial) for trial in self._finished]
 
     def choose(self, number: int, known_trials: int, begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what trial `number` tries, knowing the scores up to trial `known` and what the others before it
@@ -142,7 +142,7 @@ class TrialStore:
         self.tried.append(TrialRecord(number, chosen, result.scores, result.refused))
         return self.tried[-1]
 
-    def _tried(self, trial: Any) -> TrialRecord:
+    def _to_record(self, trial: Any) -> TrialRecord:
         chosen, notes = {name: trial.params[name] for name in self._space}, trial.user_attrs
         return TrialRecord(trial.number, chosen, notes.get(SCORES, {}), notes.get(REFUSED, ""))
 
@@ -157,12 +157,12 @@ class TrialStore:
         return self._optuna.create_study(directions=directions, **options)
 
     def _opened(self, file: Path) -> Any:
-        backend = self._optuna.storages.journal.JournalFileBackend(str(file), _Unlocked())
+        backend = self._optuna.storages.journal.JournalFileBackend(str(file), _NoLock())
         storage = self._optuna.storages.JournalStorage(backend)
         return self._study_of(storage=storage, study_name=NAME, load_if_exists=True)
 
 
-class _Unlocked:
+class _NoLock:
     """No lock of Optuna's: the folder is locked already, in a way that a kill undoes."""
 
     def acquire(self) -> bool:

@@ -63,20 +63,20 @@ class TrialSettings:
             content = with_value(content, name, value)
         return content
 
-    def plan(self, chosen: Mapping[str, Any]) -> MergeRequest:
+    def merge_request(self, chosen: Mapping[str, Any]) -> MergeRequest:
         """The merge with these settings. Raises MagMaxError where they do not go together."""
         plan = build_request(self.recipe(chosen), "the recipe of the trial", {}, self.folder)
         plan.rule.check(len(plan.models))
         return plan
 
-    def try_out(self, chosen: Mapping[str, Any], out: Path, threads: int = 1) -> TrialResult:
+    def run_trial(self, chosen: Mapping[str, Any], out: Path, threads: int = 1) -> TrialResult:
         """Merge with these settings into `out`, score that and delete it.
 
         Raises:
             MagMaxError: inputs that cannot be used; a score that is no number.
         """
         try:
-            plan = self.plan(chosen)
+            plan = self.merge_request(chosen)
         except MagMaxError as error:
             return TrialResult({}, str(error))
         try:

@@ -59,7 +59,7 @@ class PreviewMerges:
         starts: list[NDArray[Any]] = []
         for done, key in enumerate(keys, start=1):
             block = InputBlock(reader.inputs, key, [(0, base.specs[key].numel)], digest=False)
-            start = reader.numbers(block, 0)
+            start = reader.read_numbers(block, 0)
             deltas = [reader.task_vector(block, number, start) for number in range(1, len(reader.inputs))]
             if any(delta.any() for delta in deltas):
                 cuts = [slice(at, at + PIECE) for at in range(0, len(start), PIECE)]

@@ -82,7 +82,7 @@ def domain_incremental(
     names = list(dataset.domains)
     if not names:
         raise MagMaxError("domain_incremental needs a data set with domains; this one has none")
-    chosen = _named("domain", names, "domains", order, seed if shuffled else None)
+    chosen = _names_in_order("domain", names, "domains", order, seed if shuffled else None)
     classes = tuple(range(len(dataset.classes)))
     return check_tasks(dataset, tuple(Task(name, classes, domain=names.index(name)) for name in chosen))
 
@@ -98,12 +98,12 @@ def data_sets(
     parts = dict(dataset.parts)
     if not parts:
         raise MagMaxError("data_sets needs several data sets joined into one; see the data set 'joined'")
-    chosen = _named("data set", list(parts), "data_sets", order, seed if shuffled else None)
+    chosen = _names_in_order("data set", list(parts), "data_sets", order, seed if shuffled else None)
     tasks = tuple(Task(name, parts[name], among=parts[name] if aware else None) for name in chosen)
     return check_tasks(dataset, tasks)
 
 
-def _named(
+def _names_in_order(
     what: str, names: list[str], kind: str, order: str | Sequence[str] | None, seed: int | None
 ) -> Sequence[str]:
     """The names in the order asked for, each once."""

@@ -202,10 +202,12 @@ def markdown(rows: Sequence[Row], about: Sequence[str], notes: Sequence[str] = (
 def comparisons(rows: Sequence[Row]) -> list[str]:
     """Return what the paired tests say, in words."""
     pairs = [against_best(rows, variant) for variant in ("default", "chosen")]
-    return [_told(each) for each in pairs if each is not None] or [f"{OURS} was not compared: one of two is missing."]
+    return [_pair_in_words(each) for each in pairs if each is not None] or [
+        f"{OURS} was not compared: one of two is missing."
+    ]
 
 
-def _told(pair: PairedComparison) -> str:
+def _pair_in_words(pair: PairedComparison) -> str:
     difference = pair.difference
     factor = "the rules' own scaling factors" if pair.variant == "default" else "factors chosen on validation examples"
     words = f"With {factor}, {pair.ours} minus the best other method, {pair.other}: {100 * difference.mean:+.1f} points"

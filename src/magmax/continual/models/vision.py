@@ -126,8 +126,8 @@ def clip(
     whole = _load(CLIPModel, path)
     for part in (whole.config.vision_config, whole.config.text_config):
         part.projection_dim = whole.config.projection_dim
-    images = _part(whole, CLIPVisionModelWithProjection(whole.config.vision_config))
-    texts = _part(whole, CLIPTextModelWithProjection(whole.config.text_config)).requires_grad_(False)
+    images = _load_part(whole, CLIPVisionModelWithProjection(whole.config.vision_config))
+    texts = _load_part(whole, CLIPTextModelWithProjection(whole.config.text_config)).requires_grad_(False)
     images.get_submodule("visual_projection").requires_grad_(train_projection)
     view = replace(ImageTransform.of_file(_file(path, "preprocessor_config.json")), mirror=mirror)
     side = whole.config.vision_config.image_size
@@ -208,7 +208,7 @@ def _load(kind: Any, path: str | Path) -> Any:
         with quiet_loading():
             model, loading_info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise MagMaxError(_not_had(path, kind.__name__, error)) from error
+        raise MagMaxError(_load_error(path, kind.__name__, error)) from error
     missing = sorted(loading_info["missing_keys"])
     if missing:
         raise MagMaxError(f"{path} lacks {len(missing)} weights of a {kind.__name__}: {', '.join(missing[:5])}")
@@ -221,16 +221,16 @@ def _file(path: str, name: str) -> Path:
     try:
         return Path(str(cached_file(path, name)))
     except OSError as error:
-        raise MagMaxError(_not_had(path, name, error)) from error
+        raise MagMaxError(_load_error(path, name, error)) from error
 
 
-def _not_had(path: str | Path, what: str, error: Exception) -> str:
+def _load_error(path: str | Path, what: str, error: Exception) -> str:
     message = next(iter(str(error).strip().splitlines()), type(error).__name__)
     where = "this folder" if Path(path).is_dir() else "no folder here, and the model hub does not give it"
     return f"{path}: {where}; no {what}: {message}"
 
 
-def _part(whole: nn.Module, part: nn.Module) -> Any:
+def _load_part(whole: nn.Module, part: nn.Module) -> Any:
     """The part, with the weights that it has in the whole."""
     weights = whole.state_dict()
     part.load_state_dict({key: weights[key] for key in part.state_dict()})

@@ -28,7 +28,7 @@ def import_checkpoints(
         raise MagMaxError(f"training: external names {len(models)} models for {len(tasks)} tasks ({', '.join(tasks)})")
     paths = [folder / f"theta_{t}.safetensors" for t in range(1, len(models) + 1)]
     for model, path in zip(models, paths, strict=True):
-        place = located(model)
+        place = locate_external(model)
         stamp = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in open_checkpoint(place).files()]
         metadata = {MADE_FROM: str(stamp)}
         if read_metadata(path) != metadata:
@@ -36,7 +36,7 @@ def import_checkpoints(
     return paths
 
 
-def located(model: str) -> Path:
+def locate_external(model: str) -> Path:
     """The file or folder of a model, fetched from the hub if it is none here."""
     if Path(model).exists():
         return Path(model)
@@ -53,7 +53,7 @@ def located(model: str) -> Path:
 
 def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     opened = open_checkpoint(place)
-    there = {key: opened.resolve_alias(_tied(key, opened, base)) for key in base}
+    there = {key: opened.resolve_alias(_stored_name(key, opened, base)) for key in base}
     shared = [key for key, name in there.items() if name in opened.specs]
     if not shared:
         ours, theirs = next(iter(base), "nothing"), next(iter(opened.specs), "nothing")
@@ -73,7 +73,7 @@ def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _tied(key: str, opened: Checkpoint, base: Mapping[str, Tensor]) -> str:
+def _stored_name(key: str, opened: Checkpoint, base: Mapping[str, Tensor]) -> str:
     """The name under which a file that stores tied weights once, and does not say so, has the tensor."""
     if opened.resolve_alias(key) in opened.specs:
         return key

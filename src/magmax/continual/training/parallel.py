@@ -81,7 +81,7 @@ def shard(root: nn.Module, mesh: DeviceMesh, reads_weights: bool = False) -> Cal
     from torch.distributed.tensor import DTensor
 
     parts = [*layer_blocks(root), root]
-    if problems := _problems(root, parts[:-1]):
+    if problems := _sharding_problems(root, parts[:-1]):
         raise list_problems("these weights cannot be cut over processes; parallel: ddp leaves them whole", problems)
     before = [_OriginalModule(module) for module in root.modules()]
     numbers = {p for p in root.parameters() if p.ndim == 0}
@@ -161,7 +161,7 @@ class _OriginalModule:
         self.module.__class__ = self.kind
 
 
-def _problems(root: nn.Module, parts: Sequence[nn.Module]) -> list[str]:
+def _sharding_problems(root: nn.Module, parts: Sequence[nn.Module]) -> list[str]:
     """Why the weights cannot be cut, each with its name in the model."""
     part_of = {module: part for part in parts for module in part.modules()}
     problems: list[str] = []

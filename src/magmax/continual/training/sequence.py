@@ -96,11 +96,11 @@ def fine_tune(
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
         if read_metadata(paths[t]) == metadata:
             tell(protocol.settings.steps, protocol.settings.steps, "kept from an earlier run")
-            remembered = _remember(penalty, folder, t)
+            remembered = _restore_penalty(penalty, folder, t)
         else:
             load_weights(encoder.model, paths[t - 1] if protocol.start == "previous" else paths[0])
             if penalty and remembered < t - 1:
-                lost = _memory(folder, t - 1)
+                lost = _penalty_file(folder, t - 1)
                 raise MagMaxError(f"{lost}: is missing, and task {t} needs it; delete its folder to begin again")
             if penalty:
                 penalty.before_task(learner, sorted({c for earlier in tasks[: t - 1] for c in earlier.classes}))
@@ -114,11 +114,11 @@ def fine_tune(
                 remembered = t
             if first:
                 if penalty:
-                    write_tensors(penalty.state, _memory(folder, t), metadata)
+                    write_tensors(penalty.state, _penalty_file(folder, t), metadata)
                 save_weights(encoder.model, paths[t], metadata)
-                _account(folder, t, {"seconds": round(snapshot.spent(), 3), "loss": float(np.mean(losses[-10:]))})
+                _write_costs(folder, t, {"seconds": round(snapshot.spent(), 3), "loss": float(np.mean(losses[-10:]))})
                 snapshot.remove()
-                _memory(folder, t - 1).unlink(missing_ok=True)
+                _penalty_file(folder, t - 1).unlink(missing_ok=True)
             _wait(team)
         if done:
             done(t, paths[t])
@@ -202,23 +202,25 @@ def _digest(*arrays: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def _memory(folder: Path, t: int) -> Path:
+def _penalty_file(folder: Path, t: int) -> Path:
     """Return where what the penalty remembers after task t is kept until task t + 1 is done."""
     return folder / f"penalty_{t}.safetensors"
 
 
-def _remember(penalty: ForgettingPenalty | None, folder: Path, t: int) -> int:
+def _restore_penalty(penalty: ForgettingPenalty | None, folder: Path, t: int) -> int:
     """Put what the penalty remembered after task t back into it; t, or 0 where there is no such file."""
-    if penalty is None or not _memory(folder, t).exists():
+    if penalty is None or not _penalty_file(folder, t).exists():
         return 0
     try:
-        penalty.state = load_file(_memory(folder, t))
+        penalty.state = load_file(_penalty_file(folder, t))
     except (OSError, SafetensorError) as error:
-        raise MagMaxError(f"{_memory(folder, t)}: cannot be read: {error}; delete its folder to begin again") from error
+        raise MagMaxError(
+            f"{_penalty_file(folder, t)}: cannot be read: {error}; delete its folder to begin again"
+        ) from error
     return t
 
 
-def _account(folder: Path, t: int, costs: Mapping[str, float]) -> None:
+def _write_costs(folder: Path, t: int, costs: Mapping[str, float]) -> None:
     content = {**training_costs(folder), str(t): dict(costs)}
     write_bytes(json.dumps(content, indent=2).encode() + b"\n", folder / "costs.json")
 

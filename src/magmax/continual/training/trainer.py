@@ -77,7 +77,7 @@ class ContinualTraining:
             self.out,
             seed=self.seed,
             new_bar=new_bar if first else no_bars,
-            done=work.after if first else None,
+            done=work.after_task if first else None,
             team=team,
         )
         if team:
@@ -123,7 +123,7 @@ class _TaskFollowUp:
     """The steps after each task: absorb the model, evaluate it and the merge, write the metrics."""
 
     def __init__(self, training: ContinualTraining, context: ExperimentContext, new_bar: BarFactory) -> None:
-        self.training, self.here, self.new_bar = training, context, new_bar
+        self.training, self.context, self.new_bar = training, context, new_bar
         self.file = training.out / METRICS
         self.metrics: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.running = self.begin()
@@ -151,28 +151,28 @@ class _TaskFollowUp:
         for i in range(len(self.running.tasks), t):
             self.running.absorb(self.theta(i + 1), names[i])
 
-    def after(self, t: int, path: Path) -> None:
+    def after_task(self, t: int, path: Path) -> None:
         """Return what is called when theta_t is there."""
         if self.running is not None:
             self.absorb(t)
-        learned = len(self.here.tasks) if self.training.training == "joint" else t
+        learned = len(self.context.tasks) if self.training.training == "joint" else t
         key = str(learned)
         if key in self.metrics.get("model", {}) and key in self.metrics.get("merged", {key: None}):
             return
         tell = self.new_bar(f"Evaluating after task {t}")
-        load_weights(self.here.encoder.model, path)
-        self.note("model", key, self.here.row(learned))
+        load_weights(self.context.encoder.model, path)
+        self.write_metrics("model", key, self.context.row(learned))
         tell(1, 2)
         if self.running is not None and len(self.running.tasks) == t:
             merged = self.training.out / f"merged-after-{t}.safetensors"
             self.running.result(self.training.scaling_factor, merged)
-            load_weights(self.here.encoder.model, merged)
-            self.note("merged", key, self.here.row(learned))
+            load_weights(self.context.encoder.model, merged)
+            self.write_metrics("merged", key, self.context.row(learned))
             merged.unlink()
         write_bytes(json.dumps(self.metrics, indent=2).encode() + b"\n", self.file)
         tell(2, 2)
 
-    def note(self, what: str, key: str, row: AccuracyRow) -> None:
+    def write_metrics(self, what: str, key: str, row: AccuracyRow) -> None:
         self.metrics.setdefault(what, {})[key] = asdict(row)
 
     def finish(self) -> dict[str, Any]:

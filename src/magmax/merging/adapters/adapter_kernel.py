@@ -90,7 +90,7 @@ class AdapterMerge:
     @property
     def dtype(self) -> str:
         """The factors' type in the result."""
-        dtypes = self._kinds()
+        dtypes = self._factor_dtypes()
         return FLOAT_DTYPES[self.options.dtype] if self.options.dtype else dtypes.pop() if len(dtypes) == 1 else "F32"
 
     def ranks(self) -> dict[str, int]:
@@ -118,7 +118,7 @@ class AdapterMerge:
 
     def kernel(self) -> MergeKernel:
         """The merge of the updates as models of a base of zeros."""
-        wide = "F64" if "F64" in self._kinds() else "F32"
+        wide = "F64" if "F64" in self._factor_dtypes() else "F32"
         specs = {layer.key: TensorSpec(wide, (layer.rows, *layer.row_shape)) for layer in self.layers}
         return MergeKernel(self._reader(specs), self.rule, len(self.folders), self.scaling_factor, specs, {})
 
@@ -126,11 +126,11 @@ class AdapterMerge:
         """The layer's factors as they are stored, and how well they fit."""
         rank = self.rank(layer)
         if self.rule.linear:
-            whole = self._sum(layer, kernel)
+            whole = self._sum_of_products(layer, kernel)
             stored, worth = nearest_to_sum(whole, rank).stored(self.dtype)
             fit = LayerFit(rank, product_norm(whole), sum_error(whole, worth))
         else:
-            matrix = self._dense(layer, kernel, threads)
+            matrix = self._dense_merge(layer, kernel, threads)
             stored, worth = nearest_to_dense(matrix, rank).stored(self.dtype)
             fit = LayerFit(rank, dense_norm(matrix), dense_error(matrix, worth))
         if not all(is_finite(factor, self.dtype) for factor in stored):
@@ -171,7 +171,7 @@ class AdapterMerge:
         summary = f"all {len(self.fits)} layers: relative error {self.overall_fit().relative:.3g} (Frobenius norm)"
         return [f"{'layer':{width}}  rank  relative error", *rows, summary]
 
-    def _kinds(self) -> set[str]:
+    def _factor_dtypes(self) -> set[str]:
         pairs = zip(self.folders, self.updates, strict=True)
         return {
             folder.spec(f.tensor_name).dtype
@@ -190,7 +190,7 @@ class AdapterMerge:
             ]
         )
 
-    def _sum(self, layer: AdaptedLayer, kernel: MergeKernel) -> FactorPair:
+    def _sum_of_products(self, layer: AdaptedLayer, kernel: MergeKernel) -> FactorPair:
         """scaling_factor * sum of c_t * s_t * B_t A_t as one product; c is what a linear rule makes of unit vectors."""
         weights = kernel.rules[layer.key](list(np.eye(len(self.folders))), layer.key)
         factor = kernel.factors[layer.key]
@@ -202,7 +202,7 @@ class AdapterMerge:
                 parts.append(FactorPair(left * (factor * weight * update.scale), right))
         return FactorPair(*(np.concatenate(factors) for factors in zip(*parts, strict=True)))
 
-    def _dense(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> NDArray[Any]:
+    def _dense_merge(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> NDArray[Any]:
         """scaling_factor * rule(s_t * B_t A_t) as a matrix."""
         reader = self._reader({layer.key: kernel.out[layer.key]})
         memory = MemorySink(reader.inputs[0].specs)

@@ -92,7 +92,7 @@ class DeviceReader(BlockReader):
 
 @dataclass(frozen=True)
 class DeviceKernel(MergeKernel):
-    """A merge's kernel whose rule works on a device; its questions are answered already."""
+    """A merge's kernel whose rule works on a device, with its statistics collected already."""
 
     device: torch.device = PROCESSORS
 
@@ -114,9 +114,9 @@ class DeviceKernel(MergeKernel):
         dtype = self.out[block.key].dtype
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it
-            return self._stored(block, from_device(merged, wide))
+            return self._narrow(block, from_device(merged, wide))
         stored = from_device(merged.to(TYPES[dtype]), dtype)
-        return stored if is_finite(stored, dtype) else self._stored(block, from_device(merged, wide))
+        return stored if is_finite(stored, dtype) else self._narrow(block, from_device(merged, wide))
 
 
 def on_device(kernel: Any, name: str) -> tuple[Any, str]:

@@ -60,8 +60,8 @@ class AbsorbKernel(Kernel):
 
     def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
         if block.key in self.unmerged:
-            return self._nothing(block)
-        head = block.until(self.extents.get(block.key, block.stop))
+            return self._read_for_digest(block)
+        head = block.leading_part(self.extents.get(block.key, block.stop))
         count, length = head.stop - head.start, block.stop - block.start
         old = [block.read(number)[:count] for number in range(self.slots + 1)]
         if not count:
@@ -69,15 +69,15 @@ class AbsorbKernel(Kernel):
                 np.dtype("u1")
             ] * self.winners
             return [np.zeros(length, storage) for storage in storages]
-        outputs = self._merged(head, old)
+        outputs = self._merge_slots(head, old)
         return [u if count == length else np.concatenate([u, np.zeros(length - count, u.dtype)]) for u in outputs]
 
-    def _merged(self, block: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _merge_slots(self, block: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The new slots, and the map of winners if there is one, from the base and the old slots."""
         rule = self.rules[block.key]
         dtype = self.specs[block.key].dtype
         base, *candidates = (self.reader.widen(block, number, units) for number, units in enumerate(old))
-        candidates.append(self.reader.numbers(block, self.slots + 1))
+        candidates.append(self.reader.read_numbers(block, self.slots + 1))
         if not self.rule.selects_entries:
             *held, vector = candidates
             vector -= base
@@ -91,7 +91,7 @@ class AbsorbKernel(Kernel):
             slots.append(self._winners(block, state[0], vectors[-1]))
         return slots
 
-    def _nothing(self, block: InputBlock) -> list[NDArray[Any] | None]:
+    def _read_for_digest(self, block: InputBlock) -> list[NDArray[Any] | None]:
         """Slots hold merged tensors only; what is carried is read for its digest alone."""
         block.read(0)
         if block.key in self.held:

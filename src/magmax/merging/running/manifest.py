@@ -78,7 +78,7 @@ class Manifest:
             **({} if strict else {"mismatch": self.mismatch}),
             "base": {"path": self.base_path, "digest": self.base_digest},
             "current": self.current,
-            "generations": [_described(generation, strict) for generation in self.generations.values()],
+            "generations": [_to_json(generation, strict) for generation in self.generations.values()],
         }
         replace_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
@@ -117,7 +117,7 @@ def read_manifest(file: Path) -> Manifest:
     return state
 
 
-def _described(generation: Version, strict: bool) -> dict[str, Any]:
+def _to_json(generation: Version, strict: bool) -> dict[str, Any]:
     content = asdict(generation)
     if strict:
         del content["extents"]

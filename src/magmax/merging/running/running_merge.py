@@ -132,18 +132,18 @@ class Running:
             raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
         try:
             with self._disk.lock():
-                return self._absorb(model, name, label)
+                return self._absorb_model(model, name, label)
         finally:
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def _absorb(self, model: Any, name: str | None, label: str | None) -> MergeResult:
+    def _absorb_model(self, model: Any, name: str | None, label: str | None) -> MergeResult:
         base = self._base()
         opened = self.opened(model, name)
         match = self._narrowed(base, match_to_base(base, [opened], self._state.mismatch))
         refuse_same_path([base, opened])
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
-        self._disk.refuse_label(label)
+        self._disk.check_label(label)
         number = max(self._state.generations, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
         result = job.run(self._settings)
@@ -240,7 +240,7 @@ class Running:
 
     def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
         slots, task = self._disk.slots(), len(self.tasks) + 1
-        self._refuse_others(base, slots)
+        self._refuse_other_base(base, slots)
         if self.winners and task > MOST_MAPPED_TASKS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
         specs = {
@@ -290,7 +290,7 @@ class Running:
     def _result_kernel(self, base: Checkpoint, options: OutputOptions) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._disk.slots()
-        self._refuse_others(base, slots)
+        self._refuse_other_base(base, slots)
         match = self._narrowed(base, match_to_base(base, []))
         reader = BlockReader([base, *slots], options.allow_nonfinite)
         factor, out = options.resolve_scaling_factor(self.rule), options.out_specs(base)
@@ -303,7 +303,7 @@ class Running:
         before = self._state.extents
         return narrow_match(base, match, before) if before else match
 
-    def _refuse_others(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
+    def _refuse_other_base(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""
         merged = {key: spec.shape for key, spec in base.specs.items() if spec.is_mergeable}
         if any({key: spec.shape for key, spec in slot.specs.items()} != merged for slot in slots):

@@ -104,7 +104,7 @@ class VersionStore:
 
         return verify
 
-    def refuse_label(self, label: str | None) -> None:
+    def check_label(self, label: str | None) -> None:
         """Raise MagMaxError for a label that is taken, or looks like a number."""
         taken = next((g for g in self.state.generations.values() if label is not None and g.label == label), None)
         if taken:
@@ -117,7 +117,7 @@ class VersionStore:
         current = self.state.generation
         if current is None:
             raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
-        self.refuse_label(label)
+        self.check_label(label)
         self.publish(replace(current, label=label))
 
     def restore(self, which: str | int) -> list[Version]:

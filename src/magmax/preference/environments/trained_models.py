@@ -93,7 +93,7 @@ class TrainedModels:
             models = [open_checkpoint(path, base=base) for path in self.paths]
         merges = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1), hold=len(factors) > 1)
         for factor in factors:
-            tensors, like = merges.at(factor), self.context.base
+            tensors, like = merges.merge_at(factor), self.context.base
             merged = {key: to_tensor(tensors[key], base.spec(key), like[key]) for key in self.changed_keys}
             self.context.encoder.model.load_state_dict(merged, strict=False)
             yield

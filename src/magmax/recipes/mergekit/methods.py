@@ -62,27 +62,27 @@ def _linear(parameters: ParameterLookup) -> Rule:
     return Average(weights) if parameters.constant("normalize", True) else TaskArithmetic(weights)
 
 
-def _none(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _no_sparsifier(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     return []
 
 
-def _largest(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _keep_largest(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _unscaled(parameters, rescale)
     return [Prune(density=parameters.per_model("density", 1.0), span="tensor")]
 
 
-def _chance(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _keep_at_random(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
         return [Prune(density=parameters.per_model("density", 1.0), which="random")]
     return [Dare(density=parameters.per_model("density", 1.0))]
 
 
-def _middle(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _breadcrumbs(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _unscaled(parameters, rescale)
     return [Breadcrumbs(density=parameters.per_model("density", 1.0), gamma=parameters.per_model("gamma", 0.01))]
 
 
-def _rank(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
+def _della(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
         raise parameters.unsupported("rescale", "della without rescaling; leave rescale out")
     return [Della(density=parameters.per_model("density", 1.0), epsilon=parameters.per_model("epsilon", 0.15))]
@@ -93,11 +93,11 @@ def _unscaled(parameters: ParameterLookup, rescale: bool) -> None:
         raise parameters.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
 
 
-ALL = Sparsifier(_none)
-LARGEST = Sparsifier(_largest)
-CHANCE = Sparsifier(_chance, rescale=True)
-MIDDLE = Sparsifier(_middle, own={"gamma": 0.01})
-RANK = Sparsifier(_rank, rescale=True, own={"epsilon": 0.15})
+ALL = Sparsifier(_no_sparsifier)
+LARGEST = Sparsifier(_keep_largest)
+RANDOM = Sparsifier(_keep_at_random, rescale=True)
+MIDDLE = Sparsifier(_breadcrumbs, own={"gamma": 0.01})
+RANK = Sparsifier(_della, rescale=True, own={"epsilon": 0.15})
 
 
 def _arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitMethod:
@@ -123,8 +123,8 @@ METHODS: dict[str, MergekitMethod] = {
     "linear": MergekitMethod(_linear, {"normalize": True}, {"weight": None}, counted=True),
     "task_arithmetic": _arithmetic(ALL, elect=False, normalize=False),
     "ties": _arithmetic(LARGEST, elect=True, normalize=True),
-    "dare_linear": _arithmetic(CHANCE, elect=False, normalize=False),
-    "dare_ties": _arithmetic(CHANCE, elect=True, normalize=False),
+    "dare_linear": _arithmetic(RANDOM, elect=False, normalize=False),
+    "dare_ties": _arithmetic(RANDOM, elect=True, normalize=False),
     "della_linear": _arithmetic(RANK, elect=False, normalize=False),
     "della": _arithmetic(RANK, elect=True, normalize=True),
     "breadcrumbs": _arithmetic(MIDDLE, elect=False, normalize=False),

@@ -10,28 +10,28 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-def _reference(value: Any) -> Any:
+def _parse_reference(value: Any) -> Any:
     """A model as one string, PATH[@REVISION][+ADAPTER[@REVISION]], which mergekit also writes as a map."""
     if not isinstance(value, dict):
         return value
     if unknown := sorted(map(str, set(value) - {"model", "lora"})):
         raise ValueError(f"of a model written as a map only model and lora are supported, not {', '.join(unknown)}")
     halves = [value.get("model"), value.get("lora")]
-    return "+".join(_half(half) for half in halves if half is not None)
+    return "+".join(_parse_reference_part(half) for half in halves if half is not None)
 
 
-def _half(value: Any) -> str:
+def _parse_reference_part(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     return f"{value.get('path')}@{value['revision']}" if value.get("revision") else str(value.get("path"))
 
 
-def _dtype(value: Any) -> Any:
+def _parse_dtype(value: Any) -> Any:
     return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
-Reference = Annotated[str, BeforeValidator(_reference)]
-Dtype = Annotated[Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(_dtype)]
+Reference = Annotated[str, BeforeValidator(_parse_reference)]
+Dtype = Annotated[Literal["float16", "bfloat16", "float32", "float64"], BeforeValidator(_parse_dtype)]
 Settings = dict[str, Any]
 """Parameters as they are written: a value, a list over the layers, or {filter, value} pairs."""
 

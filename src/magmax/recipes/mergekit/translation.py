@@ -48,7 +48,7 @@ def build_request(
     recipe = validate(
         MergekitRecipe, YamlDocument(document.file, content, document.lines), "a merge recipe of mergekit", valid_keys
     )
-    return _Translation(document, recipe, folder).plan(ours)
+    return _Translation(document, recipe, folder).request(ours)
 
 
 def _assigned(
@@ -88,7 +88,7 @@ class _Translation:
         self.problems: list[str] = []
         self.notes: list[str] = []
 
-    def plan(self, ours: Mapping[str, Any]) -> MergeRequest:
+    def request(self, ours: Mapping[str, Any]) -> MergeRequest:
         method = self._method()
         inputs, shared, base = self._inputs()
         levels = {place: ParameterLevel((*place, "parameters"), i.parameters or {}) for place, i in inputs.items()}

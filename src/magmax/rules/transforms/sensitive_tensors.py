@@ -95,12 +95,12 @@ def read_sensitivity(path: Path) -> Sensitivity:
         if content["format"] != FORMAT:
             raise MagMaxError(f"it has the format {content['format']!r}; this magmax reads {FORMAT!r}")
         return Sensitivity(
-            model=_of(str, content["model"]),
-            metric=_of(str, content["metric"]),
-            factor=_of(float, content["factor"]),
-            samples=_of(int, content["samples"]),
-            drops={_of(str, key): _drop(drop) for key, drop in content["drops"].items()},
-            sensitive=[_of(str, key) for key in content["sensitive"]],
+            model=_typed(str, content["model"]),
+            metric=_typed(str, content["metric"]),
+            factor=_typed(float, content["factor"]),
+            samples=_typed(int, content["samples"]),
+            drops={_typed(str, key): _parse_drop(drop) for key, drop in content["drops"].items()},
+            sensitive=[_typed(str, key) for key in content["sensitive"]],
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise MagMaxError(f"{path}: is no file of sensitive tensors ({type(error).__name__}: {error})") from error
@@ -108,11 +108,11 @@ def read_sensitivity(path: Path) -> Sensitivity:
         raise MagMaxError(f"{path}: {error}") from error
 
 
-def _drop(content: Mapping[str, Any]) -> ScoreDrop:
-    return ScoreDrop(_of(float, content["drop"]), _of(float, content["noise"]))
+def _parse_drop(content: Mapping[str, Any]) -> ScoreDrop:
+    return ScoreDrop(_typed(float, content["drop"]), _typed(float, content["noise"]))
 
 
-def _of(kind: type, value: Any) -> Any:
+def _typed(kind: type, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{value!r} should be {kind.__name__}")
     return kind(value)

@@ -75,7 +75,7 @@ class UndecidedReduction(Reduction):
             if np.isinf(self.windows).all():
                 open_ = np.flatnonzero(alive)
             else:
-                open_ = self._open(at, deltas, alive, words, clear, sums)
+                open_ = self._find_open(at, deltas, alive, words, clear, sums)
             near += len(open_)
             taken = open_[_sample_mask(words[open_], self.rate)]
             parts.append(self.priced.columns(at, deltas, words, taken))
@@ -86,7 +86,7 @@ class UndecidedReduction(Reduction):
         into.resize(len(packed), refcheck=False)
         into[:] = packed
 
-    def _open(
+    def _find_open(
         self,
         address: Address,
         task_vectors: Sequence[NDArray[Any]],
@@ -105,7 +105,7 @@ class UndecidedReduction(Reduction):
             reach = (self.windows + margin).astype(lead.dtype)
         np.fill_diagonal(reach, -np.inf)
         near = np.flatnonzero(alive & ~(lead > reach.max(axis=1)[best]))
-        near = near[self._close(task_vectors, near, best[near], top[near], reach)]
+        near = near[self._within_reach(task_vectors, near, best[near], top[near], reach)]
         sure = alive.copy()
         sure[near] = False
         columns = priced.columns(address, task_vectors, words, near)
@@ -120,7 +120,7 @@ class UndecidedReduction(Reduction):
         sums[1] += total + columns.worth(priced.noise)[clear_winners, spots].sum()
         return near[open_]
 
-    def _close(
+    def _within_reach(
         self, task_vectors: Sequence[NDArray[Any]], spots: Places, best: Winners, top: NDArray[Any], reach: NDArray[Any]
     ) -> NDArray[np.bool_]:
         """Return which of the elements at these spots their best may not lead some other by as much as it must."""

@@ -69,7 +69,7 @@ class Tunable(Rule):
     def memory(self) -> int:
         if self.selection == "optimal":
             return 8 * COPIES * max(ROOM, LEAST_ROOM * len(self._weights))
-        return windows.memory(len(self._weights), self.selection == "random")
+        return windows.cascade_memory(len(self._weights), self.selection == "random")
 
     @property
     def statistics_span(self) -> Span:

@@ -64,13 +64,13 @@ class UndecidedSteps(Reduction):
                 chosen = random_words("tunable sample", replay.seed, 0, at, len(open_))[spots]
                 spots = spots[chosen <= self.rate * ((1 << 32) - 1)]
             rows = [*elements.codes, *(elements.words(stream) for stream in replay.streams)]
-            parts.append(_packed([spots + at.offset, *(row[spots] for row in rows)]))
+            parts.append(_pack_columns([spots + at.offset, *(row[spots] for row in rows)]))
         packed = np.hstack([counts.reshape(-1), np.array([near]), np.hstack(parts).reshape(-1).view(np.int64)])
         into.resize(len(packed), refcheck=False)
         into[:] = packed
 
 
-def _packed(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
+def _pack_columns(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
     """Columns of 32 or 64 bits as rows of words, of which there are an even number."""
     count = len(columns[0])
     rows = [np.ascontiguousarray(column).view(np.uint32).reshape(count, column.itemsize // 4).T for column in columns]
@@ -210,7 +210,7 @@ class GuessedSteps(CascadeSteps):
 def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reduction, Any, Cascade]:
     """Find where each step cuts; `wanted` is the quota of each task of `among`."""
     unknown = [ThresholdWindow()] * (3 * len(wanted) - 2)
-    words = _words(len(wanted), replay.at_random, replay.float64)
+    words = _words_per_element(len(wanted), replay.at_random, replay.float64)
     room, total, margin = max(LEAST, ROOM // words), sum(wanted), MARGIN
     replay, rate = replace(replay, windows=unknown), min(1.0, room / total)
     for left in reversed(range(ROUNDS)):
@@ -230,13 +230,13 @@ def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reducti
     raise AssertionError("in the last round every element is known")
 
 
-def _words(tasks: int, at_random: bool, wide: bool) -> int:
+def _words_per_element(tasks: int, at_random: bool, wide: bool) -> int:
     """Return how many words an element takes, of so many tasks with a quota: its offset, magnitudes and random
     words.
     """
     return 2 + (2 if wide else 1) * tasks + (tasks if at_random else 0) + 2
 
 
-def memory(tasks: int, at_random: bool) -> int:
+def cascade_memory(tasks: int, at_random: bool) -> int:
     """Bytes that the questions of the published selection take, at the usual most."""
-    return 4 * COPIES * max(ROOM, LEAST * _words(tasks, at_random, wide=True))
+    return 4 * COPIES * max(ROOM, LEAST * _words_per_element(tasks, at_random, wide=True))
