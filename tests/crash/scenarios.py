@@ -210,7 +210,7 @@ def restore_version(folder: Path) -> None:
 def names_and_labels(folder: Path) -> tuple[list[str], list[str | None]]:
     """The tasks and labels of the state, as a new process reads it."""
     status = open_running(folder).status()
-    return absorbed_names(folder), [generation.label for generation in status.generations]
+    return absorbed_names(folder), [version.label for version in status.versions]
 
 
 OTHER_SCENARIOS = [

@@ -109,7 +109,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(out: str, child: ForkSer
 
 @pytest.mark.parametrize("name", ["write", "open", "fsync"])
 def test_a_state_that_cannot_be_saved_ends_with_code_2(name: str, child: ForkServer, tmp_path: Path) -> None:
-    """The last calls of an absorption, after the generation itself is in place."""
+    """The last calls of an absorption, after the version itself is in place."""
     before, _, undisturbed = prepared(child, tmp_path, prepare_running_merge, absorb_task, 3)
     number = max(n for n, call in enumerate(undisturbed.calls, start=1) if call[0] == name)
     folder = copied(before)

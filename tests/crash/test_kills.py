@@ -73,10 +73,10 @@ def test_a_kill_leaves_the_state_before_an_absorption_or_after_it(done: int, chi
         assert child(absorb_task, folder, task, fault=kill).is_killed
         tasks = len(completed(child(absorbed_names, folder)).result)
         assert tasks in (done, task), kill
-        assert generation(folder, tasks) == generation(after if tasks == task else before, tasks), kill
+        assert version(folder, tasks) == version(after if tasks == task else before, tasks), kill
         again = child(absorb_task, folder, task)
         assert ("was absorbed already" in again.error_message) == (tasks == task), kill
-        assert generation(folder, task) == generation(after, task), kill
+        assert version(folder, task) == version(after, task), kill
         completed(child(absorb_task, folder, 4))
         assert read_contents(folder) == whole, kill
 
@@ -136,5 +136,5 @@ def completed(end: ChildResult) -> ChildResult:
     return end
 
 
-def generation(folder: Path, number: int) -> object:
+def version(folder: Path, number: int) -> object:
     return read_contents(folder / "state" / f"generation-{number:06}")

@@ -75,7 +75,7 @@ def test_a_labelled_generation_is_kept_and_restored(files, tmp_path):
     running.label("two")
     for task in tasks[2:]:
         running.absorb(task)
-    assert [g.number for g in running.status().generations] == [2, 4]
+    assert [g.number for g in running.status().versions] == [2, 4]
     running.restore("two")
     assert [t.name for t in Running(tmp_path / "state").tasks] == ["task1", "task2"]
     running.absorb(tasks[3])
@@ -118,7 +118,7 @@ def test_labels_must_be_new_and_not_look_like_numbers(files, tmp_path):
     for label, words in [("one", "labelled 'one' already"), ("7", "needs a letter")]:
         with pytest.raises(MagMaxError, match=words):
             running.label(label)
-    with pytest.raises(MagMaxError, match=r"no generation 'two'; it has 1 \(one\)"):
+    with pytest.raises(MagMaxError, match=r"no version 'two'; it has 1 \(one\)"):
         running.restore("two")
 
 

@@ -119,7 +119,7 @@ def test_a_cut_or_missing_generation_is_found(state: Path, second: Path, refused
     weights.unlink()
     assert str(weights.parent) in refused(absorb, state, second)
     shutil.rmtree(weights.parent)
-    assert "generation 1 is missing" in refused(absorb, state, second)
+    assert "version 1 is missing" in refused(absorb, state, second)
 
 
 BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -135,13 +135,13 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "options that are a number": lambda s: s | {"rule": {"magmax": 5}},
     "no base": lambda s: s | {"base": None},
     "a base path that is a number": lambda s: s | {"base": s["base"] | {"path": 5}},
-    "a current generation that is not listed": lambda s: s | {"current": 7},
-    "a current generation that is text": lambda s: s | {"current": "1"},
-    "a current generation that is a list": lambda s: s | {"current": [1]},
-    "no generations": lambda s: s | {"generations": []},
-    "generations that are a number": lambda s: s | {"generations": 1},
-    "a generation that is text": lambda s: s | {"generations": ["1"]},
-    "a generation without a number": lambda s: s | {"generations": [s["generations"][0] | {"number": None}]},
+    "a current version that is not listed": lambda s: s | {"current": 7},
+    "a current version that is text": lambda s: s | {"current": "1"},
+    "a current version that is a list": lambda s: s | {"current": [1]},
+    "no versions": lambda s: s | {"generations": []},
+    "versions that are a number": lambda s: s | {"generations": 1},
+    "a version that is text": lambda s: s | {"generations": ["1"]},
+    "a version without a number": lambda s: s | {"generations": [s["generations"][0] | {"number": None}]},
     "tasks that are null": lambda s: s | {"generations": [s["generations"][0] | {"tasks": None}]},
     "tasks that are text": lambda s: s | {"generations": [s["generations"][0] | {"tasks": ["tuned"]}]},
     "slots that are null": lambda s: s | {"generations": [s["generations"][0] | {"slots": None}]},
@@ -197,7 +197,7 @@ def test_labels_of_a_stale_object_lose_nothing(state: Path, second: Path) -> Non
     try:
         late.label("good")
     except magmax.MagMaxError:
-        assert "good" not in [g.label for g in Running(state).status().generations]
+        assert "good" not in [g.label for g in Running(state).status().versions]
     assert [task.name for task in Running(state).tasks] == ["tuned", "second"]
     Running(state).result(out=state.with_name("out.safetensors"))
 

@@ -44,7 +44,7 @@ def absorb(
     name
         What to call the task; by default the model's file name.
     label
-        Name the new generation, so that it is kept and can be restored.
+        Name the new version, so that it is kept and can be restored.
     winners
         From the start, also map which task supplied each element.
     mismatch
@@ -95,7 +95,7 @@ def result(
 
 
 def status(state: str, *, as_json: Json = False) -> None:
-    """Show a running merge: its rule, its tasks, its generations.
+    """Show a running merge: its rule, its tasks, its versions.
 
     Parameters
     ----------
@@ -119,13 +119,13 @@ def status(state: str, *, as_json: Json = False) -> None:
     current = state_now.current.number if state_now.current else None
     listed = [
         (f"{g.number}{' (current)' * (g.number == current)}", g.label or "", str(len(g.tasks)))
-        for g in state_now.generations
+        for g in state_now.versions
     ]
-    print_table(["generation", "label", "tasks"], listed)
+    print_table(["version", "label", "tasks"], listed)
 
 
 def label(state: str, label: str) -> None:
-    """Name the current generation of a running merge, so that it is kept.
+    """Name the current version of a running merge, so that it is kept.
 
     Parameters
     ----------
@@ -140,18 +140,18 @@ def label(state: str, label: str) -> None:
 
 
 def restore(state: str, which: str) -> None:
-    """Go back to a generation of a running merge.
+    """Go back to a version of a running merge.
 
     Parameters
     ----------
     state
         The running merge's folder.
     which
-        A generation's label or number.
+        A version's label or number.
     """
     running = _open_running(state, None, None)
     for dropped in running.restore(which):
-        print(f"dropped generation {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
+        print(f"dropped version {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
     print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
 
 

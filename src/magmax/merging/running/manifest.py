@@ -52,21 +52,21 @@ class Manifest:
     base_path: str | None = None
     base_digest: str | None = None
     current: int | None = None
-    generations: dict[int, Version] = field(default_factory=dict[int, Version])
+    versions: dict[int, Version] = field(default_factory=dict[int, Version])
 
     @property
-    def generation(self) -> Version | None:
-        """The generation that counts."""
-        return None if self.current is None else self.generations[self.current]
+    def current_version(self) -> Version | None:
+        """The version that counts."""
+        return None if self.current is None else self.versions[self.current]
 
     @property
     def tasks(self) -> Sequence[AbsorbedModel]:
-        return self.generation.tasks if self.generation else ()
+        return self.current_version.tasks if self.current_version else ()
 
     @property
     def extents(self) -> Mapping[str, int]:
         """Return the extents of the current version."""
-        return self.generation.extents if self.generation else {}
+        return self.current_version.extents if self.current_version else {}
 
     def write(self, file: Path) -> None:
         """Replace the file in one step."""
@@ -78,7 +78,7 @@ class Manifest:
             **({} if strict else {"mismatch": self.mismatch}),
             "base": {"path": self.base_path, "digest": self.base_digest},
             "current": self.current,
-            "generations": [_to_json(generation, strict) for generation in self.generations.values()],
+            "generations": [_to_json(version, strict) for version in self.versions.values()],
         }
         replace_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
@@ -108,7 +108,7 @@ def read_manifest(file: Path) -> Manifest:
             base_path=content["base"]["path"],
             base_digest=content["base"]["digest"],
             current=content["current"],
-            generations={generation.number: generation for generation in versions},
+            versions={version.number: version for version in versions},
         )
         if not _is_valid(state):
             raise ValueError("its entries do not fit together")
@@ -117,8 +117,8 @@ def read_manifest(file: Path) -> Manifest:
     return state
 
 
-def _to_json(generation: Version, strict: bool) -> dict[str, Any]:
-    content = asdict(generation)
+def _to_json(version: Version, strict: bool) -> dict[str, Any]:
+    content = asdict(version)
     if strict:
         del content["extents"]
     return content
@@ -143,11 +143,11 @@ def _is_valid(state: Manifest) -> bool:
     """Return whether what was read has the types and numbers that a state has."""
     whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
     whole = whole and state.mismatch in get_args(Mismatch)
-    return whole and state.current in (None, *state.generations) and all(
-        type(generation.number) is int
-        and isinstance(generation.extents, dict)
-        and all(type(count) is int and count >= 0 for count in generation.extents.values())
-        and all(type(digest) is str for digest in (*generation.slots, *(task.digest for task in generation.tasks)))
-        and len(generation.slots) == state.rule.slots(len(generation.tasks))
-        for generation in state.generations.values()
+    return whole and state.current in (None, *state.versions) and all(
+        type(version.number) is int
+        and isinstance(version.extents, dict)
+        and all(type(count) is int and count >= 0 for count in version.extents.values())
+        and all(type(digest) is str for digest in (*version.slots, *(task.digest for task in version.tasks)))
+        and len(version.slots) == state.rule.slots(len(version.tasks))
+        for version in state.versions.values()
     )  # fmt: skip

@@ -41,17 +41,17 @@ class RunningStatus:
     base: str | None
     base_digest: str | None
     current: Version | None
-    generations: Sequence[Version]
+    versions: Sequence[Version]
     shares: Sequence[float] = ()
 
 
 class Running:
     """A merge that grows by one model at a time and holds the base, the rule's slots, and nothing else.
 
-    Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes generation
-    g + 1 beside generation g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled
-    generation is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be
-    taken out of the middle: restore a generation from before it and absorb the others again.
+    Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes version
+    g + 1 beside version g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled
+    version is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be
+    taken out of the middle: restore a version from before it and absorb the others again.
 
     Args:
         path: the folder of the state; made by the first `absorb`.
@@ -144,7 +144,7 @@ class Running:
         refuse_same_path([base, opened])
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
-        number = max(self._state.generations, default=0) + 1
+        number = max(self._state.versions, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
         result = job.run(self._settings)
         slots = list(result.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
@@ -201,24 +201,24 @@ class Running:
 
     def status(self) -> RunningStatus:
         """Return where the running merge stands."""
-        current = self._state.generation
+        current = self._state.current_version
         return RunningStatus(
             self.rule.describe(),
             self._state.base_path,
             self._state.base_digest,
             current,
-            list(self._state.generations.values()),
+            list(self._state.versions.values()),
             self._disk.shares() if self.winners and current else (),
         )
 
     def label(self, label: str) -> None:
-        """Name the current generation, so that it is kept."""
+        """Name the current version, so that it is kept."""
         with self._disk.lock():
             self._remember_base()
             self._disk.label(label)
 
     def restore(self, which: str | int) -> Sequence[Version]:
-        """Go back to a generation, by its label or number; returns those dropped, because they have no label."""
+        """Go back to a version, by its label or number; returns those dropped, because they have no label."""
         with self._disk.lock():
             self._remember_base()
             return self._disk.restore(which)

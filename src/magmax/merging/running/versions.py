@@ -1,4 +1,4 @@
-"""The folder of a running merge: its `state.json`, and the files of the generations that this names."""
+"""The folder of a running merge: its `state.json`, and the files of the versions that this names."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class VersionStore:
             yield
 
     def folder(self, number: int) -> Path:
-        """Return where a generation's files are, or will be."""
+        """Return where a version's files are, or will be."""
         return _folder(self.path, number)
 
     def slots(self) -> list[Checkpoint]:
-        """Return what the current generation holds of the rule, a checkpoint for each slot."""
+        """Return what the current version holds of the rule, a checkpoint for each slot."""
         if self.state.current is None:
             return []
         whole = open_checkpoint(self.folder(self.state.current))
@@ -73,7 +73,7 @@ class VersionStore:
         return [first_slot, *(PrefixedCheckpoint(whole, slot_prefix(n), whole.label) for n in range(1, count))]
 
     def winners(self) -> Checkpoint:
-        """The map of the current generation: which task, from 1, supplied each element, 0 where none did."""
+        """The map of the current version: which task, from 1, supplied each element, 0 where none did."""
         whole = open_checkpoint(self.folder(self.state.current or 0))
         return PrefixedCheckpoint(whole, WINNERS, whole.label)
 
@@ -91,7 +91,7 @@ class VersionStore:
         """Return what refuses digests of the base and the slots that are not those recorded when they were last
         seen.
         """
-        current = self.state.generation
+        current = self.state.current_version
         recorded = [self.state.base_digest, *(current.slots if current else ())]
 
         def verify(found: Sequence[str]) -> None:
@@ -106,45 +106,45 @@ class VersionStore:
 
     def check_label(self, label: str | None) -> None:
         """Raise MagMaxError for a label that is taken, or looks like a number."""
-        taken = next((g for g in self.state.generations.values() if label is not None and g.label == label), None)
+        taken = next((g for g in self.state.versions.values() if label is not None and g.label == label), None)
         if taken:
-            raise MagMaxError(f"{self.path}: generation {taken.number} is labelled {label!r} already")
+            raise MagMaxError(f"{self.path}: version {taken.number} is labelled {label!r} already")
         if label is not None and (not label or label.isdigit()):
             raise MagMaxError(f"a label needs a letter in it, so that it cannot be taken for a number: {label!r}")
 
     def label(self, label: str) -> None:
-        """Name the current generation, so that it is kept."""
-        current = self.state.generation
+        """Name the current version, so that it is kept."""
+        current = self.state.current_version
         if current is None:
             raise MagMaxError(f"{self.path}: nothing was absorbed yet, so there is nothing to label")
         self.check_label(label)
         self.publish(replace(current, label=label))
 
     def restore(self, which: str | int) -> list[Version]:
-        """Make the generation of this label or number the current one; returns those dropped."""
-        before = list(self.state.generations.values())
+        """Make the version of this label or number the current one; returns those dropped."""
+        before = list(self.state.versions.values())
         matches = [g for g in before if which in (g.label, g.number, str(g.number))]
         if not matches:
             names = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
-            raise MagMaxError(f"{self.path}: has no generation {which!r}; it has {names or 'none'}")
+            raise MagMaxError(f"{self.path}: has no version {which!r}; it has {names or 'none'}")
         self.publish(matches[0])
-        return [generation for generation in before if generation.number not in self.state.generations]
+        return [version for version in before if version.number not in self.state.versions]
 
-    def publish(self, generation: Version) -> None:
-        """Make a generation the one that counts, then drop those that nothing names."""
-        versions = {**self.state.generations, generation.number: generation}
-        self.state.current = generation.number
-        self.state.generations = {n: g for n, g in versions.items() if g.label or n == generation.number}
+    def publish(self, version: Version) -> None:
+        """Make a version the one that counts, then drop those that nothing names."""
+        versions = {**self.state.versions, version.number: version}
+        self.state.current = version.number
+        self.state.versions = {n: g for n, g in versions.items() if g.label or n == version.number}
         self.state.write(self.path / STATE)
         for folder in self.path.glob("generation-*"):
-            if folder.name not in {self.folder(n).name for n in self.state.generations}:
+            if folder.name not in {self.folder(n).name for n in self.state.versions}:
                 remove(folder)
 
 
 def _read(path: Path) -> Manifest:
     state = read_manifest(path / STATE)
     if state.current is not None and not _folder(path, state.current).is_dir():
-        raise MagMaxError(f"{path}: its generation {state.current} is missing; the state is damaged")
+        raise MagMaxError(f"{path}: its version {state.current} is missing; the state is damaged")
     return state
 
 
