@@ -65,11 +65,11 @@ def test_silent_alone_and_accessible(shown: Any, axe: str, name: str, size: dict
     for summary in page.query_selector_all("summary"):
         summary.click()
     page.add_script_tag(content=axe)
-    serious, passed = window.looked_at()
+    serious, passed = window.run_axe()
     assert serious == []
     assert passed > 20, "axe has looked"
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
-    assert window.said == []
+    assert window.messages == []
     assert [url for url in window.asked if not url.startswith("data:")] == [window.url]
 
 

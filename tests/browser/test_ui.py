@@ -115,11 +115,11 @@ def test_silent_local_and_accessible(shown: Any, address: str, axe: str, size: d
     window = shown(size, scheme)
     page = window.page
     page.evaluate(axe)
-    serious, passed = window.looked_at()
+    serious, passed = window.run_axe()
     assert serious == []
     assert passed > 20, "axe has looked"
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
-    assert window.said == []
+    assert window.messages == []
     own = (address, address.replace("http", "ws"), "data:", "blob:")
     assert [url for url in window.asked if not url.startswith(own)] == []
     assert any(url.startswith("ws") for url in window.asked), "the browser has told of every request"
@@ -157,7 +157,7 @@ def test_moving_sliders_moves_accuracies(shown: Any, tuner: TunerModel) -> None:
     assert window.accuracies() == [
         f"{100 * share:.1f} %" for share in tuner.reference_previews["Zero-shot"].task_accuracies
     ]
-    assert window.said == []
+    assert window.messages == []
 
 
 def test_downloads_are_exact(shown: Any, tuner: TunerModel, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_downloads_are_exact(shown: Any, tuner: TunerModel, tmp_path: Path) -> N
         page.get_by_role("button", name="Download the recipe").click()
     assert waiting.value.suggested_filename == "tune.sh"
     assert Path(waiting.value.path()).read_text() == tuner.recipe(tuner.presets["Equal"], 0.6)
-    assert window.said == []
+    assert window.messages == []
 
 
 def test_presets_are_stored_and_chosen(shown: Any, archived: Path) -> None:
@@ -195,4 +195,4 @@ def test_presets_are_stored_and_chosen(shown: Any, archived: Path) -> None:
     again.page.wait_for_timeout(300)
     again.settle()
     assert again.shares() == wanted
-    assert window.said == again.said == []
+    assert window.messages == again.messages == []

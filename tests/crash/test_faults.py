@@ -58,7 +58,7 @@ def test_no_space_left_is_one_error_wherever_it_strikes_and_the_same_command_goe
         assert read_contents(folder) == whole, call
 
 
-def test_no_space_left_leaves_the_state_at_one_generation_or_the_next(child: ForkServer, tmp_path: Path) -> None:
+def test_no_space_left_leaves_the_state_at_one_version_or_the_next(child: ForkServer, tmp_path: Path) -> None:
     before, after, undisturbed = prepared(child, tmp_path, prepare_running_merge, absorb_task, 3)
     for number, call in enumerate(undisturbed.calls, start=1):
         if call[0] not in TAKING_SPACE:

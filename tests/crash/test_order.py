@@ -18,7 +18,7 @@ def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, chi
     replay(undisturbed.calls)
 
 
-def test_a_generation_is_on_the_disk_before_the_state_names_it(child: ForkServer, tmp_path: Path) -> None:
+def test_a_version_is_on_the_disk_before_the_state_names_it(child: ForkServer, tmp_path: Path) -> None:
     completed(child(prepare_running_merge, tmp_path))
     replay(completed(child(absorb_task, tmp_path, 3)).calls)
 

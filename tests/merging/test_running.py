@@ -67,7 +67,7 @@ def test_the_map_of_winners_says_which_task_supplies_each_element(tmp_path):
     assert sum(shares) == pytest.approx(1)
 
 
-def test_a_labelled_generation_is_kept_and_restored(files, tmp_path):
+def test_a_labelled_version_is_kept_and_restored(files, tmp_path):
     base, tasks = files
     running = Running(tmp_path / "state", "magmax", base)
     for task in tasks[:2]:

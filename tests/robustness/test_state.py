@@ -103,7 +103,7 @@ def test_what_is_no_state_is_refused_and_left_alone(base: Path, tuned: Path, tmp
     assert "is not a running merge" in refused(absorb, base, tuned, None, base)
 
 
-def test_a_flipped_bit_of_a_generation_is_found(state: Path, second: Path, tmp_path: Path, refused: Refusal) -> None:
+def test_a_flipped_bit_of_a_version_is_found(state: Path, second: Path, tmp_path: Path, refused: Refusal) -> None:
     weights = state / "generation-000001" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -112,7 +112,7 @@ def test_a_flipped_bit_of_a_generation_is_found(state: Path, second: Path, tmp_p
     assert "changed or damaged" in refused(result, state, tmp_path / "out.safetensors")
 
 
-def test_a_cut_or_missing_generation_is_found(state: Path, second: Path, refused: Refusal) -> None:
+def test_a_cut_or_missing_version_is_found(state: Path, second: Path, refused: Refusal) -> None:
     weights = state / "generation-000001" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert str(weights) in refused(absorb, state, second)
@@ -202,7 +202,7 @@ def test_labels_of_a_stale_object_lose_nothing(state: Path, second: Path) -> Non
     Running(state).result(out=state.with_name("out.safetensors"))
 
 
-def test_a_generation_that_is_not_there_cannot_be_restored(state: Path, refused: Refusal) -> None:
+def test_a_version_that_is_not_there_cannot_be_restored(state: Path, refused: Refusal) -> None:
     words = refused(Running(state).restore, "best")
     assert "'best'" in words
     assert "it has 1" in words

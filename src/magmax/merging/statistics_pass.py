@@ -113,7 +113,7 @@ def _statistics_by_tensor(
     for share, replies in worker_pool.map_shares(
         tensor_task, asked, lambda key: len(inputs) * inputs[0].specs[key].nbytes
     ):
-        progress(sum(reply.read for reply in replies))
+        progress(sum(reply.read_bytes for reply in replies))
         yield from zip(share, replies, strict=True)
 
 
