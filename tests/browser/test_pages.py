@@ -70,7 +70,7 @@ def test_silent_alone_and_accessible(shown: Any, axe: str, name: str, size: dict
     assert passed > 20, "axe has looked"
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
     assert window.messages == []
-    assert [url for url in window.asked if not url.startswith("data:")] == [window.url]
+    assert [url for url in window.requests if not url.startswith("data:")] == [window.url]
 
 
 def test_marks_can_be_reached_by_keyboard(shown: Any) -> None:

@@ -121,8 +121,8 @@ def test_silent_local_and_accessible(shown: Any, address: str, axe: str, size: d
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
     assert window.messages == []
     own = (address, address.replace("http", "ws"), "data:", "blob:")
-    assert [url for url in window.asked if not url.startswith(own)] == []
-    assert any(url.startswith("ws") for url in window.asked), "the browser has told of every request"
+    assert [url for url in window.requests if not url.startswith(own)] == []
+    assert any(url.startswith("ws") for url in window.requests), "the browser has told of every request"
 
 
 def test_strangers_are_refused(browser: Any, address: str) -> None:

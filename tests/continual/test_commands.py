@@ -76,12 +76,16 @@ def test_bench_on_the_command_line(
 ) -> None:
     recipe = toys.write_recipe(tmp_path / "toy.yaml")
     words = ["bench", recipe, "seeds=[0]", "training=[sequential]", "rules=[magmax]", "--out", tmp_path / "out"]
-    code, told, errors = run(monkeypatch, capsys, *words)
+    code, told, errors = run(monkeypatch, capsys, *words, "--jobs", "2")
     assert code == 0, errors
     assert "magmax/sequential" in told
     assert "proves nothing" in told
+    lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    told_of = {json.loads(line)["method"] for line in lines}
+    assert (len(lines), told_of) == (3, {"zero_shot", "last/sequential", "magmax/sequential"})
     again = run(monkeypatch, capsys, *words)
     assert (again[0], again[1]) == (0, told)
+    assert (tmp_path / "out" / "cells.jsonl").read_text().splitlines() == lines
     code, told, _ = run(monkeypatch, capsys, *words, "seeds=[0, 1]", "--dry-run")
     assert (code, "Not run: zero_shot (seeds 1); last/sequential (seeds 1); magmax/sequential (seeds 1)." in told) == (
         0,
