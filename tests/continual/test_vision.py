@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,16 @@ def test_training_sees_other_rectangles_and_evaluation_never_does(folder: Path, 
         again = [tmp_path / f"{varied}-once" / path.name for path in paths[varied]]
         assert [path.read_bytes() for path in paths[varied]] == [path.read_bytes() for path in again]
     assert paths[True][1].read_bytes() != paths[False][1].read_bytes()
+
+
+def test_the_text_that_a_training_is_recognised_by_does_not_change() -> None:
+    view = ImageTransform(32, 40, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    encoder = ImageEncoder(torch.nn.Identity(), lambda model, pixels: pixels, view, varied=True)
+    assert encoder.variation == (
+        "View(size=32, resize=40, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), "
+        f"resample={Image.Resampling.BICUBIC!r}, smallest=0.9, mirror=False)"
+    )
+    assert replace(encoder, varied=False).variation == ""
 
 
 def test_clip_learns_and_what_it_learned_survives_the_merge(folder: Path, tmp_path: Path) -> None:

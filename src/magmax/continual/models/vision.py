@@ -69,7 +69,7 @@ class ClipTextTower:
 class ImageEncoder:
     """A model over pictures: what `features` takes from it, scaled to length 1.
 
-    `varied` says whether training sees random rectangles of the pictures (`ImageTransform.vary`); evaluation never
+    `varied` says whether training sees random rectangles of the pictures (`ImageTransform.augment`); evaluation never
     does.
     `temperature` is the length of a zero-shot head's rows.
     """
@@ -92,7 +92,8 @@ class ImageEncoder:
     @property
     def variation(self) -> str:
         """All that decides how training sees a picture otherwise than evaluation; empty where it does not."""
-        return repr(self.view) if self.varied else ""
+        # A training on disk is recognised by this text: it begins with the name that the class had in version 0.
+        return "View" + repr(self.view).removeprefix(type(self.view).__name__) if self.varied else ""
 
     def __call__(self, items: Sequence[np.ndarray]) -> Tensor:
         """Features of n prepared pictures: shape (n, width), each row of length 1."""
