@@ -19,6 +19,9 @@ OLD_OPTIONS: Mapping[tuple[str, str], str] = {
 OLD_KEYS: Mapping[str, str] = {"chains": "training"}
 """Former keys of experiments."""
 
+OLD_RESULT_KEYS: Mapping[str, str] = {"carried": "unmerged", "partly": "partly_merged"}
+"""Former keys of the result of a merge whose upload was interrupted."""
+
 OLD_FOLDER = "chains"
 """Former name of the folder of a benchmark's checkpoints."""
 
@@ -53,6 +56,11 @@ def modern_rule(content: Any) -> Any:
         else:
             modern[name] = options
     return modern
+
+
+def modern_merge_result(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored result of a merge with today's keys."""
+    return {OLD_RESULT_KEYS.get(key, key): value for key, value in content.items()}
 
 
 def modern_experiment(content: Mapping[str, Any]) -> dict[str, Any]:

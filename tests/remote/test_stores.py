@@ -139,7 +139,10 @@ def test_a_folder_of_shards_is_uploaded_with_its_index_last(deferring, files, tm
         job(f"{deferring}/out").run()
 
 
-def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(deferring, files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_an_earlier_version", [False, True])
+def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(
+    deferring, files, tmp_path, monkeypatch, by_an_earlier_version
+):
     base, models = files
     out, said = f"{deferring}/out.safetensors", []
     written = Upload._write_uncommitted
@@ -147,6 +150,12 @@ def test_an_upload_that_fails_leaves_nothing_to_be_seen_and_is_taken_up_again(de
     def broken(self, source, to):
         file = written(self, source, to)
         file.discard()
+        if by_an_earlier_version:
+            ready = source.with_name(f"{source.name}.ready")
+            text = ready.read_text().replace('"unmerged"', '"carried"').replace('"partly_merged"', '"partly"')
+            assert '"carried"' in text
+            assert '"partly"' in text
+            ready.write_text(text)
         raise UnfinishedError(f"{to}: the connection is gone")
 
     monkeypatch.setattr(Upload, "_write_uncommitted", broken)

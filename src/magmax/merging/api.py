@@ -44,7 +44,7 @@ def merge(
         dtype: of the output; the base's, if None.
         mismatch: what to do where models do not fit the base; see `OutputOptions`.
         allow_nonfinite: merge NaN and infinity too.
-        settings: threads, progress, restart; see `ExecutionOptions`.
+        execution: threads, progress, restart; see `ExecutionOptions`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
             processes need the inputs, and the folder of `out`, at the same paths. See `ExecutionOptions`.
 

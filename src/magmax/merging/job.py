@@ -28,6 +28,7 @@ from ..checkpoints.writer import (
     replace_file,
 )
 from ..errors import MagMaxError, UnfinishedError, list_problems
+from ..legacy import modern_merge_result
 from .digests import DigestCollector
 from .execution.execution_options import ExecutionOptions
 from .execution.shared_files import SharedFiles
@@ -345,4 +346,6 @@ def _unfinished_upload(ready: Path, output: Path, identity: Any) -> MergeResult 
         content = json.loads(ready.read_text())
     except (OSError, ValueError):
         return None
-    return MergeResult(**content["outcome"]) if content["identity"] == identity and output.exists() else None
+    if content["identity"] != identity or not output.exists():
+        return None
+    return MergeResult(**modern_merge_result(content["outcome"]))
