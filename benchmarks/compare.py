@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from magmax.continual.evaluation.tables import MAIN, SeedMean, compare_paired
+from magmax.continual.evaluation.tables import MAIN_MEASURE, SeedMean, compare_paired
 
 FACTOR_VARIANTS = {"default": "own", "chosen": "chosen"}
 COSTS = {"training seconds": 1, "merging seconds": 1, "peak memory bytes": 1e6, "stored bytes": 1e6}
@@ -35,7 +35,7 @@ class FolderResults:
             self.rows = list(csv.DictReader(lines))
         self.recipe = json.loads((folder / "results.json").read_text())["recipe"]
 
-    def values(self, method: str, variant: str, measure: str = MAIN) -> dict[int, float]:
+    def values(self, method: str, variant: str, measure: str = MAIN_MEASURE) -> dict[int, float]:
         """By seed; a method without a scaling factor has the same in every variant."""
         return {
             int(row["seed"]): float(row["value"])

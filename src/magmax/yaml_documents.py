@@ -46,7 +46,7 @@ def read_document(file: str) -> YamlDocument:
             f"fit, a search "
             "merge and space"
         )
-    return YamlDocument(file, content, _lines(tree))
+    return YamlDocument(file, content, _key_lines(tree))
 
 
 def read_text(file: str) -> str:
@@ -80,7 +80,7 @@ def validate(
         raise list_problems(f"{document.file} is not {kind}", problems) from error
 
 
-def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     """The line of every key of a YAML tree, by its dotted name."""
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
@@ -89,11 +89,11 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
             if name in lines:
                 raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
             lines[name] = key.start_mark.line + 1
-            lines |= _lines(value, f"{name}.")
+            lines |= _key_lines(value, f"{name}.")
     if isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
             lines[f"{prefix}{place}"] = item.start_mark.line + 1
-            lines |= _lines(item, f"{prefix}{place}.")
+            lines |= _key_lines(item, f"{prefix}{place}.")
     return lines
 
 

@@ -16,7 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from tests.continual.tiny_clip import save_tiny_clip  # noqa: E402
 
-from magmax.continual.data.hub_datasets import FILE_NAME, HubPictures, hub, images, pool  # noqa: E402
+from magmax.continual.data.hub_datasets import FILE_NAME_DOMAIN, HubPictures, hub, images, pool  # noqa: E402
 from magmax.continual.data.scenarios import data_sets, domain_incremental, published_order  # noqa: E402
 from magmax.continual.evaluation.accuracy import logits_of, score  # noqa: E402
 from magmax.continual.registry import build  # noqa: E402
@@ -142,7 +142,7 @@ def test_classes_that_are_codes_get_their_names(tmp_path: Path) -> None:
         ({}, "no column of classes"),
         ({"label": "number"}, "have no names; give `classes`"),
         ({"label": "fine_label", "classes": ["one", "two"]}, "has 3 classes, and 2 names"),
-        ({"label": "fine_label", "domain": FILE_NAME}, "does not keep the pictures' file names"),
+        ({"label": "fine_label", "domain": FILE_NAME_DOMAIN}, "does not keep the pictures' file names"),
     ],
 )
 def test_what_a_table_lacks(tmp_path: Path, options: dict[str, Any], why: str) -> None:

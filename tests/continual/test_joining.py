@@ -53,7 +53,7 @@ def test_chained_is_the_list_of_all() -> None:
 
 
 def test_joined_in_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.DATA, "letters", dataset)
+    monkeypatch.setitem(registry.DATASETS, "letters", dataset)
     choice = {"letters": {"name": "x", "classes": 2}}
     assert registry.build("data", {"joined": {"of": {"p": choice, "q": choice}}}).classes == ["x 0", "x 1"] * 2
     with pytest.raises(MagMaxError, match="under a name of its own"):

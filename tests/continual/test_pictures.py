@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magmax.continual.data.pictures import VENDORS, read_digits, read_emoji, read_fashion, read_idx
+from magmax.continual.data.pictures import EMOJI_VENDORS, read_digits, read_emoji, read_fashion, read_idx
 from magmax.errors import MagMaxError
 
 Image = pytest.importorskip("PIL.Image")
@@ -78,7 +78,7 @@ def write_emoji(folder: Path, count: int, lonely: bool = False) -> list[np.ndarr
         cells.append(cell)
         category = "Lonely" if lonely and i == 0 else f"Kind {i % 2}"
         entries.append({"unified": f"1F{i:03}", "category": category, "sheet_x": x, "sheet_y": y})
-        entries[-1] |= {f"has_img_{vendor}": i != 3 for vendor in VENDORS}
+        entries[-1] |= {f"has_img_{vendor}": i != 3 for vendor in EMOJI_VENDORS}
     folder.mkdir()
     Image.fromarray(sheet).save(folder / "sheet.png")
     (folder / "emoji.json").write_text(json.dumps(entries))
@@ -86,8 +86,8 @@ def write_emoji(folder: Path, count: int, lonely: bool = False) -> list[np.ndarr
 
 
 def test_emoji_come_from_the_sheet_on_white_and_are_split_by_emoji(tmp_path: Path) -> None:
-    cells = {vendor: write_emoji(tmp_path / vendor, 25, lonely=True) for vendor in VENDORS}
-    train, test, names = read_emoji([tmp_path / vendor for vendor in VENDORS], "category")
+    cells = {vendor: write_emoji(tmp_path / vendor, 25, lonely=True) for vendor in EMOJI_VENDORS}
+    train, test, names = read_emoji([tmp_path / vendor for vendor in EMOJI_VENDORS], "category")
     assert names == ["Kind 0", "Kind 1"]  # a class of one emoji cannot be both trained and tested
     assert len(train) + len(test) == 2 * 23  # number 3 is not drawn, number 0 is alone
     seen: dict[str, set[int]] = {}
@@ -95,7 +95,7 @@ def test_emoji_come_from_the_sheet_on_white_and_are_split_by_emoji(tmp_path: Pat
         assert set(data.domains.tolist()) == {0, 1}  # pyright: ignore
         for picture, label, domain in zip(data.items, data.labels, data.domains, strict=True):  # pyright: ignore
             assert (picture[:32, :32] == 255).all()
-            own = cells[VENDORS[domain]]
+            own = cells[EMOJI_VENDORS[domain]]
             i = next(i for i, cell in enumerate(own) if (cell[32:, 32:, :3] == picture[32:, 32:]).all())
             assert i % 2 == label
             seen.setdefault(part, set()).add(i)

@@ -26,7 +26,7 @@ from magmax.continual.training.fit import FitSettings, fit  # noqa: E402
 from magmax.continual.training.losses import Classifier, TaskLoss  # noqa: E402
 from magmax.continual.training.sequence import TrainingMethod, fine_tune  # noqa: E402
 from magmax.continual.training.snapshot import FitSnapshot  # noqa: E402
-from magmax.continual.training.trainer import MERGED, ContinualTraining  # noqa: E402
+from magmax.continual.training.trainer import MERGED_FILE, ContinualTraining  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_the_merge_of_a_training_is_the_merge_of_its_checkpoints(tmp_path: Path)
     ContinualTraining(experiment(), tmp_path / "a").run()
     theta = [tmp_path / "a" / f"theta_{t}.safetensors" for t in range(4)]
     magmax.merge("magmax", theta[0], theta[1:], out=tmp_path / "batch.safetensors")
-    ours, theirs = (safetensors_of(path) for path in (tmp_path / "a" / MERGED, tmp_path / "batch.safetensors"))
+    ours, theirs = (safetensors_of(path) for path in (tmp_path / "a" / MERGED_FILE, tmp_path / "batch.safetensors"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

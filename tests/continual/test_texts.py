@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from magmax.continual.data.datasets import hold_out_groups
-from magmax.continual.data.texts import DOMAINS, REUTERS, REUTERS_NAMES, SENTIMENTS, read_reuters, read_sentiments
+from magmax.continual.data.texts import (
+    REUTERS,
+    REUTERS_NAMES,
+    SENTIMENT_DOMAINS,
+    SENTIMENTS,
+    read_reuters,
+    read_sentiments,
+)
 from magmax.errors import MagMaxError
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n"
@@ -26,7 +33,7 @@ def test_reuters_drops_from_training_what_is_tested(tmp_path: Path) -> None:
 
 
 def write_sentiments(folder: Path, **lines: str) -> None:
-    for domain in DOMAINS:
+    for domain in SENTIMENT_DOMAINS:
         (folder / f"{domain}.txt").write_bytes(lines.get(domain, "1\t1.0\tfine\r\n2\t-1.0\tbad").encode())
 
 
@@ -36,7 +43,7 @@ def test_the_sign_of_the_rating_is_the_class_and_the_file_the_domain(tmp_path: P
     train, test = read_sentiments(tmp_path)
     both = [*zip(train.items, train.labels, train.domains, strict=True)]  # pyright: ignore
     both += [*zip(test.items, test.labels, test.domains, strict=True)]  # pyright: ignore
-    mine = {(text, int(label)) for text, label, domain in both if DOMAINS[domain] == "movies"}
+    mine = {(text, int(label)) for text, label, domain in both if SENTIMENT_DOMAINS[domain] == "movies"}
     assert mine == {("clichés & all", 1), ("no", 0), ("awful", 0)}
     assert not set(train.items) & set(test.items)
 

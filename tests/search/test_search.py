@@ -26,8 +26,8 @@ from magmax.continual.experiment import Experiment
 from magmax.continual.training.weight_files import load_weights
 from magmax.recipes.recipe import load_recipe
 from magmax.search.config import load_search
-from magmax.search.runner import STORE, Search, TrialRecord
-from magmax.search.trial_results import BEST, TABLE, best_of, pareto_front, write_search
+from magmax.search.runner import STORE_FILE, Search, TrialRecord
+from magmax.search.trial_results import BEST_FILE, TABLE_FILE, best_of, pareto_front, write_search
 
 pytest.importorskip("optuna")
 
@@ -65,7 +65,7 @@ def searched(file: Path, out: Path, jobs: int = 1, executor: Executor | None = N
 
 
 def table(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((out / TABLE).read_text().splitlines()))
+    return list(csv.DictReader((out / TABLE_FILE).read_text().splitlines()))
 
 
 def test_the_best_is_found_written_and_merged(toy):
@@ -74,12 +74,14 @@ def test_the_best_is_found_written_and_merged(toy):
     best = best_of(load_search(str(file), [])[0], tried)
     assert abs(best.settings["scaling_factor"] - 0.7) < 0.05
     assert best.scores["score"] == max(t.scores["score"] for t in tried)
-    plan = load_recipe(str(toy / "out" / "deep" / BEST))
+    plan = load_recipe(str(toy / "out" / "deep" / BEST_FILE))
     plan.job().run()
     assert read_number(toy / "out" / "deep" / "best.safetensors") == np.float32(best.settings["scaling_factor"])
     rows = table(toy / "out" / "deep")
     assert [float(row["score"]) for row in rows] == [t.scores["score"] for t in tried]
-    assert sorted(p.name for p in (toy / "out" / "deep").iterdir()) == sorted([BEST, "best.safetensors", STORE, TABLE])
+    assert sorted(p.name for p in (toy / "out" / "deep").iterdir()) == sorted(
+        [BEST_FILE, "best.safetensors", STORE_FILE, TABLE_FILE]
+    )
 
 
 @pytest.mark.parametrize("objectives", [[], ["zero", "one"]])
@@ -95,12 +97,12 @@ def test_the_pareto_front_is_the_known_one(objectives, toy):
     assert {t.number for t in pareto_front(tried, ["zero", "one"])} == {n for x, n in first.items() if 0 <= x <= 1}
     rows = table(toy / "out")
     assert {int(r["trial"]) for r in rows if r["front"] == "1"} == {n for x, n in first.items() if 0 <= x <= 1}
-    assert yaml.safe_load((toy / "out" / BEST).read_text())["scaling_factor"] == 0.5
+    assert yaml.safe_load((toy / "out" / BEST_FILE).read_text())["scaling_factor"] == 0.5
 
 
 def test_losses_are_minimised(toy):
     tried = searched(written(toy, score=f"{HERE}:two_tasks", direction="minimize", trials=30), toy / "out")
-    assert yaml.safe_load((toy / "out" / BEST).read_text())["scaling_factor"] < -0.8
+    assert yaml.safe_load((toy / "out" / BEST_FILE).read_text())["scaling_factor"] < -0.8
     assert len(tried) == 30
 
 
@@ -108,7 +110,7 @@ def test_the_same_trials_whatever_is_faster_or_interrupted(toy):
     """Three at once: the choice of each knows the scores of all but the last two, in whichever order they come."""
     whole = searched(written(toy), toy / "whole", jobs=3)
     searched(written(toy, trials=5), toy / "parts", jobs=3)
-    store = toy / "parts" / STORE
+    store = toy / "parts" / STORE_FILE
     store.write_bytes(store.read_bytes() + b'{"op_code": 4, "torn')
     (toy / "parts" / "trial-5.safetensors.partial").write_bytes(b"left by a kill")
     assert searched(written(toy), toy / "parts", jobs=3) == whole
@@ -128,7 +130,7 @@ def test_a_killed_search_ends_with_the_same_trials(toy):
             if line.startswith("trial 3:"):
                 running.send_signal(signal.SIGKILL)  # the pipe ends when the workers do, which must not outlive it
     assert running.returncode == -signal.SIGKILL
-    assert not (toy / "out" / BEST).exists()
+    assert not (toy / "out" / BEST_FILE).exists()
     done = subprocess.run(command, env={**env, "SCORE_SECONDS": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trial 3:" not in done.stderr
@@ -168,7 +170,7 @@ def test_a_preference_is_searched_for(toy):
     (toy / "merge.yaml").write_text(yaml.safe_dump({**recipe, "rule": "tunable", "scaling_factor": 1.0}))
     space = {"rule.preference": {"low": 0.1, "high": 1, "each": "model"}}
     best = max(searched(written(toy, space=space), toy / "out"), key=lambda t: t.scores["score"])
-    content = yaml.safe_load((toy / "out" / BEST).read_text())
+    content = yaml.safe_load((toy / "out" / BEST_FILE).read_text())
     assert content["rule"] == {
         "tunable": {"preference": {m: best.settings[f"rule.preference[{m}]"] for m in ("one", "half")}}
     }

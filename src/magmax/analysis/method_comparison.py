@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..continual.evaluation.measures import matrix
-from ..continual.evaluation.tables import MAIN, PairedComparison, SeedMean, compare_paired, summary, tidy
-from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT
+from ..continual.evaluation.tables import MAIN_MEASURE, PairedComparison, SeedMean, compare_paired, summary, tidy
+from ..continual.experiment import LAST_CHECKPOINT, REFERENCES, ZERO_SHOT
 from ..errors import MagMaxError
 from .records import Record, SeedBand, Study
 
@@ -44,7 +44,7 @@ class MethodResult:
     @property
     def average_accuracy(self) -> SeedMean:
         """The average accuracy after the last task."""
-        return self.means[MAIN]
+        return self.means[MAIN_MEASURE]
 
     @property
     def is_continual(self) -> bool:
@@ -95,7 +95,7 @@ def summarise_methods(records: Records) -> list[MethodResult]:
     summaries = [
         MethodResult(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
         for key in matrices
-        if MAIN in means.get(key, {})
+        if MAIN_MEASURE in means.get(key, {})
     ]
     return sorted(summaries, key=lambda method: -method.average_accuracy.mean)
 
@@ -132,7 +132,7 @@ def curves_study(records: Records) -> Study:
     for method in competing_methods(summarise_methods(records)):
         if "forgetting" in method.means and method.rule != ZERO_SHOT:
             lost = method.means["forgetting"].mean
-            what = "the unmerged model" if method.rule == LAST else method.rule
+            what = "the unmerged model" if method.rule == LAST_CHECKPOINT else method.rule
             findings.append(
                 f"{method.training}, {what}: {method.average_accuracy.mean:.1%} on average at the end, "
                 f"{100 * lost:.1f} points below "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..continual.evaluation.tables import PairedComparison
-from ..continual.experiment import LAST, ZERO_SHOT
+from ..continual.experiment import LAST_CHECKPOINT, ZERO_SHOT
 from .method_comparison import MethodResult, Records, compare_best_two, competing_methods
 from .weight_statistics import WHOLE_MODEL
 from .weight_studies import StatisticsByOrigin
@@ -180,8 +180,8 @@ def _check_seed_count(methods: Sequence[MethodResult], records: Records) -> Iter
 def _check_merging_gain(methods: Sequence[MethodResult], records: Records) -> Iterator[Recommendation]:
     """Merging against the last model of the same training, and against not training at all."""
     ours = competing_methods(methods)
-    merged = [method for method in ours if method.rule not in (LAST, ZERO_SHOT)]
-    unmerged = [method for method in ours if method.rule == LAST]
+    merged = [method for method in ours if method.rule not in (LAST_CHECKPOINT, ZERO_SHOT)]
+    unmerged = [method for method in ours if method.rule == LAST_CHECKPOINT]
     last = next((method for method in unmerged if merged and method.training == merged[0].training), None)
     last = last or next(iter(unmerged), None)
     zero = next((method for method in ours if method.rule == ZERO_SHOT), None)
@@ -228,7 +228,7 @@ def _check_factor_range(methods: Sequence[MethodResult], records: Records) -> It
 def _check_harmed_tasks(methods: Sequence[MethodResult], records: Records) -> Iterator[Recommendation]:
     """Tasks on which the best merge is worse than the pre-trained model."""
     ours = competing_methods(methods)
-    best = next((method for method in ours if method.rule not in (LAST, ZERO_SHOT)), None)
+    best = next((method for method in ours if method.rule not in (LAST_CHECKPOINT, ZERO_SHOT)), None)
     zero = next((method for method in ours if method.rule == ZERO_SHOT), None)
     if best is None or zero is None:
         return

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import open_checkpoint
-from ..continual.cell_store import FILE, CellStore, checkpoint_folder
-from ..continual.experiment import LAST, REFERENCES, ZERO_SHOT, rule_name
+from ..continual.cell_store import CELLS_FILE, CellStore, checkpoint_folder
+from ..continual.experiment import LAST_CHECKPOINT, REFERENCES, ZERO_SHOT, rule_name
 from ..errors import MagMaxError
 from ..legacy import modern_experiment, modern_record
 from ..merging.pipeline import Progress
@@ -70,7 +70,7 @@ def load_results(folder: Path) -> FinishedRun:
     if (folder / "metrics.json").is_file() and (folder / "recipe.json").is_file():
         return _load_training(folder)
     raise MagMaxError(
-        f"{folder}: has no results.json or {FILE} (of magmax bench) and no metrics.json (of magmax train); for "
+        f"{folder}: has no results.json or {CELLS_FILE} (of magmax bench) and no metrics.json (of magmax train); for "
         "checkpoints, give --base BASE and the models"
     )
 
@@ -130,9 +130,9 @@ def _load_training(folder: Path) -> FinishedRun:
     records = [
         {
             "seed": seed,
-            "method": f"{LAST if what == 'model' else rule}/{training}",
+            "method": f"{LAST_CHECKPOINT if what == 'model' else rule}/{training}",
             "training": training,
-            "rule": LAST if what == "model" else rule,
+            "rule": LAST_CHECKPOINT if what == "model" else rule,
             "variants": [{"variant": "default", "scaling_factor": _scaling_factor(recipe, what), "rows": rows[what]}],
             "search": {},
             "seconds": {},

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .plot import draw
     from .sensitive_layers import find_sensitive
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "FeatureCalibration": ".feature_space",
     "FeatureOptions": ".feature_space",
     "LayerReport": ".calibration_report",
@@ -39,6 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_LAZY_IMPORTS[name], __name__), name)

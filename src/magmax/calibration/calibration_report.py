@@ -60,7 +60,7 @@ class CalibrationReport:
         """As JSON; what is not finite is null."""
         layers = [asdict(layer) for layer in self.layers]
         content = {"models": self.names, "layers": layers, "left_alone": self.left, "notes": self.notes}
-        return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+        return json.dumps(_replace_nonfinite(content), indent=2, allow_nan=False) + "\n"
 
     def lines(self) -> list[str]:
         """Return what is worth knowing at once: the range of xi, what was clipped or left alone and why."""
@@ -85,7 +85,7 @@ class CalibrationReport:
         return rows
 
 
-HEADER = ["layer", "xi", "features", "merged", "calibrated", ""]
+TABLE_HEADER = ["layer", "xi", "features", "merged", "calibrated", ""]
 
 
 def clipped(xi: float, keys: Collection[str], sensitive: Collection[str] | None) -> tuple[float, str]:
@@ -101,11 +101,11 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _plain(content: Any) -> Any:
+def _replace_nonfinite(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
+        return {str(key): _replace_nonfinite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [_replace_nonfinite(value) for value in content]
     return content

@@ -15,19 +15,19 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a module's call: by place, and by name."""
 Change = Callable[[Mapping[str, Tensor], Inputs], Tensor]
 
-LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
-CONV: tuple[type[nn.Module], ...] = (
+LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear,)
+CONV_TYPES: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-NORM: tuple[type[nn.Module], ...] = (
+NORM_TYPES: tuple[type[nn.Module], ...] = (
     *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
-KINDS: Mapping[Kind, tuple[type[nn.Module], ...]] = {
-    "linear": LINEAR,
-    "conv": CONV,
-    "norm": NORM,
+LAYER_TYPES: Mapping[Kind, tuple[type[nn.Module], ...]] = {
+    "linear": LINEAR_TYPES,
+    "conv": CONV_TYPES,
+    "norm": NORM_TYPES,
     "embedding": (nn.Embedding,),
 }
 
@@ -124,13 +124,13 @@ def find_foldable_layers(model: nn.Module) -> tuple[list[FoldableLayer], dict[st
             continue
         if isinstance(module, nn.MultiheadAttention):
             inside.add(module.out_proj)
-            sites.append(_attention(name, module))
+            sites.append(_split_attention(name, module))
             if extra := [key for key in ("bias_k", "bias_v") if getattr(module, key) is not None]:
                 left[name] = f"{' and '.join(extra)} of MultiheadAttention cannot be folded"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             left[name] = "an Embedding with max_norm is not affine in its weights"
-        elif kind := _kind(module, parameters):
-            part = _whole(name, kind, module, parameters)
+        elif kind := _layer_kind(module, parameters):
+            part = _make_layer(name, kind, module, parameters)
             sites.append(FoldableLayer(name, module, [LayerStage([part], lambda inputs: [inputs])]))
         else:
             left[name or type(module).__name__] = (
@@ -156,8 +156,8 @@ def cast_inputs(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return tuple(map(cast, inputs[0])), {key: cast(value) for key, value in inputs[1].items()}
 
 
-def _kind(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | None:
-    for kind, types in KINDS.items():
+def _layer_kind(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | None:
+    for kind, types in LAYER_TYPES.items():
         if isinstance(module, types):
             return kind
     if type(module).__name__ == "Conv1D" and set(parameters) == {"weight", "bias"} and parameters["weight"].dim() == 2:
@@ -173,8 +173,8 @@ def _kind(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | N
     return None
 
 
-def _whole(name: str, kind: Kind, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> FoldablePart:
-    sure = any(type(module).forward is ancestor.forward for ancestor in _ancestors(module, KINDS[kind]))
+def _make_layer(name: str, kind: Kind, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> FoldablePart:
+    sure = any(type(module).forward is ancestor.forward for ancestor in _matching_types(module, LAYER_TYPES[kind]))
 
     def change(delta: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         moved = run_with_parameters(module, delta, inputs)
@@ -188,11 +188,11 @@ def _whole(name: str, kind: Kind, module: nn.Module, parameters: Mapping[str, nn
     return FoldablePart(name or type(module).__name__, kind, module, pieces, change, sure)
 
 
-def _ancestors(module: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[type[nn.Module]]:
+def _matching_types(module: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[type[nn.Module]]:
     return (kind for kind in types if isinstance(module, kind))
 
 
-def _attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
+def _split_attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
     """q, k and v on the layer's inputs; then the output projection, on what the heads make of them."""
     prefix, width = f"{name}." if name else "", module.embed_dim
     first: list[FoldablePart] = []
@@ -200,15 +200,15 @@ def _attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
         rows = (place * width, (place + 1) * width)
         separate: Any = getattr(module, f"{letter}_proj_weight")
         if separate is None:
-            pieces = {"weight": ParameterRows(_parameter(module.in_proj_weight), rows)}
+            pieces = {"weight": ParameterRows(_require_parameter(module.in_proj_weight), rows)}
         else:
             pieces = {"weight": ParameterRows(separate)}
         if module.in_proj_bias is not None:
-            pieces["bias"] = ParameterRows(_parameter(module.in_proj_bias), rows)
-        first.append(FoldablePart(f"{prefix}{letter}", "linear", module, pieces, _projected))
+            pieces["bias"] = ParameterRows(_require_parameter(module.in_proj_bias), rows)
+        first.append(FoldablePart(f"{prefix}{letter}", "linear", module, pieces, _projection_change))
     output_parameters = module.out_proj.named_parameters()
     last = {key: ParameterRows(parameter) for key, parameter in output_parameters}
-    out = FoldablePart(f"{prefix}out_proj", "linear", module, last, _projected)
+    out = FoldablePart(f"{prefix}out_proj", "linear", module, last, _projection_change)
 
     def queries(inputs: Inputs) -> list[Inputs]:
         arguments = dict(zip(("query", "key", "value"), inputs[0], strict=False)) | inputs[1]
@@ -224,11 +224,11 @@ def _attention(name: str, module: nn.MultiheadAttention) -> FoldableLayer:
     return FoldableLayer(name, module, [LayerStage(first, queries), LayerStage([out], heads)])
 
 
-def _parameter(parameter: nn.Parameter | None) -> nn.Parameter:
+def _require_parameter(parameter: nn.Parameter | None) -> nn.Parameter:
     assert parameter is not None
     return parameter
 
 
-def _projected(delta: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+def _projection_change(delta: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     args, _ = cast_inputs(inputs, delta["weight"].dtype)
     return nn.functional.linear(args[0], delta["weight"], delta.get("bias"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Run = Callable[[nn.Module, Sequence[Any]], Any]
 """run(model, items): put these items through the model; what it returns does not matter."""
 
-IDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+TOKEN_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def run_items(model: nn.Module, items: Sequence[Any]) -> None:
@@ -24,22 +24,22 @@ def run_items(model: nn.Module, items: Sequence[Any]) -> None:
     """
     for item in items:
         if isinstance(item, Mapping):
-            model(**{key: _placed(model, _batched(str(key), value)) for key, value in item.items()})
+            model(**{key: _move_to_model(model, _add_batch_dimension(str(key), value)) for key, value in item.items()})
             continue
         values = torch.as_tensor(np.asarray(item) if isinstance(item, list | tuple) else item)
         if values.is_floating_point() or values.dtype == torch.uint8:
-            model(_placed(model, values[None].float() if values.dtype == torch.uint8 else values[None]))
+            model(_move_to_model(model, values[None].float() if values.dtype == torch.uint8 else values[None]))
         else:
-            model(input_ids=_placed(model, values[None]))
+            model(input_ids=_move_to_model(model, values[None]))
 
 
-def _batched(key: str, value: Any) -> Tensor:
+def _add_batch_dimension(key: str, value: Any) -> Tensor:
     tensor = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
-    alone = tensor.dim() == 1 if key in IDS else key == "pixel_values" and tensor.dim() == 3
+    alone = tensor.dim() == 1 if key in TOKEN_ARGUMENTS else key == "pixel_values" and tensor.dim() == 3
     return tensor[None] if alone else tensor
 
 
-def _placed(model: nn.Module, tensor: Tensor) -> Tensor:
+def _move_to_model(model: nn.Module, tensor: Tensor) -> Tensor:
     """On the model's device, floating numbers in its type."""
     like = next(model.parameters())
     return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)

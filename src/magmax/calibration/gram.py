@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import MagMaxError
 
-LEAST_CORRELATION = 0.05
+MIN_CORRELATION = 0.05
 """Below this multiple correlation with the task vectors, an update is taken for none of theirs."""
 
 DOUBTFUL_CORRELATION = 0.3
@@ -57,10 +57,10 @@ class TaskVectorGram:
         if norms[-1] == 0:
             raise MagMaxError(f"{merged}: has the base's weights; name the model that the merge made")
         correlation = self.correlation
-        if correlation < LEAST_CORRELATION and not any_model:
+        if correlation < MIN_CORRELATION and not any_model:
             raise MagMaxError(
                 f"{merged}: is not a merge of {', '.join(self.names)}: its change from the base has a multiple "
-                f"correlation of {correlation:.2g} with theirs, and merges have {LEAST_CORRELATION} or more; name the "
+                f"correlation of {correlation:.2g} with theirs, and merges have {MIN_CORRELATION} or more; name the "
                 "models it was made of, or calibrate it in spite of that with --any-model"
             )
 

@@ -41,8 +41,10 @@ def calibration_hooks(
         part = site.stages[0].parts[0]
         layer = layers.get(part.name)
         if len(site.stages) == 1 and layer and layer.xi != 1:
-            start = {name: _tensor(opened, keys[id(p.parameter)], p.parameter) for name, p in part.pieces.items()}
-            handles.append(site.module.register_forward_hook(_correction(part, start, layer, per), with_kwargs=True))
+            start = {name: _read_like(opened, keys[id(p.parameter)], p.parameter) for name, p in part.pieces.items()}
+            handles.append(
+                site.module.register_forward_hook(_correction_hook(part, start, layer, per), with_kwargs=True)
+            )
     try:
         yield model
     finally:
@@ -50,7 +52,7 @@ def calibration_hooks(
             handle.remove()
 
 
-def _correction(part: FoldablePart, base: dict[str, Tensor], layer: LayerReport, per: str) -> Any:
+def _correction_hook(part: FoldablePart, base: dict[str, Tensor], layer: LayerReport, per: str) -> Any:
     places = torch.tensor(layer.by_place or [], dtype=torch.float64)
     here = threading.local()
 
@@ -66,13 +68,13 @@ def _correction(part: FoldablePart, base: dict[str, Tensor], layer: LayerReport,
             here.inside = False
         xi = torch.tensor(layer.xi, dtype=torch.float64)
         if per == "place" and part.kind != "norm" and layer.measured == layer.xi:
-            xi = _of_places(part, places, output, layer.xi)
+            xi = _expand_place_coefficients(part, places, output, layer.xi)
         return output + (xi.to(output) - 1) * moved
 
     return after
 
 
-def _of_places(part: FoldablePart, places: Tensor, output: Tensor, otherwise: float) -> Tensor:
+def _expand_place_coefficients(part: FoldablePart, places: Tensor, output: Tensor, otherwise: float) -> Tensor:
     """xi at every place of an output with a batch ahead, in a shape that goes with it."""
     tail = next(iter(part.pieces.values())).parameter.dim() - 2 if part.kind == "conv" else 1
     shape = output.shape[1 : output.dim() - tail]
@@ -82,5 +84,5 @@ def _of_places(part: FoldablePart, places: Tensor, output: Tensor, otherwise: fl
     return padded.reshape(*shape, *(1 for _ in range(tail)))
 
 
-def _tensor(checkpoint: Checkpoint, key: str, like: Tensor) -> Tensor:
+def _read_like(checkpoint: Checkpoint, key: str, like: Tensor) -> Tensor:
     return torch.from_numpy(read_widened(checkpoint, key)).reshape(like.shape).to(like)

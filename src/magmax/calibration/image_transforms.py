@@ -47,15 +47,15 @@ class ImageTransform:
         """The view in a preprocessor_config.json: for evaluation what transformers' own CLIP processor does."""
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            resize = _side(config["size"], "shortest_edge")
-            size = _side(config["crop_size"], "height") if config.get("do_center_crop", True) else resize
+            resize = _side_length(config["size"], "shortest_edge")
+            size = _side_length(config["crop_size"], "height") if config.get("do_center_crop", True) else resize
             return cls(size, resize, tuple(config["image_mean"]), tuple(config["image_std"]), config.get("resample", 3))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise MagMaxError(f"{path}: expected size, crop_size, image_mean and image_std: {error!r}") from error
 
     def load(self, picture: Any) -> np.ndarray:
         """A PIL image or an array of bytes, resized: uint8, shape (h, w) if it is grey, else (h, w, 3)."""
-        image = picture if isinstance(picture, Image.Image) else _image(picture)
+        image = picture if isinstance(picture, Image.Image) else _to_image(picture)
         if image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode == "1" else "RGB")
         width, height = image.size
@@ -71,7 +71,7 @@ class ImageTransform:
 
     def augment(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """A random rectangle of a loaded picture, resized; the same for the same state of `random`."""
-        box = _rectangle(pixels.shape[0], pixels.shape[1], self.smallest, random)
+        box = _random_box(pixels.shape[0], pixels.shape[1], self.smallest, random)
         image = Image.fromarray(pixels).resize((self.size, self.size), self.resample, box=box)
         varied = np.array(image)
         return varied[:, ::-1] if self.mirror and random.random() < 0.5 else varied
@@ -84,11 +84,11 @@ class ImageTransform:
         return (pixels - mean) / std
 
 
-def _side(size: int | Mapping[str, int], key: str) -> int:
+def _side_length(size: int | Mapping[str, int], key: str) -> int:
     return int(size if isinstance(size, int) else size[key])
 
 
-def _image(picture: Any) -> Image.Image:
+def _to_image(picture: Any) -> Image.Image:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] == (3,)):
         actual = f"{array.dtype} of shape {array.shape}"
@@ -96,7 +96,7 @@ def _image(picture: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _rectangle(
+def _random_box(
     height: int, width: int, smallest: float, random: np.random.Generator
 ) -> tuple[float, float, float, float]:
     """Left, top, right and bottom; where ten tries do not fit, the largest square in the middle."""

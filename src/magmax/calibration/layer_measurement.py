@@ -27,7 +27,7 @@ Handle = Callable[[int, FoldableLayer, Inputs], None]
 """What is done at a call: the number of the item under way, the layer, and what it is called with."""
 
 
-class _Call(NamedTuple):
+class _PendingCall(NamedTuple):
     """A call that an item waits at: the stage's place in the order of measurement, and each part's input."""
 
     place: int
@@ -114,10 +114,10 @@ class FeatureMeasurement:
         def handle(number: int, site: FoldableLayer, inputs: Inputs) -> None:
             for stage in site.stages:
                 if stage in open_stages:
-                    turns.wait(_Call(places[stage], stage.inputs(inputs)))
+                    turns.wait(_PendingCall(places[stage], stage.inputs(inputs)))
 
         def decide(waiting: list[LayerCoroutine]) -> Sequence[LayerCoroutine]:
-            calls: dict[LayerCoroutine, _Call] = {turn: turn.waits_with for turn in waiting}
+            calls: dict[LayerCoroutine, _PendingCall] = {turn: turn.waits_with for turn in waiting}
             first = min(call.place for call in calls.values())
             group = [turn for turn, call in calls.items() if call.place == first]
             stage = todo[first]

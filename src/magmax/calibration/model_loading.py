@@ -67,12 +67,12 @@ def load_module(folder: Path, checkpoint: Checkpoint) -> LoadedModel:
         MagMaxError: no config, an architecture that transformers has not, weights that are missing.
     """
     best: list[str] | None = None
-    for module in _candidates(folder):
-        names, missing = _matched(module, checkpoint)
+    for module in _candidate_modules(folder):
+        names, missing = _match_names(module, checkpoint)
         if not missing:
-            _fill(module, checkpoint, names)
+            _load_weights(module, checkpoint, names)
             float_names = {key: name for key, name in names.items() if module.state_dict()[key].is_floating_point()}
-            return LoadedModel(module.eval(), _untied(module, float_names))
+            return LoadedModel(module.eval(), _drop_tied(module, float_names))
         best = missing if best is None or len(missing) < len(best) else best
     told = ", ".join((best or [])[:3])
     raise MagMaxError(
@@ -81,7 +81,7 @@ def load_module(folder: Path, checkpoint: Checkpoint) -> LoadedModel:
     )
 
 
-def _candidates(folder: Path) -> Iterator[nn.Module]:
+def _candidate_modules(folder: Path) -> Iterator[nn.Module]:
     """The modules that a config may mean, with random weights."""
     try:
         import transformers
@@ -103,7 +103,7 @@ def _candidates(folder: Path) -> Iterator[nn.Module]:
         raise MagMaxError(f"{folder}: has no config.json of a model that transformers knows: {message}") from error
 
 
-def _matched(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+def _match_names(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
     """The checkpoint's name of each of the module's tensors, and those that it has not."""
     prefix = str(getattr(module, "base_model_prefix", "")) + "."
     state = module.state_dict()
@@ -138,7 +138,7 @@ def _saved_names(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, st
     return {keys_by_storage[place]: name for name, place in places.items() if place in keys_by_storage}
 
 
-def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+def _load_weights(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
     state = module.state_dict()
     for key, name in names.items():
         spec, value = checkpoint.spec(name), state[key]
@@ -154,7 +154,7 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -
             value.copy_(to_tensor(stored, spec, value))
 
 
-def _untied(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+def _drop_tied(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """One key for each tensor: the first by which the module knows it."""
     first: dict[int, str] = {}
     keys: dict[str, str] = {}

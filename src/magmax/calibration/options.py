@@ -21,7 +21,7 @@ from .gram import TaskVectorGram
 from .rescale import Coefficients, multiply_coefficients
 from .weight_space import calibrate_weights, measure_gram
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class CalibrationOptions(BaseModel):
@@ -184,14 +184,15 @@ def read_model_inputs(folder: Path, samples: Path, names: Sequence[str], chosen:
     from .samples import read_samples, sample_paths
 
     places = sample_paths(samples, names)
-    seen = [_pictures(place) for place in places]
+    seen = [_find_images(place) for place in places]
     if any(seen):
         return [
-            _pixels(folder, _sample(task_items, chosen), place) for task_items, place in zip(seen, places, strict=True)
+            _load_images(folder, _sample(task_items, chosen), place)
+            for task_items, place in zip(seen, places, strict=True)
         ]
     texts = [read_samples(place, labelled=False).texts for place in places]
     return [
-        _tokens(folder, _sample(task_items, chosen), chosen, place)
+        _tokenize(folder, _sample(task_items, chosen), chosen, place)
         for task_items, place in zip(texts, places, strict=True)
     ]
 
@@ -201,11 +202,11 @@ def _sample(items: Sequence[Any], chosen: CalibrationOptions) -> list[Any]:
     return [items[row] for row in sorted(order.tolist())]
 
 
-def _pictures(place: Path) -> list[Path]:
-    return sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES) if place.is_dir() else []
+def _find_images(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES) if place.is_dir() else []
 
 
-def _tokens(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, place: Path) -> list[list[int]]:
+def _tokenize(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, place: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     try:
@@ -222,7 +223,7 @@ def _tokens(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, plac
     return ids
 
 
-def _pixels(folder: Path, pictures: Sequence[Path], place: Path) -> list[Any]:
+def _load_images(folder: Path, pictures: Sequence[Path], place: Path) -> list[Any]:
     if not pictures:
         raise MagMaxError(f"{place}: holds no picture, and other tasks have pictures; give all tasks the same kind")
     try:

@@ -40,8 +40,8 @@ class RatioStatistics:
         sums = self.places.get(task, (ratio.new_zeros(0), ratio.new_zeros(0)))
         size = max(len(sums[0]), len(ratio))
         self.places[task] = (
-            _padded(sums[0], size) + _padded(ratio, size),
-            _padded(sums[1], size) + _padded(counted.to(ratio.dtype), size),
+            _pad(sums[0], size) + _pad(ratio, size),
+            _pad(sums[1], size) + _pad(counted.to(ratio.dtype), size),
         )
 
     def xi(self, samples: int | None = None) -> float | None:
@@ -62,8 +62,8 @@ class RatioStatistics:
         size = max((len(sums) for sums, _ in self.places.values()), default=0)
         total, tasks = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         for sums, counts in self.places.values():
-            there = _padded(counts, size).cpu() > 0
-            total[there] += (_padded(sums, size).cpu() / _padded(counts, size).cpu())[there]
+            there = _pad(counts, size).cpu() > 0
+            total[there] += (_pad(sums, size).cpu() / _pad(counts, size).cpu())[there]
             tasks += there
         return torch.where(tasks > 0, total / tasks, torch.nan).tolist() if size else None
 
@@ -77,5 +77,5 @@ def _add_sums(sums: Sum, values: Tensor, count: int) -> Sum:
     return sums[0] + float(values.sum()), sums[1] + count
 
 
-def _padded(values: Tensor, size: int) -> Tensor:
+def _pad(values: Tensor, size: int) -> Tensor:
     return torch.cat([values, values.new_zeros(size - len(values))])

@@ -61,7 +61,7 @@ def find_sensitive(
     random = np.random.default_rng(seed)
     drops: dict[str, ScoreDrop] = {}
     with evaluation_mode(model), torch.no_grad():
-        before = _scored(scores, model)
+        before = _score_examples(scores, model)
         picks = random.integers(0, len(before), (draws, len(before)))
         for key in dict.fromkeys(keys[id(piece.parameter)] for piece in pieces):
             values, original = parameters[key].data, parameters[key].detach().clone()
@@ -71,7 +71,7 @@ def find_sensitive(
                 continue
             try:
                 fold_tensor(values, start, factor)
-                lost = before - _scored(scores, model, len(before))
+                lost = before - _score_examples(scores, model, len(before))
             finally:
                 values.copy_(original)
             low, high = np.quantile(lost[picks].mean(axis=1), [0.025, 0.975])
@@ -79,7 +79,7 @@ def find_sensitive(
     return Sensitivity(name, metric, factor, len(before), drops, largest_drops(drops, count))
 
 
-def _scored(scores: Scores, model: nn.Module, count: int | None = None) -> NDArray[np.float64]:
+def _score_examples(scores: Scores, model: nn.Module, count: int | None = None) -> NDArray[np.float64]:
     values = np.asarray(scores(model), dtype=np.float64).reshape(-1)
     if len(values) < 2 or not np.isfinite(values).all() or count not in (None, len(values)):
         raise MagMaxError(

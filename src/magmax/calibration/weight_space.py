@@ -62,9 +62,9 @@ def measure_gram(
         MagMaxError: models that do not fit the base, NaN or infinity.
     """
     execution = execution or ExecutionOptions()
-    apart = _apart(base, [merged, *models], mismatch)
+    apart = _excluded_tensors(base, [merged, *models], mismatch)
     sizes = {key: spec.numel for key, spec in base.specs.items() if key not in apart and spec.numel}
-    measures = _measured(base, merged, models, sizes, execution)
+    measures = _measure_parts(base, merged, models, sizes, execution)
     return TaskVectorGram({key: measures[key].sum(axis=0)[:, :-1] for key in sizes}, apart, list(names))
 
 
@@ -83,7 +83,7 @@ def calibrate_weights(
     to the type it was stored in. With it, what to report of each tensor; xi there is the mean over rows.
     """
     transform.check_names(list(base.specs))
-    apart = _apart(base, [merged, *models], mismatch)
+    apart = _excluded_tensors(base, [merged, *models], mismatch)
     rows = transform.per == "row" or (transform.per is None and transform.form == "ellipsoid")
     sizes = {
         key: math.prod(spec.shape[1:] if rows else spec.shape)
@@ -92,7 +92,7 @@ def calibrate_weights(
     }
     coefficients: Coefficients = {}
     layers: list[LayerReport] = []
-    for key, measures in _measured(base, merged, models, sizes, execution or ExecutionOptions()).items():
+    for key, measures in _measure_parts(base, merged, models, sizes, execution or ExecutionOptions()).items():
         raw, why = transform.coefficients(measures), ""
         xi = raw
         if transform.is_guarded(measures.sum(axis=0)[:-1, [*range(len(models)), -1]]):
@@ -108,12 +108,12 @@ def calibrate_weights(
     return coefficients, layers
 
 
-def _apart(base: Checkpoint, others: Sequence[Checkpoint], mismatch: Mismatch) -> dict[str, str]:
+def _excluded_tensors(base: Checkpoint, others: Sequence[Checkpoint], mismatch: Mismatch) -> dict[str, str]:
     match = match_to_base(base, others, mismatch)
     return {**match.unmerged, **{key: part.reason for key, part in match.partly_merged.items()}}
 
 
-def _measured(
+def _measure_parts(
     base: Checkpoint,
     merged: Checkpoint,
     models: Sequence[Checkpoint],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..analysis.records import Study
     from ..analysis.weight_studies import StatisticsByOrigin
 
-SHOWN_ROWS = 40
+MAX_TABLE_ROWS = 40
 
 
 def study(
@@ -101,11 +101,13 @@ def report(
         from ..analysis.run_folders import load_results
 
         run = load_results(Path(sources[0]))
-        with progress_options(_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
+        with progress_options(
+            _total_bytes(run.checkpoints.values()), "reading checkpoints", threads, False
+        ) as settings:
             tallies = run.weight_statistics(None, threads, settings.progress)
         page = build_run_page(run, tallies, coefficients)
     else:
-        tallies = _tallies(sources, base, None, threads)
+        tallies = _collect_statistics(sources, base, None, threads)
         page = build_weights_page(tallies, Path(str(base)).name, coefficients)
     page.write(path)
     for each in page.recommendations:
@@ -146,7 +148,7 @@ def _run_study(
     if source is None:
         if what in ACCURACY_STUDIES:
             raise MagMaxError(f"{what} is read from accuracies; give a benchmark's results: --from FOLDER")
-        return run_weight_study(what, _tallies(models, base, density, threads), density), ()
+        return run_weight_study(what, _collect_statistics(models, base, density, threads), density), ()
     if models or base:
         raise MagMaxError("give either models and their --base, or --from FOLDER, not both")
     from ..analysis.run_folders import load_results
@@ -158,11 +160,13 @@ def _run_study(
         raise MagMaxError(
             f"{source}: has no checkpoints any more (magmax bench --discard deletes them); {what} needs them"
         )
-    with progress_options(_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
+    with progress_options(_total_bytes(run.checkpoints.values()), "reading checkpoints", threads, False) as settings:
         return run_weight_study(what, run.weight_statistics(density, threads, settings.progress), density), run.cells
 
 
-def _tallies(models: Sequence[str], base: str | None, density: float | None, threads: int) -> StatisticsByOrigin:
+def _collect_statistics(
+    models: Sequence[str], base: str | None, density: float | None, threads: int
+) -> StatisticsByOrigin:
     from ..analysis.weight_statistics import collect_weight_statistics
     from ..analysis.weight_studies import ModelsOrigin
     from ..checkpoints import open_checkpoint
@@ -178,7 +182,7 @@ def _tallies(models: Sequence[str], base: str | None, density: float | None, thr
         return {ModelsOrigin(): collect_weight_statistics(start, others, names, density, threads, settings.progress)}
 
 
-def _bytes(trainings: Any) -> int:
+def _total_bytes(trainings: Any) -> int:
     return sum(path.stat().st_size for paths in trainings for path in paths)
 
 
@@ -191,11 +195,11 @@ def _print_study(result: Study) -> None:
     def told(value: Any) -> str:
         return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    rows = [tuple(told(value) for value in json_safe(record).values()) for record in result.records[:SHOWN_ROWS]]
+    rows = [tuple(told(value) for value in json_safe(record).values()) for record in result.records[:MAX_TABLE_ROWS]]
     if rows:
         print_table(list(result.records[0]), rows)
-    if len(result.records) > SHOWN_ROWS:
-        print(f"... {len(result.records) - SHOWN_ROWS} more records; all of them: --json, or --out FOLDER")
+    if len(result.records) > MAX_TABLE_ROWS:
+        print(f"... {len(result.records) - MAX_TABLE_ROWS} more records; all of them: --json, or --out FOLDER")
 
 
 def _write_study(result: Study, cells: Records, folder: Path) -> list[Path]:

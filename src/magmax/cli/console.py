@@ -132,11 +132,11 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
 
 def _format_times(job: Job, threads: int) -> str:
     """Return how long a job would take on some disks, and on none."""
-    from ..merging.cost import DISKS, job_cost
+    from ..merging.cost import DISK_SPEEDS_MB_S, job_cost
 
     cost = job_cost(job, threads)
     processors = cost.processor_seconds / cost.threads
-    times = ", ".join(f"{format_seconds(cost.seconds(speed))} at {speed:,}" for speed in DISKS)
+    times = ", ".join(f"{format_seconds(cost.seconds(speed))} at {speed:,}" for speed in DISK_SPEEDS_MB_S)
     network = "the network, " * bool(sum(checkpoint.remote_bytes for checkpoint in job.inputs) or job.target.url)
     besides = f"{network}{'singular values, ' * job.kernel.whole_tensor}".removesuffix(", ").replace(", ", " and ")
     limits = f"; beside {besides}" * bool(besides)

@@ -58,8 +58,8 @@ def train(
     named = rule if rule.isidentifier() else parsed.describe()
     chosen = experiment.seeds[0] if seed is None else seed
     work = ContinualTraining(experiment, Path(out), training, named, chosen, factor, restart)
-    _threads(threads)
-    team = _team()
+    _set_threads(threads)
+    team = _make_accelerator()
     with progress_bars() as new_bar:
         metrics = work.run(new_bar, team)
     if team:
@@ -67,7 +67,7 @@ def train(
     for what, rows in metrics.items():
         last = rows[max(rows, key=int)]
         shares = " ".join(f"{100 * share:.1f}" for share in last["tasks"])
-        print(f"{what:<7} accuracy on each task after the last, in %: {shares}; mean {_mean(last['tasks'])}")
+        print(f"{what:<7} accuracy on each task after the last, in %: {shares}; mean {_format_mean(last['tasks'])}")
     if metrics:
         print(f"{Path(out) / 'metrics.json'} and the checkpoints are in {out}")
 
@@ -105,7 +105,7 @@ def evaluate(
 
     from ..continual.training.trainer import evaluate as measure
 
-    _threads(threads)
+    _set_threads(threads)
     with progress_bars() as new_bar:
         accuracies = measure(experiment, paths, experiment.seeds[0] if seed is None else seed, new_bar)
     if as_json:
@@ -113,7 +113,10 @@ def evaluate(
         return
     for path, row in accuracies.items():
         shares = " ".join(f"{100 * share:.1f}" for share in row.tasks)
-        print(f"{path}: {shares}; mean {_mean(row.tasks)}, macro {100 * row.macro:.1f}, micro {100 * row.micro:.1f}")
+        print(
+            f"{path}: {shares}; mean {_format_mean(row.tasks)}, "
+            f"macro {100 * row.macro:.1f}, micro {100 * row.micro:.1f}"
+        )
 
 
 def bench(
@@ -162,7 +165,7 @@ def bench(
     print(", ".join(map(str, files)))
 
 
-def _team() -> Any:
+def _make_accelerator() -> Any:
     """The processes of `accelerate launch` or torchrun; None where this is the only one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
@@ -173,12 +176,12 @@ def _team() -> Any:
     return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
 
 
-def _threads(count: int) -> None:
+def _set_threads(count: int) -> None:
     import torch
 
     if count:
         torch.set_num_threads(count)
 
 
-def _mean(shares: list[float]) -> str:
+def _format_mean(shares: list[float]) -> str:
     return f"{100 * sum(shares) / len(shares):.1f}"

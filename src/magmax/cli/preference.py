@@ -101,7 +101,7 @@ def tune(
         opened_archive.refuse_inside(Path(out))
     opened = opened_archive.base(base) if opened_archive else open_checkpoint(str(base))
     inputs = opened_archive.models(opened) if opened_archive else [open_checkpoint(m, base=opened) for m in models]
-    weights = opened_archive.preset(preset) if opened_archive and preset else _weights(prefer or [])
+    weights = opened_archive.preset(preset) if opened_archive and preset else _parse_preference(prefer or [])
     content: dict[str, Any] = {
         "base": str(opened.path),
         "models": [{"path": name, "name": name} for name in opened_archive.tasks] if opened_archive else list(models),
@@ -203,7 +203,7 @@ def presets(archive: str, *, as_json: Json = False) -> None:
     print_table(["preset", *opened.tasks], rows)
 
 
-def _weights(words: list[str]) -> dict[str, float]:
+def _parse_preference(words: list[str]) -> dict[str, float]:
     """The preference that NAME=WEIGHT words spell."""
     weights: dict[str, float] = {}
     for word in words:

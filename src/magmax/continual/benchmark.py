@@ -34,7 +34,7 @@ class Benchmark:
     threads: int = 1
     discard: bool = False
     progress: ProgressCallback = no_progress
-    _waiting: dict[Future[str], Any] = field(default_factory=dict, init=False, repr=False)
+    _pending_jobs: dict[Future[str], Any] = field(default_factory=dict, init=False, repr=False)
 
     def run(self) -> list[Record]:
         """Measure what is missing; the records of all cells.
@@ -48,14 +48,14 @@ class Benchmark:
         self.progress(0, total, f"{len(cells) - len(missing)} of {len(cells)} cells from an earlier run")
         self.submit_trainings(missing)
         try:
-            while self._waiting:
-                for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
-                    job, name = self._waiting.pop(future), future.result()
+            while self._pending_jobs:
+                for future in wait(self._pending_jobs, return_when=FIRST_COMPLETED).done:
+                    job, name = self._pending_jobs.pop(future), future.result()
                     self.handle_finished(job, missing)
                     done += 1
                     self.progress(done, total, name)
         finally:
-            for future in self._waiting:
+            for future in self._pending_jobs:
                 future.cancel()
         return finished_records(self.experiment, self.out)
 
@@ -68,20 +68,20 @@ class Benchmark:
         recipe, out = self.experiment.model_dump_json(), str(self.out)
         for seed, training in self.trainings_of(missing):
             future = self.executor.submit(run_training, recipe, out, seed, training, self.threads)
-            self._waiting[future] = (seed, training)
+            self._pending_jobs[future] = (seed, training)
         self.submit([cell for cell in missing if cell.training == ZERO_SHOT])
 
     def submit(self, cells: Sequence[BenchmarkCell]) -> None:
         recipe, out = self.experiment.model_dump_json(), str(self.out)
         for cell in cells:
-            self._waiting[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
+            self._pending_jobs[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
 
     def handle_finished(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
         """A finished training's cells can be measured; a measured training's checkpoints may go."""
         if not isinstance(job, BenchmarkCell):
             self.submit([cell for cell in missing if (cell.seed, cell.training) == job])
         elif self.discard and job.training != ZERO_SHOT:
-            waiting = [other for other in self._waiting.values() if isinstance(other, BenchmarkCell)]
+            waiting = [other for other in self._pending_jobs.values() if isinstance(other, BenchmarkCell)]
             if not any((other.seed, other.training) == (job.seed, job.training) for other in waiting):
                 shutil.rmtree(training_folder(self.out, self.experiment, job.seed, job.training), ignore_errors=True)
 

@@ -16,8 +16,8 @@ from ..errors import MagMaxError
 from .experiment import digest_of
 
 Record = dict[str, Any]
-FILE = "cells.jsonl"
-FORMERLY = "cells"
+CELLS_FILE = "cells.jsonl"
+OLD_FOLDER = "cells"
 """The folder in which earlier versions kept a file for each cell."""
 
 
@@ -34,8 +34,8 @@ class CellStore:
     """
 
     def __init__(self, out: Path) -> None:
-        self.file = out / FILE
-        self.folder = out / FORMERLY
+        self.file = out / CELLS_FILE
+        self.folder = out / OLD_FOLDER
 
     def exists(self) -> bool:
         """Return whether a benchmark has written here, be it no record yet."""
@@ -46,9 +46,9 @@ class CellStore:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("ab+", buffering=0) as file, _locked(file):
+            with self.file.open("ab+", buffering=0) as file, _lock_file(file):
                 file.seek(0)
-                file.truncate(_whole(file.readall()))
+                file.truncate(_complete_length(file.readall()))
                 rest = memoryview(line)
                 while rest:  # a disk that is nearly full takes only a part
                     rest = rest[file.write(rest) :]
@@ -66,7 +66,7 @@ class CellStore:
 
     def by_digest(self) -> dict[str, Record]:
         """Read all records once, for many to be looked up. Raises as `records` does."""
-        return {_digest(record): record for record in (*self._formerly(), *self._lines())}
+        return {_digest(record): record for record in (*self._read_old_records(), *self._lines())}
 
     def find(self, digest: str) -> Record | None:
         """Look one record up. Raises as `records` does."""
@@ -75,7 +75,7 @@ class CellStore:
     def _lines(self) -> Iterator[Record]:
         *lines, torn = self._content().split(b"\n")
         for number, line in enumerate(lines, start=1):
-            record = _record(line)
+            record = _parse_record(line)
             if record is not None:
                 yield record
             elif number < len(lines) or torn:
@@ -84,17 +84,17 @@ class CellStore:
 
     def _content(self) -> bytes:
         try:
-            with self.file.open("rb", buffering=0) as file, _locked(file, fcntl.LOCK_SH):
+            with self.file.open("rb", buffering=0) as file, _lock_file(file, fcntl.LOCK_SH):
                 return file.readall()
         except FileNotFoundError:
             return b""
         except OSError as error:
             raise MagMaxError(f"{self.file}: cannot be read: {error.strerror}") from error
 
-    def _formerly(self) -> Iterator[Record]:
+    def _read_old_records(self) -> Iterator[Record]:
         for path in sorted(self.folder.glob("*.json")):
             with suppress(OSError):
-                if (record := _record(path.read_bytes())) is not None:
+                if (record := _parse_record(path.read_bytes())) is not None:
                     yield record
 
 
@@ -110,7 +110,7 @@ def checkpoint_folder(out: Path, training: str, seed: int, recipe: Mapping[str, 
 
 
 @contextmanager
-def _locked(file: FileIO, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+def _lock_file(file: FileIO, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the lock of an open file: readers too, who would else see half of a writer's repair.
 
     Where there are no locks, as on some read-only file systems, readers go without and writers raise OSError.
@@ -127,22 +127,22 @@ def _locked(file: FileIO, how: int = fcntl.LOCK_EX) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _whole(content: bytes) -> int:
+def _complete_length(content: bytes) -> int:
     """Return how many bytes come before what a killed writer left: a line without end, or one that is no record."""
     end = content.rfind(b"\n") + 1
     last = content.rfind(b"\n", 0, max(0, end - 1)) + 1
-    return end if end < len(content) or _record(content[last:end]) is not None else last
+    return end if end < len(content) or _parse_record(content[last:end]) is not None else last
 
 
-def _record(line: bytes) -> Record | None:
+def _parse_record(line: bytes) -> Record | None:
     try:
         content = json.loads(line)
     except ValueError:
         return None
-    return _modern(content) if isinstance(content, dict) else None
+    return _modernize(content) if isinstance(content, dict) else None
 
 
-def _modern(record: Record) -> Record:
+def _modernize(record: Record) -> Record:
     """The record with today's names; the digest of its recipe follows where it was that of the recipe before."""
     modern = legacy.modern_record(record)
     if "digest" in record and record["digest"] == digest_of(record.get("recipe", {})):

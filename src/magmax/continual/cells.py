@@ -42,7 +42,7 @@ def training_folder(out: Path, experiment: Experiment, seed: int, training: str)
     return checkpoint_folder(out, training, seed, experiment.training_recipe(seed, training))
 
 
-MEMORY = "memory.json"
+MEMORY_FILE = "memory.json"
 """Beside a training's checkpoints: the peak memory of its training."""
 
 
@@ -70,8 +70,8 @@ def _run_training(experiment: Experiment, out: Path, seed: int, training: str, t
             folder,
             seed=seed,
         )
-    if not (folder / MEMORY).exists():
-        write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY)
+    if not (folder / MEMORY_FILE).exists():
+        write_bytes(json.dumps({"peak_memory": peak_memory()}).encode(), folder / MEMORY_FILE)
     return f"{training}, seed {seed}"
 
 
@@ -114,7 +114,7 @@ def _run_cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: i
 def training_peak_memory(paths: Sequence[Path]) -> int:
     """The peak memory of the training that made these checkpoints; 0 where it is not known."""
     try:
-        return json.loads((paths[0].parent / MEMORY).read_text())["peak_memory"] or 0
+        return json.loads((paths[0].parent / MEMORY_FILE).read_text())["peak_memory"] or 0
     except (IndexError, OSError, ValueError):
         return 0
 
@@ -272,14 +272,14 @@ def stored_bytes(context: ExperimentContext, cell: BenchmarkCell) -> int:
     if cell.rule == ZERO_SHOT:
         return 0
     if cell.training == "joint":
-        return _bytes_of(context.train.items)
+        return _estimate_bytes(context.train.items)
     total = 0 if cell.training in FROM_BASE else model
     total += trained if cell.training.startswith("ewc") else 0
     if cell.training == "replay":
         examples = context.experiment.training_choices["replay"]["per_class"] * len(
             {c for t in context.tasks for c in t.classes}
         )
-        total += _bytes_of(context.train.items) * examples // max(1, len(context.train))
+        total += _estimate_bytes(context.train.items) * examples // max(1, len(context.train))
     if cell.merges:
         rule = rule_from(cell.rule)
         slots = rule.slots(len(context.tasks)) if isinstance(rule, StreamingRule) else len(context.tasks)
@@ -324,6 +324,6 @@ def peak_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def _bytes_of(items: Sequence[Any]) -> int:
+def _estimate_bytes(items: Sequence[Any]) -> int:
     some = items[:: max(1, len(items) // 200)]
     return sum(np.asarray(item).nbytes for item in some) * len(items) // max(1, len(some))

@@ -15,7 +15,7 @@ from . import registry
 from .training.parallel import Parallel
 
 Choice = str | dict[str, Any]
-FORMAT = 1
+RECORD_FORMAT = 1
 """Of the records of a benchmark; a new one makes old records be computed again."""
 
 TRAININGS: Mapping[str, Mapping[str, Any]] = {
@@ -40,7 +40,7 @@ CALIBRATIONS: Mapping[str, Mapping[str, Any]] = {
 feature space with n validation examples of each task (for comparison not folded into the weights), and the one of
 length alone, per tensor or row, and then the other."""
 
-ALLOWED: Mapping[str, Sequence[Any]] = {
+CALIBRATION_VALUES: Mapping[str, Sequence[Any]] = {
     "norm": ("l1", "l2"),
     "ratio": ("place", "sample"),
     "inputs": ("calibrated", "merged"),
@@ -55,7 +55,7 @@ REFERENCES = ("replay", "joint")
 FROM_BASE = ("independent", "external")
 """Chains whose tasks all begin at theta_0, so that the last checkpoint knows the last task alone."""
 
-LAST, ZERO_SHOT = "last", "zero_shot"
+LAST_CHECKPOINT, ZERO_SHOT = "last", "zero_shot"
 
 
 class FitOptions(BaseModel):
@@ -120,14 +120,14 @@ class Experiment(BaseModel):
 
     @field_validator("seeds")
     @classmethod
-    def _once(cls, seeds: list[int]) -> list[int]:
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError("seeds are different whole numbers from 0 on")
         return seeds
 
     def check(self) -> Experiment:
         """Itself. Raises MagMaxError for names and options that are none, and factors without validation examples."""
-        for kind, table in registry.TABLES.items():
+        for kind, table in registry.REGISTRIES.items():
             registry.find(kind, table, registry.split(kind, getattr(self, kind))[0])
         for training in self.training:
             training_options(training)
@@ -177,7 +177,7 @@ class Experiment(BaseModel):
             cells.append(BenchmarkCell(seed=seed, training=ZERO_SHOT, rule=ZERO_SHOT))
             for training in self.training_choices:
                 if training not in FROM_BASE:
-                    cells.append(BenchmarkCell(seed=seed, training=training, rule=LAST))
+                    cells.append(BenchmarkCell(seed=seed, training=training, rule=LAST_CHECKPOINT))
                 if training not in REFERENCES:
                     cells += [
                         BenchmarkCell(seed=seed, training=training, rule=rule, calibration=calibration)
@@ -196,7 +196,7 @@ class Experiment(BaseModel):
         if cell.calibration is not None:
             name, options = calibration_options(cell.calibration)
             chosen["calibration"] = {name: options}
-        return {"format": FORMAT, **self.training_recipe(cell.seed, cell.training), **measured, **chosen}
+        return {"format": RECORD_FORMAT, **self.training_recipe(cell.seed, cell.training), **measured, **chosen}
 
 
 class BenchmarkCell(BaseModel):
@@ -210,7 +210,7 @@ class BenchmarkCell(BaseModel):
 
     @property
     def merges(self) -> bool:
-        return self.rule not in (LAST, ZERO_SHOT)
+        return self.rule not in (LAST_CHECKPOINT, ZERO_SHOT)
 
     @property
     def scaled(self) -> bool:
@@ -270,7 +270,7 @@ def calibration_options(calibration: Choice) -> tuple[str, dict[str, Any]]:
     for option, value in chosen.items():
         if option == "n" and (type(value) is not int or value < 1):
             raise MagMaxError(f"calibrations: {name} needs n to be a whole number of 1 or more, not {value!r}")
-        if name != "wsc" and (allowed := ALLOWED.get(option)) and value not in allowed:
+        if name != "wsc" and (allowed := CALIBRATION_VALUES.get(option)) and value not in allowed:
             allowed_text = " or ".join(str(one).lower() for one in allowed if one is not None)
             raise MagMaxError(f"calibrations: {name} needs {option} to be {allowed_text}, not {value!r}")
     if name == "wsc":

@@ -16,11 +16,11 @@ from ..errors import MagMaxError
 from ..rules import nearest_hint
 from .data.datasets import NEWSGROUPS, LabelledExamples, read_newsgroups
 from .data.downloads import fetch
-from .data.texts import DOMAINS, REUTERS, SENTIMENTS, read_reuters, read_sentiments
+from .data.texts import REUTERS, SENTIMENT_DOMAINS, SENTIMENTS, read_reuters, read_sentiments
 
 BOS_TOKEN = "<s>"
 """The token that every window begins with."""
-JOINED = 8
+TEXTS_PER_GROUP = 8
 """Neighbouring texts that go to the same part together: the sentences of one review or editorial are neighbours."""
 
 
@@ -47,7 +47,7 @@ def newswire_texts() -> TextCorpus:
 
 def sentiment_texts(domain: str) -> TextCorpus:
     """Sentences of tweets, product reviews, film reviews or editorials, whatever their rating."""
-    number = DOMAINS.index(domain)
+    number = SENTIMENT_DOMAINS.index(domain)
     train, test = (
         [
             text
@@ -62,7 +62,7 @@ def sentiment_texts(domain: str) -> TextCorpus:
 CORPORA: dict[str, Callable[[], TextCorpus]] = {
     "newsgroups": newsgroup_texts,
     "newswire": newswire_texts,
-    **{domain: lambda domain=domain: sentiment_texts(domain) for domain in DOMAINS},
+    **{domain: lambda domain=domain: sentiment_texts(domain) for domain in SENTIMENT_DOMAINS},
 }
 
 
@@ -75,7 +75,7 @@ def corpus(name: str) -> TextCorpus:
 
 def split_validation(train: Sequence[str], test: Sequence[str], share: int = 10) -> TextCorpus:
     """One part in `share` of the training texts, always the same, is set aside for choosing numbers on."""
-    aside = [place // JOINED % share == share - 1 for place in range(len(train))]
+    aside = [place // TEXTS_PER_GROUP % share == share - 1 for place in range(len(train))]
     training = [text for text, out in zip(train, aside, strict=True) if not out]
     return TextCorpus(training, [text for text, out in zip(train, aside, strict=True) if out], test)
 

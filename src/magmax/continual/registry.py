@@ -17,48 +17,48 @@ if TYPE_CHECKING:
     from .data.scenarios import Task
     from .models.text_encoder import Encoder
 
-HERE = "magmax.continual"
+PACKAGE = "magmax.continual"
 
-DATA: dict[str, str | Callable[..., Dataset]] = {
-    "newsgroups": f"{HERE}.data.datasets:newsgroups",
-    "reuters52": f"{HERE}.data.texts:reuters52",
-    "sentiments": f"{HERE}.data.texts:sentiments",
-    "fashion_mnist": f"{HERE}.data.pictures:fashion_mnist",
-    "digits": f"{HERE}.data.pictures:digits",
-    "emoji": f"{HERE}.data.pictures:emoji",
-    "hub": f"{HERE}.data.hub_datasets:hub",
-    "images": f"{HERE}.data.hub_datasets:images",
-    "pool": f"{HERE}.data.hub_datasets:pool",
-    "joined": f"{HERE}.data.combine:joined_datasets",
-    "long_tail": f"{HERE}.data.combine:long_tail",
+DATASETS: dict[str, str | Callable[..., Dataset]] = {
+    "newsgroups": f"{PACKAGE}.data.datasets:newsgroups",
+    "reuters52": f"{PACKAGE}.data.texts:reuters52",
+    "sentiments": f"{PACKAGE}.data.texts:sentiments",
+    "fashion_mnist": f"{PACKAGE}.data.pictures:fashion_mnist",
+    "digits": f"{PACKAGE}.data.pictures:digits",
+    "emoji": f"{PACKAGE}.data.pictures:emoji",
+    "hub": f"{PACKAGE}.data.hub_datasets:hub",
+    "images": f"{PACKAGE}.data.hub_datasets:images",
+    "pool": f"{PACKAGE}.data.hub_datasets:pool",
+    "joined": f"{PACKAGE}.data.combine:joined_datasets",
+    "long_tail": f"{PACKAGE}.data.combine:long_tail",
 }
 """name -> (**options) -> Dataset: raw items; the same for every seed of a benchmark."""
 
 MODELS: dict[str, str | Callable[..., Encoder]] = {
-    "minilm": f"{HERE}.models.text_encoder:minilm",
-    "clip": f"{HERE}.models.vision:clip",
-    "open_clip": f"{HERE}.models.open_clip:open_clip",
-    "vit_s": f"{HERE}.models.vision:vit_s",
-    "efficientnet_lite0": f"{HERE}.models.vision:efficientnet_lite0",
-    "trained_head": f"{HERE}.models.trained_head:trained_head",
+    "minilm": f"{PACKAGE}.models.text_encoder:minilm",
+    "clip": f"{PACKAGE}.models.vision:clip",
+    "open_clip": f"{PACKAGE}.models.open_clip:open_clip",
+    "vit_s": f"{PACKAGE}.models.vision:vit_s",
+    "efficientnet_lite0": f"{PACKAGE}.models.vision:efficientnet_lite0",
+    "trained_head": f"{PACKAGE}.models.trained_head:trained_head",
 }
 """name -> (**options) -> Encoder with the weights theta_0; what must not be trained has requires_grad off."""
 
 HEADS: dict[str, str | Callable[..., Tensor]] = {
-    "zero_shot": f"{HERE}.models.heads:zero_shot",
-    "nearest_class_mean": f"{HERE}.models.heads:nearest_class_mean",
-    "trained": f"{HERE}.models.trained_head:trained",
+    "zero_shot": f"{PACKAGE}.models.heads:zero_shot",
+    "nearest_class_mean": f"{PACKAGE}.models.heads:nearest_class_mean",
+    "trained": f"{PACKAGE}.models.trained_head:trained",
 }
 """name -> (encoder, dataset, **options) -> Tensor of shape (classes, width), frozen, made with theta_0."""
 
 SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
-    "class_incremental": f"{HERE}.data.scenarios:class_incremental_tasks",
-    "domain_incremental": f"{HERE}.data.scenarios:domain_incremental",
-    "data_sets": f"{HERE}.data.scenarios:data_sets",
+    "class_incremental": f"{PACKAGE}.data.scenarios:class_incremental_tasks",
+    "domain_incremental": f"{PACKAGE}.data.scenarios:domain_incremental",
+    "data_sets": f"{PACKAGE}.data.scenarios:data_sets",
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 
-TABLES: dict[str, Mapping[str, Any]] = {"data": DATA, "model": MODELS, "head": HEADS, "scenario": SCENARIOS}
+REGISTRIES: dict[str, Mapping[str, Any]] = {"data": DATASETS, "model": MODELS, "head": HEADS, "scenario": SCENARIOS}
 """The registries by the keys of a recipe."""
 
 Choice = str | Mapping[str, Any]
@@ -72,7 +72,7 @@ def build(kind: str, choice: Choice, *given: Any) -> Any:
     Raises MagMaxError for a name that is none and for options that the builder does not have, with the nearest.
     """
     name, options = split(kind, choice)
-    builder = find(kind, TABLES[kind], name)
+    builder = find(kind, REGISTRIES[kind], name)
     parameters = list(inspect.signature(builder).parameters)[len(given) :]
     for option in options:
         if option not in parameters:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import MagMaxError
 from .api import merge
 
-BASE = "_pretrained_"
+BASE_NAME = "_pretrained_"
 
 
 def magmax_merge(
@@ -45,7 +45,7 @@ class MagMaxAlgorithm:
             ValueError: the pool has no other model, or models do not fit.
         """
         pool = modelpool if hasattr(modelpool, "load_model") else DictPool(modelpool)
-        base = pool.load_model(BASE)
+        base = pool.load_model(BASE_NAME)
         models = [pool.load_model(name) for name in pool.model_names]
         return magmax_merge(base, models, self.scaling_factor, self.inplace)
 

@@ -22,7 +22,7 @@ from .model_names import default_names
 from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
 
-SAFETENSORS = (".safetensors", ".json")
+SAFETENSORS_SUFFIXES = (".safetensors", ".json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
     located = None if split_base_and_adapter(old) else locate_model(old)
-    if located and located.path.is_file() and located.path.suffix not in SAFETENSORS:
+    if located and located.path.is_file() and located.path.suffix not in SAFETENSORS_SUFFIXES:
         source = PickledModel(located.path, located.label, part, strip, inert)
         source.origin = located.origin
     elif part or strip or inert:

@@ -15,8 +15,8 @@ from .execution.shared_files import SharedFiles
 from .job import Job
 from .pipeline import PREFETCH_BYTES
 
-ARRAYS_A_THREAD = 10
-ARRAYS_A_DECOMPOSITION = 16
+ARRAYS_PER_THREAD = 10
+ARRAYS_PER_SVD = 16
 """What a singular value decomposition of a matrix takes at most, in float64 arrays of the matrix's size: measured."""
 IMPORTS_BYTES = 45_000_000
 DASK_BYTES = 60_000_000
@@ -25,7 +25,7 @@ ELEMENT_NS = 1.6
 """Nanoseconds of one processor for each element that is read or written, digests and checks included.
 
 Measured: 1.3 (average) to 1.8 (TIES), float32 and bfloat16 alike, on an AMD EPYC; benchmarks/results/merge.md."""
-DISKS = (200, 1_000, 5_000)
+DISK_SPEEDS_MB_S = (200, 1_000, 5_000)
 """MB a second of a hard disk, of a fair and of a fast solid-state disk."""
 
 
@@ -65,12 +65,12 @@ def job_cost(job: Job, threads: int = 0) -> JobCost:
     read = sum(checkpoint.nbytes - checkpoint.remote_bytes for checkpoint in job.inputs)
     elements = sum(spec.numel for checkpoint in job.inputs for spec in checkpoint.specs.values())
     written = sum(spec.nbytes for spec in job.specs.values()), sum(s.numel for s in job.specs.values())
-    return JobCost(passes * read + written[0], passes * elements + written[1], _threads(job, threads))
+    return JobCost(passes * read + written[0], passes * elements + written[1], _effective_threads(job, threads))
 
 
 def preview(job: Job, threads: int = 0) -> dict[str, int]:
     """Passes, bytes to read and write, disk needed and free, peak memory."""
-    size, threads = job.make_draft().size, _threads(job, threads)
+    size, threads = job.make_draft().size, _effective_threads(job, threads)
     remote = sum(checkpoint.remote_bytes for checkpoint in job.inputs)
     memory = job.memory + threads * job.memory_per_thread + min(remote, PREFETCH_BYTES)
     return {
@@ -81,7 +81,7 @@ def preview(job: Job, threads: int = 0) -> dict[str, int]:
         "write_remotely": size if job.target.url else 0,
         "disk_needed": job.disk_needed,
         "disk_free": job.disk_free,
-        "peak_memory": IMPORTS_BYTES + _arrays(job, threads) + memory,
+        "peak_memory": IMPORTS_BYTES + _array_bytes(job, threads) + memory,
     }
 
 
@@ -95,18 +95,18 @@ def preview_of_workers(job: Job, executor: Executor | None) -> list[tuple[int, i
         return []
     WorkerPool(executor=executor, shared_files=SharedFiles.of(job.inputs)).check_workers()
     fixed = IMPORTS_BYTES + DASK_BYTES
-    return [(n, fixed + _arrays(job, n) + n * job.memory_per_thread) for n in cluster.threads().values()]
+    return [(n, fixed + _array_bytes(job, n) + n * job.memory_per_thread) for n in cluster.threads().values()]
 
 
-def _threads(job: Job, threads: int) -> int:
+def _effective_threads(job: Job, threads: int) -> int:
     return 1 if job.kernel.whole_tensor else threads or available_cores()
 
 
-def _arrays(job: Job, threads: int) -> int:
+def _array_bytes(job: Job, threads: int) -> int:
     """Bytes of the arrays that are held at once: some blocks for each thread, or one tensor of every input."""
     specs = [*job.specs.values(), *job.inputs[0].specs.values()]
     widest = max([4, *(spec.storage_dtype.itemsize for spec in specs)])
     if job.kernel.whole_tensor:
         largest = max((spec.numel for spec in specs), default=0)
-        return largest * (widest * (1 + len(job.inputs)) + 8 * ARRAYS_A_DECOMPOSITION)
-    return threads * (ARRAYS_A_THREAD + 2 * len(job.inputs) * job.kernel.holds_all_inputs) * BLOCK_ELEMENTS * widest
+        return largest * (widest * (1 + len(job.inputs)) + 8 * ARRAYS_PER_SVD)
+    return threads * (ARRAYS_PER_THREAD + 2 * len(job.inputs) * job.kernel.holds_all_inputs) * BLOCK_ELEMENTS * widest

@@ -16,7 +16,7 @@ class DigestCollector:
 
     def __init__(self, specs: Mapping[str, TensorSpec], streams: int, whole: bool = False) -> None:
         self._specs = specs
-        self._missing = {key: sum(1 for _ in iter_chunks(key, spec, whole)) for key, spec in specs.items()}
+        self._missing_chunks = {key: sum(1 for _ in iter_chunks(key, spec, whole)) for key, spec in specs.items()}
         self._parts: dict[str, dict[int, Sequence[bytes]]] = {}
         self.tensors: list[dict[str, str]] = [{} for _ in range(streams)]
 
@@ -30,8 +30,8 @@ class DigestCollector:
     def add_chunk(self, key: str, start: int, parts: Sequence[bytes]) -> None:
         """Take the joined block digests of one chunk: an entry per stream, empty where the stream was not touched."""
         self._parts.setdefault(key, {})[start] = parts
-        self._missing[key] -= 1
-        if self._missing[key]:
+        self._missing_chunks[key] -= 1
+        if self._missing_chunks[key]:
             return
         in_order = [part for _, part in sorted(self._parts.pop(key).items())]
         for stream, tensors in enumerate(self.tensors):

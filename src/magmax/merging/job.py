@@ -124,7 +124,7 @@ class Job:
     @property
     def disk_needed(self) -> int:
         """Bytes of disk that the output takes beyond what an unfinished one has taken."""
-        return self.make_draft().size - _allocated(self.target.partial_path)
+        return self.make_draft().size - _allocated_bytes(self.target.partial_path)
 
     @property
     def disk_free(self) -> int:
@@ -135,7 +135,7 @@ class Job:
         return OutputDraft(
             self.target,
             self.specs,
-            self._metadata(self._provenance().with_blank_digests()),
+            self._metadata(self._make_provenance().with_blank_digests()),
             self.shard_bytes,
             self.stem,
         )
@@ -214,7 +214,7 @@ class Job:
         digests = collector.digests(self.inputs)
         self._check_unchanged()
         self.check(digests)
-        provenance = self._provenance(digests)
+        provenance = self._make_provenance(digests)
         draft.publish(self._metadata(provenance), self.small_files(provenance, outputs[0]))
         journal.remove()
         output_digests = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
@@ -259,7 +259,7 @@ class Job:
 
     def _fingerprints_and_recipe(self) -> dict[str, Any]:
         """Return what must be unchanged for finished chunks to be of use."""
-        identity: dict[str, Any] = {"the recipe": self._provenance().with_blank_digests().as_dict()}
+        identity: dict[str, Any] = {"the recipe": self._make_provenance().with_blank_digests().as_dict()}
         identity["the output's layout"] = [self.shard_bytes, *(f"{k} {s}" for k, s in self.specs.items())]
         fingerprints = [checkpoint.fingerprints() for checkpoint in self.inputs]
         identity["the order of the inputs"] = [list(stamps) for stamps in fingerprints]
@@ -274,7 +274,7 @@ class Job:
                     if before[name] != now[name]:
                         raise changed_file_error(name)
 
-    def _provenance(self, digests: Sequence[str] = ()) -> Provenance:
+    def _make_provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]
         return self.origin or Provenance(self.recipe, self.names, digests or [""] * len(self.names), origins)
 
@@ -292,7 +292,7 @@ def explain_os_error(error: OSError, out: Path, again: str) -> MagMaxError:
     return MagMaxError(f"{error.filename or out}: {error.strerror or error}")
 
 
-def _allocated(partial: Path) -> int:
+def _allocated_bytes(partial: Path) -> int:
     """Bytes of disk that an unfinished output has taken already."""
     try:
         files = partial.rglob("*") if partial.is_dir() else [partial]

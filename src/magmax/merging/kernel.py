@@ -82,7 +82,7 @@ class MergeKernel(Kernel):
         """Ask what the rule must know, over every model."""
         if isinstance(self.rule, StreamingRule):
             return self
-        collected = collect_statistics(self.rule, self.rules, self.reader, self._elements(), pool, progress)
+        collected = collect_statistics(self.rule, self.rules, self.reader, self._merged_elements(), pool, progress)
         return replace(self, statistics=collected.by_tensor, reader=collected.reader)
 
     def note(self) -> str:
@@ -140,7 +140,7 @@ class MergeKernel(Kernel):
             block.read_for_digest(task)
         return self.base_units(block, base)
 
-    def _elements(self) -> dict[str, int]:
+    def _merged_elements(self) -> dict[str, int]:
         """Return how many elements of each tensor are merged."""
         specs = self.reader.inputs[0].specs
         return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in self.unmerged}

@@ -81,7 +81,7 @@ def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mism
         raise list_problems(f"the models do not match {base.label}", everyones)
     partly: dict[str, RowRange] = {}
     for key, row_counts in rows.items():
-        part = _part(base.specs[key], row_counts)
+        part = _common_rows(base.specs[key], row_counts)
         if key in problems:
             continue
         if part.rows:
@@ -123,7 +123,7 @@ def _differ_in_rows_only(ours: TensorSpec, theirs: TensorSpec | None) -> bool:
     return ours.is_mergeable and theirs.is_mergeable and not theirs.dtype == "F64" != ours.dtype
 
 
-def _part(ours: TensorSpec, row_counts: Mapping[str, int]) -> RowRange:
+def _common_rows(ours: TensorSpec, row_counts: Mapping[str, int]) -> RowRange:
     """Return the rows that the base and all models have; models not in `row_counts` have as many as the base."""
     of = ours.shape[0]
     rows = min(of, *row_counts.values())

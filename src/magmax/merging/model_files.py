@@ -9,28 +9,35 @@ from typing import Any
 from ..checkpoints.folder import SMALL_FILE_ENDINGS
 from ..checkpoints.lora.peft import ADAPTER_CONFIG
 
-LARGEST = 200_000_000
-PARTS = {"additional_chat_templates", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor", "scheduler"}
+MAX_FILE_BYTES = 200_000_000
+COMPONENT_FOLDERS = {
+    "additional_chat_templates",
+    "tokenizer",
+    "tokenizer_2",
+    "feature_extractor",
+    "image_processor",
+    "scheduler",
+}
 """The folders in which transformers and diffusers keep what belongs to a model."""
-NAMES_OF_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+TORCH_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
     """Return name -> content or source of each file to copy from the base's folder; config.json gets `dtype`."""
     files: dict[str, bytes | Path] = {}
-    for path in sorted(path for place in [folder, *_parts(folder)] for path in place.iterdir()):
+    for path in sorted(path for place in [folder, *_find_component_folders(folder)] for path in place.iterdir()):
         other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
         skipped = other or path.name.startswith(".") or path.suffix not in SMALL_FILE_ENDINGS
-        if path.is_file() and not skipped and path.stat().st_size <= LARGEST:
+        if path.is_file() and not skipped and path.stat().st_size <= MAX_FILE_BYTES:
             files[str(path.relative_to(folder))] = path
     if dtype and "config.json" in files:
-        files["config.json"] = _with_dtype(folder / "config.json", NAMES_OF_TYPES[dtype])
+        files["config.json"] = _with_dtype(folder / "config.json", TORCH_DTYPE_NAMES[dtype])
     return files
 
 
-def _parts(folder: Path) -> list[Path]:
+def _find_component_folders(folder: Path) -> list[Path]:
     """The folders inside that belong to the model: known ones, and the modules that sentence-transformers names."""
-    names = set(PARTS)
+    names = set(COMPONENT_FOLDERS)
     try:
         named: Any = json.loads((folder / "modules.json").read_text("utf-8"))
         names |= {str(module["path"]) for module in named}

@@ -22,17 +22,17 @@ def default_names(paths: Sequence[str]) -> list[str]:
         return [path.removeprefix(HUB_PREFIX) if path.startswith(HUB_PREFIX) else next(local_names) for path in paths]
     parts = [Path(path).parts or ("",) for path in paths]
     if len(paths) == 1:
-        names = [_plain(part) for part in reversed(parts[0])]
+        names = [_strip_weight_suffix(part) for part in reversed(parts[0])]
         return [next((name for name in names if name not in COMMON_NAMES), names[0])]
     for column in range(max(map(len, parts), default=0)):
         words = [p[min(column, len(p) - 1)] for p in parts]
         if len(set(words)) == len(words):
-            return [_plain(word) for word in words]
+            return [_strip_weight_suffix(word) for word in words]
     longest = max(map(len, parts), default=0)
     first = next((c for c in range(longest) if len({p[min(c, len(p) - 1)] for p in parts}) > 1), 0)
-    return [_plain("/".join(p[first:] or p[-1:])) for p in parts]
+    return [_strip_weight_suffix("/".join(p[first:] or p[-1:])) for p in parts]
 
 
-def _plain(name: str) -> str:
+def _strip_weight_suffix(name: str) -> str:
     """A file's name without the suffix that says it holds weights."""
     return next((name.removesuffix(s) for s in WEIGHT_SUFFIXES if name.endswith(s)), name)

@@ -27,7 +27,7 @@ from .execution.pool import ShareTask, WorkerPool
 JOURNAL_SECONDS = 2.0
 SYNC_BYTES = 64_000_000
 """How much is written before the disk is told to take it: waiting for it then overlaps with work on what follows."""
-CHUNKS_AHEAD = 64
+MAX_QUEUED_CHUNKS = 64
 KEPT_FREE_BYTES = 24 << 20
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """What mallopt of the C library calls them."""
@@ -205,7 +205,7 @@ class BlockPipeline:
         todo = (c for key, spec in specs.items() for c in iter_chunks(key, spec, whole) if (c.key, c.start) not in done)
         pending: list[Any] = []
         saved, unsaved = time.monotonic(), 0
-        results = self._results(todo)
+        results = self._process_chunks(todo)
         try:
             for chunk, digests in results:
                 collector.add_chunk(chunk.key, chunk.start, digests)
@@ -240,7 +240,7 @@ class BlockPipeline:
             sink.sync()
         self.journal.append(pending)
 
-    def _results(self, todo: Iterable[Chunk]) -> Generator[tuple[Chunk, list[bytes]]]:
+    def _process_chunks(self, todo: Iterable[Chunk]) -> Generator[tuple[Chunk, list[bytes]]]:
         """Each chunk with its digests, as they come."""
         work = ChunkTask(self.inputs, self.sinks, self.kernel, self.digest)
         if self.pool.executor is None:
@@ -277,7 +277,7 @@ class Prefetcher:
 
     def __init__(self, inputs: Sequence[Checkpoint]) -> None:
         self._inputs = [checkpoint for checkpoint in inputs if checkpoint.url]
-        self._held: dict[Chunk, list[Checkpoint]] = {}
+        self._holders: dict[Chunk, list[Checkpoint]] = {}
         self._bytes = 0
 
     @property
@@ -286,7 +286,7 @@ class Prefetcher:
 
     def begin(self, chunk: Chunk) -> None:
         """Have every input that has the chunk fetch it, while there is room."""
-        holders = self._held[chunk] = list[Checkpoint]()
+        holders = self._holders[chunk] = list[Checkpoint]()
         for checkpoint in self._inputs:
             key = checkpoint.resolve_alias(chunk.key)
             if key in checkpoint.specs and not self.is_full:
@@ -295,7 +295,7 @@ class Prefetcher:
 
     def end(self, chunk: Chunk) -> None:
         """Give up what was fetched for a chunk."""
-        for checkpoint in self._held.pop(chunk):
+        for checkpoint in self._holders.pop(chunk):
             self._bytes -= checkpoint.release_prefetched(checkpoint.resolve_alias(chunk.key), chunk.start, chunk.stop)
 
 
@@ -315,7 +315,7 @@ def run_in_threads(
     with ThreadPoolExecutor(threads, thread_name_prefix="magmax") as pool:
         try:
             for chunk in todo:
-                while len(waiting) >= (threads if ahead.is_full else threads + CHUNKS_AHEAD):
+                while len(waiting) >= (threads if ahead.is_full else threads + MAX_QUEUED_CHUNKS):
                     yield from some()
                 ahead.begin(chunk)
                 waiting[pool.submit(work, chunk)] = chunk

@@ -10,7 +10,7 @@ from typing import Any, cast
 from .._version import __version__
 
 METADATA_KEY = "magmax"
-DIGEST_WIDTH = 32
+DIGEST_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Provenance:
 
     def with_blank_digests(self) -> Provenance:
         """Return the provenance with zeros for digests that are not computed yet."""
-        return Provenance(self.recipe, self.names, ["0" * DIGEST_WIDTH] * len(self.names), self.origins)
+        return Provenance(self.recipe, self.names, ["0" * DIGEST_CHARACTERS] * len(self.names), self.origins)
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t
 {json.dumps(provenance.recipe, indent=2)}
 ```
 
-{_inputs(provenance)}
+{_inputs_table(provenance)}
 
 ## What the rank loses
 
@@ -82,7 +82,7 @@ Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t
 """
 
 
-def _inputs(provenance: Provenance) -> str:
+def _inputs_table(provenance: Provenance) -> str:
     rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
     return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
 
@@ -107,7 +107,7 @@ Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rul
 {recipe}
 ```
 
-{_inputs(provenance)}
+{_inputs_table(provenance)}
 
 ## Tensors that were not merged
 

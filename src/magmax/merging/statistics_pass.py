@@ -18,7 +18,7 @@ from .execution.pool import ShareTask, WorkerPool
 from .pipeline import InputBlock, Prefetcher, Progress, blocks_of_chunk, keep_freed_memory, run_in_threads
 from .reader import BlockReader
 
-RESULT_SHARE = 64
+MIN_READ_RATIO = 64
 """How many times the bytes of its counts a share of the work reads, at least."""
 
 
@@ -212,7 +212,7 @@ class StatisticsRunner:
         reduction = counting.reduction
         counts_by_block: dict[Address, Counts] = {}
         total = reduction.initial()
-        least = 0 if reduction.per_block else RESULT_SHARE * total.nbytes
+        least = 0 if reduction.per_block else MIN_READ_RATIO * total.nbytes
         for share, reply in self._pool.map_shares(counting, self._chunks(), counting.cost, least):
             if reduction.per_block:
                 counts_by_block |= reply

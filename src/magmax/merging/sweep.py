@@ -25,7 +25,7 @@ from .pipeline import InputBlock, Kernel, WrappedKernel
 from .provenance import Provenance
 from .result import MergeResult
 
-MOST_FACTORS = 10_000
+MAX_FACTORS = 10_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class FactorSweep:
             for key, spec in self.base.specs.items()
             if key not in whole.unmerged
         }
-        kernel = TaskVectorKernel(_merge_kernel(whole))
+        kernel = TaskVectorKernel(_require_merge_kernel(whole))
         job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_no_small_files)
         result = job.run(self.execution)
         try:
@@ -121,7 +121,7 @@ class SweepWriter:
         if self.once is None:
             return Path(whole.run(sweep.execution).path)
         result, vector = self.once
-        inputs, kernel = [sweep.base, vector], _merge_kernel(whole)
+        inputs, kernel = [sweep.base, vector], _require_merge_kernel(whole)
         kernel = replace(kernel, tasks=0, reader=replace(kernel.reader, inputs=inputs))
         origin = Provenance(whole.recipe, whole.names, result.input_digests, [c.origin for c in whole.inputs])
         job = replace(
@@ -131,7 +131,7 @@ class SweepWriter:
         return Path(job.run(sweep.execution).path)
 
 
-def _merge_kernel(job: Job) -> MergeKernel:
+def _require_merge_kernel(job: Job) -> MergeKernel:
     assert isinstance(job.kernel, MergeKernel)
     return job.kernel
 
@@ -152,7 +152,7 @@ def parse_factors(text: str) -> list[float]:
         else:
             first, last, step = (Decimal(part) for part in text.split(":"))
             count = int((last - first) / step) + 1
-            if count > MOST_FACTORS:
+            if count > MAX_FACTORS:
                 raise ValueError(f"{count} factors")
             factors = [float(first + step * n) for n in range(count)]
     except (InvalidOperation, ValueError, OverflowError, ArithmeticError) as error:

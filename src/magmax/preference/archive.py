@@ -36,10 +36,10 @@ from ..merging.output_options import OutputOptions
 from ..rules import Rule
 from ..rules.tunable.quotas import parse_weights
 
-FORMAT = 1
-BLOCK = 1024
-FILE = "archive.json"
-PARTS = ("kept", "starts", "values", "scales")
+ARCHIVE_FORMAT = 1
+GROUP_SIZE = 1024
+ARCHIVE_FILE = "archive.json"
+TENSOR_KINDS = ("kept", "starts", "values", "scales")
 
 
 Presets = dict[str, dict[str, float]]
@@ -50,8 +50,8 @@ class ArchiveInfo:
 
     def __init__(self, content: Any) -> None:
         try:
-            if content["format"] != FORMAT:
-                raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT}")
+            if content["format"] != ARCHIVE_FORMAT:
+                raise ValueError(f"it has format {content['format']}; this magmax reads {ARCHIVE_FORMAT}")
             self.tasks = [str(name) for name in content["tasks"]]
             self.top, self.bits = float(content["top"]), int(content["bits"])
             self.presets: Presets = {
@@ -67,7 +67,7 @@ class ArchiveInfo:
     @classmethod
     def of(cls, folder: Path) -> ArchiveInfo:
         try:
-            return cls(json.loads((folder / FILE).read_text("utf-8")))
+            return cls(json.loads((folder / ARCHIVE_FILE).read_text("utf-8")))
         except (OSError, RecursionError, ValueError) as error:
             raise MagMaxError(str(error)) from error
 
@@ -82,18 +82,18 @@ class Archive:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._about = ArchiveInfo.of(folder)
+            self._info = ArchiveInfo.of(folder)
         except MagMaxError as error:
             raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive create makes one") from error
-        self.tasks, self.top, self.bits = self._about.tasks, self._about.top, self._about.bits
-        self.presets = self._about.presets
+        self.tasks, self.top, self.bits = self._info.tasks, self._info.top, self._info.bits
+        self.presets = self._info.presets
         self.tensors = open_checkpoint(folder)
 
     def base(self, base: str | None = None) -> Checkpoint:
         """Open the base: the path in the argument, or where the archive was made from."""
-        if base is None and self._about.base_path is None:
+        if base is None and self._info.base_path is None:
             raise MagMaxError(f"{self.folder}: does not know where its base is; say --base BASE")
-        return open_checkpoint(base or resolve_portable_path(self.folder, self._about.base_path))
+        return open_checkpoint(base or resolve_portable_path(self.folder, self._info.base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTaskVector]:
         """Return each task's archived task vector."""
@@ -106,7 +106,7 @@ class Archive:
         job = merge_job(rule, opened, self.models(opened), out, options, self.tasks)
 
         def same_base(digests: Sequence[str]) -> None:
-            if digests[0] != self._about.base_digest:
+            if digests[0] != self._info.base_digest:
                 raise MagMaxError(f"{opened.label}: is not the base that {self.folder} was made with")
 
         return replace(job, check=same_base)
@@ -131,11 +131,13 @@ class Archive:
             if task not in self.tasks:
                 raise MagMaxError(f"{self.folder}: has no task {task!r}; {nearest_hint(task, self.tasks)}")
         with lock_folder(self.folder):
-            now = Archive(self.folder)._about
-            if not now.same_models(self._about):
+            now = Archive(self.folder)._info
+            if not now.same_models(self._info):
                 raise MagMaxError(f"{self.folder}: now holds other models; preset {name!r} is not stored: tune again")
             now.presets[name] = dict(preference)
-            replace_file(self.folder / FILE, json.dumps(now.told | {"presets": now.presets}, indent=2).encode() + b"\n")
+            replace_file(
+                self.folder / ARCHIVE_FILE, json.dumps(now.told | {"presets": now.presets}, indent=2).encode() + b"\n"
+            )
         self.presets = now.presets
 
 
@@ -156,7 +158,7 @@ class ArchivedTaskVector(Checkpoint):
         problems = [
             f"{archive.folder}: holds nothing of {key}, {spec}, with top {archive.top:g} and {archive.bits} bits"
             for key, spec in base.specs.items()
-            if spec.is_mergeable and spec.numel and not self._fits(key, spec)
+            if spec.is_mergeable and spec.numel and not self._has_valid_specs(key, spec)
         ]
         if problems:
             raise list_problems(f"{archive.folder} does not fit {base.label}", problems)
@@ -166,14 +168,14 @@ class ArchivedTaskVector(Checkpoint):
             return self._base.read(key, start, stop)
         if start == stop:
             return np.zeros(0, self.specs[key].storage_dtype)
-        first, last = start // BLOCK, -(-stop // BLOCK)
-        end = min(last * BLOCK, self.specs[key].numel)
-        places, total = np.arange(first * BLOCK, end), end - first * BLOCK
-        value = first * BLOCK
+        first, last = start // GROUP_SIZE, -(-stop // GROUP_SIZE)
+        end = min(last * GROUP_SIZE, self.specs[key].numel)
+        places, total = np.arange(first * GROUP_SIZE, end), end - first * GROUP_SIZE
+        value = first * GROUP_SIZE
         if self._sparse:
-            mask = np.unpackbits(self._part("kept", key, first * BLOCK // 8, -(-end // 8)), count=total)
-            places, value = np.flatnonzero(mask) + first * BLOCK, self._start(key, first)
-            if value < 0 or value + len(places) != self._start(key, last):
+            mask = np.unpackbits(self._part("kept", key, first * GROUP_SIZE // 8, -(-end // 8)), count=total)
+            places, value = np.flatnonzero(mask) + first * GROUP_SIZE, self._count_entries_before(key, first)
+            if value < 0 or value + len(places) != self._count_entries_before(key, last):
                 raise MagMaxError(
                     f"{self._tensors.label}: of {key} for {self.label}, kept and starts disagree; it is corrupt: "
                     "make the archive anew, or copy it again"
@@ -183,10 +185,10 @@ class ArchivedTaskVector(Checkpoint):
         if self._bits == 8:
             kind = self._tensors.specs[f"{self._task}/scales/{key}"].storage_dtype
             scales = self._part("scales", key, kind.itemsize * first, kind.itemsize * last).view(kind)
-            dense[places - first * BLOCK] = stored * scales[places // BLOCK - first].astype(dense.dtype)
+            dense[places - first * GROUP_SIZE] = stored * scales[places // GROUP_SIZE - first].astype(dense.dtype)
         else:
-            dense[places - first * BLOCK] = stored
-        return dense[start - first * BLOCK : stop - first * BLOCK]
+            dense[places - first * GROUP_SIZE] = stored
+        return dense[start - first * GROUP_SIZE : stop - first * GROUP_SIZE]
 
     def files(self) -> list[Path]:
         return self._tensors.files()
@@ -194,9 +196,9 @@ class ArchivedTaskVector(Checkpoint):
     def header_digests(self) -> list[str]:
         return self._tensors.header_digests()
 
-    def _fits(self, key: str, spec: TensorSpec) -> bool:
-        part_specs = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in PARTS}
-        kind, blocks = self.specs[key].dtype, -(-spec.numel // BLOCK)
+    def _has_valid_specs(self, key: str, spec: TensorSpec) -> bool:
+        part_specs = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in TENSOR_KINDS}
+        kind, blocks = self.specs[key].dtype, -(-spec.numel // GROUP_SIZE)
         values = part_specs.pop("values")
         wanted = {
             "kept": TensorSpec("U8", (-(-spec.numel // 8),)) if self._sparse else None,
@@ -213,9 +215,9 @@ class ArchivedTaskVector(Checkpoint):
         dtype = self._tensors.specs[name].dtype
         return stored.view(np.int8) if dtype == "I8" else widen(stored, dtype, self.specs[key].storage_dtype)
 
-    def _start(self, key: str, block: int) -> int:
+    def _count_entries_before(self, key: str, block: int) -> int:
         """Return how many entries are kept before a block, or in all."""
-        if block * BLOCK >= self.specs[key].numel:
+        if block * GROUP_SIZE >= self.specs[key].numel:
             return self._tensors.specs[f"{self._task}/values/{key}"].numel
         return int(self._part("starts", key, 8 * block, 8 * block + 8).view("<i8")[0])
 

@@ -26,11 +26,11 @@ from ..merging.pipeline import InputBlock, keep_freed_memory, run_in_threads
 from ..merging.reader import BlockReader
 from ..merging.statistics_pass import StatisticsRunner
 from ..rules import Prune
-from .archive import BLOCK, FILE, FORMAT, Archive, ArchiveInfo, Presets
+from .archive import ARCHIVE_FILE, ARCHIVE_FORMAT, GROUP_SIZE, Archive, ArchiveInfo, Presets
 
-LEVELS = 127
-PIECE = 256 * BLOCK
-LARGEST_BF16 = (2 - 2**-7) * 2.0**127
+QUANTISATION_LEVELS = 127
+CHUNK_ELEMENTS = 256 * GROUP_SIZE
+MAX_BF16 = (2 - 2**-7) * 2.0**127
 
 
 class KeptEntries(NamedTuple):
@@ -63,20 +63,20 @@ class ArchiveWriter:
 
     def counts(self, chunk: Chunk) -> tuple[Chunk, list[NDArray[np.int64]]]:
         """Return how many entries of each task are kept in each block."""
-        edges = np.arange(0, chunk.stop - chunk.start, BLOCK)
+        edges = np.arange(0, chunk.stop - chunk.start, GROUP_SIZE)
         masks = [entries.mask(vector) for entries, vector in zip(self.kept, self.vectors(chunk), strict=True)]
         return chunk, [np.add.reduceat(mask, edges, dtype=np.int64) for mask in masks]
 
     def starts(self, execution: ExecutionOptions) -> dict[tuple[int, str], NDArray[np.int64]]:
         """Return how many entries of a task's tensor are kept before each block, and in all."""
         starts: dict[tuple[int, str], NDArray[np.int64]] = {
-            (task, key): np.zeros(1 + -(-self.spec(key).numel // BLOCK), np.int64)
+            (task, key): np.zeros(1 + -(-self.spec(key).numel // GROUP_SIZE), np.int64)
             for task in range(len(self.kept))
             for key in self.keys
         }
         with closing(run_in_threads(self.counts, self.pieces(), self.threads)) as done:
             for chunk, counts in done:
-                first = 1 + chunk.start // BLOCK
+                first = 1 + chunk.start // GROUP_SIZE
                 for task, count in enumerate(counts):
                     starts[task, chunk.key][first : first + len(count)] = count
                 execution.progress((chunk.stop - chunk.start) * 4 * len(self.reader.inputs))
@@ -114,12 +114,12 @@ class ArchiveWriter:
         self, draft: OutputDraft, chunk: Chunk, task: int, vector: NDArray[Any], starts: NDArray[np.int64]
     ) -> None:
         """Write one task's part of a chunk."""
-        mask, first = self.kept[task].mask(vector), chunk.start // BLOCK
-        values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // BLOCK)])
+        mask, first = self.kept[task].mask(vector), chunk.start // GROUP_SIZE
+        values, counts = vector[mask], np.diff(starts[first : first + 1 + -(-len(vector) // GROUP_SIZE)])
         if self.kept[task].least is not None:
             draft.write(f"{task}/kept/{chunk.key}", chunk.start // 8, np.packbits(mask))
             draft.write(f"{task}/starts/{chunk.key}", first, starts[first : first + len(counts)])
-        most = {8: float(np.finfo(vector.dtype).max), 16: LARGEST_BF16}.get(self.bits, np.inf)
+        most = {8: float(np.finfo(vector.dtype).max), 16: MAX_BF16}.get(self.bits, np.inf)
         if np.abs(values).max(initial=0) > most:
             raise MagMaxError(
                 f"{self.reader.inputs[1 + task].label}: {chunk.key} differs from the base by more than {most:.3g}, "
@@ -130,10 +130,10 @@ class ArchiveWriter:
             filled = counts > 0
             if len(values):
                 edges = (starts[first : first + len(counts)] - starts[first])[filled]
-                scales[filled] = np.maximum.reduceat(np.abs(values), edges) / LEVELS
+                scales[filled] = np.maximum.reduceat(np.abs(values), edges) / QUANTISATION_LEVELS
             draft.write(f"{task}/scales/{chunk.key}", first, scales)
             steps = np.repeat(np.where(scales > 0, scales, 1), counts)
-            values = np.rint(values / steps).clip(-LEVELS, LEVELS).astype(np.int8)
+            values = np.rint(values / steps).clip(-QUANTISATION_LEVELS, QUANTISATION_LEVELS).astype(np.int8)
         elif self.bits == 16:
             values = narrow(values, "BF16")
         draft.write(f"{task}/values/{chunk.key}", int(starts[first]), values)
@@ -141,8 +141,8 @@ class ArchiveWriter:
     def pieces(self) -> Iterator[Chunk]:
         """Every tensor in parts of a whole number of blocks."""
         for key in self.keys:
-            for start in range(0, self.spec(key).numel, PIECE):
-                yield Chunk(key, start, min(start + PIECE, self.spec(key).numel))
+            for start in range(0, self.spec(key).numel, CHUNK_ELEMENTS):
+                yield Chunk(key, start, min(start + CHUNK_ELEMENTS, self.spec(key).numel))
 
     def spec(self, key: str) -> TensorSpec:
         return self.reader.inputs[0].specs[key]
@@ -186,18 +186,18 @@ def write_archive(
     refuse_same_path(inputs)
     if problems := target.find_problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
         raise list_problems(f"{out} cannot be written", problems)
-    _presets(out, names)
+    _read_old_presets(out, names)
     carried = match_to_base(base, models).unmerged
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.numel]
-    digests = [_digest(model) for model in models]
+    digests = [_digest_checkpoint(model) for model in models]
     refuse_equal_models(models, digests)
     keep_freed_memory()
     entries, reader = _find_kept_entries(BlockReader(inputs), keys, top, execution)
     writing = ArchiveWriter(reader, keys, entries, bits, execution.pool.count)
     starts = writing.starts(execution)
     about = {
-        "format": FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,
-        "base": {"path": portable_path(out, base_given, base), "digest": _digest(base)},
+        "format": ARCHIVE_FORMAT, "tasks": list(names), "top": top, "bits": bits, "models": digests,
+        "base": {"path": portable_path(out, base_given, base), "digest": _digest_checkpoint(base)},
     }  # fmt: skip
     draft = OutputDraft(target, writing.specs(starts), {})
     try:
@@ -205,8 +205,8 @@ def write_archive(
         draft.open(fresh=True)
         writing.write(draft, starts, execution)
         with lock_folder(out):
-            presets = _presets(out, names)  # again: others may have stored some meanwhile
-            draft.publish({}, {FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})
+            presets = _read_old_presets(out, names)  # again: others may have stored some meanwhile
+            draft.publish({}, {ARCHIVE_FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})
     except OSError as error:
         draft.discard()
         raise explain_os_error(error, out, "it begins anew") from error
@@ -218,15 +218,16 @@ def write_archive(
     return Archive(out)
 
 
-def _presets(out: Path, names: Sequence[str]) -> Presets:
+def _read_old_presets(out: Path, names: Sequence[str]) -> Presets:
     """The presets of the archive that is to be replaced, if there is one. Raises MagMaxError for those of others."""
-    if not (out / FILE).exists():
+    if not (out / ARCHIVE_FILE).exists():
         return {}
     try:
         old = ArchiveInfo.of(out)
     except MagMaxError as error:
         raise MagMaxError(
-            f"{out / FILE}: cannot be read ({error}), and may hold presets; name another folder, or remove {out}"
+            f"{out / ARCHIVE_FILE}: cannot be read ({error}), and may hold presets; "
+            f"name another folder, or remove {out}"
         ) from error
     if old.presets and old.tasks != list(names):
         raise MagMaxError(
@@ -249,7 +250,7 @@ def _find_kept_entries(
     return [KeptEntries(cut.code, scope.float64) for cut in cuts], runner.reader
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def _digest_checkpoint(checkpoint: Checkpoint) -> str:
     """The digest that a merge notes of an input."""
     tensors: dict[str, str] = {}
     for key, spec in checkpoint.specs.items():

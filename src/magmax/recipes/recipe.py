@@ -22,7 +22,7 @@ from ..yaml_documents import YamlDocument, parse_yaml, read_document, read_text,
 from . import mergekit
 from .request import MergeRequest, TargetSamples
 
-FUSION_BENCH = "MagMaxAlgorithm"
+FUSION_BENCH_CLASS = "MagMaxAlgorithm"
 
 
 class RecipeModel(BaseModel):
@@ -151,11 +151,11 @@ def _valid_keys(parts: Sequence[str]) -> list[str]:
 def parse_rule(content: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
     if isinstance(content, str) and content.endswith((".yaml", ".yml")):
-        return parse_rule(_method_file(os_path.join(folder, content)), folder)
+        return parse_rule(_read_method_file(os_path.join(folder, content)), folder)
     if isinstance(content, str) and content.lstrip().startswith(("{", "[")):
         return parse_rule(parse_yaml(content, f"the rule {content!r}"), folder)
     if isinstance(content, dict) and "_target_" in content:
-        return _fusion_bench(content)
+        return _parse_fusion_bench(content)
     return rule_from(_with_resolved_paths(content, folder)), None
 
 
@@ -170,22 +170,22 @@ def _with_resolved_paths(rule: Any, folder: str) -> Any:
     return {**options, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else options
 
 
-def _fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
+def _parse_fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:
     """FusionBench's method YAML: its target, scaling_factor and inplace (which files have no use for)."""
     target = str(method["_target_"])
-    if target.rpartition(".")[2] != FUSION_BENCH:
-        raise MagMaxError(f"of FusionBench's methods only {FUSION_BENCH} is understood, not {target}")
+    if target.rpartition(".")[2] != FUSION_BENCH_CLASS:
+        raise MagMaxError(f"of FusionBench's methods only {FUSION_BENCH_CLASS} is understood, not {target}")
     keys = ["_target_", "scaling_factor", "inplace"]
     for key in method:
         if key not in keys:
-            raise MagMaxError(f"FusionBench's {FUSION_BENCH} has no option {key!r}; {nearest_hint(key, keys)}")
+            raise MagMaxError(f"FusionBench's {FUSION_BENCH_CLASS} has no option {key!r}; {nearest_hint(key, keys)}")
     factor = method.get("scaling_factor", 0.5)
     if type(factor) not in (int, float) or not abs(factor) < 1e300:
         raise MagMaxError(f"scaling_factor must be a finite number, not {reprlib.repr(factor)}")
     return make_rule("magmax"), float(factor)
 
 
-def _method_file(file: str) -> Any:
+def _read_method_file(file: str) -> Any:
     content = parse_yaml(read_text(file), file)
     if not isinstance(content, dict):
         raise MagMaxError(f"{file}: is not a rule; FusionBench's method YAML has a _target_")

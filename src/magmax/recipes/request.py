@@ -95,10 +95,12 @@ class MergeRequest:
         rule = self.rule_with_preference(base, models, execution) if self.target else self.rule
         job = merge_job(rule, base, models, where, self.options, names)
         return (
-            self._calibrated(job, rule, base, models, names, execution or ExecutionOptions()) if self.calibrate else job
+            self._calibrate_job(job, rule, base, models, names, execution or ExecutionOptions())
+            if self.calibrate
+            else job
         )
 
-    def _calibrated(
+    def _calibrate_job(
         self,
         job: Job,
         rule: Rule,

@@ -94,19 +94,19 @@ TRANSFORMS: tuple[type[TaskVectorTransform | MergedTransform], ...] = (
 BUILT_IN: dict[str, type[Rule | TaskVectorTransform | MergedTransform]] = {
     part.name: part for part in (*RULES, *TRANSFORMS)
 }
-ENTRY_POINTS = "magmax.rules"
+ENTRY_POINT_GROUP = "magmax.rules"
 
 
 def all_components() -> dict[str, type[Rule | TaskVectorTransform | MergedTransform]]:
     """Every rule and transform by name: the built-in ones, then those of installed packages."""
-    return BUILT_IN | {p.name: p.load() for p in entry_points(group=ENTRY_POINTS) if p.name not in BUILT_IN}
+    return BUILT_IN | {p.name: p.load() for p in entry_points(group=ENTRY_POINT_GROUP) if p.name not in BUILT_IN}
 
 
 def find_component(name: str) -> type[Rule | TaskVectorTransform | MergedTransform]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
     if name in BUILT_IN:
         return BUILT_IN[name]
-    others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    others = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in others:
         return others[name].load()
     raise MagMaxError(f"there is no rule {name!r}; {nearest_hint(name, sorted([*BUILT_IN, *others]))}")
@@ -144,18 +144,18 @@ def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
 
 def rule_from(content: Any) -> Rule:
     """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain."""
-    return chain(*_components(content))
+    return chain(*_parse_components(content))
 
 
-def _components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransform]:
+def _parse_components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransform]:
     if isinstance(content, str):
         return [make_component(content)]
     if isinstance(content, list):
-        return [part for item in cast("list[Any]", content) for part in _components(item)]
+        return [part for item in cast("list[Any]", content) for part in _parse_components(item)]
     if isinstance(content, dict) and len(cast("dict[Any, Any]", content)) == 1:
         ((name, options),) = cast("dict[Any, Any]", content).items()
         if name == "chain":
-            return _components(options)
+            return _parse_components(options)
         if options is None or isinstance(options, dict):
             return [make_component(str(name), cast("dict[str, Any] | None", options))]
     raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {content!r}")

@@ -122,7 +122,7 @@ def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
     >>> chain(Prune(density=0.5), MagMax())([np.float32([3, 1]), np.float32([-1, 2])])
     array([3., 2.], dtype=float32)
     """
-    flat = [part for part_given in parts for part in _components(part_given)]
+    flat = [part for part_given in parts for part in _flatten(part_given)]
     befores = [part for part in flat if isinstance(part, TaskVectorTransform)]
     rules = [part for part in flat if isinstance(part, Rule)]
     afters = [part for part in flat if isinstance(part, MergedTransform)]
@@ -140,11 +140,11 @@ def chain(*parts: TaskVectorTransform | Rule | MergedTransform) -> Rule:
     return merging
 
 
-def _components(
+def _flatten(
     part: TaskVectorTransform | Rule | MergedTransform,
 ) -> Sequence[TaskVectorTransform | Rule | MergedTransform]:
     """A rule that is followed by something, and that."""
-    return [*_components(part.rule), part.transform] if isinstance(part, TransformedRule) else [part]
+    return [*_flatten(part.rule), part.transform] if isinstance(part, TransformedRule) else [part]
 
 
 def _compose(befores: Sequence[TaskVectorTransform], rule: Rule) -> Rule:

@@ -239,16 +239,16 @@ class StreamingRule(Rule):
         return self.finish(state, len(block.task_vectors))
 
 
-_SIGNED: dict[Any, Any] = {}
+_SIGNED_INT_TYPES: dict[Any, Any] = {}
 """Floating type -> the signed integer type of its width, of numpy or torch, as they are met."""
 
 
 def as_signed_bits(values: Array) -> Array:
     """The same memory as signed integers of the same width."""
-    kind = _SIGNED.get(values.dtype)
+    kind = _SIGNED_INT_TYPES.get(values.dtype)
     if kind is None:
         xp = namespace(values)
-        kind = _SIGNED[values.dtype] = xp.int64 if values.dtype == xp.float64 else xp.int32
+        kind = _SIGNED_INT_TYPES[values.dtype] = xp.int64 if values.dtype == xp.float64 else xp.int32
     return values.view(kind)
 
 

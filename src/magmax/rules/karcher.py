@@ -57,14 +57,14 @@ class Karcher(LinearCombinationRule):
         weights = np.zeros(len(norms))
         if len(some):
             cosines = dots[np.ix_(some, some)] / np.outer(norms[some], norms[some])
-            weights[some] = norms.mean() * self._direction(cosines) / norms[some]
+            weights[some] = norms.mean() * self._mean_direction(cosines) / norms[some]
         return [math.fsum(weights) - 1, *weights.tolist()]
 
-    def _direction(self, cosines: Sums) -> NDArray[np.float64]:
+    def _mean_direction(self, cosines: Sums) -> NDArray[np.float64]:
         """The mean direction, as coefficients of the unit vectors that have these cosines with one another."""
         count = len(cosines)
         mean = np.full(count, 1 / count)
-        length = _length(mean, cosines)
+        length = _combination_norm(mean, cosines)
         mean = mean / length if length >= self.tol else np.eye(count)[0]
         for _ in range(self.max_iter):
             tangent = np.zeros(count)
@@ -72,14 +72,14 @@ class Karcher(LinearCombinationRule):
                 angle = math.acos(dot)
                 if self.tol <= angle <= math.pi - self.tol:
                     tangent += angle / math.sin(angle) / count * (np.eye(count)[task] - dot * mean)
-            step = _length(tangent, cosines)
+            step = _combination_norm(tangent, cosines)
             if step < self.tol:
                 break
             mean = math.cos(step) * mean + math.sin(step) / step * tangent
-            mean /= _length(mean, cosines)
+            mean /= _combination_norm(mean, cosines)
         return mean
 
 
-def _length(coefficients: NDArray[np.float64], cosines: Sums) -> float:
+def _combination_norm(coefficients: NDArray[np.float64], cosines: Sums) -> float:
     """The norm of a combination of unit vectors."""
     return math.sqrt(max(0.0, float((np.outer(coefficients, coefficients) * cosines).sum())))

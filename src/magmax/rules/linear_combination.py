@@ -13,7 +13,7 @@ from ..errors import MagMaxError
 from .contract import Rule
 from .statistics import Address, Array, Block, Reduction, Scope, Span, Statistics, StatisticsRequest, Sums, namespace
 
-PIECE = 1 << 14
+SLICE_LENGTH = 1 << 14
 """Elements multiplied at once: few enough to stay in the processor's cache."""
 
 
@@ -36,8 +36,8 @@ class GramReduction(Reduction):
         first = 0 if self.base else 1
         arrays: list[Array] = [*([block.base] if self.base else []), *block.task_vectors]
         xp = namespace(arrays[0])
-        for start in range(0, arrays[0].shape[0], PIECE):
-            parts = [xp.astype(array[start : start + PIECE], xp.float64) for array in arrays]
+        for start in range(0, arrays[0].shape[0], SLICE_LENGTH):
+            parts = [xp.astype(array[start : start + SLICE_LENGTH], xp.float64) for array in arrays]
             for row, left in enumerate(parts, start=first):
                 for column, right in enumerate(parts[: row - first + 1], start=first):
                     into[row, column] += float(xp.sum(left * right))

@@ -12,7 +12,7 @@ from ..errors import MagMaxError
 from .linear_combination import LinearCombinationRule
 from .statistics import Sums
 
-SINGULAR = 1e-6
+MIN_DENOMINATOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,5 +46,5 @@ class ModelStock(LinearCombinationRule):
         mean = math.fsum(min(1.0, max(-1.0, cosine)) for cosine in cosines) / len(pairs)
         tasks = len(norms) - 1
         denominator = 1 + (tasks - 1) * mean
-        ratio = 0.0 if abs(denominator) < SINGULAR else tasks * mean / denominator
+        ratio = 0.0 if abs(denominator) < MIN_DENOMINATOR else tasks * mean / denominator
         return [0.0, *[ratio / tasks] * tasks]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .contract import MergeFunction
 from .statistics import Address, Array, Block, Reduction, StatisticsRequest, Sums, namespace
 
-PIECE = 1 << 14
+SLICE_LENGTH = 1 << 14
 """Elements multiplied at once: few enough to stay in the processor's cache."""
 
 
@@ -35,9 +35,9 @@ class NormStatistics(NamedTuple):
     def of(self, block: Block, merge: MergeFunction, angles: bool) -> tuple[Array, Sums]:
         """The merge of a block, and the measures of each of its parts, shape (parts, T + 1, T + 2)."""
         size = self.parts[block.address.key]
-        if _is_cut(block, size):
+        if _splits_parts(block, size):
             return merge(block), self.cut_parts[_part_start(block.address, size)][None]
-        merged = merge(_copied(block))
+        merged = merge(_copy_block(block))
         return merged, dot_products_and_norms([*block.task_vectors, merged], size, angles)
 
 
@@ -49,12 +49,12 @@ def dot_products_and_norms(vectors: Sequence[Array], size: int, angles: bool) ->
     """
     count, parts = len(vectors), vectors[0].shape[0] // size
     products = np.zeros((parts, count, count + 1))
-    many = max(1, PIECE // size)
+    many = max(1, SLICE_LENGTH // size)
     xp = namespace(vectors[0])
     for top in range(0, parts, many):
         rows = [xp.reshape(vector[top * size : (top + many) * size], (-1, size)) for vector in vectors]
-        for left in range(0, size, PIECE):
-            cut = [xp.astype(row[:, left : left + PIECE], xp.float64) for row in rows]
+        for left in range(0, size, SLICE_LENGTH):
+            cut = [xp.astype(row[:, left : left + SLICE_LENGTH], xp.float64) for row in rows]
             for n, one in enumerate(cut):
                 products[top : top + many, n, -1] += np.asarray(xp.sum(abs(one), axis=1))
                 for k in range(0 if angles else n, n + 1):
@@ -82,8 +82,8 @@ class NormReduction(Reduction):
         if size is None:
             return
         vectors = list(block.task_vectors)
-        if _is_cut(block, size):
-            vectors.append(self.merge(_copied(block)))
+        if _splits_parts(block, size):
+            vectors.append(self.merge(_copy_block(block)))
         (measures,) = dot_products_and_norms(vectors, vectors[0].shape[0], self.angles)
         into[: len(vectors), : len(vectors)] += measures[:, :-1]
         into[: len(vectors), -1] += measures[:, -1]
@@ -116,7 +116,7 @@ def mean_cosine(dots: Sums) -> float:
     return math.fsum(matrix[np.tril_indices(count, -1)]) / max(1, count * (count - 1) // 2)
 
 
-def _is_cut(block: Block, size: int) -> bool:
+def _splits_parts(block: Block, size: int) -> bool:
     """Return whether the block holds no whole number of parts."""
     return block.address.offset % size != 0 or block.task_vectors[0].shape[0] % size != 0
 
@@ -126,5 +126,5 @@ def _part_start(address: Address, size: int) -> Address:
     return Address(address.key, address.offset // size * size)
 
 
-def _copied(block: Block) -> Block:
+def _copy_block(block: Block) -> Block:
     return replace(block, task_vectors=[delta + 0 for delta in block.task_vectors])

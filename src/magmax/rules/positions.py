@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-FIRST = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared|token|patch|conv|stem|position|_pre\b|\bpre_l")
+INPUT_PATTERN = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared|token|patch|conv|stem|position|_pre\b|\bpre_l")
 """What a tensor outside of layers has in its name if it stands before them."""
 
 
@@ -27,20 +27,20 @@ def tensor_positions(names: Iterable[str]) -> dict[str, TensorPosition]:
     """
     keys = list(names)
     stacks: dict[str, set[int]] = {}
-    for stack, layer in filter(None, map(_layer, keys)):
+    for stack, layer in filter(None, map(_parse_layer, keys)):
         stacks.setdefault(stack, set()).add(layer)
     ranks = {stack: {n: rank for rank, n in enumerate(sorted(layers))} for stack, layers in stacks.items()}
 
     def depth(name: str) -> float:
-        stack, layer = _layer(name) or ("", 0)
-        if len(ranks.get(stack, ())) < 2 or _layer(name) is None:
-            return 0.0 if FIRST.search(name.lower()) else 1.0
+        stack, layer = _parse_layer(name) or ("", 0)
+        if len(ranks.get(stack, ())) < 2 or _parse_layer(name) is None:
+            return 0.0 if INPUT_PATTERN.search(name.lower()) else 1.0
         return ranks[stack][layer] / (len(ranks[stack]) - 1)
 
-    return {name: TensorPosition(name, depth(name), _layer(name) is not None) for name in keys}
+    return {name: TensorPosition(name, depth(name), _parse_layer(name) is not None) for name in keys}
 
 
-def _layer(name: str) -> tuple[str, int] | None:
+def _parse_layer(name: str) -> tuple[str, int] | None:
     parts = name.split(".")
     where = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
     return None if where is None else (".".join(parts[:where]) + ".", int(parts[where]))

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from .contract import as_signed_bits
 from .statistics import Address, Array, namespace
 
-WORDS_A_COUNT = 8
+WORDS_PER_COUNTER = 8
 """32-bit words that Philox makes from one value of its counter."""
 
 
 def random_words(purpose: str, seed: int, stream: int, address: Address, count: int) -> NDArray[np.uint32]:
     """`count` uniform 32-bit numbers, those of the elements at.offset, at.offset + 1, ... of the tensor at.key."""
-    first, skip = divmod(address.offset, WORDS_A_COUNT)
+    first, skip = divmod(address.offset, WORDS_PER_COUNTER)
     key = xxhash.xxh3_128_intdigest(f"{purpose}\0{seed}\0{stream}\0{address.key}".encode())
     source = np.random.Philox(key=key, counter=first)
     words = source.random_raw(-(-(skip + count) // 2)).astype("<u8", copy=False).view("<u4")

@@ -245,7 +245,7 @@ def parse(content: Any, per_model: bool = True) -> Numbers:
     """
     forms = ACCEPTED_FORMS + "; or a list of these, one for each model, or a map from model to number" * per_model
     refusal = MagMaxError(f"{forms}, not {content!r}")
-    if _parse_number(content):
+    if _is_number(content):
         return content
     if isinstance(content, list) and content:
         items = cast("list[Any]", content)
@@ -263,7 +263,7 @@ def parse(content: Any, per_model: bool = True) -> Numbers:
 
 
 def _parse_layers(content: Any, outside: Literal["ends", "first"], refusal: MagMaxError) -> Layers:
-    if not isinstance(content, list) or not content or not all(map(_parse_number, cast("list[Any]", content))):
+    if not isinstance(content, list) or not content or not all(map(_is_number, cast("list[Any]", content))):
         raise refusal
     return Layers(tuple(cast("list[float]", content)), outside)
 
@@ -278,5 +278,5 @@ def _parse_filters(entries: Sequence[Mapping[str, Any]], refusal: MagMaxError) -
     return Filters(tuple(entries_out))
 
 
-def _parse_number(content: Any) -> bool:
+def _is_number(content: Any) -> bool:
     return type(content) in (int, float)

@@ -35,14 +35,14 @@ class LargestEntries:
 
     Attributes:
         code: the magnitude, as the integer its bits spell.
-        last: the block in which the last of the equal entries to keep lies; None means that all of them are kept.
-        first: how many of the equal entries in that block are kept.
-        wide: whether `code` is of float64.
+        last_equal: the block in which the last of the equal entries to keep lies; None means that all are kept.
+        equal_in_last: how many of the equal entries in that block are kept.
+        float64: whether `code` is of float64.
     """
 
     code: int
     last_equal: Address | None = None
-    equal_before: int = 0
+    equal_in_last: int = 0
     float64: bool = False
 
     def mask(self, task_vector: Array, address: Address) -> Array:
@@ -50,7 +50,7 @@ class LargestEntries:
         codes = magnitude_codes(task_vector, self.float64)
         least = self.code if self.last_equal is None or address <= self.last_equal else self.code + 1
         equal = namespace(codes).nonzero(codes == self.code)[0] if address == self.last_equal else ()
-        surplus = equal[self.equal_before :]
+        surplus = equal[self.equal_in_last :]
         mask = (least - 1) - codes
         mask >>= 63 if self.float64 else 31
         if len(surplus):
@@ -62,7 +62,7 @@ class LargestEntries:
         return (
             equal > 0
             and self.last_equal is not None
-            and (address > self.last_equal or (address == self.last_equal and equal > self.equal_before))
+            and (address > self.last_equal or (address == self.last_equal and equal > self.equal_in_last))
         )
 
 

@@ -11,7 +11,7 @@ from .linear_combination import LinearCombinationRule, check_single_model
 from .schedules import Number, for_model, validate_range
 from .statistics import Sums
 
-COLLINEAR = 0.9995
+COLLINEAR_COSINE = 0.9995
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Slerp(LinearCombinationRule):
         t = for_model(self.t, 1)
         norms = math.sqrt(gram[0, 0]) * math.sqrt(max(0.0, gram.sum()))
         cosine = gram[0].sum() / norms if norms else 1.0
-        if abs(cosine) > COLLINEAR:
+        if abs(cosine) > COLLINEAR_COSINE:
             return [0.0, t]
         angle = math.acos(cosine)
         first, second = (math.sin(part * angle) / math.sin(angle) for part in (1 - t, t))

@@ -104,13 +104,13 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, Tr
         path = os.path.join(folder_of_file, content)
         content, folder = dict(read_document(path).content), os.path.dirname(path)
     plan = build_request(content, document.locate("merge"), {}, folder)
-    space = {name: _expanded(span, plan.names) for name, span in recipe.space.items()}
+    space = {name: _expand_range(span, plan.names) for name, span in recipe.space.items()}
     for name, span in recipe.space.items():
-        with_value(content, name, _example(span, plan.names))
-    return recipe, TrialSettings(content, folder, space, _score(recipe.score, folder_of_file))
+        with_value(content, name, _example_value(span, plan.names))
+    return recipe, TrialSettings(content, folder, space, _resolve_score(recipe.score, folder_of_file))
 
 
-def _expanded(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
+def _expand_range(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
     """Return what of the space a study chooses from: by "" a number or a choice, or by its name each model's number."""
     if isinstance(span, list):
         if not span:
@@ -119,13 +119,13 @@ def _expanded(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, 
     return {name: span.model_dump() for name in (names if span.each else [""])}
 
 
-def _example(span: SearchRange | list[Any], names: Sequence[str]) -> Any:
+def _example_value(span: SearchRange | list[Any], names: Sequence[str]) -> Any:
     if isinstance(span, list):
         return span[0]
     return dict.fromkeys(names, span.high) if span.each else span.high
 
 
-def _score(score: str | ExperimentScore, folder: str) -> str | tuple[str, int, str]:
+def _resolve_score(score: str | ExperimentScore, folder: str) -> str | tuple[str, int, str]:
     if isinstance(score, str):
         if ":" not in score:
             raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")

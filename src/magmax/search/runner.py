@@ -16,8 +16,8 @@ from ..merging.execution.pool import submit, wait_for_result
 from .config import SearchConfig
 from .trials import TrialResult, TrialSettings, to_optuna
 
-STORE = "study.log"
-RECIPE, SCORES, REFUSED = "recipe", "scores", "refused"
+STORE_FILE = "study.log"
+RECIPE_ATTRIBUTE, SCORES_ATTRIBUTE, REFUSED_ATTRIBUTE = "recipe", "scores", "refused"
 """What a study and its trials are noted with."""
 NAME = "magmax"
 
@@ -60,13 +60,13 @@ class Search:
             MagMaxError: a folder that holds another search; what a trial raises. What was tried is kept.
             UnfinishedError: the workers are lost.
         """
-        if self.out.exists() and not (self.out / STORE).exists() and any(self.out.iterdir()):
+        if self.out.exists() and not (self.out / STORE_FILE).exists() and any(self.out.iterdir()):
             raise MagMaxError(f"{self.out}: is not empty, and holds no search; name another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.out):
             for left in self.out.glob("trial-*"):
                 remove(left)
-            store = TrialStore(self.out / STORE, self.recipe, self.settings)
+            store = TrialStore(self.out / STORE_FILE, self.recipe, self.settings)
             self._run(store)
             return store.tried[: self.recipe.trials]
 
@@ -103,10 +103,10 @@ class TrialStore:
         cut_torn_end(file)
         self._study = self._opened(file)
         ours = {**recipe.model_dump(exclude={"trials"}), "merge": dict(trials.merge), "score": trials.score}
-        before = self._study.user_attrs.get(RECIPE)
+        before = self._study.user_attrs.get(RECIPE_ATTRIBUTE)
         if before is None:
-            self._study.set_user_attr(RECIPE, ours)
-        elif changed := [key for key in ours if before.get(key) != _as_json(ours[key])]:
+            self._study.set_user_attr(RECIPE_ATTRIBUTE, ours)
+        elif changed := [key for key in ours if before.get(key) != _json_round_trip(ours[key])]:
             raise MagMaxError(
                 f"{file.parent}: holds a search with another recipe ({', '.join(changed)}); name another --out"
             )
@@ -131,7 +131,7 @@ class TrialStore:
     def add(self, number: int, chosen: Mapping[str, Any], result: TrialResult) -> TrialRecord:
         """Keep a finished trial. Raises MagMaxError where an objective has no score."""
         optuna, states = self._optuna, self._optuna.trial.TrialState
-        notes = {REFUSED: result.refused} if result.refused else {SCORES: result.scores}
+        notes = {REFUSED_ATTRIBUTE: result.refused} if result.refused else {SCORES_ATTRIBUTE: result.scores}
         values = None if result.refused else self._values(result.scores)
         state = states.FAIL if result.refused else states.COMPLETE
         trial = optuna.trial.create_trial(
@@ -144,7 +144,7 @@ class TrialStore:
 
     def _to_record(self, trial: Any) -> TrialRecord:
         chosen, notes = {name: trial.params[name] for name in self._space}, trial.user_attrs
-        return TrialRecord(trial.number, chosen, notes.get(SCORES, {}), notes.get(REFUSED, ""))
+        return TrialRecord(trial.number, chosen, notes.get(SCORES_ATTRIBUTE, {}), notes.get(REFUSED_ATTRIBUTE, ""))
 
     def _values(self, scores: Mapping[str, float]) -> list[float]:
         wanted = self._recipe.objectives
@@ -177,11 +177,11 @@ def distributions(optuna: Any, space: Mapping[str, Mapping[str, Any]]) -> dict[s
     result: dict[str, Any] = {}
     for name, parts in space.items():
         for part, span in parts.items():
-            result[f"{name}[{part}]" if part else name] = _distribution(optuna.distributions, span)
+            result[f"{name}[{part}]" if part else name] = _make_distribution(optuna.distributions, span)
     return result
 
 
-def _distribution(kinds: Any, span: Any) -> Any:
+def _make_distribution(kinds: Any, span: Any) -> Any:
     if isinstance(span, list):
         return kinds.CategoricalDistribution([to_optuna(choice) for choice in span])
     low, high, step, log = span["low"], span["high"], span["step"], span["log"]
@@ -200,5 +200,5 @@ def cut_torn_end(file: Path) -> None:
                 opened.truncate(whole)
 
 
-def _as_json(content: Any) -> Any:
+def _json_round_trip(content: Any) -> Any:
     return json.loads(json.dumps(content))

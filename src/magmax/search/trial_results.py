@@ -18,7 +18,7 @@ from .config import SearchConfig
 from .runner import TrialRecord
 from .trials import TrialSettings
 
-BEST, TABLE = "best.yaml", "trials.csv"
+BEST_FILE, TABLE_FILE = "best.yaml", "trials.csv"
 
 
 def tasks_of(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> list[str]:
@@ -68,9 +68,9 @@ def write_search(
     content = rebase_paths(trials.recipe(best.settings), trials.folder, str(out.absolute()))
     words = ", ".join(f"{task} {best.scores[task]:.6g}" for task in tasks_of(recipe, tried))
     text = f"# Trial {best.number} of {len(tried)} of a search: {words}.\n" + yaml.safe_dump(content, sort_keys=False)
-    replace_file(out / BEST, text.encode())
-    replace_file(out / TABLE, table(recipe, tried).encode())
-    return out / BEST, out / TABLE
+    replace_file(out / BEST_FILE, text.encode())
+    replace_file(out / TABLE_FILE, table(recipe, tried).encode())
+    return out / BEST_FILE, out / TABLE_FILE
 
 
 def table(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> str:

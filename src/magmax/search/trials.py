@@ -19,7 +19,7 @@ from ..merging.execution.execution_options import ExecutionOptions
 from ..recipes.recipe import build_request, with_value
 from ..recipes.request import MergeRequest
 
-SCORE = "score"
+DEFAULT_SCORE_NAME = "score"
 """What the one number of a score function is called."""
 
 
@@ -90,7 +90,7 @@ class TrialSettings:
         if not isinstance(self.score, str):
             return accuracies(*self.score, path)
         found: Any = registry.find("score", {}, self.score)(path)
-        scores = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {SCORE: found}
+        scores = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {DEFAULT_SCORE_NAME: found}
         try:
             numbers = {str(task): float(score) for task, score in scores.items()}
         except (TypeError, ValueError) as error:

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..continual.experiment import Experiment
-from ..continual.training.trainer import RECIPE
+from ..continual.training.trainer import RECIPE_FILE
 from ..errors import MagMaxError
 from ..legacy import modern_experiment
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
 from ..merging.model_names import default_names
 from ..merging.output_options import OutputOptions
-from ..preference.archive import FILE, Archive
+from ..preference.archive import ARCHIVE_FILE, Archive
 from ..rules import Tunable
 
 EXPERIMENT_KEYS = ("data", "model", "head", "scenario", "validation", "fit", "precision", "among")
@@ -90,22 +90,22 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
 
     Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
     """
-    archived, is_training = (folder / FILE).exists(), (folder / RECIPE).exists()
+    archived, is_training = (folder / ARCHIVE_FILE).exists(), (folder / RECIPE_FILE).exists()
     if not (archived or is_training or (folder / "theta_0.safetensors").exists()):
         raise MagMaxError(
-            f"{folder}: is neither the folder of a training ({RECIPE} and theta_0.safetensors, made by magmax train) "
-            f"nor an archive ({FILE}, made by magmax archive create)"
+            f"{folder}: is neither the folder of a training ({RECIPE_FILE} and theta_0.safetensors, "
+            f"made by magmax train) nor an archive ({ARCHIVE_FILE}, made by magmax archive create)"
         )
     if is_training and not archived:
         if recipe is not None or seed is not None:
             raise MagMaxError(
                 f"{folder}: is a training, which knows its recipe and seed; leave out --recipe and --seed"
             )
-        recipe = folder / RECIPE
+        recipe = folder / RECIPE_FILE
     if recipe is None:
         raise MagMaxError(
             f"{folder}: knows nothing of data and classes; name the experiment with --recipe RECIPE.yaml, or with "
-            f"--recipe RUN/{RECIPE} of a training"
+            f"--recipe RUN/{RECIPE_FILE} of a training"
         )
     experiment, chosen = read_training_recipe(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
     chosen = chosen if seed is None else seed
@@ -123,7 +123,7 @@ def read_training_recipe(file: Path) -> tuple[Experiment, int]:
         fields = {key: recipe[key] for key in EXPERIMENT_KEYS if key in recipe}
         experiment = Experiment(**fields, seeds=[recipe["seed"]], training=[recipe["training"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MagMaxError(f"{file}: is not the {RECIPE} of a training: {error!r}") from error
+        raise MagMaxError(f"{file}: is not the {RECIPE_FILE} of a training: {error!r}") from error
     return experiment.check(), experiment.seeds[0]
 
 

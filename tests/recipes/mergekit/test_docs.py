@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from magmax.recipes.mergekit.methods import ELSEWHERE, METHODS
+from magmax.recipes.mergekit.methods import MERGE_METHODS, UNSUPPORTED_METHODS
 from magmax.recipes.mergekit.schema import MergekitRecipe
 
 PAGE = (Path(__file__).parents[3] / "docs/mergekit.md").read_text()
@@ -25,8 +25,8 @@ def told(name: str, default: object, own: bool) -> str:
 
 def test_every_method_stands_there_with_its_parameters_and_defaults():
     table = rows("Merge methods")
-    assert [name.strip("`") for name in table] == list(METHODS)
-    for name, method in METHODS.items():
+    assert [name.strip("`") for name in table] == list(MERGE_METHODS)
+    for name, method in MERGE_METHODS.items():
         wanted = [told(p, d, True) for p, d in method.own.items()] + [
             told(p, d, False) for p, d in method.shared.items()
         ]
@@ -35,7 +35,7 @@ def test_every_method_stands_there_with_its_parameters_and_defaults():
 
 def test_every_method_that_is_not_supported_is_named():
     (sentence,) = re.findall(r"^Not supported: (.*?);", PAGE, re.MULTILINE | re.DOTALL)
-    assert re.findall(r"`(\w+)`", sentence) == list(ELSEWHERE)
+    assert re.findall(r"`(\w+)`", sentence) == list(UNSUPPORTED_METHODS)
 
 
 def test_every_key_stands_there():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...continual.experiment import LAST, ZERO_SHOT
+from ...continual.experiment import LAST_CHECKPOINT, ZERO_SHOT
 from ..method_comparison import MethodResult, competing_methods
 from ..records import SeedBand, Study, aggregate
 from .charts import ChartAxis, dot_chart, format_number, format_percent, line_chart
@@ -265,7 +265,7 @@ def sweep_figure(study: Study) -> ReportFigure:
 
 def _initial_labels(methods: Sequence[MethodResult]) -> set[str]:
     """The methods that the curves begin with: the best, MagMax, the unmerged, zero-shot, and then by rank."""
-    wanted = [m.label for m in methods if m.rule in ("magmax", LAST, ZERO_SHOT)]
+    wanted = [m.label for m in methods if m.rule in ("magmax", LAST_CHECKPOINT, ZERO_SHOT)]
     return set(list(dict.fromkeys([methods[0].label, *wanted, *(m.label for m in methods)]))[:INITIAL_CURVES])
 
 
@@ -289,7 +289,9 @@ def _clip_interval(band: SeedBand) -> tuple[float, float]:
 
 def _rule_colour(methods: Sequence[MethodResult], method: MethodResult) -> Markup:
     """One for each rule, however the tasks were trained, in every figure of a page."""
-    rules = sorted({other.rule for other in methods}, key=lambda rule: (rule == ZERO_SHOT, rule == LAST, rule))
+    rules = sorted(
+        {other.rule for other in methods}, key=lambda rule: (rule == ZERO_SHOT, rule == LAST_CHECKPOINT, rule)
+    )
     return colour(rules.index(method.rule))
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...continual.experiment import LAST, ZERO_SHOT
+from ...continual.experiment import LAST_CHECKPOINT, ZERO_SHOT
 from ..accuracy_studies import ACCURACY_SWEEPS, has_records, run_accuracy_study
 from ..method_comparison import MethodResult, Records, compare_best_two, competing_methods, summarise_methods
 from ..recommendations import Recommendation, recommend_from_accuracies, recommend_from_weights, sort_recommendations
@@ -124,8 +124,8 @@ def method_tiles(methods: Sequence[MethodResult]) -> list[SummaryTile]:
         mean, half = 100 * pair.difference.mean, 100 * pair.difference.half
         note = f"95 % interval {mean - half:+.1f} to {mean + half:+.1f}"
         tiles.append(SummaryTile(f"{mean:+.1f}", f"points against the next best, {pair.other}", note))
-    last = next((m for m in ours if m.rule == LAST), None)
-    merged = next((m for m in ours if m.rule not in (LAST, ZERO_SHOT)), None)
+    last = next((m for m in ours if m.rule == LAST_CHECKPOINT), None)
+    merged = next((m for m in ours if m.rule not in (LAST_CHECKPOINT, ZERO_SHOT)), None)
     if last and merged and "forgetting" in last.means and "forgetting" in merged.means:
         forgotten = 100 * merged.means["forgetting"].mean
         tiles.append(

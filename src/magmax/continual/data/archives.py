@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-UNREADABLE = (KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError)
+ARCHIVE_ERRORS = (KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError)
 """What `extract` raises where the archive is damaged or lacks the file."""
 
 AR_MAGIC = b"!<arch>\n"  # a Debian package is an ar archive: this, then members with headers of 60 bytes
@@ -19,7 +19,7 @@ AR_MAGIC = b"!<arch>\n"  # a Debian package is an ar archive: this, then members
 
 def extract(archive: Path, steps: list[str], target: Path) -> None:
     """Writes the last of the steps to the target; each step before it is an archive inside the one before."""
-    with _opened(archive, steps[0]) as inner:
+    with _open_member(archive, steps[0]) as inner:
         if len(steps) == 1:
             _copy(inner, target)
             return
@@ -35,7 +35,7 @@ def _copy(source: IO[bytes], target: Path) -> None:
 
 
 @contextmanager
-def _opened(archive: Path, name: str) -> Iterator[IO[bytes]]:
+def _open_member(archive: Path, name: str) -> Iterator[IO[bytes]]:
     """The bytes of one member."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as opened, opened.open(name) as member:

@@ -33,19 +33,19 @@ def join_datasets(parts: Mapping[str, Dataset]) -> Dataset:
     owned = [(name, tuple(range(a, b))) for name, a, b in zip(parts, begins, begins[1:], strict=False)]
     sets = list(parts.values())
     return Dataset(
-        _chain([part.train for part in sets], begins),
-        _chain([part.test for part in sets], begins),
+        _concatenate([part.train for part in sets], begins),
+        _concatenate([part.test for part in sets], begins),
         [name for part in sets for name in part.classes],
-        prompts=[prompt for part in sets for prompt in _prompts(part)],
+        prompts=[prompt for part in sets for prompt in _class_prompts(part)],
         parts=owned,
     )
 
 
-def _prompts(part: Dataset) -> Sequence[Sequence[str]]:
+def _class_prompts(part: Dataset) -> Sequence[Sequence[str]]:
     return part.prompts or [[name] for name in part.classes]
 
 
-def _chain(parts: list[LabelledExamples], begins: Sequence[int]) -> LabelledExamples:
+def _concatenate(parts: list[LabelledExamples], begins: Sequence[int]) -> LabelledExamples:
     labels = [part.labels + begin for part, begin in zip(parts, begins, strict=False)]
     return LabelledExamples(ConcatenatedSequence([part.items for part in parts]), np.concatenate(labels))
 

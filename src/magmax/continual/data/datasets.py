@@ -164,11 +164,13 @@ def read_tab(path: Path, classes: Sequence[str]) -> LabelledExamples:
 
 def drop_leaks(train: LabelledExamples, test: LabelledExamples) -> LabelledExamples:
     """The training examples that do not also stand in the test examples."""
-    seen = set(map(_content, test.items))
-    return train.pick(np.array([i for i, item in enumerate(train.items) if _content(item) not in seen], dtype=np.int64))
+    seen = set(map(_content_key, test.items))
+    return train.pick(
+        np.array([i for i, item in enumerate(train.items) if _content_key(item) not in seen], dtype=np.int64)
+    )
 
 
-def _content(item: Any) -> Hashable:
+def _content_key(item: Any) -> Hashable:
     return (item.shape, item.tobytes()) if isinstance(item, np.ndarray) else item
 
 

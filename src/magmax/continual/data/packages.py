@@ -34,18 +34,21 @@ class PackageClient:
 
 
 PIP_OPTIONS = ("--no-deps", "--ignore-requires-python", "--disable-pip-version-check", "--progress-bar=off")
-PIP = ("{python}", "-m", "pip", "download", *PIP_OPTIONS, "--dest", ".", "{package}=={version}")
-NO_PIP = "{python} has no pip. Run: {python} -m ensurepip."
+PIP_COMMAND = ("{python}", "-m", "pip", "download", *PIP_OPTIONS, "--dest", ".", "{package}=={version}")
+PIP_MISSING = "{python} has no pip. Run: {python} -m ensurepip."
 
-CLIENTS: dict[Kind, PackageClient] = {
+PACKAGE_CLIENTS: dict[Kind, PackageClient] = {
     "wheel": PackageClient(
-        (*PIP, "--only-binary=:all:"), "pip download --no-deps {package}=={version}", "{name}-{version}-*.whl", NO_PIP
+        (*PIP_COMMAND, "--only-binary=:all:"),
+        "pip download --no-deps {package}=={version}",
+        "{name}-{version}-*.whl",
+        PIP_MISSING,
     ),
     "sdist": PackageClient(
-        (*PIP, "--no-binary=:all:"),
+        (*PIP_COMMAND, "--no-binary=:all:"),
         "pip download --no-deps --no-binary=:all: {package}=={version}",
         "{name}-{version}.tar.gz",
-        NO_PIP,
+        PIP_MISSING,
     ),
     "npm": PackageClient(
         ("npm", "pack", "--silent", "{package}@{version}"),
@@ -64,7 +67,7 @@ CLIENTS: dict[Kind, PackageClient] = {
 
 def archives_in(folder: Path, kind: Kind, package: str, version: str) -> list[Path]:
     """The archives of this package in the folder, sorted by name."""
-    pattern = CLIENTS[kind].archive.format(package=package, name=package.replace("-", "_"), version=version)
+    pattern = PACKAGE_CLIENTS[kind].archive.format(package=package, name=package.replace("-", "_"), version=version)
     return sorted(path for path in folder.iterdir() if fnmatch(path.name.lower(), pattern.lower()))
 
 
@@ -73,7 +76,7 @@ def download(kind: Kind, package: str, version: str, scratch: Path, cache: Path,
 
     Raises FetchError with the client's own words, and what to do by hand instead.
     """
-    client = CLIENTS[kind]
+    client = PACKAGE_CLIENTS[kind]
     fill = {"package": package, "version": version, "python": sys.executable}
     archive_folder, errors = scratch / "archives", scratch / "errors.txt"
     archive_folder.mkdir()
@@ -107,7 +110,7 @@ def _run(
         except FileNotFoundError:
             return None
         try:
-            while _still_running(process):
+            while _is_running(process):
                 watch()
         finally:
             process.kill()
@@ -115,7 +118,7 @@ def _run(
     return process.returncode
 
 
-def _still_running(process: subprocess.Popen[bytes]) -> bool:
+def _is_running(process: subprocess.Popen[bytes]) -> bool:
     try:
         process.wait(timeout=0.2)
     except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ from ...errors import MagMaxError
 from .datasets import Dataset, LabelledExamples, drop_leaks, hold_out_groups
 from .downloads import PackageFile, PackageSource, fetch
 
-FASHION = PackageSource(
+FASHION_MNIST = PackageSource(
     package="dataset-fashion-mnist",
     version="0.0~git20200523.55506a9-1",
     size=30_900_652,
@@ -31,7 +31,7 @@ FASHION = PackageSource(
 )
 """Fashion-MNIST: 60 000 and 10 000 grey pictures of 28 x 28, 10 classes. MIT."""
 
-FASHION_NAMES = (
+FASHION_CLASS_NAMES = (
     *("T-shirt or top", "pair of trousers", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
@@ -63,8 +63,8 @@ DIGITS = PackageSource(
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-VENDORS = ("google", "twitter")
-EMOJI = {
+EMOJI_VENDORS = ("google", "twitter")
+EMOJI_SOURCES = {
     vendor: PackageSource(
         package=f"emoji-datasource-{vendor}",
         version="16.0.0",
@@ -84,13 +84,15 @@ EMOJI = {
 }
 """1 911 emoji of 64 x 64 pixels, all on one sheet; Google's are Apache-2.0, Twitter's CC-BY-4.0."""
 
-CELL, EDGE = 64, 1  # pixels of a picture on the sheet, and of the empty edge around it
+EMOJI_SIZE, EMOJI_MARGIN = 64, 1  # pixels of a picture on the sheet, and of the empty edge around it
 
 
 def fashion_mnist(train_per_class: int | None = None, test_per_class: int | None = None, seed: int = 0) -> Dataset:
     """Fashion-MNIST, or so many random pictures of each class."""
-    train, test = read_fashion(fetch(FASHION))
-    whole = Dataset(train, test, FASHION_NAMES, prompts=[[f"a grey photo of a {name}"] for name in FASHION_NAMES])
+    train, test = read_fashion(fetch(FASHION_MNIST))
+    whole = Dataset(
+        train, test, FASHION_CLASS_NAMES, prompts=[[f"a grey photo of a {name}"] for name in FASHION_CLASS_NAMES]
+    )
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
@@ -136,7 +138,7 @@ def read_digits(folder: Path) -> tuple[LabelledExamples, LabelledExamples]:
         new = np.rint(255 * flat).astype(np.uint8).reshape(-1, 28, 28)
         pictures += list(new)
         labels += [digit] * len(new)
-    return _split(LabelledExamples(pictures, np.array(labels)), list(range(len(labels))))
+    return _split_by_group(LabelledExamples(pictures, np.array(labels)), list(range(len(labels))))
 
 
 def emoji(
@@ -150,10 +152,10 @@ def emoji(
     A fifth of each class's emoji, the same of both vendors and for every run, is for testing; a class of a single
     emoji is left out. Category "Component" has 5 emoji, "People & Body" 386.
     """
-    folders = [fetch(EMOJI[vendor]) for vendor in VENDORS]
+    folders = [fetch(EMOJI_SOURCES[vendor]) for vendor in EMOJI_VENDORS]
     train, test, names = read_emoji(folders, label)
     plain = [name.replace("&", "and").replace("-", " ").lower() for name in names]
-    whole = Dataset(train, test, plain, VENDORS, prompts=[[f"an emoji of the category {name}"] for name in plain])
+    whole = Dataset(train, test, plain, EMOJI_VENDORS, prompts=[[f"an emoji of the category {name}"] for name in plain])
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
@@ -161,7 +163,7 @@ def read_emoji(folders: Sequence[Path], label: str) -> tuple[LabelledExamples, L
     """Training and test pictures of all vendors and the classes' names, sorted; vendor v is domain v."""
     from PIL import Image
 
-    entries = [entry for entry in json.loads((folders[0] / "emoji.json").read_bytes()) if _drawn_by_all(entry)]
+    entries = [entry for entry in json.loads((folders[0] / "emoji.json").read_bytes()) if _has_all_vendors(entry)]
     counts = {name: sum(entry[label] == name for entry in entries) for name in {entry[label] for entry in entries}}
     names = sorted(name for name, count in counts.items() if count > 1)
     entries = [entry for entry in entries if entry[label] in names]
@@ -171,20 +173,20 @@ def read_emoji(folders: Sequence[Path], label: str) -> tuple[LabelledExamples, L
         white = Image.new("RGBA", sheet.size, "white")
         pixels = np.asarray(Image.alpha_composite(white, sheet).convert("RGB"))
         for entry in entries:
-            x, y = (entry[axis] * (CELL + 2 * EDGE) + EDGE for axis in ("sheet_x", "sheet_y"))
-            pictures.append(pixels[y : y + CELL, x : x + CELL])
+            x, y = (entry[axis] * (EMOJI_SIZE + 2 * EMOJI_MARGIN) + EMOJI_MARGIN for axis in ("sheet_x", "sheet_y"))
+            pictures.append(pixels[y : y + EMOJI_SIZE, x : x + EMOJI_SIZE])
     labels = np.array([names.index(entry[label]) for entry in entries] * len(folders))
     domains = np.repeat(np.arange(len(folders)), len(entries))
     codes = [entry["unified"] for entry in entries] * len(folders)
-    train, test = _split(LabelledExamples(pictures, labels, domains), codes)
+    train, test = _split_by_group(LabelledExamples(pictures, labels, domains), codes)
     return train, test, names
 
 
-def _drawn_by_all(entry: dict[str, object]) -> bool:
-    return all(entry[f"has_img_{vendor}"] for vendor in VENDORS)
+def _has_all_vendors(entry: dict[str, object]) -> bool:
+    return all(entry[f"has_img_{vendor}"] for vendor in EMOJI_VENDORS)
 
 
-def _split(whole: LabelledExamples, groups: Sequence[Hashable]) -> tuple[LabelledExamples, LabelledExamples]:
+def _split_by_group(whole: LabelledExamples, groups: Sequence[Hashable]) -> tuple[LabelledExamples, LabelledExamples]:
     """Holds a fifth of each class's groups out for testing; a picture of both is dropped from the training ones."""
     test = np.zeros(len(whole), dtype=bool)
     for c in np.unique(whole.labels):

@@ -16,7 +16,7 @@ from ..progress import ProgressCallback, no_progress
 from .combine import ConcatenatedSequence
 from .downloads import cache_folder, publish_folder
 
-FORMAT = 1
+CACHE_FORMAT = 1
 
 
 class StoredImages(Sequence[np.ndarray]):
@@ -56,22 +56,22 @@ def load_images(
         return ConcatenatedSequence([load_images(part, view, progress) for part in items.parts])
     identity = getattr(items, "identity", None)
     if identity is None:
-        return list(_loaded(items, view, progress))
-    what = f"{FORMAT} {identity} {len(items)} {view.resize} {view.resample}"
+        return list(_decode_images(items, view, progress))
+    what = f"{CACHE_FORMAT} {identity} {len(items)} {view.resize} {view.resample}"
     folder = cache_folder() / "pixels" / hashlib.sha256(what.encode()).hexdigest()[:32]
     if not folder.is_dir():
-        _store(_loaded(items, view, progress), folder)
+        _write_images(_decode_images(items, view, progress), folder)
     return StoredImages(folder)
 
 
-def _loaded(items: Sequence[Any], view: ImageTransform, progress: ProgressCallback) -> Iterator[np.ndarray]:
+def _decode_images(items: Sequence[Any], view: ImageTransform, progress: ProgressCallback) -> Iterator[np.ndarray]:
     for i, item in enumerate(items, start=1):
         yield view.load(item)
         if i % 100 == 0 or i == len(items):
             progress(i, len(items))
 
 
-def _store(pictures: Iterator[np.ndarray], folder: Path) -> None:
+def _write_images(pictures: Iterator[np.ndarray], folder: Path) -> None:
     """Writes the pictures into a folder that appears at once and whole, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pixels-", dir=folder.parent) as scratch:

@@ -135,9 +135,9 @@ def check_tasks(dataset: Dataset, tasks: Tasks) -> Tasks:
     """
     problems: list[str] = []
     for part, data in (("training", dataset.train), ("test", dataset.test)):
-        problems += _out_of_range(f"{part} labels", data.labels, len(data), len(dataset.classes))
+        problems += _find_range_problems(f"{part} labels", data.labels, len(data), len(dataset.classes))
         if data.domains is not None:
-            problems += _out_of_range(f"{part} domains", data.domains, len(data), len(dataset.domains))
+            problems += _find_range_problems(f"{part} domains", data.domains, len(data), len(dataset.domains))
         if not problems:
             empty = [task.name for task in tasks if not len(task.rows(data.labels, data.domains))]
             problems += [f"{name} has no {part} examples" for name in empty]
@@ -149,7 +149,7 @@ def check_tasks(dataset: Dataset, tasks: Tasks) -> Tasks:
     return tasks
 
 
-def _out_of_range(what: str, numbers: np.ndarray, examples: int, n: int) -> list[str]:
+def _find_range_problems(what: str, numbers: np.ndarray, examples: int, n: int) -> list[str]:
     if numbers.shape != (examples,):
         return [f"{what} have the shape {numbers.shape}; there are {examples} examples"]
     wrong = np.unique(numbers[(numbers < 0) | (numbers >= n)]).tolist()

@@ -107,7 +107,7 @@ SENTIMENTS = PackageSource(
 and 5 190 of editorials. From Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
 Social Media Text" (ICWSM 2014)."""
 
-DOMAINS = ("tweets", "products", "movies", "editorials")
+SENTIMENT_DOMAINS = ("tweets", "products", "movies", "editorials")
 SENTIMENT_PROMPTS = (
     ("I hate it, this is terrible", "a negative opinion", "bad news"),
     ("I love it, this is great", "a positive opinion", "good news"),
@@ -136,15 +136,15 @@ def sentiments(
     A fifth of each domain's documents (reviews, editorials, tweets), always the same, is for testing.
     """
     train, test = read_sentiments(fetch(SENTIMENTS), least)
-    whole = Dataset(train, test, ["negative", "positive"], DOMAINS, prompts=SENTIMENT_PROMPTS)
+    whole = Dataset(train, test, ["negative", "positive"], SENTIMENT_DOMAINS, prompts=SENTIMENT_PROMPTS)
     return whole.per_class(train_per_class, test_per_class, seed)
 
 
 def read_sentiments(folder: Path, least: float = 0.3) -> tuple[LabelledExamples, LabelledExamples]:
     """The training and the test sentences of all domains; a sentence of both is dropped from the training ones."""
     texts, labels, domains, testing = [], [], [], []
-    for domain, name in enumerate(DOMAINS):
-        rows = [row for row in _ratings(folder / f"{name}.txt") if abs(row[1]) >= least]
+    for domain, name in enumerate(SENTIMENT_DOMAINS):
+        rows = [row for row in _read_ratings(folder / f"{name}.txt") if abs(row[1]) >= least]
         texts += [text for _, _, text in rows]
         labels += [int(rating > 0) for _, rating, _ in rows]
         domains += [domain] * len(rows)
@@ -154,7 +154,7 @@ def read_sentiments(folder: Path, least: float = 0.3) -> tuple[LabelledExamples,
     return drop_leaks(whole.pick(np.flatnonzero(~test)), tested := whole.pick(np.flatnonzero(test))), tested
 
 
-def _ratings(path: Path) -> list[tuple[str, float, str]]:
+def _read_ratings(path: Path) -> list[tuple[str, float, str]]:
     """The document, the rating and the text of every line; sentence 2 of document 7 has the id 7_2."""
     rows = []
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..experiment import Experiment
 from ..training.weight_files import write_bytes
-from .tables import HEADER, against_best, as_csv, comparisons, markdown, summary, table, tidy
+from .tables import TABLE_HEADER, against_best, as_csv, comparisons, markdown, summary, table, tidy
 
 
 def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
     }
     files = {
         "results.csv": as_csv(rows),
-        "results.json": json.dumps(_plain(content), indent=1) + "\n",
+        "results.json": json.dumps(_replace_nan(content), indent=1) + "\n",
         "results.md": markdown(rows, describe_experiment(experiment, records), not_run(experiment, records)),
     }
     for name, text in files.items():
@@ -46,8 +46,8 @@ def print_results(experiment: Experiment, records: Sequence[Mapping[str, Any]]) 
         console.print(*not_run(experiment, records), highlight=False)
         return
     rows = tidy(records)
-    drawn = Table(*HEADER[:1], title="Accuracies in %, mean ± standard deviation over seeds")
-    for name in HEADER[1:]:
+    drawn = Table(*TABLE_HEADER[:1], title="Accuracies in %, mean ± standard deviation over seeds")
+    for name in TABLE_HEADER[1:]:
         drawn.add_column(name, justify="right")
     for line in table(rows):
         drawn.add_row(*line)
@@ -82,10 +82,10 @@ def describe_experiment(experiment: Experiment, records: Sequence[Mapping[str, A
     ]
 
 
-def _plain(content: Any) -> Any:
+def _replace_nan(content: Any) -> Any:
     """Without NaN, which JSON does not have: null instead."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: _replace_nan(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [_plain(value) for value in content]
+        return [_replace_nan(value) for value in content]
     return None if isinstance(content, float) and content != content else content

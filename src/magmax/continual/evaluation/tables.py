@@ -15,9 +15,9 @@ from ..experiment import REFERENCES, ZERO_SHOT
 from .measures import MEASURES, matrix
 
 Row = dict[str, Any]
-MAIN = "average accuracy"
-OURS = "magmax/sequential"
-MOST_SIGNS = 16
+MAIN_MEASURE = "average accuracy"
+OUR_METHOD = "magmax/sequential"
+MAX_EXACT_PAIRS = 16
 
 
 def tidy(records: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -27,10 +27,12 @@ def tidy(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     task, and what the method cost: seconds, bytes. A measure that needs a row of R that was not taken is left out.
     """
     zero = {r["seed"]: r["variants"][0]["rows"]["0"]["tasks"] for r in records if r["method"] == ZERO_SHOT}
-    return [row for record in records for variant in record["variants"] for row in _rows(record, variant, zero)]
+    return [row for record in records for variant in record["variants"] for row in _variant_rows(record, variant, zero)]
 
 
-def _rows(record: Mapping[str, Any], variant: Mapping[str, Any], zero: Mapping[int, Sequence[float]]) -> list[Row]:
+def _variant_rows(
+    record: Mapping[str, Any], variant: Mapping[str, Any], zero: Mapping[int, Sequence[float]]
+) -> list[Row]:
     rows = {int(i): row for i, row in variant["rows"].items()}
     last = rows[max(rows)]
     tasks = len(last["tasks"])
@@ -108,7 +110,9 @@ class PairedComparison:
     wins: int
 
 
-def against_best(rows: Sequence[Row], variant: str, ours: str = OURS, measure: str = MAIN) -> PairedComparison | None:
+def against_best(
+    rows: Sequence[Row], variant: str, ours: str = OUR_METHOD, measure: str = MAIN_MEASURE
+) -> PairedComparison | None:
     """`ours` against the best other method by the mean of a measure; references (joint, replay) do not compete.
 
     Methods without a scaling factor compete in both variants. None where there is nothing to compare.
@@ -151,7 +155,7 @@ def signed_rank(differences: np.ndarray) -> float:
     from scipy.stats import rankdata, wilcoxon
 
     some = differences[differences != 0]
-    if len(some) > MOST_SIGNS:
+    if len(some) > MAX_EXACT_PAIRS:
         tested: Any = wilcoxon(some, method="asymptotic")
         return float(tested.pvalue)
     ranks = rankdata(abs(some))
@@ -161,9 +165,9 @@ def signed_rank(differences: np.ndarray) -> float:
     return float(np.mean(abs(sums) >= abs(np.sum(np.sign(some) * ranks)) - 1e-9))
 
 
-COLUMNS = (MAIN, "average incremental accuracy", "forgetting", "backward transfer", "forward transfer")
-COSTS = ("training seconds", "peak memory bytes", "stored bytes")
-HEADER = (
+MEASURE_COLUMNS = (MAIN_MEASURE, "average incremental accuracy", "forgetting", "backward transfer", "forward transfer")
+COST_COLUMNS = ("training seconds", "peak memory bytes", "stored bytes")
+TABLE_HEADER = (
     "method", "factor", "average accuracy", "95 % interval", "incremental", "forgetting", "backward", "forward",
     "training", "peak memory", "stored",
 )  # fmt: skip
@@ -176,25 +180,28 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """
     factors: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row["measure"] == MAIN and row["scaling_factor"] is not None:
+        if row["measure"] == MAIN_MEASURE and row["scaling_factor"] is not None:
             factors.setdefault((row["method"], row["variant"]), []).append(row["scaling_factor"])
     found = summary(rows)
     lines: list[tuple[str, ...]] = []
-    measured = [key for key in found if MAIN in found[key]]
-    for key in sorted(measured, key=lambda key: -found[key][MAIN].mean):
+    measured = [key for key in found if MAIN_MEASURE in found[key]]
+    for key in sorted(measured, key=lambda key: -found[key][MAIN_MEASURE].mean):
         means, used = found[key], sorted(set(factors.get(key, [])))
         told = " ".join(f"{factor:.3g}" for factor in used) + (" (chosen)" if key[1] == "chosen" else "")
-        main = means[MAIN]
+        main = means[MAIN_MEASURE]
         interval = f"{100 * (main.mean - main.half):.1f} .. {100 * (main.mean + main.half):.1f}" if main.n > 1 else "-"
-        others = (_percent(means.get(name) if means.get(name, main).n == main.n else None) for name in COLUMNS[1:])
-        taken = (_cost(name, means.get(name)) for name in COSTS)
-        lines.append((key[0], told or "-", _percent(main), interval, *others, *taken))
+        others = (
+            _format_percent(means.get(name) if means.get(name, main).n == main.n else None)
+            for name in MEASURE_COLUMNS[1:]
+        )
+        taken = (_format_cost(name, means.get(name)) for name in COST_COLUMNS)
+        lines.append((key[0], told or "-", _format_percent(main), interval, *others, *taken))
     return lines
 
 
 def markdown(rows: Sequence[Row], about: Sequence[str], notes: Sequence[str] = ()) -> str:
     """The table with what it is about above, and the comparisons with the best other method and notes below."""
-    lines = [*about, "", "| " + " | ".join(HEADER) + " |", "|---|---|" + "---:|" * (len(HEADER) - 2)]
+    lines = [*about, "", "| " + " | ".join(TABLE_HEADER) + " |", "|---|---|" + "---:|" * (len(TABLE_HEADER) - 2)]
     lines += ["| " + " | ".join(line) + " |" for line in table(rows)]
     return "\n".join([*lines, "", *comparisons(rows), *(line for note in notes for line in ("", note))]) + "\n"
 
@@ -203,7 +210,7 @@ def comparisons(rows: Sequence[Row]) -> list[str]:
     """Return what the paired tests say, in words."""
     pairs = [against_best(rows, variant) for variant in ("default", "chosen")]
     return [_pair_in_words(each) for each in pairs if each is not None] or [
-        f"{OURS} was not compared: one of two is missing."
+        f"{OUR_METHOD} was not compared: one of two is missing."
     ]
 
 
@@ -221,13 +228,13 @@ def _pair_in_words(pair: PairedComparison) -> str:
     )
 
 
-def _percent(mean: SeedMean | None) -> str:
+def _format_percent(mean: SeedMean | None) -> str:
     if mean is None:
         return "-"
     return f"{100 * mean.mean:.1f}" + ("" if mean.n == 1 else f" ± {100 * mean.std:.1f}")
 
 
-def _cost(name: str, mean: SeedMean | None) -> str:
+def _format_cost(name: str, mean: SeedMean | None) -> str:
     if mean is None:
         return "-"
     return f"{mean.mean:.0f} s" if name.endswith("seconds") else f"{mean.mean / 1e6:,.0f} MB"

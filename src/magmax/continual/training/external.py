@@ -32,7 +32,7 @@ def import_checkpoints(
         stamp = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in open_checkpoint(place).files()]
         metadata = {MADE_FROM: str(stamp)}
         if read_metadata(path) != metadata:
-            write_tensors({**base, **_same_names(place, base)}, path, metadata)
+            write_tensors({**base, **_read_matching_tensors(place, base)}, path, metadata)
     return paths
 
 
@@ -51,7 +51,7 @@ def locate_external(model: str) -> Path:
     return Path(cached)
 
 
-def _same_names(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_matching_tensors(place: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     opened = open_checkpoint(place)
     there = {key: opened.resolve_alias(_stored_name(key, opened, base)) for key in base}
     shared = [key for key, name in there.items() if name in opened.specs]

@@ -92,7 +92,7 @@ def fit(
         raise MagMaxError(f"this {type(model).__name__} has no weights to train: every requires_grad is off")
     rank, world = (team.process_index, team.num_processes) if team else (0, 1)
     reads = getattr(loss, "reads_weights", False)
-    with distribute(_Step(model, loss), team, parallel, reads) as step_of, training_mode(model, settings.dropout):
+    with distribute(_LossModule(model, loss), team, parallel, reads) as step_of, training_mode(model, settings.dropout):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         losses = snapshot.restore(model, optimizer) if snapshot else []
@@ -108,7 +108,7 @@ def fit(
             labels = torch.from_numpy(data.labels[own_rows]).to(weights[0].device)
             items: Sequence[Any] = [data.items[i] for i in own_rows]
             if vary:
-                items = vary(items, np.random.default_rng([*_flat(seed), step, rank]))
+                items = vary(items, np.random.default_rng([*_seed_list(seed), step, rank]))
             with _seeded_generators(settings.dropout, seed, step, rank):
                 value = step_of(items, labels) * weight
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def fit(
             mean: Any = team.reduce(value.detach(), "mean") if team else value.detach()
             losses.append(float(mean))
             if not (math.isfinite(losses[-1]) and torch.isfinite(norm)):
-                raise MagMaxError(_not_finite(step, losses, settings, norm.item()))
+                raise MagMaxError(_non_finite_message(step, losses, settings, norm.item()))
             optimizer.step()
             progress(len(losses), settings.steps, f"loss {np.mean(losses[-10:]):.3f}")
             if snapshot and len(losses) < settings.steps:
@@ -125,7 +125,7 @@ def fit(
     return losses
 
 
-class _Step(nn.Module):
+class _LossModule(nn.Module):
     """The loss as a module around the model, so that a wrapper for several processes sees each forward pass."""
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
@@ -162,15 +162,17 @@ def _seeded_generators(wanted: bool, seed: int | Sequence[int], step: int, rank:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(int(np.random.SeedSequence([*_flat(seed), step, rank]).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(
+            int(np.random.SeedSequence([*_seed_list(seed), step, rank]).generate_state(1, np.uint64)[0] >> 1)
+        )
         yield
 
 
-def _flat(seed: int | Sequence[int]) -> list[int]:
+def _seed_list(seed: int | Sequence[int]) -> list[int]:
     return [seed] if isinstance(seed, int) else list(seed)
 
 
-def _not_finite(step: int, losses: Sequence[float], settings: FitSettings, norm: float) -> str:
+def _non_finite_message(step: int, losses: Sequence[float], settings: FitSettings, norm: float) -> str:
     before = ", ".join(f"{loss:.4g}" for loss in losses[-4:-1]) or "none"
     return (
         f"step {step + 1} of {settings.steps}: the loss is {losses[-1]} and the gradient's norm {norm} (losses before: "

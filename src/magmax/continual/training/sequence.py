@@ -83,14 +83,14 @@ def fine_tune(
     check_team(team, protocol.parallel)
     first = team is None or team.is_main_process
     penalty = protocol.penalty() if protocol.penalty else None
-    recipe = _recipe(encoder, head, protocol, penalty, seed)
+    recipe = _training_inputs(encoder, head, protocol, penalty, seed)
     paths = [folder / f"theta_{t}.safetensors" for t in range(len(tasks) + 1)]
     if first and read_metadata(paths[0]) != made_from_metadata(recipe):
         save_weights(encoder.model, paths[0], made_from_metadata(recipe))
-    _wait(team)
+    _synchronize(team)
     learner, remembered = Classifier(encoder, head), 0
     for t, task in enumerate(tasks, start=1):
-        own, part = _examples(data, tasks, t, protocol, seed)
+        own, part = _training_examples(data, tasks, t, protocol, seed)
         recipe[f"task {t}"] = [list(own.classes), _digest(part.labels, *map(np.asarray, part.items))]
         metadata = made_from_metadata(recipe)
         tell = new_bar(f"Fine-tuning on {task.name.lower()} of {len(tasks)}")
@@ -119,7 +119,7 @@ def fine_tune(
                 _write_costs(folder, t, {"seconds": round(snapshot.spent(), 3), "loss": float(np.mean(losses[-10:]))})
                 snapshot.remove()
                 _penalty_file(folder, t - 1).unlink(missing_ok=True)
-            _wait(team)
+            _synchronize(team)
         if done:
             done(t, paths[t])
     return paths
@@ -157,7 +157,7 @@ def made_from_metadata(recipe: Mapping[str, object]) -> dict[str, str]:
     return {MADE_FROM: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()}
 
 
-def _examples(
+def _training_examples(
     data: LabelledExamples, tasks: Sequence[Task], t: int, protocol: TrainingMethod, seed: int
 ) -> tuple[Task, LabelledExamples]:
     """The classes and examples that task t (from 1) is trained on: its own and, with replay, some of earlier ones."""
@@ -176,7 +176,7 @@ def _examples(
     return replace(task, classes=classes, domain=None), data.pick(np.concatenate(row_groups))
 
 
-def _recipe(
+def _training_inputs(
     encoder: Encoder, head: Tensor, protocol: TrainingMethod, penalty: ForgettingPenalty | None, seed: int
 ) -> dict[str, object]:
     """Everything but the tasks that decides the weights; a digest where it is long."""
@@ -225,6 +225,6 @@ def _write_costs(folder: Path, t: int, costs: Mapping[str, float]) -> None:
     write_bytes(json.dumps(content, indent=2).encode() + b"\n", folder / "costs.json")
 
 
-def _wait(team: Accelerator | None) -> None:
+def _synchronize(team: Accelerator | None) -> None:
     if team:
         team.wait_for_everyone()

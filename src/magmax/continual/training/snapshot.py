@@ -28,7 +28,7 @@ class FitSnapshot:
     every: int = 100
     made_from: str = ""
     seconds: float = 0.0
-    _began: float = field(default_factory=time.monotonic)
+    _start_time: float = field(default_factory=time.monotonic)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], write: bool = True) -> None:
         """Write the state if it is time to; a kill leaves the last one.
@@ -56,11 +56,13 @@ class FitSnapshot:
             return []
         tensors = load_file(self.path)
         now = model.state_dict()
-        model.load_state_dict({key: shard_like(tensor, now[key]) for key, tensor in _under("model/", tensors).items()})
+        model.load_state_dict(
+            {key: shard_like(tensor, now[key]) for key, tensor in _strip_prefix("model/", tensors).items()}
+        )
         content = optimizer.state_dict()
         content["state"] = {}
         weights = optimizer.param_groups[0]["params"]
-        for name, value in _under("optimizer/", tensors).items():
+        for name, value in _strip_prefix("optimizer/", tensors).items():
             place, _, key = name.partition("/")
             weight = weights[int(place)]
             value = shard_like(value, weight) if value.shape == weight.shape else value
@@ -71,12 +73,12 @@ class FitSnapshot:
 
     def spent(self) -> float:
         """Seconds of fitting so far."""
-        return self.seconds + time.monotonic() - self._began
+        return self.seconds + time.monotonic() - self._start_time
 
     def remove(self) -> None:
         """Once the result itself is saved."""
         self.path.unlink(missing_ok=True)
 
 
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -24,8 +24,8 @@ from .weight_files import MADE_FROM, load_weights, read_metadata, write_bytes
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-RECIPE, METRICS, MERGE, MERGED = "recipe.json", "metrics.json", "merge", "merged.safetensors"
-MADE = (RECIPE, METRICS, MERGE, MERGED, "costs.json", "theta_", "step_", "penalty_")
+RECIPE_FILE, METRICS_FILE, MERGE_FOLDER, MERGED_FILE = "recipe.json", "metrics.json", "merge", "merged.safetensors"
+OUTPUT_PREFIXES = (RECIPE_FILE, METRICS_FILE, MERGE_FOLDER, MERGED_FILE, "costs.json", "theta_", "step_", "penalty_")
 """How the names of all that a training writes begin."""
 
 
@@ -87,20 +87,24 @@ class ContinualTraining:
     def clear(self) -> None:
         """Delete what a training made, and nothing else."""
         try:
-            ours = modern_experiment(json.loads((self.out / RECIPE).read_text())).keys() >= {"training", "seed", "fit"}
+            ours = modern_experiment(json.loads((self.out / RECIPE_FILE).read_text())).keys() >= {
+                "training",
+                "seed",
+                "fit",
+            }
         except (ValueError, AttributeError):
             ours = False
         if not ours:
             raise MagMaxError(
-                f"{self.out}: its {RECIPE} is none of a training, so nothing is deleted; name another --out"
+                f"{self.out}: its {RECIPE_FILE} is none of a training, so nothing is deleted; name another --out"
             )
         for path in self.out.iterdir():
-            if path.name.startswith(MADE):
+            if path.name.startswith(OUTPUT_PREFIXES):
                 remove(path)
 
     def prepare(self) -> None:
         """The folder made, cleared, or found to be of the same recipe."""
-        file = self.out / RECIPE
+        file = self.out / RECIPE_FILE
         if self.restart and file.exists():
             self.clear()
         if not file.exists():
@@ -124,7 +128,7 @@ class _TaskFollowUp:
 
     def __init__(self, training: ContinualTraining, context: ExperimentContext, new_bar: BarFactory) -> None:
         self.training, self.context, self.new_bar = training, context, new_bar
-        self.file = training.out / METRICS
+        self.file = training.out / METRICS_FILE
         self.metrics: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.running = self.begin()
 
@@ -134,7 +138,7 @@ class _TaskFollowUp:
         if training.training in REFERENCES:
             return None
         rule = with_seed(BenchmarkCell(seed=training.seed, training=training.training, rule=training.rule))
-        return Running(training.out / MERGE, rule, self.theta(0))
+        return Running(training.out / MERGE_FOLDER, rule, self.theta(0))
 
     def theta(self, t: int) -> Path:
         return self.training.out / f"theta_{t}.safetensors"
@@ -144,7 +148,7 @@ class _TaskFollowUp:
         assert self.running is not None
         names = [f"task {i} {read_metadata(self.theta(i)).get(MADE_FROM, '')[:8]}" for i in range(1, t + 1)]
         if [task.name for task in self.running.tasks][:t] != names[: len(self.running.tasks)]:
-            remove(self.training.out / MERGE)
+            remove(self.training.out / MERGE_FOLDER)
             self.metrics = {what: {i: r for i, r in rows.items() if int(i) < t} for what, rows in self.metrics.items()}
             self.running = self.begin()
             assert self.running is not None
@@ -177,7 +181,7 @@ class _TaskFollowUp:
 
     def finish(self) -> dict[str, Any]:
         if self.running is not None:
-            self.running.result(self.training.scaling_factor, self.training.out / MERGED)
+            self.running.result(self.training.scaling_factor, self.training.out / MERGED_FILE)
         return self.metrics
 
 

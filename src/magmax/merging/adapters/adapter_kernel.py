@@ -25,7 +25,7 @@ from ..pipeline import BlockPipeline
 from ..reader import BlockReader, is_finite
 from .truncation import FactorPair, dense_error, dense_norm, nearest_to_dense, nearest_to_sum, product_norm, sum_error
 
-WORST = 5
+NUM_WORST_LAYERS = 5
 """How many layers the report names."""
 FLOAT64 = np.dtype(np.float64)
 
@@ -64,7 +64,11 @@ class LayerFit:
         return self.error / self.norm if self.norm else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.rank, "norm": _rounded(self.norm), "relative_error": _rounded(self.relative)}
+        return {
+            "rank": self.rank,
+            "norm": _round_significant(self.norm),
+            "relative_error": _round_significant(self.relative),
+        }
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class AdapterMerge:
         """The merge of the updates as models of a base of zeros."""
         wide = "F64" if "F64" in self._factor_dtypes() else "F32"
         specs = {layer.key: TensorSpec(wide, (layer.rows, *layer.row_shape)) for layer in self.layers}
-        return MergeKernel(self._reader(specs), self.rule, len(self.folders), self.scaling_factor, specs, {})
+        return MergeKernel(self._make_reader(specs), self.rule, len(self.folders), self.scaling_factor, specs, {})
 
     def fit_layer(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> tuple[FactorPair, LayerFit]:
         """The layer's factors as they are stored, and how well they fit."""
@@ -165,7 +169,7 @@ class AdapterMerge:
 
     def report(self) -> list[str]:
         """The layers that the rank serves worst, and the whole, in words."""
-        worst = sorted(self.fits, key=lambda module: (-self.fits[module].relative, module))[:WORST]
+        worst = sorted(self.fits, key=lambda module: (-self.fits[module].relative, module))[:NUM_WORST_LAYERS]
         width = max(len(word) for word in ("layer", *worst))
         rows = [f"{m:{width}}  {self.fits[m].rank:4}  {self.fits[m].relative:.3g}" for m in worst]
         summary = f"all {len(self.fits)} layers: relative error {self.overall_fit().relative:.3g} (Frobenius norm)"
@@ -180,7 +184,7 @@ class AdapterMerge:
             for f in (u.left, u.right)
         }
 
-    def _reader(self, specs: dict[str, TensorSpec]) -> BlockReader:
+    def _make_reader(self, specs: dict[str, TensorSpec]) -> BlockReader:
         updates: Sequence[Mapping[str, LowRankUpdate]] = [{}, *self.updates]
         folders = [self.folders[0], *self.folders]
         return BlockReader(
@@ -204,12 +208,12 @@ class AdapterMerge:
 
     def _dense_merge(self, layer: AdaptedLayer, kernel: MergeKernel, threads: int) -> NDArray[Any]:
         """scaling_factor * rule(s_t * B_t A_t) as a matrix."""
-        reader = self._reader({layer.key: kernel.out[layer.key]})
+        reader = self._make_reader({layer.key: kernel.out[layer.key]})
         memory = MemorySink(reader.inputs[0].specs)
         BlockPipeline(reader.inputs, [memory], kernel, WorkerPool(threads), digest=False).run(lambda _: None)
         return memory.tensors[layer.key].reshape(layer.rows, layer.columns)
 
 
-def _rounded(number: float) -> float:
+def _round_significant(number: float) -> float:
     """Six digits: what a processor's own sums cannot change."""
     return float(f"{number:.6g}")

@@ -32,7 +32,7 @@ from ..provenance import Provenance, adapter_card
 from ..reader import is_finite
 from .adapter_kernel import AdapterMerge, AdapterOptions, LayerFit
 
-ONE_FILE = 1 << 62
+SINGLE_SHARD_BYTES = 1 << 62
 """Bytes a shard: PEFT reads an adapter from one file."""
 
 
@@ -55,8 +55,8 @@ class AdapterRunner:
     def run(self, progress: Progress) -> DigestCollector:
         collector = DigestCollector({}, 0)
         made: dict[str, str] = {}
-        collector.tensors = [*(_digests(folder) for folder in self.merge.folders), made]
-        made |= self._frozen(collector.tensors)
+        collector.tensors = [*(_digest_tensors(folder) for folder in self.merge.folders), made]
+        made |= self._copy_frozen_weights(collector.tensors)
         for module, fit, digests in self.parts:
             self.merge.fits[module] = LayerFit(*fit)
             made |= digests
@@ -74,7 +74,7 @@ class AdapterRunner:
             progress(self.merge.read_bytes(layer))
         return collector
 
-    def _frozen(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    def _copy_frozen_weights(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
         """Carry over the base's own weights; refuses those that are not the same in all adapters that have them."""
         carried: dict[str, str] = {}
         for name, first in self.merge.frozen().items():
@@ -100,7 +100,7 @@ class AdapterRunner:
             flat = np.ascontiguousarray(stored).reshape(-1)
             for sink in self.sinks:
                 sink.write(name, 0, flat)
-                digests[name] = _digest(flat, name, sink.specs[name])
+                digests[name] = _digest_tensor(flat, name, sink.specs[name])
         return digests, fit
 
 
@@ -211,7 +211,7 @@ def adapter_job(
         small_files=companions,
         check=refuse_twins,
         extra_passes=rule.passes,
-        shard_bytes=ONE_FILE,
+        shard_bytes=SINGLE_SHARD_BYTES,
         stem="adapter_model",
         worker=worker,
         memory=merge.memory,
@@ -220,17 +220,17 @@ def adapter_job(
     return merge, job
 
 
-def _digests(folder: PeftAdapter) -> dict[str, str]:
+def _digest_tensors(folder: PeftAdapter) -> dict[str, str]:
     """The digest of each of an adapter's tensors; refuses NaN and infinity, of which no rank is the nearest."""
     digests: dict[str, str] = {}
     for key, spec in folder.specs.items():
         stored = folder.read(key, 0, spec.num_units)
         if spec.is_mergeable and spec.numel and not is_finite(stored, spec.dtype):
             raise MagMaxError(f"{folder.weights.label}: {key} holds NaN or infinity; mend the adapter")
-        digests[key] = _digest(stored, key, spec)
+        digests[key] = _digest_tensor(stored, key, spec)
     return digests
 
 
-def _digest(stored: NDArray[Any], key: str, spec: TensorSpec) -> str:
+def _digest_tensor(stored: NDArray[Any], key: str, spec: TensorSpec) -> str:
     cuts = canonical_blocks(key, spec)
     return tensor_digest(block_digests(stored, cuts) if cuts else b"")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...checkpoints.dtypes import narrow, widen
 
-ROWS = 1 << 20
+WIDEN_ELEMENTS = 1 << 20
 """Elements of a dense matrix that are widened at once."""
 
 Matrix = NDArray[Any]
@@ -38,7 +38,7 @@ def nearest_to_sum(whole: FactorPair, rank: int) -> FactorPair:
     (q_left, t_left), (q_right, t_right) = (np.linalg.qr(factor.T) for factor in whole)
     u, s, vt = np.linalg.svd(t_left @ t_right.T, full_matrices=False)
     root = np.sqrt(s[:rank, None])
-    return _signed(root * (q_left @ u[:, :rank]).T, root * (vt[:rank] @ q_right.T))
+    return _fix_signs(root * (q_left @ u[:, :rank]).T, root * (vt[:rank] @ q_right.T))
 
 
 def nearest_to_dense(dense: Matrix, rank: int) -> FactorPair:
@@ -49,12 +49,12 @@ def nearest_to_dense(dense: Matrix, rank: int) -> FactorPair:
     """
     if dense.shape[0] < dense.shape[1]:
         return FactorPair(*reversed(nearest_to_dense(dense.T, rank)))
-    gram = sum((part.T @ part for _, part in _parts(dense)), np.zeros((dense.shape[1],) * 2))
+    gram = sum((part.T @ part for _, part in _row_slices(dense)), np.zeros((dense.shape[1],) * 2))
     v = np.linalg.eigh(gram)[1][:, ::-1][:, :rank]
-    left = np.concatenate([part @ v for _, part in _parts(dense)]).T
+    left = np.concatenate([part @ v for _, part in _row_slices(dense)]).T
     s = np.linalg.norm(left, axis=1)[:, None]
     root = np.sqrt(s)
-    return _signed(np.divide(left, root, where=root > 0, out=np.zeros_like(left)), root * v.T)
+    return _fix_signs(np.divide(left, root, where=root > 0, out=np.zeros_like(left)), root * v.T)
 
 
 def product_norm(pair: FactorPair) -> float:
@@ -71,24 +71,24 @@ def sum_error(whole: FactorPair, near: FactorPair) -> float:
 
 def dense_norm(dense: Matrix) -> float:
     """The Frobenius norm of a dense matrix."""
-    return math.sqrt(math.fsum(float(np.vdot(part, part)) for _, part in _parts(dense)))
+    return math.sqrt(math.fsum(float(np.vdot(part, part)) for _, part in _row_slices(dense)))
 
 
 def dense_error(dense: Matrix, near: FactorPair) -> float:
     """The Frobenius norm of the difference of a dense matrix and a product."""
-    apart = (part - near.left[:, rows].T @ near.right for rows, part in _parts(dense))
+    apart = (part - near.left[:, rows].T @ near.right for rows, part in _row_slices(dense))
     return math.sqrt(math.fsum(float(np.vdot(part, part)) for part in apart))
 
 
-def _parts(dense: Matrix) -> Iterator[tuple[slice, Matrix]]:
+def _row_slices(dense: Matrix) -> Iterator[tuple[slice, Matrix]]:
     """The matrix in float64, some rows at a time."""
-    step = max(1, ROWS // dense.shape[1])
+    step = max(1, WIDEN_ELEMENTS // dense.shape[1])
     for first in range(0, dense.shape[0], step):
         rows = slice(first, first + step)
         yield rows, dense[rows].astype(np.float64)
 
 
-def _signed(left: Matrix, right: Matrix) -> FactorPair:
+def _fix_signs(left: Matrix, right: Matrix) -> FactorPair:
     """The pair with the sign that a decomposition leaves open chosen: the largest entry of each `right` is positive."""
     largest = np.take_along_axis(right, np.abs(right).argmax(axis=1)[:, None], axis=1)
     sign = np.where(largest < 0, -1.0, 1.0)

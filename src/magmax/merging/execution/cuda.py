@@ -22,12 +22,12 @@ from ..kernel import MergeKernel
 from ..pipeline import InputBlock
 from ..reader import BlockReader, is_finite
 
-TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-WIDE = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+COMPUTE_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
-PROCESSORS = torch.device("cpu")
+CPU = torch.device("cpu")
 
-_own = threading.local()
+_thread_local = threading.local()
 
 
 def device_named(name: str) -> torch.device:
@@ -53,7 +53,7 @@ def device_stream(device: torch.device) -> Generator[None]:
     if device.type == "cpu":
         yield
         return
-    streams: dict[torch.device, Any] = _own.__dict__.setdefault("streams", {})
+    streams: dict[torch.device, Any] = _thread_local.__dict__.setdefault("streams", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(streams[device]):
@@ -62,7 +62,7 @@ def device_stream(device: torch.device) -> Generator[None]:
 
 def to_device(stored: NDArray[Any], dtype: str, device: torch.device) -> torch.Tensor:
     """Stored units as a tensor of that type on the device; on the processor they share memory."""
-    units = torch.as_tensor(stored.view(np.int16) if dtype == "BF16" else stored).view(TYPES[dtype])
+    units = torch.as_tensor(stored.view(np.int16) if dtype == "BF16" else stored).view(TORCH_DTYPES[dtype])
     return units if device.type == "cpu" else units.pin_memory().to(device, non_blocking=True)
 
 
@@ -80,21 +80,21 @@ def from_device(values: torch.Tensor, dtype: str) -> NDArray[Any]:
 class DeviceReader(BlockReader):
     """Blocks as tensors on a device."""
 
-    device: torch.device = PROCESSORS
+    device: torch.device = CPU
 
     def widen(self, block: InputBlock, number: int, stored: NDArray[Any]) -> Any:
         """Units of input `number` as numbers, on the device."""
         values = to_device(stored, block.spec(number).dtype, self.device)
         if not self.allow_nonfinite and not self.finiteness_checked and not bool(torch.isfinite(values).all()):
             raise self._error(number, block.key)
-        return values.to(WIDE[compute_dtype(block.spec(0).dtype)])
+        return values.to(COMPUTE_DTYPES[compute_dtype(block.spec(0).dtype)])
 
 
 @dataclass(frozen=True)
 class DeviceKernel(MergeKernel):
     """A merge's kernel whose rule works on a device, with its statistics collected already."""
 
-    device: torch.device = PROCESSORS
+    device: torch.device = CPU
 
     @classmethod
     def of(cls, kernel: MergeKernel, device: torch.device) -> DeviceKernel:
@@ -115,7 +115,7 @@ class DeviceKernel(MergeKernel):
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it
             return self._narrow(block, from_device(merged, wide))
-        stored = from_device(merged.to(TYPES[dtype]), dtype)
+        stored = from_device(merged.to(TORCH_DTYPES[dtype]), dtype)
         return stored if is_finite(stored, dtype) else self._narrow(block, from_device(merged, wide))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
 
-CONNECT_SECONDS = 20
+CONNECT_TIMEOUT_SECONDS = 20
 
 
 def available_cores() -> int:
@@ -46,7 +46,7 @@ def connect(address: str) -> tuple[Executor, Callable[[], object]]:
     except ImportError as error:
         raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
     try:
-        client: Any = Client(address, timeout=CONNECT_SECONDS)
+        client: Any = Client(address, timeout=CONNECT_TIMEOUT_SECONDS)
     except (OSError, ValueError) as error:
         raise MagMaxError(f"--scheduler {address}: no Dask scheduler answers there: {error}") from error
     return client.get_executor(pure=False), client.close
@@ -105,7 +105,7 @@ class DaskCluster:
     def wait(self) -> bool:
         """Return whether there is a worker, or one comes soon."""
         try:
-            self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            self.client.wait_for_workers(1, timeout=CONNECT_TIMEOUT_SECONDS)
         except TimeoutError:
             return False
         return True

@@ -34,11 +34,11 @@ from .shared_files import SharedFiles
 SHARE_BYTES = 64_000_000
 """How much of all inputs one share of the work reads, about."""
 POLL_SECONDS = 2.0
-PATIENCE_SECONDS = 60.0
+NO_WORKER_TIMEOUT_SECONDS = 60.0
 """How long work waits for a cluster that has lost its last worker."""
-IDLE_SECONDS = 30.0
+IDLE_TIMEOUT_SECONDS = 30.0
 """After how long without work a worker closes the files of its last."""
-BROKEN = (
+WORKER_LOST_MESSAGE = (
     "a worker process ended before its share of the work was done (was it killed, for want of memory?); "
     f"{SAME_COMMAND}, with a new executor"
 )
@@ -102,7 +102,7 @@ class WorkerPool:
             UnfinishedError: the workers are lost, or one of them does not see what it must.
             MagMaxError: the work cannot be sent to other processes; and whatever a share raises.
         """
-        submit, unpacked = self._submitter(task)
+        submit, unpacked = self._make_submitter(task)
         queue = group_by_cost(items, cost, max(SHARE_BYTES, least))
         waiting: dict[Future[Any], list[Item]] = {}
         room = _Slots(self.executor)
@@ -119,14 +119,14 @@ class WorkerPool:
         finally:
             wait([future for future in waiting if not future.cancel()])
 
-    def _submitter(self, task: ShareTask) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
+    def _make_submitter(self, task: ShareTask) -> tuple[Callable[[list[Any]], Future[Any]], Callable[[Any], Any]]:
         """Return what hands in a share of the task, and what gives its result from what comes back."""
         executor = self.executor
         assert executor is not None
         if isinstance(executor, ThreadPoolExecutor):
-            return partial(submit, executor, _done, task), lambda result: result
+            return partial(submit, executor, _run_task, task), lambda result: result
         cluster = DaskCluster.of(executor)
-        packed, token = _packed(task, cluster.pickled if cluster else pickle.dumps), uuid4().hex
+        packed, token = _pickle_task(task, cluster.pickled if cluster else pickle.dumps), uuid4().hex
 
         def submit_share(share: list[Any]) -> Future[Any]:
             return submit(executor, run_share, token, packed, self.shared_files, pickle.dumps(share))
@@ -145,19 +145,19 @@ class _Slots:
 
     def __init__(self, executor: Executor | None) -> None:
         self._executor, self._cluster = executor, DaskCluster.of(executor)
-        self._found, self._looked, self._alive = 1, 0.0, time.monotonic()
+        self._worker_slots, self._last_poll, self._last_alive = 1, 0.0, time.monotonic()
 
     def most(self) -> int:
         now = time.monotonic()
-        if not self._looked or (self._cluster and now - self._looked > POLL_SECONDS):
-            self._found, self._looked = worker_slots(self._executor), now
-        if self._found:
-            self._alive = now
-        elif now - self._alive > PATIENCE_SECONDS:
+        if not self._last_poll or (self._cluster and now - self._last_poll > POLL_SECONDS):
+            self._worker_slots, self._last_poll = worker_slots(self._executor), now
+        if self._worker_slots:
+            self._last_alive = now
+        elif now - self._last_alive > NO_WORKER_TIMEOUT_SECONDS:
             raise UnfinishedError(
-                f"the cluster has had no worker for {PATIENCE_SECONDS:.0f} s; start some; {SAME_COMMAND}"
+                f"the cluster has had no worker for {NO_WORKER_TIMEOUT_SECONDS:.0f} s; start some; {SAME_COMMAND}"
             )
-        return 2 * max(1, self._found)
+        return 2 * max(1, self._worker_slots)
 
 
 def group_by_cost(items: Iterable[Item], cost: Callable[[Item], int], most: int) -> Generator[list[Item]]:
@@ -180,36 +180,36 @@ def run_share(token: str, packed: bytes, shared_files: SharedFiles | None, items
     Items and result are pickled here, as Dask's own messages make tuples of named tuples.
     """
     if shared_files is not None:
-        shared_files.check(thoroughly=token not in _tasks)
-    return pickle.dumps(_done(_unpacked(token, packed), pickle.loads(items)))
+        shared_files.check(thoroughly=token not in _task_cache)
+    return pickle.dumps(_run_task(_load_task(token, packed), pickle.loads(items)))
 
 
-def _done(task: ShareTask, items: Sequence[Any]) -> Any:
-    with _one_at_a_time if task.is_exclusive else nullcontext():
+def _run_task(task: ShareTask, items: Sequence[Any]) -> Any:
+    with _exclusive_lock if task.is_exclusive else nullcontext():
         return task(items)
 
 
-_one_at_a_time = threading.Lock()
-_tasks: dict[str, ShareTask] = {}
-_loading = threading.Lock()
-_idle: list[threading.Timer] = []
+_exclusive_lock = threading.Lock()
+_task_cache: dict[str, ShareTask] = {}
+_cache_lock = threading.Lock()
+_idle_timers: list[threading.Timer] = []
 
 
-def _unpacked(token: str, packed: bytes) -> ShareTask:
+def _load_task(token: str, packed: bytes) -> ShareTask:
     """The task, whose files are opened once for all shares, and closed when no share has come for a while."""
-    with _loading:
-        if token not in _tasks:
-            _tasks.clear()
-            _tasks[token] = pickle.loads(zlib.decompress(packed))
-        for timer in _idle:
+    with _cache_lock:
+        if token not in _task_cache:
+            _task_cache.clear()
+            _task_cache[token] = pickle.loads(zlib.decompress(packed))
+        for timer in _idle_timers:
             timer.cancel()
-        _idle[:] = [threading.Timer(IDLE_SECONDS, _tasks.clear)]
-        _idle[0].daemon = True
-        _idle[0].start()
-        return _tasks[token]
+        _idle_timers[:] = [threading.Timer(IDLE_TIMEOUT_SECONDS, _task_cache.clear)]
+        _idle_timers[0].daemon = True
+        _idle_timers[0].start()
+        return _task_cache[token]
 
 
-def _packed(task: ShareTask, dumps: Callable[[ShareTask], bytes]) -> bytes:
+def _pickle_task(task: ShareTask, dumps: Callable[[ShareTask], bytes]) -> bytes:
     try:
         return zlib.compress(dumps(task), 1)
     except MagMaxError:
@@ -226,7 +226,7 @@ def submit(executor: Executor, work: Callable[..., Any], *given: Any) -> Future[
     try:
         return executor.submit(work, *given)
     except BrokenExecutor as error:
-        raise UnfinishedError(BROKEN) from error
+        raise UnfinishedError(WORKER_LOST_MESSAGE) from error
     except (RuntimeError, OSError) as error:  # an executor that is shut down; a client that is closed
         raise UnfinishedError(f"the executor takes no more work ({error}); {SAME_COMMAND}") from error
 
@@ -240,7 +240,7 @@ def wait_for_result(future: Future[Any]) -> Any:
             f"the connection to the scheduler is lost, or it gave up the work; {SAME_COMMAND}"
         ) from error
     except BrokenExecutor as error:
-        raise UnfinishedError(BROKEN) from error
+        raise UnfinishedError(WORKER_LOST_MESSAGE) from error
     except ModuleNotFoundError as error:
         raise UnfinishedError(f"a worker lacks {error.name}; install the same magmax and extras there") from error
     except Exception as error:

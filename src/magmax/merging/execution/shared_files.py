@@ -20,7 +20,9 @@ from ...checkpoints.writer import OutputPath
 from ...errors import UnfinishedError
 
 HEAD_BYTES = 1 << 20
-REMEDY = "a worker needs every input and the output's folder at the same paths, on a file system that all share"
+SHARED_FILES_HINT = (
+    "a worker needs every input and the output's folder at the same paths, on a file system that all share"
+)
 
 
 class FileStamp(NamedTuple):
@@ -33,7 +35,7 @@ class FileStamp(NamedTuple):
     @classmethod
     def of_file(cls, path: str, thoroughly: bool) -> FileStamp:
         status = Path(path).stat()
-        return cls(status.st_size, status.st_mtime_ns, _head(path) if thoroughly else "")
+        return cls(status.st_size, status.st_mtime_ns, _digest_head(path) if thoroughly else "")
 
 
 @dataclass(frozen=True)
@@ -74,24 +76,24 @@ class SharedFiles:
         if self.version != __version__:
             return f"has magmax {__version__}, and the work was begun with {self.version}; install the same"
         if self.probe and not os.path.exists(self.probe):
-            return f"{self.probe}: is not there, as it must be while the output is written; {REMEDY}"
-        return self._changed(thoroughly=True)
+            return f"{self.probe}: is not there, as it must be while the output is written; {SHARED_FILES_HINT}"
+        return self._find_changed(thoroughly=True)
 
     def check(self, thoroughly: bool) -> None:
         """In a worker: raise UnfinishedError if there is a problem; without `thoroughly` no file is opened."""
         missing = self.probe and not os.path.exists(self.probe)
-        problem = self.problem() if thoroughly or missing else self._changed(thoroughly=False)
+        problem = self.problem() if thoroughly or missing else self._find_changed(thoroughly=False)
         if problem:
             raise UnfinishedError(f"{worker_name()}: {problem}")
 
-    def _changed(self, thoroughly: bool) -> str:
+    def _find_changed(self, thoroughly: bool) -> str:
         for path, wanted in self.files.items():
             try:
                 stamp = FileStamp.of_file(path, thoroughly)
             except OSError as error:
-                return f"{path}: {error.strerror}; {REMEDY}"
+                return f"{path}: {error.strerror}; {SHARED_FILES_HINT}"
             if stamp != (wanted if thoroughly else wanted._replace(head="")):
-                return f"{path}: is another file than where the work was begun, or changed since; {REMEDY}"
+                return f"{path}: is another file than where the work was begun, or changed since; {SHARED_FILES_HINT}"
         return ""
 
 
@@ -100,6 +102,6 @@ def worker_name() -> str:
     return f"worker {socket.gethostname()}, process {os.getpid()}"
 
 
-def _head(path: str) -> str:
+def _digest_head(path: str) -> str:
     with Path(path).open("rb") as file:
         return xxhash.xxh3_128_hexdigest(file.read(HEAD_BYTES))

@@ -88,7 +88,7 @@ class AbsorbKernel(Kernel):
         state = rule.step(tuple(held), vector, self.task, Address(block.key, block.start))
         slots = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
         if self.winners:
-            slots.append(self._winners(block, state[0], vectors[-1]))
+            slots.append(self._update_winner_map(block, state[0], vectors[-1]))
         return slots
 
     def _read_for_digest(self, block: InputBlock) -> list[NDArray[Any] | None]:
@@ -100,7 +100,7 @@ class AbsorbKernel(Kernel):
         block.read_for_digest(self.slots + 1)
         return [None] * (self.rule.slots(self.task) + self.winners)
 
-    def _winners(self, block: InputBlock, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
+    def _update_winner_map(self, block: InputBlock, chosen: NDArray[Any], newest: NDArray[Any]) -> NDArray[Any]:
         old = block.read(self.slots + 2) if self.task > 1 else np.empty(len(chosen), np.uint8)
         np.copyto(old, np.uint8(self.task), where=as_signed_bits(chosen) == as_signed_bits(newest))
         return old

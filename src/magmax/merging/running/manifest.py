@@ -14,8 +14,8 @@ from ...legacy import modern_rule
 from ...rules import Rule, StreamingRule, rule_from
 from ..matching import Mismatch
 
-FORMAT = 1
-FORMAT_OF_PARTS = 2
+MANIFEST_FORMAT = 1
+PARTIAL_FORMAT = 2
 """The format of states that may hold tensors in part, which older versions cannot read."""
 
 
@@ -72,7 +72,7 @@ class Manifest:
         """Replace the file in one step."""
         strict = self.mismatch == "strict"
         content: dict[str, Any] = {
-            "format": FORMAT if strict else FORMAT_OF_PARTS,
+            "format": MANIFEST_FORMAT if strict else PARTIAL_FORMAT,
             "rule": self.rule.describe(),
             "winners": self.winners,
             **({} if strict else {"mismatch": self.mismatch}),
@@ -87,9 +87,11 @@ def read_manifest(file: Path) -> Manifest:
     """Read and check a `state.json`. Raises MagMaxError for anything that this class did not write."""
     try:
         content = json.loads(file.read_text())
-        if content["format"] not in (FORMAT, FORMAT_OF_PARTS):
-            raise ValueError(f"it has format {content['format']}; this magmax reads {FORMAT} and {FORMAT_OF_PARTS}")
-        strict = content["format"] == FORMAT
+        if content["format"] not in (MANIFEST_FORMAT, PARTIAL_FORMAT):
+            raise ValueError(
+                f"it has format {content['format']}; this magmax reads {MANIFEST_FORMAT} and {PARTIAL_FORMAT}"
+            )
+        strict = content["format"] == MANIFEST_FORMAT
         ((name, options),) = modern_rule(content["rule"]).items()
         versions = [
             Version(

@@ -30,7 +30,7 @@ from ..reader import BlockReader
 from ..result import MergeResult
 from .absorb_kernels import AbsorbKernel, ResultKernel, slot_dtype
 from .manifest import AbsorbedModel, Manifest, Version, require_streaming
-from .versions import MOST_MAPPED_TASKS, WINNERS, VersionStore, slot_prefix
+from .versions import MAX_MAPPED_MODELS, WINNER_PREFIX, VersionStore, slot_prefix
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Running:
         execution: ExecutionOptions | None = None,
     ) -> None:
         self.path = Path(fspath(path))
-        self._settings = execution or ExecutionOptions()
-        self._base_given: Any = base
+        self._execution = execution or ExecutionOptions()
+        self._base_source: Any = base
         there = VersionStore.find(self.path)
         if there is None:
             begun = Manifest(
@@ -93,8 +93,8 @@ class Running:
         self._disk = there
         if winners and not self.winners:
             raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
-        if mismatch is not None and mismatch != self._state.mismatch:
-            raise MagMaxError(f"{self.path}: was begun with mismatch {self._state.mismatch}, not {mismatch}")
+        if mismatch is not None and mismatch != self._manifest.mismatch:
+            raise MagMaxError(f"{self.path}: was begun with mismatch {self._manifest.mismatch}, not {mismatch}")
         if rule is not None and as_rule(rule) != self.rule:
             raise MagMaxError(
                 f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
@@ -103,21 +103,23 @@ class Running:
     @property
     def rule(self) -> StreamingRule:
         """The rule that the merge was begun with."""
-        return self._state.rule
+        return self._manifest.rule
 
     @property
     def winners(self) -> bool:
         """Return whether it maps which task supplied each element."""
-        return self._state.winners
+        return self._manifest.winners
 
     @property
     def tasks(self) -> Sequence[AbsorbedModel]:
         """The tasks absorbed so far, in order."""
-        return self._state.tasks
+        return self._manifest.tasks
 
     def opened(self, model: Any, name: str | None = None) -> Checkpoint:
         """A model as `absorb` will read it; an adapter is applied to the base."""
-        return open_checkpoint(model, None if isinstance(model, str | PathLike) else name or "the model", self._base())
+        return open_checkpoint(
+            model, None if isinstance(model, str | PathLike) else name or "the model", self._open_base()
+        )
 
     def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> MergeResult:
         """Take in one more model: one read of base, state and model, one write of the state.
@@ -138,18 +140,18 @@ class Running:
                 self.path.rmdir()
 
     def _absorb_model(self, model: Any, name: str | None, label: str | None) -> MergeResult:
-        base = self._base()
+        base = self._open_base()
         opened = self.opened(model, name)
-        match = self._narrowed(base, match_to_base(base, [opened], self._state.mismatch))
+        match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
         refuse_same_path([base, opened])
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
-        number = max(self._state.versions, default=0) + 1
+        number = max(self._manifest.versions, default=0) + 1
         job = self._absorb_job(number, base, opened, name, match)
-        result = job.run(self._settings)
+        result = job.run(self._execution)
         slots = list(result.sink_digests[: self.rule.slots(len(self.tasks) + 1)])
         tasks = [*self.tasks, AbsorbedModel(name, result.input_digests[len(self._disk.slots()) + 1])]
-        self._state.base_digest = result.input_digests[0]
+        self._manifest.base_digest = result.input_digests[0]
         self._remember_base()
         self._disk.publish(Version(number, tasks, slots, label, extents_of(base, match)))
         return result
@@ -161,25 +163,25 @@ class Running:
 
         `options` are those of `magmax.merge`: dtype, allow_nonfinite.
         """
-        base = self._base()
+        base = self._open_base()
         chosen = OutputOptions(scaling_factor, **options)
         if out is not None:
-            self.result_job(out, chosen).run(self._settings)
+            self.result_job(out, chosen).run(self._execution)
             return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
         if base.is_on_disk:
             raise MagMaxError("the result of merging files needs `out`, the path of the result")
         kernel = self._result_kernel(base, chosen)
         memory = MemorySink(kernel.merge.out)
         inputs = kernel.merge.reader.inputs
-        digests = BlockPipeline(inputs, [memory], kernel, self._settings.pool).run(self._settings.progress)
+        digests = BlockPipeline(inputs, [memory], kernel, self._execution.pool).run(self._execution.progress)
         self._disk.verifier()(digests.digests(inputs))
-        return restore_kind(self._base_given, base, memory.tensors, chosen)
+        return restore_kind(self._base_source, base, memory.tensors, chosen)
 
     def result_job(self, out: str | PathLike[str], options: OutputOptions) -> Job:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
-        base = self._base()
+        base = self._open_base()
         kernel = self._result_kernel(base, options)
-        match = self._narrowed(base, match_to_base(base, []))
+        match = self._narrow_match(base, match_to_base(base, []))
         return Job(
             target=OutputPath.parse(out),
             inputs=kernel.merge.reader.inputs,
@@ -201,13 +203,13 @@ class Running:
 
     def status(self) -> RunningStatus:
         """Return where the running merge stands."""
-        current = self._state.current_version
+        current = self._manifest.current_version
         return RunningStatus(
             self.rule.describe(),
-            self._state.base_path,
-            self._state.base_digest,
+            self._manifest.base_path,
+            self._manifest.base_digest,
             current,
-            list(self._state.versions.values()),
+            list(self._manifest.versions.values()),
             self._disk.shares() if self.winners and current else (),
         )
 
@@ -224,15 +226,15 @@ class Running:
             return self._disk.restore(which)
 
     @property
-    def _state(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         return self._disk.state
 
-    def _base(self) -> Checkpoint:
-        base = self._base_given
+    def _open_base(self) -> Checkpoint:
+        base = self._base_source
         if base is None:
-            if self._state.base_path is None:
+            if self._manifest.base_path is None:
                 raise MagMaxError(f"{self.path}: needs the base, the model that training started from (--base)")
-            base = resolve_portable_path(self.path, self._state.base_path)
+            base = resolve_portable_path(self.path, self._manifest.base_path)
             gone = not Path(base).exists() and not find_dcp(Path(base))
             if gone and not split_base_and_adapter(base) and not base.startswith(HUB_PREFIX) and not is_url(base):
                 raise MagMaxError(f"{self.path}: its base is no longer at {base}; say where it is (--base)")
@@ -241,17 +243,19 @@ class Running:
     def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
         slots, task = self._disk.slots(), len(self.tasks) + 1
         self._refuse_other_base(base, slots)
-        if self.winners and task > MOST_MAPPED_TASKS:
-            raise MagMaxError(f"{self.path}: a map of winners holds at most {MOST_MAPPED_TASKS} tasks")
+        if self.winners and task > MAX_MAPPED_MODELS:
+            raise MagMaxError(f"{self.path}: a map of winners holds at most {MAX_MAPPED_MODELS} tasks")
         specs = {
-            key: TensorSpec(slot_dtype(self.rule, spec, [s.dtype for s in _specs(key, *slots, model)]), spec.shape)
+            key: TensorSpec(
+                slot_dtype(self.rule, spec, [s.dtype for s in _existing_specs(key, *slots, model)]), spec.shape
+            )
             for key, spec in base.specs.items()
             if spec.is_mergeable
         }
         count = self.rule.slots(task)
-        prefixes = [slot_prefix(n) for n in range(count)] + [WINNERS] * self.winners
+        prefixes = [slot_prefix(n) for n in range(count)] + [WINNER_PREFIX] * self.winners
         written = {
-            prefix + key: TensorSpec("U8", s.shape) if prefix == WINNERS else s
+            prefix + key: TensorSpec("U8", s.shape) if prefix == WINNER_PREFIX else s
             for prefix in prefixes
             for key, s in specs.items()
         }
@@ -262,7 +266,7 @@ class Running:
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
-        held = {key for key in specs if self._state.extents.get(key, 1)}
+        held = {key for key in specs if self._manifest.extents.get(key, 1)}
         kernel = AbsorbKernel(
             BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held
         )
@@ -291,16 +295,16 @@ class Running:
         self.rule.check(len(self.tasks))
         slots = self._disk.slots()
         self._refuse_other_base(base, slots)
-        match = self._narrowed(base, match_to_base(base, []))
+        match = self._narrow_match(base, match_to_base(base, []))
         reader = BlockReader([base, *slots], options.allow_nonfinite)
         factor, out = options.resolve_scaling_factor(self.rule), options.out_specs(base)
         merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.unmerged, match.extents)
         merge.check_rules()
         return ResultKernel(merge, len(slots))
 
-    def _narrowed(self, base: Checkpoint, match: Match) -> Match:
+    def _narrow_match(self, base: Checkpoint, match: Match) -> Match:
         """The match of one more model, without what a model absorbed before has not."""
-        before = self._state.extents
+        before = self._manifest.extents
         return narrow_match(base, match, before) if before else match
 
     def _refuse_other_base(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
@@ -311,10 +315,10 @@ class Running:
 
     def _remember_base(self) -> None:
         """Note where the base that was given is, as seen from the state, if it can be opened again from there."""
-        if self._base_given is not None:
-            self._state.base_path = portable_path(self.path, self._base_given, self._base())
+        if self._base_source is not None:
+            self._manifest.base_path = portable_path(self.path, self._base_source, self._open_base())
 
 
-def _specs(key: str, *checkpoints: Checkpoint) -> list[TensorSpec]:
+def _existing_specs(key: str, *checkpoints: Checkpoint) -> list[TensorSpec]:
     """The specs of a tensor in those checkpoints that have it."""
     return [c.spec(key) for c in checkpoints if c.resolve_alias(key) in c.specs]

@@ -17,9 +17,9 @@ from ...checkpoints.writer import remove
 from ...errors import MagMaxError
 from .manifest import Manifest, Version, read_manifest
 
-STATE = "state.json"
-WINNERS = "magmax.winner/"
-MOST_MAPPED_TASKS = 255
+MANIFEST_FILE = "state.json"
+WINNER_PREFIX = "magmax.winner/"
+MAX_MAPPED_MODELS = 255
 
 
 def slot_prefix(number: int) -> str:
@@ -43,9 +43,9 @@ class VersionStore:
         """Return what is there, if something is. Raises MagMaxError for a folder of anything else, and for a damaged
         one.
         """
-        if (path / STATE).exists():
-            return cls(path, _read(path))
-        strange = not path.is_dir() or any(p.name[:10] not in ("generation", STATE) for p in path.iterdir())
+        if (path / MANIFEST_FILE).exists():
+            return cls(path, _read_current_manifest(path))
+        strange = not path.is_dir() or any(p.name[:10] not in ("generation", MANIFEST_FILE) for p in path.iterdir())
         if path.exists() and strange:
             raise MagMaxError(f"{path}: is not a running merge (it has no state.json); name its folder, or a new one")
         return None
@@ -54,8 +54,8 @@ class VersionStore:
     def lock(self) -> Generator[None]:
         """Hold the folder against other processes, having seen what they did since it was opened."""
         with lock_folder(self.path):
-            if (self.path / STATE).exists():
-                self.state = _read(self.path)
+            if (self.path / MANIFEST_FILE).exists():
+                self.state = _read_current_manifest(self.path)
             yield
 
     def folder(self, number: int) -> Path:
@@ -75,12 +75,12 @@ class VersionStore:
     def winners(self) -> Checkpoint:
         """The map of the current version: which task, from 1, supplied each element, 0 where none did."""
         whole = open_checkpoint(self.folder(self.state.current or 0))
-        return PrefixedCheckpoint(whole, WINNERS, whole.label)
+        return PrefixedCheckpoint(whole, WINNER_PREFIX, whole.label)
 
     def shares(self) -> list[float]:
         """The part of the elements that each task supplied."""
         view, tasks = self.winners(), len(self.state.tasks)
-        counts = np.zeros(MOST_MAPPED_TASKS + 1, np.int64)
+        counts = np.zeros(MAX_MAPPED_MODELS + 1, np.int64)
         for key, spec in view.specs.items():
             for chunk in iter_chunks(key, spec):
                 counts += np.bincount(view.read(key, chunk.start, chunk.stop), minlength=len(counts))
@@ -135,14 +135,14 @@ class VersionStore:
         versions = {**self.state.versions, version.number: version}
         self.state.current = version.number
         self.state.versions = {n: g for n, g in versions.items() if g.label or n == version.number}
-        self.state.write(self.path / STATE)
+        self.state.write(self.path / MANIFEST_FILE)
         for folder in self.path.glob("generation-*"):
             if folder.name not in {self.folder(n).name for n in self.state.versions}:
                 remove(folder)
 
 
-def _read(path: Path) -> Manifest:
-    state = read_manifest(path / STATE)
+def _read_current_manifest(path: Path) -> Manifest:
+    state = read_manifest(path / MANIFEST_FILE)
     if state.current is not None and not _folder(path, state.current).is_dir():
         raise MagMaxError(f"{path}: its version {state.current} is missing; the state is damaged")
     return state

@@ -42,11 +42,11 @@ class ArchitectureCheck:
                     f"layer_range is {layer_range}"
                 )
         if self.untyped:
-            _one_type(self.untyped, base, models)
+            _check_same_dtype(self.untyped, base, models)
         if self.tokenizer:
-            _one_vocabulary(self.tokenizer, base, models)
+            _check_same_vocabulary(self.tokenizer, base, models)
         if self.template:
-            _one_template(*self.template, base, models)
+            _check_chat_template(*self.template, base, models)
         return ZeroBase(base) if self.counted else base
 
 
@@ -61,7 +61,7 @@ def layers(names: Mapping[str, Any]) -> int:
     return max(map(len, stacks.values()), default=0)
 
 
-def _one_type(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+def _check_same_dtype(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     for model in models:
         for key, spec in base.specs.items():
             theirs = model.specs.get(model.resolve_alias(key))
@@ -72,10 +72,10 @@ def _one_type(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> N
                 )
 
 
-def _one_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    wanted = _vocabulary(base)
+def _check_same_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    wanted = _read_vocabulary(base)
     for model in [base, *models]:
-        vocabulary = _vocabulary(model)
+        vocabulary = _read_vocabulary(model)
         if vocabulary is None and isinstance(model, LoraModel):  # an adapter without one has its base's
             continue
         if vocabulary is None or vocabulary != wanted:
@@ -86,9 +86,9 @@ def _one_vocabulary(where: Where, base: Checkpoint, models: Sequence[Checkpoint]
             )
 
 
-def _one_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    base_template = _template(base)
-    others = {_template(model) for model in models} - {None} if wanted == "auto" else {wanted.strip()}
+def _check_chat_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    base_template = _read_chat_template(base)
+    others = {_read_chat_template(model) for model in models} - {None} if wanted == "auto" else {wanted.strip()}
     if others - {base_template}:
         raise MagMaxError(
             f"{where}: not supported here: a chat template other than the base's; take the key out and put the "
@@ -96,9 +96,9 @@ def _one_template(where: Where, wanted: str, base: Checkpoint, models: Sequence[
         )
 
 
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+def _read_vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """Token -> number, of the tokenizer beside the weights; None where there is none."""
-    content = _json(checkpoint, "tokenizer.json")
+    content = _read_json(checkpoint, "tokenizer.json")
     tokens = content.get("model", {}).get("vocab")
     if isinstance(tokens, list):
         tokens = {token: number for number, (token, _) in enumerate(tokens)}
@@ -106,15 +106,15 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     return None if tokens is None else {**tokens, **added}
 
 
-def _template(checkpoint: Checkpoint) -> str | None:
+def _read_chat_template(checkpoint: Checkpoint) -> str | None:
     folder = checkpoint.small_files_folder()
     file = folder / "chat_template.jinja" if folder else None
     text = file.read_text("utf-8") if file and file.is_file() else None
-    text = text or _json(checkpoint, "tokenizer_config.json").get("chat_template")
+    text = text or _read_json(checkpoint, "tokenizer_config.json").get("chat_template")
     return text.strip() if isinstance(text, str) else None
 
 
-def _json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     folder = checkpoint.small_files_folder()
     if folder is None or not (folder / name).is_file():
         return {}

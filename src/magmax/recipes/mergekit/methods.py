@@ -57,7 +57,7 @@ class Sparsifier:
     own: Mapping[str, Default] = field(default_factory=dict[str, Default])
 
 
-def _linear(parameters: ParameterLookup) -> Rule:
+def _linear_rule(parameters: ParameterLookup) -> Rule:
     weights = parameters.per_model("weight", None)
     return Average(weights) if parameters.constant("normalize", True) else TaskArithmetic(weights)
 
@@ -67,7 +67,7 @@ def _no_sparsifier(parameters: ParameterLookup, rescale: bool) -> list[TaskVecto
 
 
 def _keep_largest(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
-    _unscaled(parameters, rescale)
+    _reject_rescale(parameters, rescale)
     return [Prune(density=parameters.per_model("density", 1.0), span="tensor")]
 
 
@@ -78,7 +78,7 @@ def _keep_at_random(parameters: ParameterLookup, rescale: bool) -> list[TaskVect
 
 
 def _breadcrumbs(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
-    _unscaled(parameters, rescale)
+    _reject_rescale(parameters, rescale)
     return [Breadcrumbs(density=parameters.per_model("density", 1.0), gamma=parameters.per_model("gamma", 0.01))]
 
 
@@ -88,19 +88,19 @@ def _della(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransfo
     return [Della(density=parameters.per_model("density", 1.0), epsilon=parameters.per_model("epsilon", 0.15))]
 
 
-def _unscaled(parameters: ParameterLookup, rescale: bool) -> None:
+def _reject_rescale(parameters: ParameterLookup, rescale: bool) -> None:
     if rescale:
         raise parameters.unsupported("rescale", "rescaling to the norm before trimming; raise lambda instead")
 
 
-ALL = Sparsifier(_no_sparsifier)
-LARGEST = Sparsifier(_keep_largest)
+NO_SPARSIFICATION = Sparsifier(_no_sparsifier)
+MAGNITUDE = Sparsifier(_keep_largest)
 RANDOM = Sparsifier(_keep_at_random, rescale=True)
-MIDDLE = Sparsifier(_breadcrumbs, own={"gamma": 0.01})
-RANK = Sparsifier(_della, rescale=True, own={"epsilon": 0.15})
+MAGNITUDE_OUTLIERS = Sparsifier(_breadcrumbs, own={"gamma": 0.01})
+DELLA_MAGPRUNE = Sparsifier(_della, rescale=True, own={"epsilon": 0.15})
 
 
-def _arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitMethod:
+def _generalized_task_arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitMethod:
     """Thin out the task vectors, perhaps elect a sign, and add up what is left or take its mean."""
 
     def rule(given: ParameterLookup) -> Rule:
@@ -113,28 +113,28 @@ def _arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitM
     return MergekitMethod(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
 
 
-def _model_stock(parameters: ParameterLookup) -> Rule:
+def _model_stock_rule(parameters: ParameterLookup) -> Rule:
     if parameters.constant("filter_wise", False):
         raise parameters.unsupported("filter_wise", "model_stock row by row; leave filter_wise out")
     return ModelStock()
 
 
-METHODS: dict[str, MergekitMethod] = {
-    "linear": MergekitMethod(_linear, {"normalize": True}, {"weight": None}, counted=True),
-    "task_arithmetic": _arithmetic(ALL, elect=False, normalize=False),
-    "ties": _arithmetic(LARGEST, elect=True, normalize=True),
-    "dare_linear": _arithmetic(RANDOM, elect=False, normalize=False),
-    "dare_ties": _arithmetic(RANDOM, elect=True, normalize=False),
-    "della_linear": _arithmetic(RANK, elect=False, normalize=False),
-    "della": _arithmetic(RANK, elect=True, normalize=True),
-    "breadcrumbs": _arithmetic(MIDDLE, elect=False, normalize=False),
-    "breadcrumbs_ties": _arithmetic(MIDDLE, elect=True, normalize=False),
+MERGE_METHODS: dict[str, MergekitMethod] = {
+    "linear": MergekitMethod(_linear_rule, {"normalize": True}, {"weight": None}, counted=True),
+    "task_arithmetic": _generalized_task_arithmetic(NO_SPARSIFICATION, elect=False, normalize=False),
+    "ties": _generalized_task_arithmetic(MAGNITUDE, elect=True, normalize=True),
+    "dare_linear": _generalized_task_arithmetic(RANDOM, elect=False, normalize=False),
+    "dare_ties": _generalized_task_arithmetic(RANDOM, elect=True, normalize=False),
+    "della_linear": _generalized_task_arithmetic(DELLA_MAGPRUNE, elect=False, normalize=False),
+    "della": _generalized_task_arithmetic(DELLA_MAGPRUNE, elect=True, normalize=True),
+    "breadcrumbs": _generalized_task_arithmetic(MAGNITUDE_OUTLIERS, elect=False, normalize=False),
+    "breadcrumbs_ties": _generalized_task_arithmetic(MAGNITUDE_OUTLIERS, elect=True, normalize=False),
     "sce": MergekitMethod(
         lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}
     ),
     "slerp": MergekitMethod(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
     "nearswap": MergekitMethod(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),
-    "model_stock": MergekitMethod(_model_stock, {"filter_wise": False}, least=2),
+    "model_stock": MergekitMethod(_model_stock_rule, {"filter_wise": False}, least=2),
     "karcher": MergekitMethod(
         lambda given: Karcher(max_iter=given.constant("max_iter", 10), tol=given.constant("tol", 1e-5)),
         {"max_iter": 10, "tol": 1e-5},
@@ -145,7 +145,7 @@ METHODS: dict[str, MergekitMethod] = {
     ),
 }
 
-ELSEWHERE: dict[str, str] = {
+UNSUPPORTED_METHODS: dict[str, str] = {
     "nuslerp": "for two models without a base, slerp with t = w2 / (w1 + w2) is the same arc",
     "multislerp": "karcher is the mean on the sphere that is supported",
     "arcee_fusion": "nearswap and breadcrumbs also choose by the size of a change",
@@ -154,8 +154,8 @@ ELSEWHERE: dict[str, str] = {
 }
 """Methods that are not supported, and what comes nearest."""
 
-PARAMETERS = sorted(
-    {name for method in METHODS.values() for name in (*method.shared, *method.own)}
+ALL_PARAMETERS = sorted(
+    {name for method in MERGE_METHODS.values() for name in (*method.shared, *method.own)}
     | {"nuslerp_row_wise", "nuslerp_flatten", "normalize_weights", "eps", "r", "alpha"}
 )
 """Every parameter that some method takes; one that the recipe's method does not take has no effect in mergekit."""

@@ -48,7 +48,7 @@ class ParameterLookup:
         """A number or truth value that must be the same for all tensors."""
         for level in self._shared:
             if name in level.settings:
-                return _constant(level.settings[name], default, self._at(level, name), name)
+                return _parse_constant(level.settings[name], default, self._at(level, name), name)
         return default
 
     def unsupported(self, name: str, what: str) -> MagMaxError:
@@ -60,7 +60,7 @@ class ParameterLookup:
         entries: list[Entry] = []
         for level in levels:
             if name in level.settings:
-                entries += _entries(level.settings[name], self._at(level, name), name, turn)
+                entries += _parse_filtered_values(level.settings[name], self._at(level, name), name, turn)
                 if any(part is None for part, _ in entries):
                     break
         else:
@@ -82,11 +82,11 @@ class ParameterLookup:
         return self._document.locate(*level.place, name)
 
 
-def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
+def _parse_filtered_values(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
     """A setting as filters and numbers; None filters nothing."""
     conditions = setting if isinstance(setting, list) else [setting]
     if not any(isinstance(condition, dict) for condition in conditions):
-        return [(None, _value(setting, where, name, turn))]
+        return [(None, _parse_value(setting, where, name, turn))]
     entries: list[Entry] = []
     for condition in conditions:
         if not isinstance(condition, dict) or not {"value"} <= set(condition) <= {"value", "filter"}:
@@ -94,20 +94,20 @@ def _entries(setting: Any, where: str, name: str, turn: Turn) -> list[Entry]:
         part = condition.get("filter")
         if not isinstance(part, str | None):
             raise MagMaxError(f"{where}: a filter of {name} is a part of tensor names, not {part!r}")
-        entries.append((None if part == "*" else part, _value(condition["value"], where, name, turn)))
+        entries.append((None if part == "*" else part, _parse_value(condition["value"], where, name, turn)))
     return entries
 
 
-def _value(value: Any, where: str, name: str, turn: Turn) -> float | Layers:
+def _parse_value(value: Any, where: str, name: str, turn: Turn) -> float | Layers:
     if not isinstance(value, list):
-        return turn(_number(value, where, name))
+        return turn(_parse_number(value, where, name))
     if not value:
         raise MagMaxError(f"{where}: {name} is an empty list; give it a number")
-    numbers = tuple(turn(_number(item, where, name)) for item in value)
+    numbers = tuple(turn(_parse_number(item, where, name)) for item in value)
     return numbers[0] if len(numbers) == 1 else Layers(numbers, outside="first")
 
 
-def _number(value: Any, where: str, name: str) -> float:
+def _parse_number(value: Any, where: str, name: str) -> float:
     """A number; text such as 1e-5, which YAML takes for a word, is one too."""
     try:
         if isinstance(value, bool):
@@ -117,14 +117,14 @@ def _number(value: Any, where: str, name: str) -> float:
         raise MagMaxError(f"{where}: {name} needs a number, not {value!r}") from error
 
 
-def _constant(value: Any, default: Kind, where: str, name: str) -> Kind:
+def _parse_constant(value: Any, default: Kind, where: str, name: str) -> Kind:
     if isinstance(value, list | dict):
         raise MagMaxError(f"{where}: not supported here: {name} by layer or tensor; give one value for all")
     if isinstance(default, bool):
         if value in (True, False):
             return bool(value)  # pyright: ignore[reportReturnType]
         raise MagMaxError(f"{where}: {name} is true or false, not {value!r}")
-    number = _number(value, where, name)
+    number = _parse_number(value, where, name)
     if isinstance(default, int):
         if number != int(number):
             raise MagMaxError(f"{where}: {name} needs a whole number, not {value!r}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT_CONFIG = ConfigDict(extra="forbid", strict=True)
 
 
 def _parse_reference(value: Any) -> Any:
@@ -39,7 +39,7 @@ Settings = dict[str, Any]
 class MergekitModel(BaseModel):
     """A model, the range of its layers (the second number excluded), and its parameters."""
 
-    model_config = STRICT
+    model_config = STRICT_CONFIG
     model: Reference
     layer_range: list[int] | None = None
     parameters: Settings | None = None
@@ -48,7 +48,7 @@ class MergekitModel(BaseModel):
 class MergekitSlice(BaseModel):
     """Layers of the output, and where they come from."""
 
-    model_config = STRICT
+    model_config = STRICT_CONFIG
     sources: list[MergekitModel]
     base_model: Reference | None = None
     parameters: Settings | None = None
@@ -57,7 +57,7 @@ class MergekitSlice(BaseModel):
 class MergekitRecipe(BaseModel):
     """A whole recipe."""
 
-    model_config = STRICT
+    model_config = STRICT_CONFIG
     merge_method: str
     base_model: Reference | None = None
     models: list[MergekitModel] | None = None

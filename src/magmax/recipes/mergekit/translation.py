@@ -16,11 +16,11 @@ from ...rules import nearest_hint
 from ...yaml_documents import YamlDocument, parse_yaml, validate
 from ..request import MergeRequest
 from .architecture_checks import ArchitectureCheck
-from .methods import ELSEWHERE, METHODS, PARAMETERS, MergekitMethod
+from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, MergekitMethod
 from .parameters import ParameterLevel, ParameterLookup
 from .schema import MergekitModel, MergekitRecipe, valid_keys
 
-OURS = ("out", "mismatch", "allow_nonfinite")
+MAGMAX_KEYS = ("out", "mismatch", "allow_nonfinite")
 """What assignments and flags may say beyond mergekit's own keys."""
 
 
@@ -44,14 +44,14 @@ def build_request(
         MagMaxError: unknown keys and parameters, values that do not fit, models that are nowhere, and everything of
             mergekit's that has no equal here: each with its line, all that can be seen at once.
     """
-    content, ours = _assigned(document.content, overrides, flags)
+    content, ours = _apply_overrides(document.content, overrides, flags)
     recipe = validate(
         MergekitRecipe, YamlDocument(document.file, content, document.lines), "a merge recipe of mergekit", valid_keys
     )
     return _Translation(document, recipe, folder).request(ours)
 
 
-def _assigned(
+def _apply_overrides(
     content: Mapping[str, Any], overrides: Sequence[str], flags: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's content with the assignments and flags put in, and those that are ours."""
@@ -59,17 +59,17 @@ def _assigned(
     for word in overrides:
         name, _, text = word.partition("=")
         value, (head, *rest) = parse_yaml(text, word), name.split(".")
-        if name in OURS:
+        if name in MAGMAX_KEYS:
             ours[name] = value
         elif head == "parameters" and len(rest) == 1:
             theirs["parameters"] = {**(theirs.get("parameters") or {}), rest[0]: value}
         elif name in MergekitRecipe.model_fields and name not in ("models", "slices"):
             theirs[name] = value
         else:
-            options = [*MergekitRecipe.model_fields, *OURS, *(f"parameters.{p}" for p in PARAMETERS)]
+            options = [*MergekitRecipe.model_fields, *MAGMAX_KEYS, *(f"parameters.{p}" for p in ALL_PARAMETERS)]
             raise MagMaxError(f"cannot set {name} of a mergekit recipe; {nearest_hint(name, options)}")
     for name, value in flags.items():
-        if name in OURS:
+        if name in MAGMAX_KEYS:
             ours[name] = value
         elif name == "dtype":
             theirs["out_dtype"] = value
@@ -124,13 +124,12 @@ class _Translation:
 
     def _method(self) -> MergekitMethod:
         name, where = self.recipe.merge_method, self.document.locate("merge_method")
-        if name in ELSEWHERE:
-            raise MagMaxError(f"{where}: not supported here: merge_method {name}; {ELSEWHERE[name]}")
-        if name not in METHODS:
-            raise MagMaxError(
-                f"{where}: there is no merge_method {name!r}; {nearest_hint(name, [*METHODS, *ELSEWHERE])}"
-            )
-        return METHODS[name]
+        if name in UNSUPPORTED_METHODS:
+            raise MagMaxError(f"{where}: not supported here: merge_method {name}; {UNSUPPORTED_METHODS[name]}")
+        if name not in MERGE_METHODS:
+            hint = nearest_hint(name, [*MERGE_METHODS, *UNSUPPORTED_METHODS])
+            raise MagMaxError(f"{where}: there is no merge_method {name!r}; {hint}")
+        return MERGE_METHODS[name]
 
     def _inputs(self) -> tuple[dict[tuple[str | int, ...], MergekitModel], list[ParameterLevel], str | None]:
         """The models by their place, the levels of parameters that they share, and the base, if there is one."""
@@ -169,10 +168,10 @@ class _Translation:
         """Unknown parameters are problems; those that have no effect in mergekit either are notes."""
         for name, value in level.settings.items():
             where = self.document.locate(*level.place, name)
-            if name not in PARAMETERS:
+            if name not in ALL_PARAMETERS:
                 options = list({**method.shared, **method.own})
                 self.problems.append(
-                    f"{where}: unknown parameter {name!r}; {nearest_hint(name, options or PARAMETERS)}"
+                    f"{where}: unknown parameter {name!r}; {nearest_hint(name, options or ALL_PARAMETERS)}"
                 )
             elif name == "int8_mask" and value:
                 self.notes.append(f"{where}: int8_mask saves memory in mergekit, and changes nothing here")

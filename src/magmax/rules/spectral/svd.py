@@ -13,9 +13,9 @@ from ...errors import MagMaxError
 from ..contract import Rule, divide_in_place
 from ..statistics import Array, Block, Statistics, namespace
 
-LARGEST_DIMENSION = 1e38
+LARGEST_MAGNITUDE = 1e38
 """A number that float32 can hold, that no weight comes near, and whose square is still a float64."""
-ACCURATE = 1e-6
+MIN_SQUARE_RATIO = 1e-6
 """The least ratio of squared singular values at which those of A are taken from the eigenvalues of A A^T."""
 
 
@@ -45,10 +45,10 @@ class SpectralRule(Rule):
         xp = namespace(first)
         if shape is None or len(shape) != 2 or 0 in shape:
             return mean(block.task_vectors)
-        if not all(bool(xp.all(abs(delta) < LARGEST_DIMENSION)) for delta in block.task_vectors):
+        if not all(bool(xp.all(abs(delta) < LARGEST_MAGNITUDE)) for delta in block.task_vectors):
             raise MagMaxError(
                 f"{block.address.key}: {self.name} takes singular values, not of NaN, infinity or above "
-                f"{LARGEST_DIMENSION:g}"
+                f"{LARGEST_MAGNITUDE:g}"
             )
         size = 0.0 if block.base is None else norm(block.base)
         noises = [
@@ -105,19 +105,19 @@ def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> t
         return xp.matrix_transpose(uh), s, xp.matrix_transpose(v)
     if count == 0 or rows == 0:
         return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
-    u, s, vh = _from_squares(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = _svd_from_gram(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
     least = max(noise, columns * float(np.finfo(np.float64).eps) * float(s[0]))
     rank = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
     u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :rank], s[:rank], vh[:rank, :]))  # not views of all
     return u, s, vh
 
 
-def _from_squares(matrix: Array, count: int) -> tuple[Array, Array, Array] | None:
+def _svd_from_gram(matrix: Array, count: int) -> tuple[Array, Array, Array] | None:
     """The same from the eigenvalues of A A^T, which is several times faster; None where it would be inaccurate."""
     xp = namespace(matrix)
     squares, u = xp.linalg.eigh(matrix @ xp.matrix_transpose(matrix))
     squares, u = xp.flip(squares)[:count], xp.flip(u[:, -count:], axis=1)
-    if not float(squares[-1]) > ACCURATE * float(squares[0]):
+    if not float(squares[-1]) > MIN_SQUARE_RATIO * float(squares[0]):
         return None
     s = xp.sqrt(squares)
     vh = xp.matrix_transpose(u) @ matrix

@@ -54,7 +54,7 @@ class Breadcrumbs(TaskVectorTransform):
         dropped = [min(outliers, scope.elements - keep) for keep, outliers in counts]
         reached = [outliers + keep for outliers, (keep, _) in zip(dropped, counts, strict=True)]
         twice = Scope(2 * scope.tasks, scope.elements, scope.float64)
-        cuts = yield from through(request_largest([*dropped, *reached], twice), _doubled)
+        cuts = yield from through(request_largest([*dropped, *reached], twice), _repeat_task_vectors)
         return list(zip(cuts[: scope.tasks], cuts[scope.tasks :], strict=True))
 
     def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
@@ -65,6 +65,6 @@ class Breadcrumbs(TaskVectorTransform):
         return task_vector
 
 
-def _doubled(block: Block) -> Block:
+def _repeat_task_vectors(block: Block) -> Block:
     """The block with every task vector twice, so that two cuts of each are found at once; counting changes none."""
     return Block(block.address, [*block.task_vectors, *block.task_vectors])

@@ -19,10 +19,12 @@ from ..statistics import Array, Block, Scope, Statistics, StatisticsRequest, Sum
 from .sensitive_tensors import read_sensitivity
 
 EPSILON = 1e-8
-LARGEST = 1e38
-CORRELATED = 0.1
+MAX_COEFFICIENT = 1e38
+MAX_MEAN_COSINE = 0.1
 """The mean cosine of task vectors above which the ellipsoid's supposition does not hold: it is then a third off."""
-APART = re.compile(r"(?<!un)emb(?!ed_out)|wte|wpe|shared\.|position|relative_attention_bias|token|norm|\bln_")
+UNCALIBRATED_PATTERN = re.compile(
+    r"(?<!un)emb(?!ed_out)|wte|wpe|shared\.|position|relative_attention_bias|token|norm|\bln_"
+)
 """What names embeddings and norms have."""
 
 
@@ -133,7 +135,7 @@ class CalibrateWeights(MergedTransform):
                 inner = (a[:, :, None] * dots[:, :-1, :-1] * a[:, None, :]).sum(axis=(1, 2))
                 across = np.maximum(size**2 - 2 * (a * along).sum(axis=1) + inner, 0)
                 xi = 1 / np.sqrt((a**2).sum(axis=1) + across / (mean**2 + EPSILON) + EPSILON)
-        return np.where((size > 0) & (xi < LARGEST), xi, 1.0)
+        return np.where((size > 0) & (xi < MAX_COEFFICIENT), xi, 1.0)
 
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
         vectors = {key: measures for answer in all_statistics for key, measures in answer.vectors.items()}
@@ -146,7 +148,7 @@ class CalibrateWeights(MergedTransform):
             else {}
         )
         mean = math.fsum(means.values()) / max(1, len(means))
-        if mean > CORRELATED:
+        if mean > MAX_MEAN_COSINE:
             most = max(means, key=lambda key: means[key])
             sentences.append(
                 f"{self.name}: the ellipsoid supposes orthogonal task vectors, and their mean cosine is {mean:.2f} "
@@ -161,4 +163,4 @@ def is_calibrated(key: str, shape: Sequence[int]) -> bool:
     """
     if 0 in shape:
         return False
-    return len(shape) > 3 or (len(shape) > 1 and APART.search(key.lower()) is None)
+    return len(shape) > 3 or (len(shape) > 1 and UNCALIBRATED_PATTERN.search(key.lower()) is None)

@@ -54,10 +54,10 @@ class Sensitivity:
     sensitive: Sequence[str]
 
     def __post_init__(self) -> None:
-        if problem := self._problem():
+        if problem := self._find_problem():
             raise MagMaxError(f"not a sensitivity: {problem}")
 
-    def _problem(self) -> str | None:
+    def _find_problem(self) -> str | None:
         for key, (drop, noise) in self.drops.items():
             if not (math.isfinite(drop) and math.isfinite(noise) and noise >= 0):
                 return f"{key} has drop {drop} and noise {noise}; a drop is a finite number, a noise one of at least 0"

@@ -15,7 +15,7 @@ from ..statistics import Address, Array, Block, Counts, Reduction, namespace
 
 Codes = Sequence[NDArray[Any]]
 Winners = NDArray[np.int16]
-PIECE = 1 << 15
+SLICE_LENGTH = 1 << 15
 """How many elements are worked on at once, so that they stay in the processor's cache."""
 
 
@@ -48,10 +48,10 @@ def moved_mask(codes: Codes) -> NDArray[np.bool_]:
 def split_block(block: Block) -> Generator[tuple[Address, list[NDArray[Any]]]]:
     """The block's task vectors, a part at a time, each with its address."""
     deltas = [np.asarray(delta).reshape(-1) for delta in block.task_vectors]
-    for start in range(0, len(deltas[0]), PIECE):
+    for start in range(0, len(deltas[0]), SLICE_LENGTH):
         yield (
             Address(block.address.key, block.address.offset + start),
-            [delta[start : start + PIECE] for delta in deltas],
+            [delta[start : start + SLICE_LENGTH] for delta in deltas],
         )
 
 

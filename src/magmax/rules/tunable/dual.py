@@ -15,7 +15,7 @@ from ..statistics import Address, Block
 from .assignment import Winners, split_block
 from .transport import Floats, Places, best_rows
 
-LARGEST = 1e300
+MAX_MAGNITUDE = 1e300
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class PricedAssignment:
         """Some of the elements that begin at an address."""
         magnitudes = np.empty((len(self.among), len(spots)))
         for row, task in zip(magnitudes, self.among, strict=True):
-            np.fmin(np.abs(task_vectors[task][spots], out=row), LARGEST, out=row)
+            np.fmin(np.abs(task_vectors[task][spots], out=row), MAX_MAGNITUDE, out=row)
         return Candidates(magnitudes, words[spots], spots + address.offset)
 
     def net(self, columns: Candidates) -> Floats:

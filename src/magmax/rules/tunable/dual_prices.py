@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..statistics import Address, Block, Counts, Reduction
 from .assignment import Winners, codes_of, moved_mask, split_block, take_from_winners
-from .dual import LARGEST, Candidates, PricedAssignment
+from .dual import MAX_MAGNITUDE, Candidates, PricedAssignment
 from .transport import (
     Floats,
     Places,
@@ -35,18 +35,18 @@ ROOM = 1 << 21
 LEAST_ROOM = 1 << 18
 COPIES = 8
 """How often these are in memory, in one shape or another."""
-ROUNDS = 10
-DAMP = 0.5
+MAX_ROUNDS = 10
+DAMPING = 0.5
 """The part of a change of prices that is made at once, where it goes beyond what is known."""
-MOST_MOVES = 1000
+MAX_MOVES = 1000
 """How many elements are moved one by one from a task to another, at most."""
-NEGLIGIBLE = 1e-8
+NEGLIGIBLE_GAP = 1e-8
 """A gap at which a choice is taken though a better one may be found."""
-ZOOM = 16
+NARROWING_FACTOR = 16
 """How many times fewer elements count as undecided from one round to the next."""
-TINY = 2.0**-30
+RELATIVE_TIE_BREAK = 2.0**-30
 """How far equal magnitudes are moved apart, as a part of a typical one."""
-SAMPLER = 0x9E3779B1
+SAMPLE_MULTIPLIER = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class UndecidedReduction(Reduction):
 
 
 def _sample_mask(words: NDArray[np.uint32], rate: float) -> NDArray[np.bool_]:
-    return words * np.uint32(SAMPLER) <= rate * ((1 << 32) - 1)
+    return words * np.uint32(SAMPLE_MULTIPLIER) <= rate * ((1 << 32) - 1)
 
 
 class UndecidedElements(NamedTuple):
@@ -177,7 +177,7 @@ def request_prices(
     state = PricedAssignment(among, [0.0] * tasks, 0.0, seed, {})
     windows, rate = np.full((tasks, tasks), np.inf), min(1.0, room / sum(wanted))
     best: PricedAssignment | None = None
-    for left in reversed(range(ROUNDS)):
+    for left in reversed(range(MAX_ROUNDS)):
         undecided = UndecidedElements.read((yield UndecidedReduction(state, windows, rate)), tasks)
         if len(undecided.keys) > 2 * room and left:
             rate = room / undecided.near
@@ -188,7 +188,7 @@ def request_prices(
         share = quota - undecided.clear
         if rate == 1 and share.min() >= 0:
             prices = balance_prices(worth, share, old)
-            if not left or count_misplaced(worth, share, prices) <= MOST_MOVES:
+            if not left or count_misplaced(worth, share, prices) <= MAX_MOVES:
                 shift = prices - old
                 prices, at = solve_exactly(worth, share, prices, windows - (shift[:, None] - shift))
                 if _order_holds(prices - old, windows).all():
@@ -196,16 +196,16 @@ def request_prices(
                 best = _better_assignment(
                     best, _final_assignment(state, undecided, worth - old[:, None], old, at, share)
                 )
-                if best.gap < NEGLIGIBLE:
+                if best.gap < NEGLIGIBLE_GAP:
                     return best
         else:
             prices = balance_prices(worth, share.clip(0) * (worth.shape[1] / share.clip(0).sum()), old)
         if np.isfinite(windows).all():
-            prices = old + largest_safe_shift((prices - old) * DAMP, windows)
+            prices = old + largest_safe_shift((prices - old) * DAMPING, windows)
         state = replace(state, prices=prices.tolist())
         near = undecided.near
         if near > 0.9 * room:
-            part = 0.9 * room / near if near < 2 * ZOOM * room else 1 / ZOOM
+            part = 0.9 * room / near if near < 2 * NARROWING_FACTOR * room else 1 / NARROWING_FACTOR
             net, sound = worth - prices[:, None], _order_holds(prices - old, windows)
             windows = np.where(sound, narrow_windows(net, windows, part), windows)
             near *= part if sound.all() else float(find_undecided(net, windows)[1].mean())
@@ -242,7 +242,7 @@ def _order_holds(shift: Floats, windows: Floats) -> NDArray[np.bool_]:
 def tie_breaker(magnitudes: Floats) -> float:
     """The most that equal magnitudes are moved apart: a power of two, far below a typical magnitude."""
     typical = float(np.median(magnitudes.max(axis=0))) if magnitudes.size else 0.0
-    return TINY * 2.0 ** math.frexp(min(typical, LARGEST))[1]
+    return RELATIVE_TIE_BREAK * 2.0 ** math.frexp(min(typical, MAX_MAGNITUDE))[1]
 
 
 def _final_assignment(

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ...errors import MagMaxError
 
-MOST = 1e300
+MAX_WEIGHT = 1e300
 Weights = tuple[float, ...]
 NamedWeights = tuple[tuple[str, float], ...]
 
@@ -22,29 +22,29 @@ def parse_weights(content: Any) -> Weights | NamedWeights:
     """
     if isinstance(content, Mapping):
         named = cast("Mapping[Any, Any]", content)
-        pairs = tuple((str(name), _weight(weight, f"{name}: ")) for name, weight in named.items())
-        _some([weight for _, weight in pairs])
+        pairs = tuple((str(name), _check_weight(weight, f"{name}: ")) for name, weight in named.items())
+        _require_positive([weight for _, weight in pairs])
         return pairs
     if not isinstance(content, Sequence) or isinstance(content, str):
         raise MagMaxError(f"a preference is a list of weights or a map of names to weights, not {content!r}")
     items = list(cast("Sequence[Any]", content))
     if items and all(isinstance(item, tuple | list) for item in items):
         return parse_weights({str(name): weight for name, weight in items})
-    weights = tuple(_weight(weight, f"number {n}: ") for n, weight in enumerate(items, start=1))
+    weights = tuple(_check_weight(weight, f"number {n}: ") for n, weight in enumerate(items, start=1))
     if weights:
-        _some(weights)
+        _require_positive(weights)
     return weights
 
 
-def _weight(weight: Any, where: str) -> float:
-    if type(weight) not in (int, float) or not 0 <= weight <= MOST:
+def _check_weight(weight: Any, where: str) -> float:
+    if type(weight) not in (int, float) or not 0 <= weight <= MAX_WEIGHT:
         raise MagMaxError(
             f"a preference needs weights that are finite numbers, 0 or more; {where}{reprlib.repr(weight)} is not"
         )
     return float(weight)
 
 
-def _some(weights: Sequence[float]) -> None:
+def _require_positive(weights: Sequence[float]) -> None:
     if not any(weights):
         raise MagMaxError("a preference needs a weight above 0; all of these are 0")
 

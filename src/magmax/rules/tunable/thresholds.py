@@ -36,14 +36,14 @@ class StepThreshold(NamedTuple):
         return -self.key, self.last or Address("", -1)
 
 
-EVERY, NONE = StepThreshold(-1), StepThreshold((1 << 63) - 1)
+KEEP_ALL, NONE = StepThreshold(-1), StepThreshold((1 << 63) - 1)
 
 
 class ThresholdWindow(NamedTuple):
     """The window of a threshold: the members that surely stay, and those that possibly do."""
 
     surely_kept: StepThreshold = NONE
-    possibly_kept: StepThreshold = EVERY
+    possibly_kept: StepThreshold = KEEP_ALL
 
 
 class CascadeSteps(ABC):
@@ -68,10 +68,10 @@ class WindowSteps(CascadeSteps):
     def __init__(
         self, windows: Sequence[ThresholdWindow], address: Address, counts: NDArray[np.int64] | None = None
     ) -> None:
-        self._windows, self._at, self.counts = windows, address, counts
+        self._windows, self._address, self.counts = windows, address, counts
 
     def all_stay(self, step: int, members: Mask) -> bool:
-        if self._windows[step].surely_kept != EVERY:
+        if self._windows[step].surely_kept != KEEP_ALL:
             return False
         if self.counts is not None:
             self.counts[step, 0] += np.count_nonzero(members)
@@ -79,8 +79,12 @@ class WindowSteps(CascadeSteps):
 
     def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
         window = self._windows[step]
-        sure = window.surely_kept.keeps(keys, spots, self._at)
-        most = sure if window.possibly_kept == window.surely_kept else window.possibly_kept.keeps(keys, spots, self._at)
+        sure = window.surely_kept.keeps(keys, spots, self._address)
+        most = (
+            sure
+            if window.possibly_kept == window.surely_kept
+            else window.possibly_kept.keeps(keys, spots, self._address)
+        )
         if self.counts is not None:
             self.counts[step] += np.count_nonzero(sure), np.count_nonzero(~most)
         return sure, most

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Places = NDArray[np.intp]
 
-SWEEPS = 60
-COARSE = (64, 8, 1)
+MAX_SWEEPS = 60
+SAMPLING_STEPS = (64, 8, 1)
 """Prices are first found on every 64th element, then on every 8th."""
 
 
@@ -34,14 +34,14 @@ def balance_prices(worth: Floats, wanted: NDArray[Any], prices: Floats) -> Float
     sums and differences are used, so that every machine finds the same.
     """
     prices = prices.copy()
-    for step in COARSE:
+    for step in SAMPLING_STEPS:
         part = worth[:, ::step]
         if part.shape[1] < 64 * len(worth) and step > 1:
             continue
         counts = np.rint(wanted * (part.shape[1] / worth.shape[1])).astype(np.int64)
         least, best_prices = None, prices
         stale = 0
-        for _ in range(SWEEPS):
+        for _ in range(MAX_SWEEPS):
             prices = _sweep_prices(part, counts, prices)
             off = int(np.abs(np.bincount(best_rows(part - prices[:, None]), minlength=len(worth)) - counts).sum())
             stale = stale + 1 if least is not None and off >= least else 0
@@ -144,23 +144,23 @@ def solve_exactly(worth: Floats, wanted: NDArray[np.int64], prices: Floats, reac
     at = best_rows(worth - prices[:, None])
     surplus = np.bincount(at, minlength=len(worth)) - wanted
     moves = int(surplus.clip(0).sum())
-    columns = _candidates(worth, at, moves)
+    columns = _candidate_moves(worth, at, moves)
     near, spot = worth[:, columns], at[columns]
-    costs, movers = _costs(near, spot, prices)
+    costs, movers = _move_costs(near, spot, prices)
     for _ in range(moves):
         chain = _cheapest_path(costs, surplus)
         for task, other in pairwise(chain):
             spot[movers[task, other]] = other
         surplus[chain[0]] -= 1
         surplus[chain[-1]] += 1
-        costs, movers = _costs(near, spot, prices)
+        costs, movers = _move_costs(near, spot, prices)
     at[columns] = spot
     change = _potentials(np.minimum(costs, reach))
     within = (change[:, None] - change <= costs).all()
     return prices + (change if within else _potentials(costs)), at
 
 
-def _candidates(worth: Floats, at: Places, moves: int) -> Places:
+def _candidate_moves(worth: Floats, at: Places, moves: int) -> Places:
     """For each ordered pair of tasks the elements that may have to move, as many as there are moves and one."""
     candidates: set[int] = set()
     for task in range(len(worth)):
@@ -173,7 +173,7 @@ def _candidates(worth: Floats, at: Places, moves: int) -> Places:
     return np.array(sorted(candidates), np.intp)
 
 
-def _costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
+def _move_costs(worth: Floats, at: Places, prices: Floats) -> tuple[Floats, Places]:
     """For each ordered pair of tasks the least loss of moving an element from one to the other, and that element."""
     tasks = len(worth)
     costs, movers = np.full((tasks, tasks), np.inf), np.zeros((tasks, tasks), np.intp)

@@ -20,7 +20,7 @@ from ..random import random_words
 from ..statistics import Address, Block, Counts, Reduction
 from .assignment import split_block
 from .cascade import Cascade, CascadeElements
-from .thresholds import EVERY, NONE, CascadeSteps, Keys, Mask, Places, StepThreshold, ThresholdWindow, WindowSteps
+from .thresholds import KEEP_ALL, NONE, CascadeSteps, Keys, Mask, Places, StepThreshold, ThresholdWindow, WindowSteps
 
 ROOM = 1 << 23
 """Words of 32 bits held at once."""
@@ -28,7 +28,7 @@ LEAST = 1 << 17
 """Elements held at once, at least, however many words each of them takes."""
 COPIES = 4
 """How often these are in memory, in one shape or another."""
-ROUNDS = 16
+MAX_ROUNDS = 16
 MARGIN = 3.0
 """A margin, in roots of the number of elements that a guess rests on."""
 
@@ -149,31 +149,31 @@ class GuessedSteps(CascadeSteps):
         rate: float,
         margin: float,
     ) -> None:
-        self._found, self._wanted, self._rate, self._margin = elements, wanted, rate, margin
+        self._found, self._quotas, self._rate, self._margin = elements, wanted, rate, margin
         self.windows = list(windows)
         self.open = np.zeros(len(elements.offsets), np.bool_)
         self.failed = False
-        self._short: dict[int, float] = {}
-        self._sated: set[int] = set()
-        self._gone = 0
+        self._shortfalls: dict[int, float] = {}
+        self._met_quotas: set[int] = set()
+        self._released_count = 0
 
     def all_stay(self, step: int, members: Mask) -> bool:
         return False
 
     def cut(self, step: int, keys: Keys, spots: Places) -> tuple[Mask, Mask]:
-        tasks = len(self._wanted)
+        tasks = len(self._quotas)
         releases = step < tasks
         row = tasks - 1 - step if releases else 1 + (step - tasks) % (tasks - 1)
         stay, go = self._found.counts[step].tolist()
         members = stay + go + len(keys) / self._rate
-        keep = self._wanted[row] if releases else self._short[row]
-        share = self._gone / (row + 1 if releases else tasks - 1)
-        off = 0 if self._rate == 1 or row in self._sated else self._margin * math.sqrt(len(keys) + share) + 8
-        self._short[row] = max(0, keep - members)
+        keep = self._quotas[row] if releases else self._shortfalls[row]
+        share = self._released_count / (row + 1 if releases else tasks - 1)
+        off = 0 if self._rate == 1 or row in self._met_quotas else self._margin * math.sqrt(len(keys) + share) + 8
+        self._shortfalls[row] = max(0, keep - members)
         if (members - keep) * self._rate > off:
-            self._sated.add(row)
+            self._met_quotas.add(row)
         rank, old = (keep - stay) * self._rate, self.windows[step]
-        least, most = (int(np.count_nonzero(self._kept(cut, keys, spots))) for cut in old)
+        least, most = (int(np.count_nonzero(self._keep_mask(cut, keys, spots))) for cut in old)
         self.failed |= (stay > 0 and rank < least - off) or (go > 0 and rank > most + off)
 
         def cut_at(rank: float) -> StepThreshold:
@@ -183,24 +183,26 @@ class GuessedSteps(CascadeSteps):
                 return old.possibly_kept
             return self._largest(math.floor(rank), keys, spots)
 
-        guess = self._kept(cut_at(round(rank)), keys, spots)
+        guess = self._keep_mask(cut_at(round(rank)), keys, spots)
         self.windows[step] = window = ThresholdWindow(cut_at(rank - off), cut_at(rank + off))
         self.open[
-            spots[self._kept(window.possibly_kept, keys, spots) & ~self._kept(window.surely_kept, keys, spots)]
+            spots[
+                self._keep_mask(window.possibly_kept, keys, spots) & ~self._keep_mask(window.surely_kept, keys, spots)
+            ]
         ] = True
         if releases:
-            self._gone += int(np.count_nonzero(~guess))
+            self._released_count += int(np.count_nonzero(~guess))
         return guess, guess
 
     def _largest(self, rank: int, keys: Keys, spots: Places) -> StepThreshold:
         """The cut above which so many members are; of equal keys the first."""
         if not 0 < rank < len(keys):
-            return NONE if rank <= 0 else EVERY
+            return NONE if rank <= 0 else KEEP_ALL
         key = int(np.partition(keys, len(keys) - rank)[len(keys) - rank])
         above = np.count_nonzero(keys > key)
         return StepThreshold(key, self._found.address(int(spots[np.flatnonzero(keys == key)[rank - above - 1]])))
 
-    def _kept(self, cut: StepThreshold, keys: Keys, spots: Places) -> Mask:
+    def _keep_mask(self, cut: StepThreshold, keys: Keys, spots: Places) -> Mask:
         mask = keys > cut.key
         if cut.last is not None:
             mask |= (keys == cut.key) & (spots < self._found.upto(cut.last))
@@ -213,7 +215,7 @@ def request_windows(replay: Cascade, wanted: Sequence[int]) -> Generator[Reducti
     words = _words_per_element(len(wanted), replay.at_random, replay.float64)
     room, total, margin = max(LEAST, ROOM // words), sum(wanted), MARGIN
     replay, rate = replace(replay, windows=unknown), min(1.0, room / total)
-    for left in reversed(range(ROUNDS)):
+    for left in reversed(range(MAX_ROUNDS)):
         elements = SampledElements.read((yield UndecidedSteps(replay, rate)), replay)
         guess = GuessedSteps(elements, replay.windows, wanted, rate, margin)
         replay.run_steps(elements.elements, guess)
