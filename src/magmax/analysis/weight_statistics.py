@@ -199,7 +199,7 @@ def collect_weight_statistics(
     """Count over all tensors that the base and every model have, in constant memory; the others are left out.
 
     Args:
-        names: of the models.
+        task_names: of the models.
         top: count only this fraction of each task vector, its entries of largest magnitude over the whole model, as if
             the others were zero.
 

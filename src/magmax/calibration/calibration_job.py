@@ -33,7 +33,7 @@ def calibrate_job(
     """The work of folding coefficients into a merged checkpoint; what is not named in them keeps its bytes.
 
     Args:
-        told: what provenance tells of how the coefficients came about; their digest is added.
+        provenance: how the coefficients were computed; their digest is added.
         options: of these, mismatch.
 
     Raises:

@@ -37,7 +37,7 @@ class FeatureOptions:
             "merged": from the merged model as it was given.
         sensitive: keys of tensors whose coefficient may not exceed 1; if there are any, that of every other tensor may
             not be below 1. None: no limits.
-        mismatch: as in `Options`; what a model has not is left alone.
+        mismatch: as in `OutputOptions`; what a model has not is left alone.
         any_model: calibrate even what does not look like a merge of the models.
     """
 

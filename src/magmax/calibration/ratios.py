@@ -17,7 +17,8 @@ class RatioStatistics:
 
     Attributes:
         ratios: by task and sample, the sum of ||F_k|| / ||F_m|| over places where F_m is not zero, and their number.
-        own, merged: by task, the sum of ||F_k||, and of ||F_m|| on that task's samples, and the number of places.
+        task_magnitudes, merged: by task, the sum of ||F_k||, and of ||F_m|| on that task's samples, and the number of
+            places.
         places: by task, at each place of a call the sum of the ratio, and how many samples have it.
     """
 

@@ -77,7 +77,7 @@ class Checkpoint(ABC):
         """File -> its size, its time or ETag, and the digest of its header: these tell that it is unchanged.
 
         Args:
-            again: ask another machine once more, instead of telling what it said when the file was opened.
+            refresh: ask another machine again, instead of taking what it answered when the file was opened.
         """
         fingerprints: dict[str, list[object]] = {}
         for path, header in zip(self.files(), self.header_digests(), strict=True):
@@ -93,7 +93,7 @@ class Checkpoint(ABC):
         return 0
 
     def release_prefetched(self, key: str, start: int, stop: int) -> int:
-        """Give up what `hold` kept, once for each time; returns the bytes of memory that this frees."""
+        """Give up what `prefetch` kept, once for each call of it; returns the bytes of memory that this frees."""
         return 0
 
     def spec(self, key: str) -> TensorSpec:

@@ -64,16 +64,16 @@ def choose_preference(
     """The source of preferences, at some temperature, that does best on samples which it did not see.
 
     Each half of the samples makes preferences that are scored on the other half. The objective is the mean score over
-    all samples, less pull * |w - own|^2; w, and what is returned, is made of all samples.
+    all samples, less pull * |w - magmax_shares|^2; w, and what is returned, is made of all samples.
 
     Args:
-        candidates: preferences by the name of their source (label, ot, cos, mmd ...), made of the samples at these
-            places. A source that lacks from a half is not tried; "uniform" and "magmax" (the own counts) always are.
-        own: MagMax's own shares, towards which the pull is.
+        make_candidates: preferences by the name of their source (label, ot, cos, mmd ...), made of the samples at these
+            places. A source that lacks from a half is not tried; "uniform" and "magmax" (`magmax_shares`) always are.
+        magmax_shares: MagMax's own shares, towards which the pull is.
         score: what a merge with this preference is worth on each of the samples, such as the probability that it gives
             to the right class, which tells more from a few samples than whether they are right. It is asked once for
             each different preference.
-        count: how many samples there are.
+        num_samples: how many samples there are.
         seed: which samples are in which half.
         pull: how much an evident gain must exceed the distance from MagMax by. Of equal objectives the nearest wins.
 

@@ -52,8 +52,9 @@ def draw_environments(
     """Draw environments from test data, as many samples each as its mixture allows without taking one twice.
 
     Args:
-        task_of: the task (from 0) of each row of the test data; -1 for a row of none.
-        target: the part of each task's samples that is the target sample, at least one of each; the rest is scored.
+        task_ids: the task (from 0) of each row of the test data; -1 for a row of none.
+        target_fraction: the part of each task's samples that is the target sample, at least one of each; the rest is
+            scored.
 
     Raises:
         MagMaxError: fewer tasks than a mixture has, or fewer samples of a task than two.

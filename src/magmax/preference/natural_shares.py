@@ -25,7 +25,7 @@ def natural_shares(
     Args:
         base: a path, a state dict, a module or a checkpoint, as in `magmax.merge`.
         models: the same, one for each task.
-        mismatch: see `Options`; what the merge keeps of the base is not counted.
+        mismatch: see `OutputOptions`; what the merge keeps of the base is not counted.
         allow_nonfinite: count NaN and infinity as the largest magnitudes.
     """
     execution = execution or ExecutionOptions()

@@ -28,7 +28,7 @@ class Component(ABC):
     Attributes:
         name: the word for it in recipes and on the command line.
         paper: where it comes from.
-        numpy_alone: whether it takes arrays in the processor's memory only.
+        cpu_only: whether it takes arrays in the processor's memory only.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""The page: sliders in, accuracies out. It draws and listens; `tuner.py` does the work."""
+"""The page: sliders in, accuracies out. It draws and listens; `view_model.py` does the work."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def needed_files(names: Iterable[str], hub_id: HubId, download_index: Callable[[
 
     Args:
         names: all its files.
-        index: gives an index, downloaded.
+        download_index: downloads an index and returns its path.
 
     Raises:
         MagMaxError: none that hold weights, or several and no index.

@@ -145,7 +145,7 @@ class SafeUnpickler:
         label: what messages call the file.
         calls: functions to be called, by the name that the pickle gives them, beyond `PLAIN_CALLS`.
         inert: calls to be kept as records, beyond `INERT_CALLS`.
-        persistent: what a persistent id stands for.
+        persistent_load: returns what a persistent id stands for.
 
     Raises:
         MagMaxError: a call that is not in the tables; a pickle that is cut or corrupt.

@@ -193,7 +193,7 @@ def dtype_of(kind: Any) -> str:
 
 
 class TorchFile:
-    """The object in a torch file, with `Stored` where it has tensors.
+    """The object in a torch file, with `StoredTensor` where it has tensors.
 
     Args:
         file, begin, length: the bytes it takes, which may be a part of a file.

@@ -65,7 +65,7 @@ class EnvironmentsConfig(_StrictModel):
 
     Attributes:
         experiment: the recipe of `magmax bench` whose trainings are merged; relative to this one's file.
-        trainings: of these, the ones to merge.
+        training: of these, the ones to merge.
         seeds: of these, the ones to take; none means all.
         mixtures: kinds of environments, of `MIXTURES`.
         draws: environments of each kind, over tasks drawn at random.
@@ -77,7 +77,7 @@ class EnvironmentsConfig(_StrictModel):
             many draws of each of the mixtures.
         factors: scaling factors for the rules to choose from, on the training examples that were held out; beside
             their own defaults and 0.5. By default the experiment's. `tunable` takes what MagMax chose.
-        temperatures, pull: of `auto`; see `choose`.
+        temperatures, pull: of `auto`; see `choose_preference`.
         curves, samples, archive: the other questions; null for none.
     """
 
