@@ -5,10 +5,10 @@ options, and presets. For task t (from 0) and a tensor K of n elements, of which
 over the whole model are kept:
 
     t/kept/K     U8, ceil(n / 8)       a bit for each element, the first the most significant: whether it is kept
-    t/starts/K   I64, ceil(n / BLOCK)  how many entries are kept before each block of BLOCK elements
+    t/starts/K   I64, ceil(n / GROUP_SIZE)  how many entries are kept before each group of GROUP_SIZE elements
     t/values/K   I8, BF16, F32 or F64  the entries of tau_t that are kept, in order
-    t/scales/K   F32 or F64, ceil(n / BLOCK)  with 8 bits: an entry is value * scale of its block, in K's compute type,
-                                              which is the type of the scale
+    t/scales/K   F32 or F64, ceil(n / GROUP_SIZE)  with 8 bits: an entry is value * scale of its group, in K's compute
+                                                   type, which is the type of the scale
 
 With top = 1 everything is kept, and `kept` and `starts` are left out. Entries that are not kept count as zero.
 """

@@ -258,7 +258,7 @@ def divide_in_place(values: Array, by: float) -> None:
 
 
 def keeps_incumbent(incumbent: Array, challenger: Array) -> Array:
-    """All ones where |incumbent| > |challenger|, all zeros where the challenger wins or ties; all three are `bits`.
+    """All ones where |incumbent| > |challenger|, all zeros where the challenger wins or ties; all as integers.
 
     Magnitudes are compared as the integers their bits spell, an order equal to that of the numbers and in which NaN
     stands above infinity; selecting by a mask of bits is several times faster than `where`.
@@ -321,7 +321,7 @@ class TaskVectorTransform(Component):
 
     @abstractmethod
     def apply(self, task_vector: Array, task: int, address: Address, statistics: Statistics) -> Array:
-        """The transformed task vector of task number `task` (from 1); may overwrite `delta`."""
+        """The transformed task vector of task number `task` (from 1); may overwrite `task_vector`."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class AdapterMapping:
         return self._adapter.spec(self.replacements[key]) if key in self.replacements else self._base.specs[key]
 
     def _match(self) -> list[str]:
-        """Fill `copies` and `updates`; return all that cannot be used."""
+        """Fill `replacements` and `updates`; return all that cannot be used."""
         folder = self._adapter
         problems = list(folder.problems)
         names = _match_names(
