@@ -194,7 +194,7 @@ def rule_parts(rule: RuleSpec) -> RuleParts:
     """A rule as recipes write it, as names with their options, in order.
 
     >>> rule_parts([{"prune": {"density": 0.1}}, "magmax"])
-    [('prune', {'keep': 0.1}), ('magmax', {})]
+    [('prune', {'density': 0.1}), ('magmax', {})]
     """
     if isinstance(rule, str):
         return [(rule, {})]

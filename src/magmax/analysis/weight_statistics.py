@@ -103,8 +103,10 @@ class WeightStatistics:
 def layer_name(key: str) -> str:
     """The layer a tensor belongs to, from its name: up to its first number, else without its last part.
 
-    >>> layer_name("encoder.layer.3.attention.query.weight"), layer_name("embeddings.position.weight"),
-    layer_name("scale") ('encoder.layer.3', 'embeddings.position', 'scale')
+    >>> layer_name("encoder.layer.3.attention.query.weight"), layer_name("embeddings.position.weight")
+    ('encoder.layer.3', 'embeddings.position')
+    >>> layer_name("scale")
+    'scale'
     """
     parts = key.split(".")
     number = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
