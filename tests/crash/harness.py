@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from magmax.checkpoints import blocks, writer
+from magmax.checkpoints import blocks
 from magmax.errors import MagMaxError
 from magmax.merging import pipeline
 from magmax.rules import MagMax
@@ -123,7 +123,6 @@ class DiskMonitor:
             return fd
 
         vars(os)["open"] = watched_open
-        vars(writer)["open"] = _open_unbuffered
 
     def _wrap_call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **more: Any) -> Any:
@@ -152,34 +151,6 @@ class DiskMonitor:
         self.calls.append(call)
         self.fault.before(len(self.calls), call)
         return len(self.calls), call
-
-
-def _open_unbuffered(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-    """The writer's own `open`: what it writes goes to the disk by calls of `os`, without a buffer."""
-    if mode != "wb":
-        return builtins.open(path, mode, *rest, **more)
-    return _UnbufferedFile(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
-
-
-class _UnbufferedFile:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __enter__(self) -> _UnbufferedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def write(self, content: bytes) -> None:
-        while content:
-            content = content[os.write(self._fd, content) :]
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
-
-    def fileno(self) -> int:
-        return self._fd
 
 
 @dataclass(frozen=True)

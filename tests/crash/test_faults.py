@@ -27,8 +27,8 @@ from tests.crash.scenarios import (
 )
 from tests.crash.test_kills import completed, copied, prepared
 
-from magmax.checkpoints.journal import Journal
-from magmax.checkpoints.writer import OutputPath
+from magmax.checkpoints.journal import FolderLock, WorkingFolder
+from magmax.checkpoints.output_paths import LOCK_FILE
 from magmax.errors import MagMaxError
 
 NOBODY = 65534
@@ -158,21 +158,18 @@ def test_a_folder_that_turns_out_to_be_read_only_is_named(code: int, child: Fork
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
 def test_an_output_that_is_being_written_is_left_alone(out: str, child: ForkServer, tmp_path: Path) -> None:
     before, after, _ = prepared(child, tmp_path, write_inputs, merge, out)
-    holder = Journal(OutputPath(before / out).journal_path)
-    found = read_contents(before)
-    refusal = child(merge, before, out).error_message
-    assert "another magmax is writing this output" in refusal
-    assert str(before / out) in refusal
-    assert read_contents(before) == found
-    holder.close()
+    with WorkingFolder(before / out):
+        found = read_contents(before)
+        refusal = child(merge, before, out).error_message
+        assert refusal == f"{before / out}: another magmax is writing this output; wait for it to end"
+        assert read_contents(before) == found
     completed(child(merge, before, out))
     assert read_contents(before) == read_contents(after)
 
 
-def test_a_lock_on_a_journal_that_was_just_deleted_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening the journal and locking it, the process that held the lock ends its work and deletes it."""
-    path = tmp_path / "out.journal"
-    real, deletions = fcntl.flock, [path.unlink]
+def test_a_lock_on_a_file_that_was_just_deleted_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the lock's file and locking it, the process that held the lock ends its work and deletes it."""
+    real, deletions = fcntl.flock, [(tmp_path / LOCK_FILE).unlink]
 
     def late_lock(fd: int, how: int) -> None:
         if deletions:
@@ -180,11 +177,11 @@ def test_a_lock_on_a_journal_that_was_just_deleted_is_no_lock(tmp_path: Path, mo
         real(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", late_lock)
-    mine = Journal(path)
+    mine = FolderLock(tmp_path, tmp_path)
     with pytest.raises(MagMaxError, match="another magmax"):
-        Journal(path)
-    mine.remove()
-    assert not path.exists()
+        FolderLock(tmp_path, tmp_path)
+    mine.release()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])

@@ -23,7 +23,7 @@ from tests.crash.scenarios import (
     write_inputs,
 )
 
-from magmax.checkpoints.writer import OutputPath
+from magmax.checkpoints.output_paths import OutputPath
 
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHER_SCENARIOS], ids=str)

@@ -20,7 +20,7 @@ from tests.crash.scenarios import (
 from tests.crash.test_kills import completed, copied, prepared
 from tests.robustness.files import small_model, write_safetensors
 
-from magmax.checkpoints.writer import OutputPath
+from magmax.checkpoints.output_paths import OutputPath
 
 OUTS = ["out.safetensors", "out"]
 
@@ -150,7 +150,7 @@ def test_a_damaged_end_of_the_journal_costs_only_what_it_held(
 def test_a_damaged_draft_is_not_taken_up(out: str, child: ForkServer, tmp_path: Path) -> None:
     after, folder, _ = interrupted(child, tmp_path, out)
     partial = OutputPath(folder / out).partial_path
-    victim = min(partial.iterdir()) if partial.is_dir() else partial
+    victim = min(partial.glob("*.safetensors")) if partial.is_dir() else partial
     os.truncate(victim, victim.stat().st_size - 1)
     outcome, _ = completed(child(merge, folder, out)).result
     assert outcome.reused_bytes == 0

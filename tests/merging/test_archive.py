@@ -185,7 +185,7 @@ def test_a_preset_for_an_archive_made_anew_is_stored_if_the_models_are_the_same(
 
 def test_a_preset_waits_for_nobody_who_holds_the_archive(archived):
     archive = archived(0.3, 8)
-    with lock_folder(archive.folder), pytest.raises(MagMaxError, match="another magmax is changing it"):
+    with lock_folder(archive.folder), pytest.raises(MagMaxError, match="another magmax is writing this output"):
         archive.save_preset("x", {"task1": 1})
 
 

@@ -23,7 +23,7 @@ from tests.models import save_tensors, small_model
 import magmax
 from magmax import MagMaxError, Running
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.writer import OutputPath
+from magmax.checkpoints.output_paths import OutputPath
 from magmax.cli import app
 from magmax.errors import UnfinishedError
 from magmax.merging import pipeline
@@ -166,7 +166,7 @@ class Slow:
 
     def amid(self, executor: Executor, blow: Callable[[list[int]], object]) -> BaseException | None:
         """The error that the merge ends in when, amid it, `blow` is struck; it is given the workers."""
-        journal = self.out.with_name(self.out.name + ".journal")
+        journal = OutputPath(self.out).journal_path
         with ThreadPoolExecutor(1) as one:
             ending = one.submit(self.merge, executor)
             while not ending.done() and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
@@ -178,7 +178,7 @@ class Slow:
         (self.marks / SLOW_MARKER).unlink()
 
     def whole(self) -> bool:
-        return self.out.read_bytes() == self.alone.read_bytes() and not list(self.out.parent.glob("*.probe-*"))
+        return self.out.read_bytes() == self.alone.read_bytes() and not OutputPath(self.out).working_folder.exists()
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from tests.models import load_tensors, save_tensors, small_model
 
 import magmax
 from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.output_paths import OutputPath
 from magmax.checkpoints.remote import remote_file, urls
 from magmax.checkpoints.remote.upload import UPLOAD_MARKER, Upload
-from magmax.checkpoints.writer import OutputPath
 from magmax.cli import main
 from magmax.errors import MagMaxError, UnfinishedError
 from magmax.merging.execution.execution_options import ExecutionOptions

@@ -11,7 +11,7 @@ import pytest
 from tests.robustness.files import read_tensor_bytes, small_model, write_safetensors
 
 import magmax
-from magmax.checkpoints.writer import OutputPath
+from magmax.checkpoints.output_paths import OutputPath
 
 Refusal = Callable[..., str]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.writer import replace_file
+from ..checkpoints.output_paths import replace_file
 
 Record = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.writer import OutputPath
+from ..checkpoints.output_paths import OutputPath
 from ..merging.job import Job
 from ..merging.matching import match_to_base, refuse_equal_models, refuse_same_path
 from ..merging.merge_job import base_metadata, small_files

@@ -43,7 +43,9 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     if isinstance(source, str | PathLike):
         text = source if isinstance(source, str) else os.path.join(os.curdir, fspath(cast("PathLike[str]", source)))
         try:
-            return _open_source(text, label or fspath(source), base)
+            opened = _open_source(text, label or fspath(source), base)
+            opened.fingerprints()  # from now on, a change is noticed
+            return opened
         except OSError as error:
             raise MagMaxError(f"{label or fspath(source)}: cannot be read: {error.strerror}") from error
     if isinstance(source, Mapping):
@@ -70,7 +72,9 @@ def open_adapter(source: str | PathLike[str], label: str | None = None) -> PeftA
             raise MagMaxError(f"{label}: there is no such folder")
         if not (path / ADAPTER_CONFIG).is_file():
             raise MagMaxError(f"{label}: is not the folder of a LoRA adapter (it has no {ADAPTER_CONFIG})")
-        return PeftAdapter(path, label)
+        adapter = PeftAdapter(path, label)
+        adapter.fingerprints()
+        return adapter
     except OSError as error:
         raise MagMaxError(f"{label}: cannot be read: {error.strerror}") from error
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from ..errors import MagMaxError
 from .dtypes import TensorSpec
 
 HUB_PREFIX = "hf://"
@@ -40,6 +42,7 @@ class Checkpoint(ABC):
 
     def __init__(self, label: str, specs: dict[str, TensorSpec]) -> None:
         self.label, self.specs, self.aliases, self.metadata, self.notes = label, specs, {}, {}, []
+        self._stamps: dict[str, list[object]] = {}
 
     @abstractmethod
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
@@ -74,16 +77,23 @@ class Checkpoint(ABC):
         return ["" for _ in self.files()]
 
     def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
-        """File -> its size, its time or ETag, and the digest of its header: these tell that it is unchanged.
+        """File -> its stamp (or size and ETag), and the digest of its header: these tell that it is unchanged.
 
         Args:
-            refresh: ask another machine again, instead of taking what it answered when the file was opened.
+            refresh: ask the disk or another machine again, instead of taking the answer of when the file was opened.
         """
         fingerprints: dict[str, list[object]] = {}
         for path, header in zip(self.files(), self.header_digests(), strict=True):
-            status = path.stat()
-            fingerprints[str(path)] = [status.st_size, status.st_mtime_ns, header]
+            now = file_stamp(path) if refresh or str(path) not in self._stamps else []
+            fingerprints[str(path)] = [*(now if refresh else self._stamps.setdefault(str(path), now)), header]
         return fingerprints
+
+    def check_unchanged(self) -> None:
+        """Raise MagMaxError if a file is no longer what it was when it was opened."""
+        before, now = self.fingerprints(), self.fingerprints(refresh=True)
+        for name in before:
+            if before[name] != now[name]:
+                raise changed_file_error(name)
 
     def prefetch(self, key: str, start: int, stop: int) -> int:
         """Begin to fetch units start..stop, which are to be read soon, and keep them until `release`.
@@ -109,3 +119,25 @@ class Checkpoint(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label!r}, {len(self.specs)} tensors, {self.nbytes:,} bytes)"
+
+
+def file_stamp(path: Path) -> list[object]:
+    """What the system says of a file, by which a change is noticed: size, time of modification, inode, time of change.
+
+    The last two tell of another file under the same name, and of a time of modification that was set back.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        return [error.strerror]
+    return stamp_of(status)
+
+
+def stamp_of(status: os.stat_result) -> list[object]:
+    """The stamp of a file, from what `os.stat` returned."""
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def changed_file_error(label: str) -> MagMaxError:
+    """The error for a file that is no longer what it was when it was opened."""
+    return MagMaxError(f"{label}: changed while it was read; wait until nothing writes it, and start again")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MagMaxError
+from .base import stamp_of
 
 
 class RangeFile:
@@ -20,7 +21,8 @@ class RangeFile:
         except OSError as error:
             raise MagMaxError(f"{self.label}: cannot be opened: {error.strerror}") from error
         weakref.finalize(self, os.close, self._fd)
-        self.size = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        self.size, self.stamp = status.st_size, stamp_of(status)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the file is opened again."""

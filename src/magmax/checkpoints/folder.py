@@ -58,7 +58,8 @@ class WeightsFolder(Checkpoint):
 
     def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         if self._remote is None:
-            return super().fingerprints(refresh)
+            index = super().fingerprints(refresh) if self.index_path else {}
+            return index | {name: s for shard in self._shards for name, s in shard.fingerprints(refresh).items()}
         fingerprints = map_parallel(lambda shard: shard.fingerprints(refresh), self._shards)
         return self._remote.fingerprints(refresh) | {
             name: stamp for shard in fingerprints for name, stamp in shard.items()

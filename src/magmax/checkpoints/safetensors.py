@@ -31,6 +31,7 @@ class SafetensorsFile(Checkpoint):
             self.url, self._file = source.url, source
         else:
             self.path, self._file = source, RangeFile(source, self.label)
+            self._stamps[str(source)] = self._file.stamp  # taken before the header is read
         self._size = self._file.size
         header = self._read_header()
         self._header_digest = xxhash.xxh3_128_hexdigest(header)

@@ -4,106 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError
+from ..errors import UnfinishedError
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .journal import fdatasync
-from .remote.upload import staging_path
-from .remote.urls import is_url
+from .output_paths import (
+    OutputPath,
+    delete_output,
+    describe_foreign,
+    find_foreign,
+    find_place_problems,
+    has_one_name,
+    kind_of,
+    sync_folder,
+    write_contents,
+    write_new_file,
+)
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 PROVENANCE_FILE = "provenance.json"
-CONTENTS_FILE = ".magmax-contents"
-"""The names of all files of a folder output, by which files added since are told apart."""
+READ_BYTES = 1 << 20
 INDEX_FILE = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class OutputPath:
-    """The path of an output: a `.safetensors` file, or, with any other name, a folder of shards.
-
-    Attributes:
-        path: where it is made.
-        url: where it is then uploaded to, if it belongs on another machine.
-    """
-
-    path: Path
-    url: str = ""
-
-    @classmethod
-    def parse(cls, out: str | PathLike[str]) -> OutputPath:
-        """The target that a path or a URL names."""
-        text = fspath(out)
-        return cls(staging_path(text), text) if is_url(text) else cls(Path(text))
-
-    @property
-    def is_folder(self) -> bool:
-        return self.path.suffix != ".safetensors"
-
-    @property
-    def partial_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
-
-    @property
-    def journal_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".journal")
-
-    @property
-    def replaced(self) -> Path:
-        return self.path.with_name(self.path.name + ".magmax-old")
-
-    def find_problems(self, inputs: list[Path]) -> list[str]:
-        """Return what forbids writing here, seen without writing: all of it."""
-        path = self.path
-        if path.name in ("", ".."):
-            return [f"{path}: names no new file or folder; give the output a name of its own"]
-        problems: list[str] = []
-        if not self.url and is_url(str(path).replace(":/", "://", 1)):
-            problems.append(f"{path}: is on another machine, and this is written here; name a path")
-        if path.suffix in (".pt", ".pth", ".bin"):
-            problems.append(f"{path}: only safetensors are written; name a .safetensors file or a folder")
-        real, taken = path.resolve(), {p.resolve() for p in inputs}
-        if real in taken or (self.is_folder and any(real in p.parents for p in taken)):
-            problems.append(f"{path}: is one of the inputs, or holds one; choose another place for the output")
-        elif inside := next((p for p in taken if p in real.parents), None):
-            problems.append(
-                f"{path}: is inside {inside}, which is one of the inputs; choose another place for the output"
-            )
-        if self.is_folder and path.is_dir() and (strangers := _foreign_files(path)):
-            listed = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-            problems.append(
-                f"{path}: holds files that magmax did not write ({listed}); move them or choose another folder"
-            )
-        if self.is_folder != path.is_dir() and path.exists():
-            problems.append(f"{path}: is a {'file' if self.is_folder else 'folder'}; choose another name")
-        above = nearest_existing_folder(path)
-        if not os.access(above, os.W_OK | os.X_OK):
-            problems.append(f"{above}: cannot be written to; choose another place for the output")
-        return problems
-
-
-def _foreign_files(folder: Path) -> list[str]:
-    """The files in a folder that are not part of an output put there before."""
-    listing = folder / CONTENTS_FILE
-    ours = {CONTENTS_FILE, *(listing.read_text().splitlines() if listing.is_file() else ())}
-    return sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and str(p.relative_to(folder)) not in ours
-    )
-
-
-def nearest_existing_folder(path: Path) -> Path:
-    """The deepest folder above `path` that exists."""
-    return next(p for p in path.absolute().parents if p.is_dir())
 
 
 class ShardFile:
@@ -120,16 +49,16 @@ class ShardFile:
         self._fd = -1
 
     def is_intact(self) -> bool:
-        """Return whether the file on disk is this shard, begun earlier."""
+        """Return whether the file on disk is this shard, begun earlier, and no other name leads to it."""
         try:
             with open(self.path, "rb") as file:
                 same = file.read(len(self._header_bytes)) == self._header_bytes
-                return same and os.fstat(file.fileno()).st_size == self.size
+                return same and os.fstat(file.fileno()).st_size == self.size and has_one_name(self.path)
         except OSError:
             return False
 
     def open(self, fresh: bool) -> None:
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if fresh else 0)
         self._fd = os.open(self.path, flags, 0o666)
         if fresh:
             self._write_at(memoryview(self._header_bytes), 0)
@@ -200,9 +129,10 @@ class OutputDraft:
     def open(self, fresh: bool) -> None:
         """Create the files, or with fresh=False take up those of an interrupted run."""
         if fresh:
-            remove(self.output.partial_path)
+            delete_output(self.output.partial_path)
             if self.output.is_folder:
                 self.output.partial_path.mkdir()
+                write_contents(self.output.partial_path, [shard.path.name for shard in self._shards])
         for shard in self._shards:
             shard.open(fresh)
 
@@ -213,29 +143,47 @@ class OutputDraft:
         for shard in self._shards:
             shard.sync()
 
+    def file_digests(self) -> dict[str, str]:
+        """Return the xxh3-128 of each file of weights, by its name."""
+        return {shard.path.name: file_digest(shard.path) for shard in self._shards}
+
     def publish(self, metadata: dict[str, str], extra_files: Mapping[str, bytes | Path]) -> None:
         """Seal every shard, add the files that belong beside them, and rename the whole into place."""
+        partial, path = self.output.partial_path, self.output.path
+        _refuse(find_place_problems(path, "folder" if self.output.is_folder else "file"))
+        if self.output.is_folder:
+            _refuse(describe_foreign(path, find_foreign(path)))
         for shard in self._shards:
             shard.finalize(metadata)
             shard.close()
-        partial, path = self.output.partial_path, self.output.path
         if not self.output.is_folder:
             os.replace(partial, path)
             sync_folder(path.parent)
             return
         if len(self._shards) > 1:
             extra_files = {**extra_files, INDEX_FILE: self._index_json()}
-        names = sorted([*extra_files, *(shard.path.name for shard in self._shards)])
-        extra_files = {**extra_files, CONTENTS_FILE: "".join(f"{name}\n" for name in names).encode()}
+        write_contents(partial, [*extra_files, *(shard.path.name for shard in self._shards)])
         for name, content in extra_files.items():
-            _write_file(partial / name, content)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            delete_output(partial / name)  # an earlier try to publish may have ended here
+            write_new_file(partial / name, content)
+        for folder in {partial / name for name in extra_files}:
+            sync_folder(folder.parent)
         sync_folder(partial)
-        if path.exists():
-            remove(self.output.replaced)
+        self._replace_folder(partial, path)
+
+    def _replace_folder(self, partial: Path, path: Path) -> None:
+        """Put the finished folder in the place of the old one, unless something was added to that."""
+        if kind_of(path):
             os.rename(path, self.output.replaced)
+            # Only now does nobody find the old folder by its name any more, so that nothing can be added unseen.
+            if foreign := find_foreign(self.output.replaced):
+                os.rename(self.output.replaced, path)
+                _refuse(describe_foreign(path, foreign))
         os.rename(partial, path)
         sync_folder(path.parent)
-        remove(self.output.replaced)
+        sync_folder(self.output.working_folder)
+        delete_output(self.output.replaced)
 
     def close(self) -> None:
         for shard in self._shards:
@@ -243,7 +191,7 @@ class OutputDraft:
 
     def discard(self) -> None:
         self.close()
-        remove(self.output.partial_path)
+        delete_output(self.output.partial_path)
 
     def _shard_path(self, number: int, count: int) -> Path:
         if not self.output.is_folder:
@@ -255,6 +203,21 @@ class OutputDraft:
         where = {key: shard.path.name for key, shard in sorted(self._shard_of.items())}
         total = sum(spec.nbytes for spec in self.specs.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
+
+
+def file_digest(path: Path) -> str:
+    """Return the xxh3-128 of a file."""
+    total = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raise UnfinishedError for what came into the output's place while it was made: what is done can be kept."""
+    if problems:
+        raise UnfinishedError(f"{problems[0]}; then run the same command again")
 
 
 def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> bytes:
@@ -280,45 +243,3 @@ def _group_into_shards(specs: Mapping[str, TensorSpec], limit: int) -> list[list
         groups[-1].append(key)
         room -= spec.nbytes
     return groups
-
-
-def _write_file(path: Path, content: bytes | Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        if isinstance(content, Path):
-            with open(content, "rb") as source:
-                shutil.copyfileobj(source, file)
-        else:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
-    draft = path.with_name(path.name + ".partial")
-    try:
-        _write_file(draft, content)
-        os.replace(draft, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MagMaxError(
-            f"{path}: cannot be written: {error.strerror}; mend that and run the command again"
-        ) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

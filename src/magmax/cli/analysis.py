@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from .console import print_table, progress_options
 if TYPE_CHECKING:
     from ..analysis.method_comparison import Records
     from ..analysis.records import Study
+    from ..analysis.report.html_page import ReportPage
     from ..analysis.weight_studies import StatisticsByOrigin
 
 MAX_TABLE_ROWS = 40
@@ -58,10 +60,12 @@ def study(
         raise MagMaxError(f"there is no study {what!r}; {nearest_hint(what, [*WEIGHT_STUDIES, *ACCURACY_STUDIES])}")
     if density is not None and (what != "conflicts" or not 0 < density <= 1):
         raise MagMaxError(f"--density is a fraction from 0 to 1 for the study conflicts, not {density} for {what}")
-    result, cells = _run_study(what, models, base, source, density, threads)
-    files = (
-        [] if out is None else _write_study(result, cells, Path(out))
-    )  # first: who reads what is printed may stop early
+    from ..checkpoints.journal import hold_folder
+
+    with nullcontext() if out is None else hold_folder(Path(out)):
+        result, cells = _run_study(what, models, base, source, density, threads)
+        # Written before anything is printed: who reads what is printed may stop early.
+        files = [] if out is None else _write_study(result, cells, Path(out))
     if as_json:
         print(result.as_json(), end="")
     else:
@@ -94,6 +98,22 @@ def report(
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
         raise MagMaxError(f"--out {out}: a report is one page; name a file that ends in .html")
+    from ..checkpoints.journal import WorkingFolder
+    from ..checkpoints.output_paths import find_place_problems
+    from ..errors import list_problems
+
+    if problems := find_place_problems(path, "file"):
+        raise list_problems(f"{path} cannot be written", problems)
+    with WorkingFolder(path):
+        page = _build_page(sources, base, calibration, threads)
+        page.write(path)
+    for each in page.recommendations:
+        print(f"{each.kind}: {each.headline}\n  {each.evidence}")
+    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+
+
+def _build_page(sources: Sequence[str], base: str | None, calibration: str | None, threads: int) -> ReportPage:
+    """The page of models, or of the output folder of a benchmark or a training."""
     from ..analysis.report.builder import build_run_page, build_weights_page
 
     coefficients = None if calibration is None else coefficients_of(Path(calibration))
@@ -105,14 +125,8 @@ def report(
             _total_bytes(run.checkpoints.values()), "reading checkpoints", threads, False
         ) as settings:
             tallies = run.weight_statistics(None, threads, settings.progress)
-        page = build_run_page(run, tallies, coefficients)
-    else:
-        tallies = _collect_statistics(sources, base, None, threads)
-        page = build_weights_page(tallies, Path(str(base)).name, coefficients)
-    page.write(path)
-    for each in page.recommendations:
-        print(f"{each.kind}: {each.headline}\n  {each.evidence}")
-    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+        return build_run_page(run, tallies, coefficients)
+    return build_weights_page(_collect_statistics(sources, base, None, threads), Path(str(base)).name, coefficients)
 
 
 def coefficients_of(path: Path) -> dict[str, float]:
@@ -206,7 +220,7 @@ def _write_study(result: Study, cells: Records, folder: Path) -> list[Path]:
     """The records, the page and the drawings of a study, each as a file."""
     from ..analysis.report.builder import build_figures
     from ..analysis.report.html_page import standalone_svgs, study_page
-    from ..checkpoints.writer import replace_file
+    from ..checkpoints.output_paths import replace_file
 
     figures = build_figures(result, cells)
     paths = result.write(folder)

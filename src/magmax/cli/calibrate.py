@@ -90,7 +90,7 @@ def calibrate(
     from ..calibration.options import CalibrationOptions, prepare_calibration
     from ..calibration.plot import check_plot, draw
     from ..checkpoints import open_checkpoint
-    from ..checkpoints.writer import replace_file
+    from ..checkpoints.output_paths import replace_file
     from ..merging.model_names import default_names
 
     if plot:

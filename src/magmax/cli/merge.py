@@ -181,7 +181,7 @@ def _build_request(words: tuple[str, ...], flags: dict[str, Any]) -> MergeReques
 
 def _score_result(command: str, path: Path, keep: bool) -> str:
     """Run the user's evaluation on a result, and delete the result unless it is to be kept; the number it printed."""
-    from ..checkpoints.writer import remove
+    from ..checkpoints.output_paths import delete_output
 
     try:
         done = subprocess.run([*shlex.split(command), path], stdout=subprocess.PIPE, text=True)
@@ -198,4 +198,4 @@ def _score_result(command: str, path: Path, keep: bool) -> str:
         ) from error
     finally:
         if not keep:
-            remove(path)
+            delete_output(path)

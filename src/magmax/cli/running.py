@@ -140,7 +140,9 @@ def label(state: str, label: str) -> None:
 
 
 def restore(state: str, which: str) -> None:
-    """Go back to a version of a running merge.
+    """Go back to a version of a running merge, and keep the one that it is at.
+
+    A version without a label gets the label left-NUMBER, by which it can be restored in turn.
 
     Parameters
     ----------
@@ -150,8 +152,8 @@ def restore(state: str, which: str) -> None:
         A version's label or number.
     """
     running = _open_running(state, None, None)
-    for dropped in running.restore(which):
-        print(f"dropped version {dropped.number} ({', '.join(t.name for t in dropped.tasks)}), which had no label")
+    if left := running.restore(which):
+        print(f"kept version {left.number} ({', '.join(t.name for t in left.tasks)}), labelled {left.label!r}")
     print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.journal import hold_folder
 from .cell_store import CellStore, Record
 from .cells import run_cell, run_training, training_folder
 from .experiment import ZERO_SHOT, BenchmarkCell, Experiment, digest_of
 from .progress import ProgressCallback, no_progress
+from .training.weight_files import delete_training
 
 
 @dataclass
@@ -42,6 +43,10 @@ class Benchmark:
         Raises what a job raised; cells that were finished stay.
         """
         self.experiment.check()
+        with hold_folder(self.out):
+            return self._run()
+
+    def _run(self) -> list[Record]:
         cells = read_cells(self.experiment, self.out)
         missing = [cell for cell, record in cells if record is None]
         done, total = 0, len(missing) + len(self.trainings_of(missing))
@@ -83,7 +88,7 @@ class Benchmark:
         elif self.discard and job.training != ZERO_SHOT:
             waiting = [other for other in self._pending_jobs.values() if isinstance(other, BenchmarkCell)]
             if not any((other.seed, other.training) == (job.seed, job.training) for other in waiting):
-                shutil.rmtree(training_folder(self.out, self.experiment, job.seed, job.training), ignore_errors=True)
+                delete_training(training_folder(self.out, self.experiment, job.seed, job.training))
 
 
 def finished_records(experiment: Experiment, out: Path) -> list[Record]:

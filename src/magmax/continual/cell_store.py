@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import legacy
+from ..checkpoints.output_paths import kind_of
 from ..errors import MagMaxError
 from .experiment import digest_of
 
@@ -46,6 +47,8 @@ class CellStore:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            if kind_of(self.file) not in (None, "file"):
+                raise MagMaxError(f"{self.file}: is a {kind_of(self.file)}, which is not written to; move it")
             with self.file.open("ab+", buffering=0) as file, _lock_file(file):
                 file.seek(0)
                 file.truncate(_complete_length(file.readall()))

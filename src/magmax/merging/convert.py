@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
+from ..checkpoints.output_paths import OutputPath
 from ..checkpoints.remote.hub import locate_model
 from ..checkpoints.torch.pickled_models import PickledModel
-from ..checkpoints.writer import OutputPath
 from ..errors import MagMaxError
 from .job import Job, provenance_file
 from .merge_job import base_metadata

@@ -8,25 +8,18 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.blocks import checkpoint_digest
-from ..checkpoints.journal import Journal
+from ..checkpoints.journal import Journal, WorkingFolder
+from ..checkpoints.output_paths import OutputPath, delete_output, nearest_existing_folder, replace_file
 from ..checkpoints.remote.upload import Upload
-from ..checkpoints.remote.urls import changed_file_error, display_url
-from ..checkpoints.writer import (
-    DEFAULT_SHARD_BYTES,
-    PROVENANCE_FILE,
-    OutputDraft,
-    OutputPath,
-    nearest_existing_folder,
-    remove,
-    replace_file,
-)
+from ..checkpoints.remote.urls import display_url
+from ..checkpoints.writer import DEFAULT_SHARD_BYTES, PROVENANCE_FILE, OutputDraft
 from ..errors import MagMaxError, UnfinishedError, list_problems
 from ..legacy import modern_merge_result
 from .digests import DigestCollector
@@ -164,35 +157,34 @@ class Job:
                 same job takes it up again.
         """
         execution = execution or ExecutionOptions()
-        if not self.target.url:
-            return self._make(execution)
-        if problems := self.problems():
-            raise list_problems(f"{display_url(self.target.url)} cannot be written", problems)
-        self.target.path.parent.mkdir(parents=True, exist_ok=True)
-        return run_and_upload(
-            self.target, self._fingerprints_and_recipe(), lambda: self._make(execution), execution.note
-        )
+        try:
+            if problems := self.problems():
+                raise list_problems(f"{display_url(self.target.url) or self.target.path} cannot be written", problems)
+            with WorkingFolder(self.target.path):
+                if not self.target.url:
+                    return self._make(execution)
+                identity = self._fingerprints_and_recipe()
+                result = run_and_upload(self.target, identity, lambda: self._make(execution), execution.note)
+            with suppress(OSError):  # another output of the same URL may be on its way
+                self.target.path.parent.rmdir()
+            return result
+        except OSError as error:
+            raise explain_os_error(error, self.target.path, "it resumes where it stopped") from error
 
     def _make(self, execution: ExecutionOptions) -> MergeResult:
         """The work done and the output published on this machine."""
+        journal = Journal(self.target.journal_path)
+        draft = self.make_draft()
         try:
-            if problems := self.problems():
-                raise list_problems(f"{self.target.path} cannot be written", problems)
-            self.target.path.parent.mkdir(parents=True, exist_ok=True)
-            journal = Journal(self.target.journal_path)
-            draft = self.make_draft()
-            try:
-                return self._run_pipeline(draft, journal, execution)
-            except MagMaxError as error:
-                if not (isinstance(error, UnfinishedError) and journal.load()[1]):
-                    draft.discard()
-                    journal.remove()
-                raise
-            finally:
-                draft.close()
-                journal.close()
-        except OSError as error:
-            raise explain_os_error(error, self.target.path, "it resumes where it stopped") from error
+            return self._run_pipeline(draft, journal, execution)
+        except MagMaxError as error:
+            if not (isinstance(error, UnfinishedError) and journal.load()[1]):
+                draft.discard()
+                journal.remove()
+            raise
+        finally:
+            draft.close()
+            journal.close()
 
     def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
@@ -266,13 +258,9 @@ class Job:
         return identity | {name: stamp for stamps in fingerprints for name, stamp in stamps.items()}
 
     def _check_unchanged(self) -> None:
-        """Raise MagMaxError if a file on another machine is no longer what it was when it was opened."""
+        """Raise MagMaxError if a file, here or on another machine, is no longer what it was when it was opened."""
         for checkpoint in self.inputs:
-            if checkpoint.url:
-                before, now = checkpoint.fingerprints(), checkpoint.fingerprints(refresh=True)
-                for name in before:
-                    if before[name] != now[name]:
-                        raise changed_file_error(name)
+            checkpoint.check_unchanged()
 
     def _make_provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]
@@ -336,8 +324,7 @@ def run_and_upload(
         note("resuming: the output is made already and is uploaded now")
     upload.send(target.path)
     ready.unlink()
-    remove(target.path)
-    target.path.parent.rmdir()
+    delete_output(target.path)
     return replace(result, path=upload.label)
 
 

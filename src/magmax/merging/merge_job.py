@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.dtypes import FLOAT_DTYPES
-from ..checkpoints.writer import OutputPath
+from ..checkpoints.output_paths import OutputPath
 from ..checkpoints.zero_base import ZeroBase
 from ..rules import Rule
 from ..rules.schedules import to_config

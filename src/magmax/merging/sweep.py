@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from ..checkpoints.dtypes import FLOAT_DTYPES, compute_dtype
-from ..checkpoints.writer import OutputPath, remove
+from ..checkpoints.journal import WorkingFolder
+from ..checkpoints.output_paths import OutputPath, delete_output
 from ..errors import MagMaxError, list_problems
 from ..rules import Rule
 from .execution.execution_options import ExecutionOptions
@@ -74,7 +75,7 @@ class FactorSweep:
 
     @contextmanager
     def merged(self) -> Generator[SweepWriter]:
-        """Merge once; the merged task vector lies beside the outputs until the block is left.
+        """Merge once; the merged task vector lies in the working folder of OUT until the block is left.
 
         A rule whose result depends on the factor merges at each.
         """
@@ -83,22 +84,26 @@ class FactorSweep:
         problems = [problem for job in jobs for problem in job.problems()]
         if problems:
             raise list_problems("the results cannot be written", problems)
-        if self.rule.needs_scaling_factor:  # there is no one merged task vector to be scaled
-            yield SweepWriter(self)
-            return
-        vector = self.out.with_name(self.out.name + ".task-vector.safetensors")
+        with WorkingFolder(self.out) as work:
+            if self.rule.needs_scaling_factor:  # there is no one merged task vector to be scaled
+                yield SweepWriter(self)
+                return
+            vector = work.path / "task-vector.safetensors"
+            result = self._vector_job(whole, vector).run(self.execution)
+            try:
+                yield SweepWriter(self, (result, open_checkpoint(vector)))
+            finally:
+                delete_output(vector)
+
+    def _vector_job(self, whole: Job, vector: Path) -> Job:
+        """The work of writing the merged task vector to a file."""
         specs = {
             key: TensorSpec(FLOAT_DTYPES[compute_dtype(spec.dtype).name], spec.shape)
             for key, spec in self.base.specs.items()
             if key not in whole.unmerged
         }
         kernel = TaskVectorKernel(_require_merge_kernel(whole))
-        job = replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_no_small_files)
-        result = job.run(self.execution)
-        try:
-            yield SweepWriter(self, (result, open_checkpoint(vector)))
-        finally:
-            remove(vector)
+        return replace(whole, target=OutputPath(vector), specs=specs, kernel=kernel, small_files=_no_small_files)
 
     def job(self, out: Path, options: OutputOptions) -> Job:
         """The whole merge, as if it were the only one."""

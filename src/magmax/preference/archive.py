@@ -28,7 +28,8 @@ from ..checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from ..checkpoints.dtypes import widen
 from ..checkpoints.journal import lock_folder
 from ..checkpoints.lora.adapted_model import resolve_portable_path
-from ..checkpoints.writer import replace_file
+from ..checkpoints.output_paths import replace_file
+from ..checkpoints.writer import file_digest
 from ..errors import MagMaxError, list_problems, nearest_hint
 from ..merging.job import Job
 from ..merging.merge_job import merge_job
@@ -60,6 +61,7 @@ class ArchiveInfo:
             }
             self.base_path, self.base_digest = content["base"]["path"], str(content["base"]["digest"])
             self.models = [str(digest) for digest in content.get("models", [])]
+            self.weights = {str(name): str(digest) for name, digest in content.get("weights", {}).items()}
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise MagMaxError(str(error)) from error
         self.told = content
@@ -89,6 +91,20 @@ class Archive:
         self.presets = self._info.presets
         self.tensors = open_checkpoint(folder)
 
+    def check_weights(self) -> None:
+        """Raise MagMaxError where a file of weights is not the one that was written; earlier versions noted no digest.
+
+        The files are read for it, which is little beside the base that a merge from the archive reads.
+        """
+        files = {path.name: path for path in self.tensors.files() if not path.name.endswith(".json")}
+        wanted = self._info.weights
+        changed = [name for name in files | wanted if not _has_digest(files.get(name), wanted.get(name))]
+        if wanted and changed:
+            raise MagMaxError(
+                f"{self.folder}: {', '.join(changed)}: not what was archived; it was changed or damaged: make the "
+                "archive anew, or copy it again"
+            )
+
     def base(self, base: str | None = None) -> Checkpoint:
         """Open the base: the path in the argument, or where the archive was made from."""
         if base is None and self._info.base_path is None:
@@ -96,7 +112,8 @@ class Archive:
         return open_checkpoint(base or resolve_portable_path(self.folder, self._info.base_path))
 
     def models(self, base: Checkpoint) -> list[ArchivedTaskVector]:
-        """Return each task's archived task vector."""
+        """Return each task's archived task vector. Raises MagMaxError for weights that were changed."""
+        self.check_weights()
         return [ArchivedTaskVector(self, task, name, base) for task, name in enumerate(self.tasks)]
 
     def job(self, rule: Rule, out: Path, options: OutputOptions, base: str | None = None) -> Job:
@@ -139,6 +156,10 @@ class Archive:
                 self.folder / ARCHIVE_FILE, json.dumps(now.told | {"presets": now.presets}, indent=2).encode() + b"\n"
             )
         self.presets = now.presets
+
+
+def _has_digest(file: Path | None, digest: str | None) -> bool:
+    return file is not None and digest is not None and file_digest(file) == digest
 
 
 class ArchivedTaskVector(Checkpoint):
@@ -195,6 +216,9 @@ class ArchivedTaskVector(Checkpoint):
 
     def header_digests(self) -> list[str]:
         return self._tensors.header_digests()
+
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        return self._tensors.fingerprints(refresh)
 
     def _has_valid_specs(self, key: str, spec: TensorSpec) -> bool:
         part_specs = {kind: self._tensors.specs.get(f"{self._task}/{kind}/{key}") for kind in TENSOR_KINDS}

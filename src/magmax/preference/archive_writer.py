@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.blocks import Chunk, block_digest, canonical_blocks, checkpoint_digest, tensor_digest
 from ..checkpoints.dtypes import compute_dtype, narrow
-from ..checkpoints.journal import lock_folder
+from ..checkpoints.journal import WorkingFolder, lock_folder
 from ..checkpoints.lora.adapted_model import portable_path
-from ..checkpoints.writer import OutputDraft, OutputPath
+from ..checkpoints.output_paths import OutputPath
+from ..checkpoints.writer import OutputDraft
 from ..errors import MagMaxError, list_problems
 from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.job import explain_os_error
@@ -186,6 +187,20 @@ def write_archive(
     refuse_same_path(inputs)
     if problems := target.find_problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
         raise list_problems(f"{out} cannot be written", problems)
+    with WorkingFolder(out):
+        return _write_archive(target, inputs, names, top, bits, base_given, execution)
+
+
+def _write_archive(
+    target: OutputPath,
+    inputs: Sequence[Checkpoint],
+    names: Sequence[str],
+    top: float,
+    bits: int,
+    base_given: object,
+    execution: ExecutionOptions,
+) -> Archive:
+    (base, *models), out = inputs, target.path
     _read_old_presets(out, names)
     carried = match_to_base(base, models).unmerged
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.numel]
@@ -201,9 +216,12 @@ def write_archive(
     }  # fmt: skip
     draft = OutputDraft(target, writing.specs(starts), {})
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         draft.open(fresh=True)
         writing.write(draft, starts, execution)
+        draft.sync()
+        about["weights"] = draft.file_digests()
+        for checkpoint in inputs:
+            checkpoint.check_unchanged()
         with lock_folder(out):
             presets = _read_old_presets(out, names)  # again: others may have stored some meanwhile
             draft.publish({}, {ARCHIVE_FILE: json.dumps(about | {"presets": presets}, indent=2).encode() + b"\n"})

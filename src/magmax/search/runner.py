@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.journal import lock_folder
-from ..checkpoints.writer import remove
+from ..checkpoints.journal import WorkingFolder, hold_folder
 from ..errors import MagMaxError
 from ..merging.execution.pool import submit, wait_for_result
 from .config import SearchConfig
@@ -62,15 +62,14 @@ class Search:
         """
         if self.out.exists() and not (self.out / STORE_FILE).exists() and any(self.out.iterdir()):
             raise MagMaxError(f"{self.out}: is not empty, and holds no search; name another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.out):
-            for left in self.out.glob("trial-*"):
-                remove(left)
+        with hold_folder(self.out), WorkingFolder(self.out / "trials") as work:
+            work.clear()
             store = TrialStore(self.out / STORE_FILE, self.recipe, self.settings)
-            self._run(store)
+            self._run(store, work.path.absolute())
             return store.tried[: self.recipe.trials]
 
-    def _run(self, store: TrialStore) -> None:
+    def _run(self, store: TrialStore, folder: Path) -> None:
+        """Run what is not tried, in files of new names: a worker of a killed search may still be at work."""
         begun: list[Mapping[str, Any]] = [tried.settings for tried in store.tried]
         waiting: list[Future[TrialResult]] = []
         try:
@@ -78,7 +77,7 @@ class Search:
                 while len(begun) < min(self.recipe.trials, len(store.tried) + self.jobs):
                     number = len(begun)
                     begun.append(store.choose(number, number - self.jobs, begun))
-                    path = self.out.absolute() / f"trial-{number}.safetensors"
+                    path = folder / f"trial-{number}-{secrets.token_hex(4)}.safetensors"
                     work = self.settings.run_trial
                     waiting.append(submit(self.executor, work, begun[number], path, self.threads))
                 number = len(store.tried)

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from ..checkpoints.journal import hold_folder
 from ..checkpoints.lora.adapted_model import relative_path, resolve_path
-from ..checkpoints.writer import replace_file
+from ..checkpoints.output_paths import replace_file
 from ..errors import MagMaxError
 from .config import SearchConfig
 from .runner import TrialRecord
@@ -68,8 +69,9 @@ def write_search(
     content = rebase_paths(trials.recipe(best.settings), trials.folder, str(out.absolute()))
     words = ", ".join(f"{task} {best.scores[task]:.6g}" for task in tasks_of(recipe, tried))
     text = f"# Trial {best.number} of {len(tried)} of a search: {words}.\n" + yaml.safe_dump(content, sort_keys=False)
-    replace_file(out / BEST_FILE, text.encode())
-    replace_file(out / TABLE_FILE, table(recipe, tried).encode())
+    with hold_folder(out):
+        replace_file(out / BEST_FILE, text.encode())
+        replace_file(out / TABLE_FILE, table(recipe, tried).encode())
     return out / BEST_FILE, out / TABLE_FILE
 
 

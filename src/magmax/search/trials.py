@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ..checkpoints.writer import remove
+from ..checkpoints.output_paths import delete_output
 from ..continual import registry
 from ..continual.context import build_context, context_lock
 from ..continual.experiment import Experiment
@@ -83,7 +83,7 @@ class TrialSettings:
             plan.job(str(out)).run(ExecutionOptions(threads))
             return TrialResult(self.scores(out))
         finally:
-            remove(out)
+            delete_output(out)
 
     def scores(self, path: Path) -> dict[str, float]:
         """Return what a result is worth."""

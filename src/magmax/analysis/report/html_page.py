@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.writer import replace_file
+from ...checkpoints.output_paths import replace_file
 from ...errors import MagMaxError
 from ..recommendations import Recommendation
 from ..records import Study

@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ...errors import MagMaxError
-from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, changed_file_error, display_url, open_filesystem
+from ..base import changed_file_error
+from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, display_url, open_filesystem
 
 READ_TIMEOUT = 60.0
 """Seconds without a single byte after which a connection counts as broken."""

@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ...errors import MagMaxError
+from ..base import changed_file_error
 from .filesystems import open_source
-from .urls import changed_file_error, display_url, with_retries
+from .urls import display_url, with_retries
 
 FETCH_BYTES = 2 << 20
 """Bytes that are asked for at once; small tensors that lie side by side share a block."""

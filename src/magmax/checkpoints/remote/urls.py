@@ -84,11 +84,6 @@ def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES)
     raise AssertionError("the last try returns or raises")
 
 
-def changed_file_error(label: str) -> MagMaxError:
-    """The error for a file that is no longer what it was when it was opened."""
-    return MagMaxError(f"{label}: changed while it was read; wait until nothing writes it, and start again")
-
-
 def cache_folder() -> str:
     """Return where what is on its way is kept: $MAGMAX_CACHE, or `.cache` in the working directory."""
     return os.environ.get("MAGMAX_CACHE") or ".cache"

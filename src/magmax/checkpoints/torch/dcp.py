@@ -68,6 +68,7 @@ class DistributedCheckpoint(Checkpoint):
         self.path = folder.joinpath(*part)
         self._metadata = folder / METADATA_FILE
         source = RangeFile(self._metadata)
+        self._stamps[str(self._metadata)] = source.stamp
         if source.size > MAX_METADATA_BYTES:
             raise MagMaxError(f"{self._metadata}: has {source.size:,} bytes, too many for the metadata of a checkpoint")
         content = source.read_bytes(0, source.size)

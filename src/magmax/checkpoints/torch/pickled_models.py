@@ -46,6 +46,7 @@ class PickledModel(Checkpoint):
         super().__init__(label, {})
         self.path = path
         file = RangeFile(path, label)
+        self._stamps[str(path)] = file.stamp
         source = TorchFile(file, 0, file.size, label, inert)
         tensors = self._collect_tensors(self._find_model(source.root, [p for p in part.split("/") if p]))
         if strip:

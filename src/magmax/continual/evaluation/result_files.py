@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.journal import hold_folder
 from ..experiment import Experiment
 from ..training.weight_files import write_bytes
 from .tables import TABLE_HEADER, against_best, as_csv, comparisons, markdown, summary, table, tidy
@@ -31,8 +32,9 @@ def write_results(experiment: Experiment, records: Sequence[Mapping[str, Any]], 
         "results.json": json.dumps(_replace_nan(content), indent=1) + "\n",
         "results.md": markdown(rows, describe_experiment(experiment, records), not_run(experiment, records)),
     }
-    for name, text in files.items():
-        write_bytes(text.encode(), out / name)
+    with hold_folder(out):
+        for name, text in files.items():
+            write_bytes(text.encode(), out / name)
     return [out / name for name in files]
 
 

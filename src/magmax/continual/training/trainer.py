@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoints.writer import remove
+from ...checkpoints.journal import WorkingFolder, hold_folder
+from ...checkpoints.output_paths import DRAFT_NAMES, LOCK_FILE, WORK_SUFFIX, delete_output, kind_of
 from ...errors import MagMaxError
 from ...legacy import modern_experiment
 from ...merging.running.running_merge import Running
+from ...merging.running.versions import delete_running_merge
 from ..cells import with_seed
 from ..context import ExperimentContext, build_context
 from ..evaluation.accuracy import AccuracyRow
@@ -19,14 +22,14 @@ from ..experiment import REFERENCES, BenchmarkCell, Experiment
 from ..progress import BarFactory, no_bars
 from .parallel import check_team
 from .sequence import fine_tune
-from .weight_files import MADE_FROM, load_weights, read_metadata, write_bytes
+from .weight_files import MADE_FROM, delete_training, load_weights, read_metadata, write_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 RECIPE_FILE, METRICS_FILE, MERGE_FOLDER, MERGED_FILE = "recipe.json", "metrics.json", "merge", "merged.safetensors"
-OUTPUT_PREFIXES = (RECIPE_FILE, METRICS_FILE, MERGE_FOLDER, MERGED_FILE, "costs.json", "theta_", "step_", "penalty_")
-"""How the names of all that a training writes begin."""
+OWN_FILES = re.compile(r"recipe\.json|metrics\.json|merged(-after-\d+)?\.safetensors")
+"""The names of what is written beside the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class ContinualTraining:
             raise MagMaxError("external trains nothing; magmax bench merges and evaluates its models")
         check_team(team, self.experiment.parallel)
         first = team is None or team.is_main_process
+        if first:
+            self.refuse_foreign_folder()
+        with hold_folder(self.out) if first else nullcontext():
+            return self._run(new_bar, team, first)
+
+    def _run(self, new_bar: BarFactory, team: Accelerator | None, first: bool) -> dict[str, Any]:
         if first:
             self.prepare()
         with team.main_process_first() if team else nullcontext():  # one process downloads what is missing
@@ -98,18 +107,30 @@ class ContinualTraining:
             raise MagMaxError(
                 f"{self.out}: its {RECIPE_FILE} is none of a training, so nothing is deleted; name another --out"
             )
-        for path in self.out.iterdir():
-            if path.name.startswith(OUTPUT_PREFIXES):
-                remove(path)
+        ours = [path for path in self.out.iterdir() if OWN_FILES.fullmatch(path.name)]
+        if strange := [path for path in ours if kind_of(path) != "file"]:
+            raise MagMaxError(f"{strange[0]}: is a {kind_of(strange[0])}, which magmax did not make; move it")
+        delete_running_merge(self.out / MERGE_FOLDER)
+        delete_training(self.out)
+        for folder in self.out.glob(f"merged*.safetensors{WORK_SUFFIX}"):
+            with WorkingFolder(folder.with_name(folder.name.removesuffix(WORK_SUFFIX))) as work:
+                work.clear()
+        for path in sorted(ours, key=lambda path: path.name == RECIPE_FILE):  # the recipe last: it says what this is
+            delete_output(path)
+
+    def refuse_foreign_folder(self) -> None:
+        """Raise MagMaxError for a folder with something in it that is not a training."""
+        if self.out.exists() and not (self.out / RECIPE_FILE).exists():
+            drafts = (DRAFT_NAMES.fullmatch(path.name) for path in self.out.iterdir() if path.name != LOCK_FILE)
+            if any(draft is None or draft[1] != RECIPE_FILE for draft in drafts):
+                raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
 
     def prepare(self) -> None:
-        """The folder made, cleared, or found to be of the same recipe."""
+        """The folder cleared, begun, or found to be of the same recipe."""
         file = self.out / RECIPE_FILE
         if self.restart and file.exists():
             self.clear()
         if not file.exists():
-            if self.out.exists() and any(self.out.iterdir()):
-                raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
             write_bytes(json.dumps(self.recipe(), indent=2).encode() + b"\n", file)
             return
         try:
@@ -148,7 +169,7 @@ class _TaskFollowUp:
         assert self.running is not None
         names = [f"task {i} {read_metadata(self.theta(i)).get(MADE_FROM, '')[:8]}" for i in range(1, t + 1)]
         if [task.name for task in self.running.tasks][:t] != names[: len(self.running.tasks)]:
-            remove(self.training.out / MERGE_FOLDER)
+            delete_running_merge(self.training.out / MERGE_FOLDER)
             self.metrics = {what: {i: r for i, r in rows.items() if int(i) < t} for what, rows in self.metrics.items()}
             self.running = self.begin()
             assert self.running is not None

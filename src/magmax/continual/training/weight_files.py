@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ...checkpoints.output_paths import delete_output, kind_of, replace_file
 from ...errors import MagMaxError
 
 MADE_FROM = "made_from"
 """The metadata key under which a file says what it was made from."""
+TRAINING_FILES = re.compile(r"(theta|step|penalty)_\d+\.safetensors|(costs|memory)\.json")
+"""The names of what a training writes."""
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -29,19 +33,21 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 def write_bytes(content: bytes, path: Path) -> None:
     """Writes a file at once and whole. Raises MagMaxError where it cannot be written; the old file is then there."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        reason = f"{error.strerror} ({len(content):,} bytes)"
-        raise MagMaxError(f"{path}: cannot be written: {reason}; the same command goes on from here") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, content, "the same command goes on from here")
+
+
+def delete_training(folder: Path) -> None:
+    """Deletes the checkpoints of a training, and its folder if nothing else is in it.
+
+    Raises MagMaxError, and deletes nothing, where a file's name is taken by something else, such as a link.
+    """
+    ours = [path for path in folder.iterdir() if TRAINING_FILES.fullmatch(path.name)] if folder.is_dir() else []
+    if strange := [path for path in ours if kind_of(path) != "file"]:
+        raise MagMaxError(f"{strange[0]}: is a {kind_of(strange[0])}, which magmax did not make; move it")
+    for path in ours:
+        delete_output(path)
+    with suppress(OSError):  # what others put there stays
+        folder.rmdir()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

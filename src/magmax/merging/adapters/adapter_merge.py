@@ -16,7 +16,7 @@ from ...checkpoints.blocks import block_digests, canonical_blocks, tensor_digest
 from ...checkpoints.journal import Journal
 from ...checkpoints.lora.peft import ADAPTER_CONFIG, PeftAdapter
 from ...checkpoints.lora.target_modules import AdaptedLayer, common_layers, merged_config
-from ...checkpoints.writer import OutputPath
+from ...checkpoints.output_paths import OutputPath
 from ...errors import MagMaxError
 from ...rules import Number, Rule, TensorPosition, as_rule
 from ...rules.schedules import resolve, to_config

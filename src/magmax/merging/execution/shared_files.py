@@ -7,7 +7,6 @@ import socket
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -16,7 +15,7 @@ import xxhash
 
 from ..._version import __version__
 from ...checkpoints import Checkpoint
-from ...checkpoints.writer import OutputPath
+from ...checkpoints.output_paths import OutputPath, delete_output
 from ...errors import UnfinishedError
 
 HEAD_BYTES = 1 << 20
@@ -44,7 +43,7 @@ class SharedFiles:
 
     Attributes:
         files: every input file, by its absolute path.
-        probe: a file beside the output that is there while the work goes on, if there is one.
+        probe: a file in the output's working folder that is there while the work goes on, if there is one.
         version: of magmax.
     """
 
@@ -60,12 +59,12 @@ class SharedFiles:
 
     @contextmanager
     def with_probe(self, target: OutputPath) -> Generator[SharedFiles]:
-        """The ground with a probe beside the output, until the block is left."""
-        path = target.path.absolute()
-        for old in path.parent.glob(f"{escape(path.name)}.probe-*"):
-            old.unlink(missing_ok=True)
-        probe = path.with_name(f"{path.name}.probe-{uuid4().hex}")
-        probe.touch()
+        """The ground with a probe in the output's working folder, until the block is left."""
+        folder = target.working_folder.absolute()
+        for old in folder.glob("probe-*"):
+            delete_output(old)
+        probe = folder / f"probe-{uuid4().hex}"
+        probe.touch(exist_ok=False)
         try:
             yield replace(self, probe=str(probe))
         finally:

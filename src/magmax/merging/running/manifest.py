@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from ...checkpoints.writer import replace_file
+from ...checkpoints.output_paths import replace_file
 from ...errors import MagMaxError
 from ...legacy import modern_rule
 from ...rules import Rule, StreamingRule, rule_from

@@ -11,10 +11,11 @@ from typing import Any
 from ...checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from ...checkpoints.base import HUB_PREFIX
 from ...checkpoints.lora.adapted_model import portable_path, resolve_portable_path, split_base_and_adapter
+from ...checkpoints.output_paths import OutputPath
 from ...checkpoints.prefixed import PrefixedSink
 from ...checkpoints.remote.urls import is_url
 from ...checkpoints.torch.dcp import find_dcp
-from ...checkpoints.writer import OutputDraft, OutputPath
+from ...checkpoints.writer import OutputDraft
 from ...errors import MagMaxError
 from ...rules import Number, Rule, StreamingRule, as_rule
 from ..execution.execution_options import ExecutionOptions
@@ -50,8 +51,8 @@ class Running:
 
     Absorbing T models one by one gives the bytes that merging them at once gives. Each absorption writes version
     g + 1 beside version g and then replaces `state.json`, so a kill leaves one or the other. An unlabelled
-    version is dropped when its successor is in place; a labelled one is kept and can be restored. A task cannot be
-    taken out of the middle: restore a version from before it and absorb the others again.
+    version is dropped when its successor is in place; a labelled one, and one that `restore` leaves, is kept and can be
+    restored. A task cannot be taken out of the middle: restore a version from before it and absorb the others again.
 
     Args:
         path: the folder of the state; made by the first `absorb`.
@@ -127,17 +128,8 @@ class Running:
         Raises:
             MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
         """
-        new = not self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
-        try:
-            with self._disk.lock():
-                return self._absorb_model(model, name, label)
-        finally:
-            if new and not any(self.path.iterdir()):
-                self.path.rmdir()
+        with self._disk.lock():
+            return self._absorb_model(model, name, label)
 
     def _absorb_model(self, model: Any, name: str | None, label: str | None) -> MergeResult:
         base = self._open_base()
@@ -219,8 +211,12 @@ class Running:
             self._remember_base()
             self._disk.label(label)
 
-    def restore(self, which: str | int) -> Sequence[Version]:
-        """Go back to a version, by its label or number; returns those dropped, because they have no label."""
+    def restore(self, which: str | int) -> Version | None:
+        """Go back to a version, by its label or number.
+
+        Returns the version that was current, which is kept: one without a label gets "left-NUMBER". None where the
+        version is current already.
+        """
         with self._disk.lock():
             self._remember_base()
             return self._disk.restore(which)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,13 +13,22 @@ import numpy as np
 
 from ...checkpoints import Checkpoint, open_checkpoint
 from ...checkpoints.blocks import iter_chunks
-from ...checkpoints.journal import lock_folder
+from ...checkpoints.journal import WorkingFolder, hold_folder, lock_folder
+from ...checkpoints.output_paths import (
+    DRAFT_NAMES,
+    LOCK_FILE,
+    WORK_SUFFIX,
+    delete_output,
+    describe_foreign,
+    find_foreign,
+    kind_of,
+)
 from ...checkpoints.prefixed import PrefixedCheckpoint
-from ...checkpoints.writer import remove
-from ...errors import MagMaxError
+from ...errors import MagMaxError, list_problems
 from .manifest import Manifest, Version, read_manifest
 
 MANIFEST_FILE = "state.json"
+VERSION_FOLDERS = re.compile(r"generation-\d{6,}")
 WINNER_PREFIX = "magmax.winner/"
 MAX_MAPPED_MODELS = 255
 
@@ -45,7 +56,7 @@ class VersionStore:
         """
         if (path / MANIFEST_FILE).exists():
             return cls(path, _read_current_manifest(path))
-        strange = not path.is_dir() or any(p.name[:10] not in ("generation", MANIFEST_FILE) for p in path.iterdir())
+        strange = not path.is_dir() or any(not _is_of_running_merge(p.name) for p in path.iterdir())
         if path.exists() and strange:
             raise MagMaxError(f"{path}: is not a running merge (it has no state.json); name its folder, or a new one")
         return None
@@ -53,9 +64,12 @@ class VersionStore:
     @contextmanager
     def lock(self) -> Generator[None]:
         """Hold the folder against other processes, having seen what they did since it was opened."""
-        with lock_folder(self.path):
+        with hold_folder(self.path):
             if (self.path / MANIFEST_FILE).exists():
                 self.state = _read_current_manifest(self.path)
+            problems = [p for folder in self._droppable() for p in describe_foreign(folder, find_foreign(folder))]
+            if problems:
+                raise list_problems(f"{self.path} cannot be changed", problems)
             yield
 
     def folder(self, number: int) -> Path:
@@ -120,15 +134,26 @@ class VersionStore:
         self.check_label(label)
         self.publish(replace(current, label=label))
 
-    def restore(self, which: str | int) -> list[Version]:
-        """Make the version of this label or number the current one; returns those dropped."""
+    def restore(self, which: str | int) -> Version | None:
+        """Make the version of this label or number the current one; returns the one that was, with a label to keep it.
+
+        Where it is current already, nothing changes, and None is returned.
+        """
         before = list(self.state.versions.values())
         matches = [g for g in before if which in (g.label, g.number, str(g.number))]
         if not matches:
             names = ", ".join(f"{g.number} ({g.label})" if g.label else str(g.number) for g in before)
             raise MagMaxError(f"{self.path}: has no version {which!r}; it has {names or 'none'}")
+        left = self.state.current_version
+        if left is None or left.number == matches[0].number:
+            return None
+        if left.label is None:
+            taken = {version.label for version in before}
+            names = itertools.chain([f"left-{left.number}"], (f"left-{left.number}-{n}" for n in itertools.count(2)))
+            left = replace(left, label=next(name for name in names if name not in taken))
+            self.state.versions[left.number] = left
         self.publish(matches[0])
-        return [version for version in before if version.number not in self.state.versions]
+        return left
 
     def publish(self, version: Version) -> None:
         """Make a version the one that counts, then drop those that nothing names."""
@@ -136,9 +161,56 @@ class VersionStore:
         self.state.current = version.number
         self.state.versions = {n: g for n, g in versions.items() if g.label or n == version.number}
         self.state.write(self.path / MANIFEST_FILE)
-        for folder in self.path.glob("generation-*"):
-            if folder.name not in {self.folder(n).name for n in self.state.versions}:
-                remove(folder)
+        self.delete_unnamed()
+
+    def delete_unnamed(self) -> None:
+        """Delete the versions that nothing names, and what a kill left of one; what others put there stays."""
+        named = {self.folder(n).name for n in self.state.versions}
+        for folder in self._droppable():
+            if folder.name not in named:
+                delete_output(folder)
+        _delete_work(self.path)
+
+    def _droppable(self) -> list[Path]:
+        """The folders of versions that no label keeps: the current one and what a kill left."""
+        labelled = {self.folder(version.number).name for version in self.state.versions.values() if version.label}
+        return [p for p in sorted(self.path.iterdir()) if VERSION_FOLDERS.fullmatch(p.name) and p.name not in labelled]
+
+
+def delete_running_merge(path: Path) -> None:
+    """Delete a running merge, if it is there.
+
+    Raises MagMaxError, and deletes nothing, where something else is in its folder.
+    """
+    if kind_of(path) is None:
+        return
+    if kind_of(path) != "folder":
+        raise MagMaxError(f"{path}: is a {kind_of(path)}, not the folder of a running merge; move it")
+    with lock_folder(path):
+        foreign = [inner.name for inner in path.iterdir() if not _is_of_running_merge(inner.name)]
+        versions = [inner for inner in path.iterdir() if VERSION_FOLDERS.fullmatch(inner.name)]
+        foreign += [f"{inner.name}/{name}" for inner in versions for name in find_foreign(inner)]
+        if foreign:
+            raise MagMaxError(describe_foreign(path, foreign)[0])
+        (path / MANIFEST_FILE).unlink(missing_ok=True)
+        _delete_work(path)
+        for version in versions:
+            delete_output(version)
+    path.rmdir()
+
+
+def _delete_work(path: Path) -> None:
+    """Delete what kills left of versions that were not complete."""
+    for folder in path.glob(f"generation-*{WORK_SUFFIX}"):
+        with WorkingFolder(folder.with_name(folder.name.removesuffix(WORK_SUFFIX))) as work:
+            work.clear()
+
+
+def _is_of_running_merge(name: str) -> bool:
+    """Return whether a file or folder of this name can be what the first absorption, if it was killed, left."""
+    draft = DRAFT_NAMES.fullmatch(name)
+    whole = VERSION_FOLDERS.fullmatch(name.removesuffix(WORK_SUFFIX))
+    return name == LOCK_FILE or bool(whole or (draft and draft[1] == MANIFEST_FILE))
 
 
 def _read_current_manifest(path: Path) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...checkpoints import open_checkpoint
+from ...checkpoints.output_paths import delete_output
 from ...merging.execution.execution_options import ExecutionOptions
 from ...rules import Tunable
 from ..archive import Archive
@@ -99,7 +99,7 @@ def measure_archives(measurer: EnvironmentScorer, scratch: Path) -> list[ResultR
     rows: list[ResultRow] = []
     for top in words.top:
         for bits in words.bits:
-            shutil.rmtree(scratch, ignore_errors=True)
+            delete_output(scratch)
             began = time.perf_counter()
             names = [f"task {t}" for t in range(1, learned.num_tasks + 1)]
             models = [open_checkpoint(path, base=base) for path in learned.paths]
@@ -110,7 +110,7 @@ def measure_archives(measurer: EnvironmentScorer, scratch: Path) -> list[ResultR
             size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
             told = {"top": top, "bits": bits, "bytes": size, "model_bytes": base.nbytes, "making": round(making, 3)}
             rows += [{**told, **row} for row in _archive_results(measurer, written)]
-            shutil.rmtree(scratch)
+            delete_output(scratch)
     return rows
 
 

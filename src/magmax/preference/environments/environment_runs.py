@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoints.journal import hold_folder
 from ...continual.cell_store import CellStore, Record
 from ...continual.cells import digest_of_file, environment, run_training, training_folder
 from ...continual.context import build_context
@@ -45,6 +46,10 @@ class EnvironmentRuns:
 
     def run(self) -> list[Record]:
         """Measure what is missing; the records of all parts. Raises what a job raised; finished parts stay."""
+        with hold_folder(self.out):
+            return self._run()
+
+    def _run(self) -> list[Record]:
         parts = self.cells
         pairs = list(dict.fromkeys((part.seed, part.training) for part in parts))
         words = self.config.model_dump_json(), self.experiment.model_dump_json(), str(self.out)

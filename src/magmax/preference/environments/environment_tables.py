@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoints.journal import lock_folder
 from ...continual.evaluation.tables import PairedComparison, SeedMean, as_csv
 from ...continual.experiment import Experiment
 from ...continual.training.weight_files import write_bytes
@@ -67,8 +68,9 @@ def write_report(
         "results.md": "\n\n".join(text) + "\n",
     }
     folder = out / FOLDER_NAME
-    for name, written in files.items():
-        write_bytes(written.encode(), folder / name)
+    with lock_folder(out):
+        for name, written in files.items():
+            write_bytes(written.encode(), folder / name)
     return [folder / name for name in files]
 
 
