@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import gc
+import json
 import os
 import pickle
 import signal
@@ -73,6 +74,50 @@ class Kill(Fault):
 
     def write_limit(self, number: int, call: Call) -> int | None:
         return call[-1] // 2 if (number, "torn") == (self.call_number, self.moment) else None
+
+
+ForeignKind = Literal["file", "folder", "full folder", "link", "dangling link", "pipe", "hard link"]
+
+
+def plant(path: Path, kind: ForeignKind, elsewhere: Path) -> None:
+    """Put something at a path that nobody of ours made, as another program might; `elsewhere` is where links lead.
+
+    Nothing where something is there already, or its folder is not. What it put is listed in `elsewhere`/planted.
+    """
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return
+    target = elsewhere / f"of {path.name}"
+    if kind in ("link", "hard link"):
+        target.write_bytes(b"precious")
+    if kind == "file":
+        path.write_bytes(b"precious")
+    elif kind in ("link", "dangling link"):
+        path.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        os.link(target, path)
+    else:
+        path.mkdir()
+        if kind == "full folder":
+            (path / "mine.txt").write_bytes(b"precious")
+    with (elsewhere / "planted").open("a", encoding="utf-8") as file:
+        print(json.dumps([path.name, path.lstat().st_ino, kind, str(target)]), file=file)
+
+
+@dataclass(frozen=True)
+class Disturbance(Kill):
+    """Just before a call something of someone else appears; the process may be killed at another call."""
+
+    planted_at: int
+    path: Path
+    kind: ForeignKind
+    elsewhere: Path
+
+    def before(self, number: int, call: Call) -> None:
+        if number == self.planted_at:
+            plant(self.path, self.kind, self.elsewhere)
+        super().before(number, call)
 
 
 @dataclass(frozen=True)

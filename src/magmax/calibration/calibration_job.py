@@ -59,6 +59,7 @@ def calibrate_job(
         kernel=FoldKernel(tuple(inputs), coefficients, specs),
         metadata=base_metadata(merged),
         small_files=small_files(folder, specs, options, match),
+        companions=folder,
         check=lambda digests: refuse_equal_models(models, digests[2:]),
         extra_passes=2,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +17,14 @@ from ..errors import MagMaxError
 from .output_paths import (
     LOCK_FILE,
     LOCK_TEXT,
+    STAGED_FOLDERS,
     WORK_SUFFIX,
     delete_output,
     describe_foreign,
     find_foreign_work,
-    has_one_name,
+    is_lock,
     kind_of,
+    open_own,
     sync_folder,
     working_folder,
 )
@@ -40,7 +44,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._fd = open_own(path, os.O_CREAT)
 
     def load(self) -> tuple[Any, list[Any]]:
         """(identity, parts) of the interrupted work; (None, []) where there is none. Cuts off a torn end."""
@@ -90,12 +94,12 @@ class FolderLock:
     Raises MagMaxError where another process holds it, naming the output that it is for.
     """
 
-    def __init__(self, folder: Path, output: Path) -> None:
+    def __init__(self, folder: Path, output: Path, create: bool = True) -> None:
         self._path = folder / LOCK_FILE
-        self._fd = self._open(output)
+        self._fd = self._open(output, create)
         while not _is_open_as(self._path, self._fd):  # its last holder deleted it just before we had the lock
             os.close(self._fd)
-            self._fd = self._open(output)
+            self._fd = self._open(output, create)
         try:
             if os.fstat(self._fd).st_size < len(LOCK_TEXT):
                 os.write(self._fd, LOCK_TEXT)
@@ -103,6 +107,10 @@ class FolderLock:
         except OSError:
             self.release()
             raise
+
+    def move(self, folder: Path) -> None:
+        """Note that the folder has another name now."""
+        self._path = folder / LOCK_FILE
 
     def release(self, delete: bool = True) -> None:
         """Let another process have the lock; its file is deleted first, if it still is in its place."""
@@ -114,10 +122,10 @@ class FolderLock:
         os.close(self._fd)
         self._fd = -1
 
-    def _open(self, output: Path) -> int:
-        if kind_of(self._path) is not None and not has_one_name(self._path):
-            raise MagMaxError(f"{self._path}: is not a lock of magmax; move it")
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    def _open(self, output: Path, create: bool) -> int:
+        if kind_of(self._path) not in (None, "file"):
+            raise MagMaxError(f"{self._path}: is a {kind_of(self._path)}, not a lock of magmax; move it")
+        fd = open_own(self._path, os.O_CREAT if create else 0)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -164,8 +172,9 @@ def hold_folder(folder: Path) -> Generator[None]:
 class WorkingFolder:
     """The working folder of an output, made and locked; on leaving the block it stays if something unfinished is in it.
 
-    Only the process that has it may write the output. An old output that a kill left in it, between two renames, is put
-    back in its place first.
+    It gets its name, and loses it, with the lock in it: a folder of that name without a lock is someone else's. Only
+    the process that has it may write the output. An old output that a kill left in it, between two renames, is put back
+    in its place first.
 
     Raises MagMaxError where another process has it, and where something is in it that is not ours.
     """
@@ -174,14 +183,10 @@ class WorkingFolder:
         self.path, self._output = working_folder(output), output
 
     def __enter__(self) -> WorkingFolder:
-        if kind_of(self.path) not in (None, "folder"):
-            self._refuse_foreign()
         try:
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._make()
         except OSError as error:
-            with suppress(OSError):
-                self.path.rmdir()
             raise MagMaxError(f"{self._output.parent}: cannot be written to: {error.strerror}") from error
         try:
             self._refuse_foreign()
@@ -214,26 +219,70 @@ class WorkingFolder:
 
     def _make(self) -> FolderLock:
         while True:
-            with suppress(FileExistsError):
-                self.path.mkdir()
             try:
-                if kind_of(self.path / LOCK_FILE) is None and any(self.path.iterdir()):
+                if kind_of(self.path) is None:
+                    return self._make_new()
+                if not is_lock(self.path / LOCK_FILE):
                     self._refuse_foreign()
-                return FolderLock(self.path, self._output)
-            except FileNotFoundError:  # its last holder deleted the folder just before we had the lock
+                return FolderLock(self.path, self._output, create=False)
+            except FileNotFoundError:  # its last holder renamed it just before we had the lock
                 continue
+
+    def _make_new(self) -> FolderLock:
+        """Make the folder under another name, and rename it when the lock is in it."""
+        _delete_staged(self.path.parent)
+        staged = _staged_path(self.path.parent)
+        staged.mkdir()
+        try:
+            lock = FolderLock(staged, self._output)
+        except OSError:
+            with suppress(OSError):
+                staged.rmdir()
+            raise
+        try:
+            sync_folder(staged)
+            os.rename(staged, self.path)
+        except OSError as error:
+            lock.release()
+            with suppress(OSError):
+                staged.rmdir()
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                raise FileNotFoundError from error
+            raise
+        lock.move(self.path)
+        return lock
 
     def _refuse_foreign(self) -> None:
         if foreign := find_foreign_work(self.path):
             raise MagMaxError(describe_foreign(self.path, foreign)[0])
 
     def _close(self) -> None:
-        """The lock goes last: a folder without it would be taken for someone else's."""
+        """Let go of the lock, and delete the folder where nothing else is in it."""
         done = [path.name for path in self.path.iterdir()] == [LOCK_FILE]
-        self._lock.release(delete=done)
         if done:
-            with suppress(OSError):  # another process has come after us
-                self.path.rmdir()
+            with suppress(OSError):
+                sync_folder(self.path)
+                staged = _staged_path(self.path.parent)
+                os.rename(self.path, staged)
+                self._lock.move(staged)
+                sync_folder(staged.parent)
+                self._lock.release()
+                staged.rmdir()
+        self._lock.release(delete=False)
+
+
+def _staged_path(folder: Path) -> Path:
+    return folder / f".{secrets.token_hex(8)}{WORK_SUFFIX}"
+
+
+def _delete_staged(folder: Path) -> None:
+    """Delete the working folders that kills left without a name."""
+    for staged in list(folder.iterdir()):
+        if STAGED_FOLDERS.fullmatch(staged.name) and kind_of(staged) == "folder":
+            with suppress(OSError, MagMaxError):  # where another process is at it, or something was put there, it stays
+                if [path.name for path in staged.iterdir()] == [LOCK_FILE] and is_lock(staged / LOCK_FILE):
+                    FolderLock(staged, staged, create=False).release()
+                staged.rmdir()
 
 
 def _is_open_as(path: Path, fd: int) -> bool:

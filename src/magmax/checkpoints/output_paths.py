@@ -9,6 +9,7 @@
         task-vector.safetensors, trial-N-*.safetensors, each with a working folder   outputs of steps of the work
     FOLDER/.magmax-lock         the lock of a folder that grows: a running merge, a training, a search, a study
     .NAME.(16 hex digits).magmax-draft   a small file before it is renamed to NAME
+    .(16 hex digits).magmax-work   a working folder before it has its name, and after
 
 Anything else that is found at these places stops a command before any work. A link is neither followed nor replaced, a
 file with two names is not written to, and a folder is deleted file by file, as listed, so that what was added stays.
@@ -16,6 +17,7 @@ file with two names is not written to, and a folder is deleted file by file, as 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -36,6 +38,7 @@ LOCK_TEXT = b"A lock of magmax: it is writing this output, or was stopped. The s
 CONTENTS_FILE = ".magmax-contents"
 WORK_NAMES = re.compile(r"(output|task-vector|trial-\d+-[0-9a-f]{8})\.safetensors|output\.journal|probe-[0-9a-f]{32}")
 WORK_FOLDERS = ("output", "old")
+STAGED_FOLDERS = re.compile(r"\.[0-9a-f]{16}\.magmax-work")
 DRAFT_NAMES = re.compile(r"\.(.+)\.[0-9a-f]{16}\.magmax-draft", re.DOTALL)
 COPY_BYTES = 1 << 20
 
@@ -137,7 +140,9 @@ def find_place_problems(path: Path, kind: Literal["file", "folder"]) -> list[str
     elif there not in (None, kind):
         problems.append(f"{path}: is a {there}; choose another name")
     work = working_folder(path)
-    return problems + describe_foreign(work, find_foreign_work(work))
+    if kind_of(work) and not is_lock(work / LOCK_FILE) and kind_of(work):  # another process may just have deleted it
+        problems += describe_foreign(work, ["."])
+    return problems
 
 
 def describe_foreign(folder: Path, foreign: list[str]) -> list[str]:
@@ -164,7 +169,7 @@ def find_foreign_work(folder: Path) -> list[str]:
         return [] if kind_of(folder) is None else ["."]
     foreign: list[str] = []
     names = sorted(path.name for path in folder.iterdir())
-    if names and not _is_lock(folder / LOCK_FILE):
+    if not is_lock(folder / LOCK_FILE):
         return ["."]
     for name in names:
         path = folder / name
@@ -178,6 +183,11 @@ def find_foreign_work(folder: Path) -> list[str]:
     return foreign
 
 
+def is_working_name(name: str) -> bool:
+    """Return whether a kill can leave a file or folder of this name in a folder of ours."""
+    return name == LOCK_FILE or name.endswith(WORK_SUFFIX) or DRAFT_NAMES.fullmatch(name) is not None
+
+
 def has_one_name(path: Path) -> bool:
     """Return whether there is a regular file with no other hard link: only such a file is written to."""
     try:
@@ -185,6 +195,16 @@ def has_one_name(path: Path) -> bool:
     except OSError:
         return False
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def open_own(path: Path, flags: int = 0) -> int:
+    """Open a file of ours to read and write. Raises OSError for a link, a special file, and a file with two names."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.EEXIST, "is not a file that magmax made, or has another name too; move it", str(path))
+    return fd
 
 
 def delete_output(path: Path) -> None:
@@ -299,12 +319,16 @@ def _is_ours(name: str, path: Path, ours: set[str]) -> bool:
     if kind_of(path) != "file":
         return False
     draft = DRAFT_NAMES.fullmatch(path.name)
-    return name in ours or (name == LOCK_FILE and _is_lock(path)) or bool(draft and draft[1] in (*ours, CONTENTS_FILE))
+    return name in ours or (name == LOCK_FILE and is_lock(path)) or bool(draft and draft[1] in (*ours, CONTENTS_FILE))
 
 
-def _is_lock(path: Path) -> bool:
+def is_lock(path: Path) -> bool:
     """Return whether there is a lock of ours, perhaps one that a kill left without its text."""
-    return has_one_name(path) and path.stat().st_size <= len(LOCK_TEXT) and LOCK_TEXT.startswith(path.read_bytes())
+    try:
+        small = has_one_name(path) and path.stat().st_size <= len(LOCK_TEXT)
+        return small and LOCK_TEXT.startswith(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _delete_drafts(path: Path) -> None:

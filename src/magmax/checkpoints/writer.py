@@ -24,6 +24,7 @@ from .output_paths import (
     find_place_problems,
     has_one_name,
     kind_of,
+    open_own,
     sync_folder,
     write_contents,
     write_new_file,
@@ -58,8 +59,7 @@ class ShardFile:
             return False
 
     def open(self, fresh: bool) -> None:
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if fresh else 0)
-        self._fd = os.open(self.path, flags, 0o666)
+        self._fd = open_own(self.path, os.O_CREAT | os.O_EXCL if fresh else 0)
         if fresh:
             self._write_at(memoryview(self._header_bytes), 0)
             os.ftruncate(self._fd, self.size)

@@ -67,4 +67,5 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         unmerged={},
         metadata=base_metadata(source),
         small_files=beside,
+        companions=source,
     )

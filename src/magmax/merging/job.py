@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.base import changed_file_error, file_stamp
 from ..checkpoints.blocks import checkpoint_digest
 from ..checkpoints.journal import Journal, WorkingFolder
 from ..checkpoints.output_paths import OutputPath, delete_output, nearest_existing_folder, replace_file
@@ -25,6 +26,7 @@ from ..legacy import modern_merge_result
 from .digests import DigestCollector
 from .execution.execution_options import ExecutionOptions
 from .execution.shared_files import SharedFiles
+from .model_files import find_outside_links, model_files
 from .pipeline import BlockPipeline, Kernel, Progress, TensorSink
 from .provenance import Provenance
 from .result import MergeResult
@@ -86,6 +88,7 @@ class Job:
         memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
+        companions: the input whose small files `small_files` copies.
     """
 
     target: OutputPath
@@ -108,6 +111,7 @@ class Job:
     memory: int = 0
     memory_per_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
+    companions: Checkpoint | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -188,8 +192,16 @@ class Job:
 
     def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
-        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+        folder = self._companion_folder()
+        notes = [note for checkpoint in self.inputs for note in checkpoint.notes]
+        notes += (
+            [f"{folder / n}: leads out of its folder, so it is not copied" for n in find_outside_links(folder)]
+            if folder
+            else []
+        )
+        for said in dict.fromkeys(notes):
             execution.note(said)
+        companions = self._companion_stamps()
         parts = self._finished_chunks(draft, journal, execution)
         if not parts:
             journal.start(
@@ -204,10 +216,11 @@ class Job:
             collector = work.run(execution.progress)
         outputs = collector.tensors[len(self.inputs) :]
         digests = collector.digests(self.inputs)
-        self._check_unchanged()
-        self.check(digests)
         provenance = self._make_provenance(digests)
-        draft.publish(self._metadata(provenance), self.small_files(provenance, outputs[0]))
+        files = self.small_files(provenance, outputs[0])
+        self._check_unchanged(companions)
+        self.check(digests)
+        draft.publish(self._metadata(provenance), files)
         journal.remove()
         output_digests = [checkpoint_digest(s.specs, tensors) for s, tensors in zip(work.sinks, outputs, strict=True)]
         seconds = time.perf_counter() - began
@@ -257,10 +270,25 @@ class Job:
         identity["the order of the inputs"] = [list(stamps) for stamps in fingerprints]
         return identity | {name: stamp for stamps in fingerprints for name, stamp in stamps.items()}
 
-    def _check_unchanged(self) -> None:
-        """Raise MagMaxError if a file, here or on another machine, is no longer what it was when it was opened."""
+    def _check_unchanged(self, companions: Mapping[Path, Any]) -> None:
+        """Raise MagMaxError if an input is no longer what it was when it was opened, or a file that is copied."""
         for checkpoint in self.inputs:
             checkpoint.check_unchanged()
+        now = self._companion_stamps()
+        for path in dict.fromkeys([*companions, *now]):
+            if companions.get(path) != now.get(path):
+                raise changed_file_error(str(path))
+
+    def _companion_folder(self) -> Path | None:
+        """The folder on this machine whose small files are copied beside the weights, if there is one."""
+        if self.companions is None or self.companions.url or not self.target.is_folder:
+            return None
+        return self.companions.small_files_folder()
+
+    def _companion_stamps(self) -> dict[Path, list[object]]:
+        folder = self._companion_folder()
+        paths = [path for path in model_files(folder, None).values() if isinstance(path, Path)] if folder else []
+        return {path: file_stamp(path) for path in paths}
 
     def _make_provenance(self, digests: Sequence[str] = ()) -> Provenance:
         origins = [checkpoint.origin for checkpoint in self.inputs]

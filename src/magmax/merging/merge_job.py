@@ -50,6 +50,7 @@ def merge_job(
         partly_merged={key: part.reason for key, part in match.partly_merged.items()},
         metadata=base_metadata(base),
         small_files=small_files(base, kernel.out, options, match),
+        companions=base,
         check=lambda digests: refuse_equal_models(models, digests[1:]),
         extra_passes=rule.passes,
         memory=0 if apart else rule.memory,

@@ -28,11 +28,30 @@ def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
     for path in sorted(path for place in [folder, *_find_component_folders(folder)] for path in place.iterdir()):
         other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
         skipped = other or path.name.startswith(".") or path.suffix not in SMALL_FILE_ENDINGS
-        if path.is_file() and not skipped and path.stat().st_size <= MAX_FILE_BYTES:
+        if path.is_file() and not skipped and path.stat().st_size <= MAX_FILE_BYTES and not leads_outside(path, folder):
             files[str(path.relative_to(folder))] = path
     if dtype and "config.json" in files:
         files["config.json"] = _with_dtype(folder / "config.json", TORCH_DTYPE_NAMES[dtype])
     return files
+
+
+def find_outside_links(folder: Path) -> list[str]:
+    """Return the names of links that lead out of a model's folder and so are not copied from it."""
+    links = [path for place in [folder, *_find_component_folders(folder)] for path in place.iterdir()]
+    return sorted(str(path.relative_to(folder)) for path in links if path.is_symlink() and leads_outside(path, folder))
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Return whether a path in a model's folder leads out of it, to a file that its owner may not mean to publish.
+
+    In the cache of the hub, the links of a model to its own blobs do not.
+    """
+    real, root = path.resolve(), folder.resolve()
+    if real.is_relative_to(root):
+        return False
+    snapshots = (place.parent for place in (root, *root.parents) if place.parent.name == "snapshots")
+    cached = next((s.parent for s in snapshots if s.parent.name.startswith("models--")), None)
+    return cached is None or real.parent != cached / "blobs"
 
 
 def _find_component_folders(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.journal import WorkingFolder, hold_folder
+from ..checkpoints.output_paths import is_working_name
 from ..errors import MagMaxError
 from ..merging.execution.pool import submit, wait_for_result
 from .config import SearchConfig
@@ -60,7 +61,8 @@ class Search:
             MagMaxError: a folder that holds another search; what a trial raises. What was tried is kept.
             UnfinishedError: the workers are lost.
         """
-        if self.out.exists() and not (self.out / STORE_FILE).exists() and any(self.out.iterdir()):
+        begun = not self.out.exists() or (self.out / STORE_FILE).exists()
+        if not begun and not all(is_working_name(path.name) for path in self.out.iterdir()):
             raise MagMaxError(f"{self.out}: is not empty, and holds no search; name another --out")
         with hold_folder(self.out), WorkingFolder(self.out / "trials") as work:
             work.clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.journal import WorkingFolder, hold_folder
-from ...checkpoints.output_paths import DRAFT_NAMES, LOCK_FILE, WORK_SUFFIX, delete_output, kind_of
+from ...checkpoints.output_paths import WORK_SUFFIX, delete_output, is_working_name, kind_of
 from ...errors import MagMaxError
 from ...legacy import modern_experiment
 from ...merging.running.running_merge import Running
@@ -120,10 +120,9 @@ class ContinualTraining:
 
     def refuse_foreign_folder(self) -> None:
         """Raise MagMaxError for a folder with something in it that is not a training."""
-        if self.out.exists() and not (self.out / RECIPE_FILE).exists():
-            drafts = (DRAFT_NAMES.fullmatch(path.name) for path in self.out.iterdir() if path.name != LOCK_FILE)
-            if any(draft is None or draft[1] != RECIPE_FILE for draft in drafts):
-                raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
+        begun = not self.out.exists() or (self.out / RECIPE_FILE).exists()
+        if not begun and not all(is_working_name(path.name) for path in self.out.iterdir()):
+            raise MagMaxError(f"{self.out}: is not empty, and no training's folder; name another --out")
 
     def prepare(self) -> None:
         """The folder cleared, begun, or found to be of the same recipe."""

@@ -189,6 +189,7 @@ class Running:
             partly_merged={key: part.reason for key, part in match.partly_merged.items()},
             metadata=base_metadata(base),
             small_files=small_files(base, kernel.merge.out, options, match),
+            companions=base,
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
         )

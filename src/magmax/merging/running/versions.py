@@ -15,12 +15,11 @@ from ...checkpoints import Checkpoint, open_checkpoint
 from ...checkpoints.blocks import iter_chunks
 from ...checkpoints.journal import WorkingFolder, hold_folder, lock_folder
 from ...checkpoints.output_paths import (
-    DRAFT_NAMES,
-    LOCK_FILE,
     WORK_SUFFIX,
     delete_output,
     describe_foreign,
     find_foreign,
+    is_working_name,
     kind_of,
 )
 from ...checkpoints.prefixed import PrefixedCheckpoint
@@ -187,7 +186,8 @@ def delete_running_merge(path: Path) -> None:
     if kind_of(path) != "folder":
         raise MagMaxError(f"{path}: is a {kind_of(path)}, not the folder of a running merge; move it")
     with lock_folder(path):
-        foreign = [inner.name for inner in path.iterdir() if not _is_of_running_merge(inner.name)]
+        ours = {MANIFEST_FILE, *(inner.name for inner in path.iterdir() if _is_of_running_merge(inner.name))}
+        foreign = [inner.name for inner in path.iterdir() if inner.name not in ours]
         versions = [inner for inner in path.iterdir() if VERSION_FOLDERS.fullmatch(inner.name)]
         foreign += [f"{inner.name}/{name}" for inner in versions for name in find_foreign(inner)]
         if foreign:
@@ -208,9 +208,7 @@ def _delete_work(path: Path) -> None:
 
 def _is_of_running_merge(name: str) -> bool:
     """Return whether a file or folder of this name can be what the first absorption, if it was killed, left."""
-    draft = DRAFT_NAMES.fullmatch(name)
-    whole = VERSION_FOLDERS.fullmatch(name.removesuffix(WORK_SUFFIX))
-    return name == LOCK_FILE or bool(whole or (draft and draft[1] == MANIFEST_FILE))
+    return is_working_name(name) or VERSION_FOLDERS.fullmatch(name) is not None
 
 
 def _read_current_manifest(path: Path) -> Manifest:
