@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.crash.harness import ChildResult, Disturbance, ForeignKind, ForkServer, plant, read_contents
-from tests.crash.scenarios import SCENARIOS, Scenario
+from tests.crash.scenarios import SCENARIOS, Scenario, merge, run_cli, write_inputs
 from tests.crash.test_kills import completed, copied
 
+from magmax.checkpoints.output_paths import delete_output
+
 REPLACING = [scenario for scenario in SCENARIOS if scenario.name.endswith("again")]
+FOLDER_AGAIN = next(scenario for scenario in SCENARIOS if scenario.name == "folder-again")
 NAMES = ("notes.txt", "model.safetensors.bak", "x", "théta", "checkpoint-1", ".hidden")
 OWN_NAMES = (
     *("model.safetensors", "config.json", "README.md", "output", "old", "output.safetensors", "output.journal"),
@@ -123,3 +126,100 @@ def test_nothing_that_others_made_is_touched_before_during_or_after_a_kill(
             assert new is not None
             assert whole is not None
             assert {name: new[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("kind", get_args(ForeignKind))
+@pytest.mark.parametrize("place", ["out/mine", "out/deep/mine", "out.magmax-work", "out.magmax-work/mine"])
+def test_a_foreign_thing_stops_a_merge_before_any_work(
+    place: str, kind: ForeignKind, child: ForkServer, prepared_once: Prepare, tmp_path: Path
+) -> None:
+    before, _, _ = prepared_once(FOLDER_AGAIN)
+    folder = shutil.copytree(before, tmp_path / "copy")
+    (folder / place).parent.mkdir(exist_ok=True)
+    plant(folder / place, kind, tmp_path)
+    old = read_contents(folder / "base")
+    end = child(FOLDER_AGAIN.work, folder, "out")
+    assert str(folder / place.split("/")[0]) in end.error_message
+    assert "magmax did not write" in end.error_message or "is not what magmax writes there" in end.error_message
+    assert "move" in end.error_message
+    assert end.calls == []
+    assert not find_lost(folder, tmp_path)
+    assert read_contents(folder / "base") == old
+
+
+@pytest.mark.parametrize("kind", get_args(ForeignKind))
+def test_what_is_added_to_the_old_output_amid_the_merge_stays_and_the_merge_goes_on_when_it_is_moved(
+    kind: ForeignKind, child: ForkServer, prepared_once: Prepare, tmp_path: Path
+) -> None:
+    before, after, undisturbed = prepared_once(FOLDER_AGAIN)
+    folder, old = shutil.copytree(before, tmp_path / "copy"), read_contents(before / "out")
+    moment = len([call for call in undisturbed.calls if call[0] != "rename"]) // 2
+    end = child(
+        FOLDER_AGAIN.work, folder, "out", fault=Disturbance(0, "before", moment, folder / "out/x", kind, tmp_path)
+    )
+    assert "x" in end.error_message
+    assert "then run the same command again" in end.error_message
+    assert not find_lost(folder, tmp_path)
+    (folder / "out/x").rename(tmp_path / "moved")
+    assert read_contents(folder / "out") == old
+    _, notes = completed(child(FOLDER_AGAIN.work, folder, "out")).result
+    assert notes == ["resuming: 100% was done already"]
+    assert read_contents(folder) == read_contents(after)
+
+
+@pytest.mark.parametrize(
+    "name", ["x.partial", "x.journal", "x.magmax-old", "x.magmax-work", ".x.0123456789abcdef.magmax-draft"]
+)
+def test_an_input_with_the_name_of_a_working_file_is_merged_or_refused_and_never_deleted(
+    name: str, child: ForkServer, tmp_path: Path
+) -> None:
+    write_inputs(tmp_path)
+    (tmp_path / "base").rename(tmp_path / name)
+    found = read_contents(tmp_path / name)
+    code, _, said = child(
+        run_cli, "merge", "--base", tmp_path / name, tmp_path / "task1.safetensors", "--out", tmp_path / "x"
+    ).result
+    assert code == (2 if name == "x.magmax-work" else 0)
+    assert ("is an input where working files go" in said) == (code == 2)
+    assert read_contents(tmp_path / name) == found
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+@pytest.mark.parametrize("leads_to", ["what is there", "nothing"])
+def test_an_output_that_is_a_link_is_refused(out: str, leads_to: str, child: ForkServer, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    target = tmp_path / "elsewhere" / out
+    target.parent.mkdir()
+    if leads_to == "what is there":
+        completed(child(merge, tmp_path / "elsewhere" / "..", f"elsewhere/{out}"))
+    (tmp_path / out).symlink_to(target)
+    found = read_contents(tmp_path / "elsewhere")
+    end = child(merge, tmp_path, out)
+    assert end.error_message == (
+        f"{tmp_path / out}: is a symbolic link to {target}; name that path itself, or delete the link"
+    )
+    assert end.calls == []
+    assert (tmp_path / out).is_symlink()
+    assert read_contents(tmp_path / "elsewhere") == found
+
+
+@pytest.mark.parametrize("listing", ["../precious", "/precious", "x/../../precious", "../empty/x", "mine\n..", "\0"])
+def test_a_list_of_files_names_nothing_outside_its_folder(listing: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "out" / ".magmax-contents").write_text(listing.replace("/precious", str(tmp_path / "precious")))
+    delete_output(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "precious"}
+
+
+def test_an_output_of_a_version_that_made_no_list_is_refused_with_a_remedy(child: ForkServer, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    completed(child(merge, tmp_path, "out"))
+    (tmp_path / "out" / ".magmax-contents").unlink()
+    found = read_contents(tmp_path / "out")
+    assert (
+        "if an earlier version wrote them, which made no .magmax-contents, delete the folder"
+        in child(merge, tmp_path, "out").error_message
+    )
+    assert read_contents(tmp_path / "out") == found
