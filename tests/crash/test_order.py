@@ -11,6 +11,8 @@ from tests.crash.harness import Call, ForkServer
 from tests.crash.scenarios import OTHER_SCENARIOS, SCENARIOS, Scenario, absorb_task, prepare_running_merge
 from tests.crash.test_kills import completed, prepared
 
+from magmax.checkpoints.output_paths import STAGED_FOLDERS
+
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, *OTHER_SCENARIOS], ids=str)
 def test_an_output_is_on_the_disk_before_it_has_its_name(scenario: Scenario, child: ForkServer, tmp_path: Path) -> None:
@@ -46,6 +48,9 @@ def replay(log: Sequence[Call]) -> None:
             notes_a_part = path.suffix == ".journal" and name == "write" and path not in unsafe.files
             assert not (notes_a_part and unsafe.files), f"{path} notes what is not on the disk: {unsafe.files}"
             unsafe.files.add(path)
+        elif name == "rename" and STAGED_FOLDERS.fullmatch(Path(rest[0]).name):
+            assert not unsafe.files, "a working folder is given up before what was made in it is on the disk"
+            unsafe.folders.discard(path)
         elif name in ("rename", "replace"):
             assert not unsafe.within(path), f"{path} gets its final name before its content is on the disk"
             unsafe.folders |= {path.parent, Path(rest[0]).parent}

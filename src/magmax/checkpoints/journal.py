@@ -261,11 +261,9 @@ class WorkingFolder:
         done = [path.name for path in self.path.iterdir()] == [LOCK_FILE]
         if done:
             with suppress(OSError):
-                sync_folder(self.path)
                 staged = _staged_path(self.path.parent)
                 os.rename(self.path, staged)
                 self._lock.move(staged)
-                sync_folder(staged.parent)
                 self._lock.release()
                 staged.rmdir()
         self._lock.release(delete=False)
