@@ -153,7 +153,11 @@ def test_absorb_status_result_label_restore(run, files, tmp_path):
     assert run("running", "result", state, "--out", tmp_path / "ours.safetensors")[0] == 0
     theirs = magmax.merge("magmax", base, tasks[:3], out=tmp_path / "theirs.safetensors")
     assert same_bytes(load_tensors(tmp_path / "ours.safetensors"), load_tensors(theirs))
-    assert run("running", "restore", state, "two")[0] == 0
+    code, out, _ = run("running", "restore", state, "two")
+    assert code == 0
+    assert "kept version 3" in out
+    assert "labelled 'left-3'" in out
+    assert "left-3" in run("running", "status", state)[1]
     assert run("running", "label", state, "again")[0] == 0
     assert "again" in run("running", "status", state)[1]
 

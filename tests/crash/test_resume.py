@@ -93,8 +93,28 @@ def grown(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def rewritten_in_place(path: Path) -> None:
+    """The same size and the same time of modification, and the same inode."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(status.st_size - 4)
+        file.write(b"\0\0\0\0")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def swapped(path: Path) -> None:
+    """Another file under the name, of the same size, header and time of modification."""
+    status = path.stat()
+    write_safetensors(
+        path.with_name("new"), small_model(9), {"format": "pt"} if path.name == "model.safetensors" else None
+    )
+    assert path.with_name("new").stat().st_size == status.st_size
+    os.utime(path.with_name("new"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    path.with_name("new").replace(path)
+
+
 @pytest.mark.parametrize("out", OUTS)
-@pytest.mark.parametrize("change", [touched, retrained, grown])
+@pytest.mark.parametrize("change", [touched, retrained, grown, rewritten_in_place, swapped])
 @pytest.mark.parametrize("which", ["task2.safetensors", "base/model.safetensors"])
 def test_a_changed_input_starts_afresh_and_says_so(
     which: str, change: Callable[[Path], None], out: str, child: ForkServer, tmp_path: Path
@@ -154,6 +174,16 @@ def test_a_damaged_draft_is_not_taken_up(out: str, child: ForkServer, tmp_path: 
     os.truncate(victim, victim.stat().st_size - 1)
     outcome, _ = completed(child(merge, folder, out)).result
     assert outcome.reused_bytes == 0
+    assert read_contents(folder) == read_contents(after)
+
+
+def test_a_read_of_the_inputs_does_not_make_the_journal_useless(child: ForkServer, tmp_path: Path) -> None:
+    """Nor does another path to the same files."""
+    after, folder, _ = interrupted(child, tmp_path, "out")
+    for path in folder.rglob("*.safetensors"):
+        path.read_bytes()
+    outcome, _ = completed(child(merge, folder, "out")).result
+    assert outcome.reused_bytes > 0
     assert read_contents(folder) == read_contents(after)
 
 

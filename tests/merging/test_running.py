@@ -84,6 +84,43 @@ def test_a_labelled_version_is_kept_and_restored(files, tmp_path):
     assert same_bytes(load_tensors(ours), load_tensors(theirs))
 
 
+def test_restore_keeps_the_version_that_it_leaves(files, tmp_path):
+    """Through further absorptions, under a label of its own; a version that has one keeps that."""
+    base, tasks = files
+    running = Running(tmp_path / "state", "magmax", base)
+    running.absorb(tasks[0], label="one")
+    running.absorb(tasks[1], label="left-3")
+    running.absorb(tasks[2])
+    three = running.result(out=tmp_path / "three.safetensors").read_bytes()
+    left = running.restore("one")
+    assert left is not None
+    assert (left.number, left.label) == (3, "left-3-2")
+    running.absorb(tasks[3])
+    assert running.restore("left-3-2").label == "left-4"
+    assert [task.name for task in Running(tmp_path / "state").tasks] == ["task1", "task2", "task3"]
+    assert running.result(out=tmp_path / "again.safetensors").read_bytes() == three
+    assert running.restore(3) is None
+    assert running.restore(1).label == "left-3-2"
+    assert [version.label for version in running.status().versions] == ["one", "left-3", "left-3-2", "left-4"]
+
+
+def test_what_others_put_into_a_running_merge_stays(files, tmp_path):
+    """Beside its versions, and in one that the next absorption would delete, which then is refused."""
+    base, tasks = files
+    running = Running(tmp_path / "state", "magmax", base)
+    running.absorb(tasks[0])
+    (tmp_path / "state" / "generation-notes").mkdir()
+    (tmp_path / "state" / "generation-000001" / "notes.txt").write_text("mine")
+    with pytest.raises(MagMaxError, match=r"generation-000001: holds files that magmax did not write \(notes\.txt\)"):
+        running.absorb(tasks[1])
+    assert [task.name for task in running.tasks] == ["task1"]
+    (tmp_path / "state" / "generation-000001" / "notes.txt").rename(tmp_path / "state" / "notes.txt")
+    running.absorb(tasks[1])
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {
+        *("generation-000002", "generation-notes", "notes.txt", "state.json"),
+    }
+
+
 def test_an_absorbed_task_is_refused_and_nothing_changes(files, tmp_path):
     base, tasks = files
     running = Running(tmp_path / "state", "magmax", base)

@@ -193,13 +193,9 @@ class Job:
     def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
         folder = self._companion_folder()
+        links = find_outside_links(folder) if folder else []
         notes = [note for checkpoint in self.inputs for note in checkpoint.notes]
-        notes += (
-            [f"{folder / n}: leads out of its folder, so it is not copied" for n in find_outside_links(folder)]
-            if folder
-            else []
-        )
-        for said in dict.fromkeys(notes):
+        for said in dict.fromkeys([*notes, *(f"{folder}: {x} leads out of it, so it is not copied" for x in links)]):
             execution.note(said)
         companions = self._companion_stamps()
         parts = self._finished_chunks(draft, journal, execution)
