@@ -190,6 +190,7 @@ class WorkingFolder:
             raise MagMaxError(f"{self._output.parent}: cannot be written to: {error.strerror}") from error
         try:
             self._refuse_foreign()
+            delete_staged(self.path)
             old = self.path / "old"
             if kind_of(old) and not kind_of(self._output):
                 os.rename(old, self._output)
@@ -230,7 +231,7 @@ class WorkingFolder:
 
     def _make_new(self) -> FolderLock:
         """Make the folder under another name, and rename it when the lock is in it."""
-        _delete_staged(self.path.parent)
+        delete_staged(self.path.parent)
         staged = _staged_path(self.path.parent)
         staged.mkdir()
         try:
@@ -273,7 +274,7 @@ def _staged_path(folder: Path) -> Path:
     return folder / f".{secrets.token_hex(8)}{WORK_SUFFIX}"
 
 
-def _delete_staged(folder: Path) -> None:
+def delete_staged(folder: Path) -> None:
     """Delete the working folders that kills left without a name."""
     for staged in list(folder.iterdir()):
         if STAGED_FOLDERS.fullmatch(staged.name) and kind_of(staged) == "folder":

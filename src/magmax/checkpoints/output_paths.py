@@ -174,7 +174,9 @@ def find_foreign_work(folder: Path) -> list[str]:
     for name in names:
         path = folder / name
         inner = name.removesuffix(WORK_SUFFIX)
-        if name in WORK_FOLDERS and kind_of(path) == "folder":
+        if STAGED_FOLDERS.fullmatch(name) and kind_of(path) == "folder":
+            foreign += [f"{name}/{each.name}" for each in path.iterdir() if not is_lock(each)]
+        elif name in WORK_FOLDERS and kind_of(path) == "folder":
             foreign += [f"{name}/{each}" for each in find_foreign(path)]
         elif inner != name and WORK_NAMES.fullmatch(inner):
             foreign += [name if each == "." else f"{name}/{each}" for each in find_foreign_work(path)]

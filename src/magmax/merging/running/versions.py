@@ -13,7 +13,7 @@ import numpy as np
 
 from ...checkpoints import Checkpoint, open_checkpoint
 from ...checkpoints.blocks import iter_chunks
-from ...checkpoints.journal import WorkingFolder, hold_folder, lock_folder
+from ...checkpoints.journal import WorkingFolder, delete_staged, hold_folder, lock_folder
 from ...checkpoints.output_paths import (
     WORK_SUFFIX,
     delete_output,
@@ -201,6 +201,7 @@ def delete_running_merge(path: Path) -> None:
 
 def _delete_work(path: Path) -> None:
     """Delete what kills left of versions that were not complete."""
+    delete_staged(path)
     for folder in path.glob(f"generation-*{WORK_SUFFIX}"):
         with WorkingFolder(folder.with_name(folder.name.removesuffix(WORK_SUFFIX))) as work:
             work.clear()
