@@ -13,6 +13,7 @@ from tests.models import load_tensors, same_bytes, save_tensors, small_model
 
 import magmax
 from magmax import cli
+from magmax.checkpoints.journal import WorkingFolder, lock_folder
 from magmax.rules import BUILT_IN
 
 
@@ -438,3 +439,36 @@ def test_inputs_are_never_changed(run, files, tmp_path):
     run("merge", "--base", base, *tasks, "--out", tmp_path / "out.safetensors")
     run("running", "absorb", tmp_path / "state", tasks[0], "--base", base)
     assert [Path(p).read_bytes() for p in (base, *tasks)] == before
+
+
+def test_a_study_and_a_report_keep_others_from_their_output(run, files, tmp_path):
+    base, tasks = files
+    page, folder = tmp_path / "page.html", tmp_path / "studies"
+    for words, out in ((["report", *tasks[:2]], page), (["study", "norms", *tasks[:2]], folder)):
+        folder.mkdir(exist_ok=True)
+        with WorkingFolder(page), lock_folder(folder):
+            code, _, said = run(*words, "--base", base, "--out", out)
+        assert (code, said) == (2, f"error: {out}: another magmax is writing this output; wait for it to end\n")
+        assert run(*words, "--base", base, "--out", out)[0] == 0
+    assert {path.name for path in tmp_path.glob("*")} >= {"page.html", "studies"}
+    assert not list(tmp_path.rglob("*magmax*"))
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "hard link"])
+def test_a_page_and_a_table_take_no_place_of_anything_else(kind, run, files, tmp_path):
+    base, tasks = files
+    victim, folder = tmp_path / "victim", tmp_path / "studies"
+    victim.write_text("precious")
+    folder.mkdir()
+    places = {"report": tmp_path / "page.html", "study": folder / "norms.csv"}
+    for place in places.values():
+        if kind == "folder":
+            place.mkdir()
+        else:
+            place.symlink_to(victim) if kind == "link" else place.hardlink_to(victim)
+    for verb, out in (("report", [places["report"]]), ("study", [folder])):
+        code, _, said = run(verb, *(["norms"] if verb == "study" else []), *tasks[:2], "--base", base, "--out", *out)
+        assert code == (0 if kind == "hard link" else 2), said
+        assert victim.read_text() == "precious"
+        assert str(places[verb]) in said or not code
+    assert all(path.is_symlink() == (kind == "link") for path in places.values())

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
 import magmax  # noqa: E402
+from magmax.checkpoints.journal import lock_folder  # noqa: E402
 from magmax.continual import cells, registry  # noqa: E402
 from magmax.continual.benchmark import Benchmark  # noqa: E402
 from magmax.continual.cells import training_folder  # noqa: E402
@@ -36,7 +37,7 @@ from magmax.continual.evaluation.tables import (  # noqa: E402
     tidy,
 )
 from magmax.continual.experiment import Experiment, rule_name  # noqa: E402
-from magmax.continual.training.weight_files import load_weights  # noqa: E402
+from magmax.continual.training.weight_files import delete_training, load_weights  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 from magmax.merging.execution.executors import connect, process_pool  # noqa: E402
 
@@ -193,6 +194,30 @@ def test_discarded_checkpoints_are_gone_and_the_records_stay(tmp_path: Path, exe
     assert list((tmp_path / "training").iterdir()) == []
     assert Benchmark(experiment(), tmp_path, executor).run() == found
     assert list((tmp_path / "training").iterdir()) == []
+
+
+def test_a_discarded_training_leaves_what_others_put_there(tmp_path: Path) -> None:
+    for name in (
+        "theta_0.safetensors",
+        "theta_12.safetensors",
+        "costs.json",
+        "memory.json",
+        "theta_x.txt",
+        "notes.txt",
+    ):
+        (tmp_path / name).write_text("{}")
+    delete_training(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"theta_x.txt", "notes.txt"}
+    (tmp_path / "theta_1.safetensors").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(MagMaxError, match="is a symbolic link, which magmax did not make"):
+        delete_training(tmp_path)
+    assert (tmp_path / "theta_1.safetensors").is_symlink()
+
+
+def test_of_two_benchmarks_in_one_folder_the_second_is_refused(tmp_path: Path, executor: Executor) -> None:
+    with lock_folder(tmp_path), pytest.raises(MagMaxError, match="another magmax is writing this output"):
+        Benchmark(experiment(), tmp_path, executor).run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_job_raises_is_raised_and_nothing_waits_for_ever(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 from tests.continual import toys  # noqa: E402
 
+from magmax.checkpoints.journal import lock_folder  # noqa: E402
 from magmax.continual.data.datasets import LabelledExamples  # noqa: E402
 from magmax.continual.data.scenarios import Task  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
@@ -168,6 +169,27 @@ def test_other_data_under_the_same_recipe_never_mix_with_the_old_merge(
     assert outcome(tmp_path / "a") == outcome(tmp_path / "fresh")
 
 
+def test_restart_deletes_what_a_training_wrote_and_nothing_that_is_called_alike(tmp_path: Path) -> None:
+    ContinualTraining(experiment(), tmp_path).run()
+    whole = outcome(tmp_path)
+    mine = ["theta_mine.txt", "merge-notes.txt", "merged_by_hand.safetensors", "penalty_box", "step_1.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    ContinualTraining(experiment(), tmp_path, restart=True).run()
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert {name: outcome(tmp_path)[name] for name in whole} == whole
+    (tmp_path / "merge" / "generation-000003" / "notes.txt").write_text("mine")
+    with pytest.raises(MagMaxError, match=r"did not write \(generation-000003/notes\.txt\)"):
+        ContinualTraining(experiment(), tmp_path, restart=True).run()
+    assert {name: outcome(tmp_path)[name] for name in whole} == whole
+
+
+def test_of_two_trainings_in_one_folder_the_second_is_refused(tmp_path: Path) -> None:
+    with lock_folder(tmp_path), pytest.raises(MagMaxError, match="another magmax is writing this output"):
+        ContinualTraining(experiment(), tmp_path).run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(MagMaxError, match="is not empty, and no training's folder"):
@@ -226,7 +248,7 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(tmp_path: Path, monkey
         patch.setattr(os, "fsync", full)
         with pytest.raises(MagMaxError, match=r"theta_2.safetensors: cannot be written: No space left on device"):
             ContinualTraining(experiment(), tmp_path / "full").run()
-    assert not list((tmp_path / "full").glob("*.partial"))
+    assert not [path for path in (tmp_path / "full").iterdir() if "magmax" in path.name]
     ContinualTraining(experiment(), tmp_path / "full").run()
     assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
 

@@ -239,9 +239,60 @@ def test_an_archive_that_is_not_what_it_says_is_refused(told, archived):
         Archive(archive.folder).job(MagMax(), archive.folder.parent / "o.safetensors", OutputOptions())
 
 
+def as_an_earlier_version_wrote_it(archive: Archive) -> Archive:
+    """Without the digests of its weights."""
+    about = json.loads((archive.folder / "archive.json").read_text())
+    del about["weights"]
+    (archive.folder / "archive.json").write_text(json.dumps(about))
+    return archive
+
+
+@pytest.mark.parametrize("damage", ["a bit", "other weights", "another file"])
+def test_weights_that_were_changed_are_refused_before_they_are_used(damage, archived, tmp_path):
+    archive, other = archived(0.3, 8), archived(1, 8)
+    path = archive.folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if damage == "another file":
+        path.rename(path.with_name("weights.safetensors"))
+    else:
+        path.write_bytes(content if damage == "a bit" else (other.folder / "model.safetensors").read_bytes())
+    with pytest.raises(MagMaxError, match=r"model\.safetensors.*: not what was archived; it was changed or damaged"):
+        Archive(archive.folder).job(MagMax(), tmp_path / "o.safetensors", OutputOptions())
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_an_archive_without_digests_is_read(archived, tmp_path):
+    archive = archived(0.3, 8)
+    archive.job(MagMax(), tmp_path / "ours.safetensors", OutputOptions()).run()
+    old = as_an_earlier_version_wrote_it(archive)
+    Archive(old.folder).job(MagMax(), tmp_path / "theirs.safetensors", OutputOptions()).run()
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_of_two_archives_at_one_place_the_second_is_refused_and_the_first_is_whole(archived, files, tmp_path):
+    """Whenever the second begins, and whether or not an archive is there."""
+    for begun_at in (1, 2, 3):
+        refusals, calls = [], iter(range(begun_at))
+
+        def second(_, refusals=refusals, calls=calls):
+            if next(calls, None) is None and not refusals:
+                with pytest.raises(MagMaxError) as caught:
+                    archived(0.3, 8)
+                refusals.append(str(caught.value))
+
+        first = archived(0.3, 8, execution=ExecutionOptions(threads=1, progress=second))
+        assert refusals == [f"{first.folder}: another magmax is writing this output; wait for it to end"]
+        Archive(first.folder).job(MagMax(), tmp_path / "o.safetensors", OutputOptions()).run()
+        assert {path.name for path in first.folder.iterdir()} == {
+            *(".magmax-contents", "archive.json", "model.safetensors"),
+        }
+        assert not list(tmp_path.glob("*magmax*"))
+
+
 @pytest.mark.parametrize("part", ["kept", "starts"])
 def test_a_damaged_archive_is_refused_as_it_is_read(part, archived, tmp_path):
-    archive = archived(0.3, 8)
+    archive = as_an_earlier_version_wrote_it(archived(0.3, 8))
     tensors = load_tensors(archive.folder / "model.safetensors")
     tensors[f"2/{part}/wide.weight"][256] ^= 1
     save_tensors(tensors, archive.folder / "model.safetensors")

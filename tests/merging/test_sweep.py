@@ -106,3 +106,24 @@ def test_several_factors_in_memory_give_what_each_gives_alone(rule: Rule, dtype:
         alone = InMemoryMerges(rule, base, models, OutputOptions(), ExecutionOptions(threads=1)).merge_at(factor)
         assert found.keys() == alone.keys()
         assert all(found[key].tobytes() == alone[key].tobytes() for key in alone)
+
+
+def test_two_sweeps_of_one_output_do_not_mix_and_a_users_file_stays(files, tmp_path):
+    base, tasks = files
+    (tmp_path / "out.task-vector.safetensors").write_bytes(b"mine")
+
+    def sweep(out: Path) -> FactorSweep:
+        models = [open_checkpoint(task) for task in tasks]
+        names = [task.stem for task in tasks]
+        return FactorSweep(
+            MagMax(), open_checkpoint(base), models, names, out, OutputOptions(), [0.5], ExecutionOptions()
+        )
+
+    with sweep(tmp_path / "out").merged() as writer:
+        with pytest.raises(MagMaxError, match="out: another magmax is writing this output; wait for it to end"):
+            sweep(tmp_path / "out").merged().__enter__()
+        path = writer.write(0.5)
+    magmax.merge("magmax", base, tasks, 0.5, out=tmp_path / "single")
+    assert (path / "model.safetensors").read_bytes() == (tmp_path / "single" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out.task-vector.safetensors").read_bytes() == b"mine"
+    assert not list(tmp_path.glob("*magmax*"))
