@@ -23,6 +23,7 @@ from tests.models import save_tensors, small_model
 import magmax
 from magmax import MagMaxError, Running
 from magmax.checkpoints import open_checkpoint
+from magmax.checkpoints.journal import WorkingFolder
 from magmax.checkpoints.output_paths import OutputPath
 from magmax.cli import app
 from magmax.errors import UnfinishedError
@@ -285,7 +286,8 @@ def opened(base: Path, tasks: list[Path]) -> tuple[Any, list[Any]]:
 def test_a_worker_looks_at_each_input_before_each_share(files, tmp_path):
     base, tasks = files
     ground = SharedFiles.of([open_checkpoint(base), *map(open_checkpoint, tasks)])
-    with ground.with_probe(OutputPath(tmp_path / "out.safetensors")) as staked:
+    target = OutputPath(tmp_path / "out.safetensors")
+    with WorkingFolder(target.path), ground.with_probe(target) as staked:
         staked.check(thoroughly=True)
     with pytest.raises(UnfinishedError, match="is not there, as it must be while the output is written"):
         staked.check(thoroughly=False)
