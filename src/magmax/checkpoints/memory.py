@@ -76,6 +76,18 @@ class StateDict(Checkpoint):
         return open_state_dict_file, (self.path.absolute(), self.label)
 
 
+def unwrapped(module: Any) -> Any:
+    """The module inside those that torch.compile and DataParallel put around it, which change its tensors' names."""
+    while True:
+        kind: type[Any] = type(module)  # pyright: ignore[reportUnknownVariableType]
+        if kind.__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif kind.__module__.startswith("torch.nn.parallel") and hasattr(module, "module"):
+            module = module.module
+        else:
+            return module
+
+
 def spec_of(tensor: Any) -> TensorSpec:
     """The spec of an array or tensor. Raises TypeError, saying what it is, for anything else."""
     if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):

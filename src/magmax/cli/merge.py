@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, OptionalOut, Restart, Scheduler, Threads
+from .common_options import (
+    Device,
+    DryRun,
+    Dtype,
+    Mismatch,
+    Models,
+    Nonfinite,
+    OptionalOut,
+    Rename,
+    Restart,
+    Scheduler,
+    Strip,
+    Threads,
+    parse_renames,
+)
 from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -28,6 +42,8 @@ def merge(
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
     mismatch: Mismatch | None = None,
+    rename: Rename = (),
+    strip: Strip = "",
     adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
@@ -56,8 +72,9 @@ def merge(
     dtype
         The output's floating type. The base's by default.
     mismatch
-        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
-        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
+        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); merge the leading rows
+        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect); or keep every row
+        and tensor of the base and of all models, as for heads that grow (union).
     adapter_rank
         Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
@@ -68,6 +85,8 @@ def merge(
         "scaling_factor": scaling_factor,
         "dtype": dtype,
         "mismatch": mismatch,
+        "rename": parse_renames(rename) or None,
+        "strip": strip or None,
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }

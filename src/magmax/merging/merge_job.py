@@ -36,7 +36,8 @@ def merge_job(
     names = names or default_names([m.source for m in models])
     rule = rule.for_models(names)
     match = match_models(rule, base, models, options)
-    kernel = merge_kernel(rule, base, models, options, match)
+    kernel = merge_kernel(rule, options, match)
+    base, models = match.base, match.models
     apart = rule.statistics_span is Span.TENSOR
 
     return Job(
@@ -102,17 +103,15 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     return match_to_base(base, models, options.mismatch)
 
 
-def merge_kernel(
-    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, match: Match
-) -> MergeKernel:
-    """Build the kernel that merges blocks of these inputs."""
-    reader = BlockReader([base, *models], options.allow_nonfinite)
+def merge_kernel(rule: Rule, options: OutputOptions, match: Match) -> MergeKernel:
+    """Build the kernel that merges blocks of matched inputs."""
+    reader = BlockReader([match.base, *match.models], options.allow_nonfinite)
     kernel = MergeKernel(
         rule=rule,
-        tasks=len(models),
+        tasks=len(match.models),
         reader=reader,
         scaling_factor=options.resolve_scaling_factor(rule),
-        out=options.out_specs(base),
+        out=options.out_specs(match.base),
         unmerged=match.unmerged,
         extents=match.extents,
     )

@@ -23,7 +23,8 @@ class OutputOptions:
         dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
         mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there;
             "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
-            keeps the base's rows and tensors elsewhere.
+            keeps the base's rows and tensors elsewhere; "union" keeps every row and tensor of the base and of all
+            models, as `growing.grow` defines them.
         allow_nonfinite: let NaN and infinity through instead of refusing them.
         shard_bytes: the most a shard of a folder output may hold.
     """
