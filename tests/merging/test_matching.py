@@ -378,3 +378,27 @@ def test_a_model_is_not_changed_by_being_matched() -> None:
     merge("magmax", BASE, [prefixed(MODELS[0], "x.")], 0.5, strip="x.")
     assert same_bytes(MODELS[0], before)
     assert np.array_equal(magmax.open_checkpoint(MODELS[0]).read("norm", 0, 4), before["norm"].numpy())
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_that_stay_wide_under_a_narrow_dtype(tmp_path: Path) -> None:
+    def mixed(seed: int) -> Tensors:
+        tensors = {name: tensor.bfloat16() for name, tensor in encoder(seed).items()}
+        return {**tensors, "router.bias": numbers(4, seed=seed)}
+
+    for n in range(2):
+        save_file(mixed(n), tmp_path / f"{n}.safetensors")
+    content = {"base": "0.safetensors", "models": ["1.safetensors"], "out": "out.safetensors", "dtype": "bfloat16"}
+    job = build_request(content, "here", {}, str(tmp_path)).job()
+    assert any("router.bias" in note and "--keep-dtype" in note for note in job.all_notes)
+    job = build_request({**content, "keep_dtype": "bias$"}, "here", {}, str(tmp_path)).job()
+    assert not job.all_notes
+    job.run()
+    found = load_file(tmp_path / "out.safetensors")
+    assert found["router.bias"].dtype == torch.float32
+    assert found["norm"].dtype == torch.bfloat16
+    for pattern, message in (("absent", "no tensor's name has"), ("(", "is no regular expression")):
+        with pytest.raises(MagMaxError, match=message):
+            build_request({**content, "keep_dtype": pattern}, "here", {}, str(tmp_path)).job()

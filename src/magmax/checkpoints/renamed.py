@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,6 +154,26 @@ def _substitute(label: str, names: Mapping[str, str], pattern: str, replacement:
         raise MagMaxError(f"{label}: the pattern {pattern!r} of rename takes too long; write a simpler one") from error
     except (regex.error, IndexError) as error:
         raise MagMaxError(f"{label}: rename {pattern!r} to {replacement!r} cannot be done: {error}") from error
+
+
+def find_pattern(pattern: str, names: Iterable[str], option: str) -> set[str]:
+    """The names in which a regular expression is found.
+
+    Raises:
+        MagMaxError: an expression that is none, takes too long, or is found in no name; `option` is where it came from.
+    """
+    import regex
+
+    try:
+        compiled = regex.compile(pattern)
+        found = {name for name in names if compiled.search(name, timeout=PATTERN_SECONDS)}
+    except TimeoutError as error:
+        raise MagMaxError(f"the pattern {pattern!r} of {option} takes too long; write a simpler one") from error
+    except regex.error as error:
+        raise MagMaxError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+    if not found:
+        raise MagMaxError(f"{option}: no tensor's name has the pattern {pattern!r}")
+    return found
 
 
 def _inverted(label: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -41,6 +41,7 @@ def merge(
     rule: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
+    keep_dtype: str = "",
     mismatch: Mismatch | None = None,
     rename: Rename = (),
     strip: Strip = "",
@@ -71,6 +72,8 @@ def merge(
         Multiplies the merged task vector. The rule's own by default.
     dtype
         The output's floating type. The base's by default.
+    keep_dtype
+        A regular expression: tensors in whose names it is found keep the base's type, whatever --dtype is.
     mismatch
         Where a model's tensors are not the base's: refuse (strict); keep the base's (base); merge the leading rows
         that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect); or keep every row
@@ -84,6 +87,7 @@ def merge(
         "rule": rule,
         "scaling_factor": scaling_factor,
         "dtype": dtype,
+        "keep_dtype": keep_dtype or None,
         "mismatch": mismatch,
         "rename": parse_renames(rename) or None,
         "strip": strip or None,

@@ -56,6 +56,7 @@ def merge_job(
         memory=0 if apart else rule.memory,
         memory_per_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
+        notes=options.dtype_notes(base),
     )
 
 
@@ -83,6 +84,8 @@ def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
         "scaling_factor": to_config(options.resolve_scaling_factor(rule)),
         "dtype": options.dtype or "as the base",
     }
+    if options.keep_dtype:
+        recipe["keep_dtype"] = options.keep_dtype
     if options.mismatch != "strict":
         recipe["mismatch"] = options.mismatch
     if options.allow_nonfinite:

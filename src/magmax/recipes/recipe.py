@@ -50,6 +50,7 @@ class MergeRecipe(BaseModel):
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
         scaling_factor: a number, or one by layer or tensor as options of rules have; by default the rule's own.
         dtype: the output's floating type; by default the base's.
+        keep_dtype: a regular expression: tensors in whose names it is found keep the base's type, whatever dtype is.
         mismatch: "strict", "base", "intersect" or "union".
         rename: {regular expression: replacement}, for tensor names of the models that have them and that name none.
         strip: a prefix; of the models whose tensor names begin with it, only these tensors are used, without it.
@@ -66,6 +67,7 @@ class MergeRecipe(BaseModel):
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: Any = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    keep_dtype: str = ""
     mismatch: Literal["strict", "base", "intersect", "union"] = "strict"
     rename: dict[str, str] = {}
     strip: str = ""
@@ -134,7 +136,9 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
-    options = OutputOptions(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    options = OutputOptions(
+        scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite, keep_dtype=recipe.keep_dtype
+    )
     out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
     if isinstance(recipe.base, RecipeModel) and recipe.base.name is not None:
         raise MagMaxError(f"{file}: the base is called base; take its name out")

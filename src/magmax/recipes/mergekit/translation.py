@@ -21,7 +21,7 @@ from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, Mergeki
 from .parameters import ParameterLevel, ParameterLookup
 from .schema import MergekitModel, MergekitRecipe, valid_keys
 
-MAGMAX_KEYS = ("out", "mismatch", "rename", "strip", "allow_nonfinite")
+MAGMAX_KEYS = ("out", "mismatch", "keep_dtype", "rename", "strip", "allow_nonfinite")
 """What assignments and flags may say beyond mergekit's own keys."""
 
 
@@ -225,7 +225,8 @@ class _Translation:
         if mismatch == "base" and method.counted:
             where, name = self.document.locate("merge_method"), self.recipe.merge_method
             raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
-        return OutputOptions(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
+        dtype, keep_dtype = self.recipe.out_dtype or self.recipe.dtype, str(ours.get("keep_dtype", ""))
+        return OutputOptions(factor, dtype, mismatch, bool(allowed), keep_dtype=keep_dtype)
 
     def _names(self, paths: Sequence[str]) -> list[str]:
         names = default_names([(split_base_and_adapter(path) or (path,))[-1] for path in paths])
