@@ -18,7 +18,7 @@ FIRST_UNITS = 4096
 
 
 @dataclass(frozen=True)
-class Ties:
+class TiedInputs:
     """A base and its models, each tied tensor under the base's name of it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Ties:
     conflicts: Sequence[dict[str, str]]
 
 
-def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint], keep_copies: bool = False) -> Ties:
+def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint], keep_copies: bool = False) -> TiedInputs:
     """Bring the tied tensors of models under the base's names.
 
     A group of names is tied where the base's file says so, or where the base stores equal copies and a model stores one
@@ -61,7 +61,7 @@ def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint], keep_copies: bo
         view.notes += notes
         views.append(view)
         conflicts.append(problems)
-    return Ties(base, views, conflicts)
+    return TiedInputs(base, views, conflicts)
 
 
 def tie_as_slots(base: Checkpoint, slot: Checkpoint) -> Checkpoint:
