@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -77,10 +78,15 @@ class SafetensorsFile(Checkpoint):
         prefix = bytearray(8)
         self._file.read_into(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
-        if length > HEADER_LIMIT or 8 + length > self._size:
+        if 8 + length > self._size:
             raise self._error(
                 f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
                 "it is truncated or not a safetensors file"
+            )
+        if length > HEADER_LIMIT:
+            raise self._error(
+                f"has a header of {length:,} bytes, and safetensors allows {HEADER_LIMIT:,}; "
+                "save it as several files, or with less metadata"
             )
         header = bytearray(length)
         self._file.read_into(memoryview(header), 8)
@@ -100,7 +106,8 @@ class SafetensorsFile(Checkpoint):
     def _check_unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            raise self._error("names a tensor twice in its header")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise self._error(f"names {twice} twice in its header; save it again, with each name once")
         "".join([*entries, *(v for v in entries.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
         return entries
 

@@ -20,6 +20,7 @@ from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .journal import fdatasync
 from .remote.upload import staging_path
 from .remote.urls import is_url
+from .safetensors import HEADER_LIMIT
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 PROVENANCE_FILE = "provenance.json"
@@ -112,6 +113,11 @@ class ShardFile:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
         self.path, self.specs = path, dict(specs)
         self._header_bytes = _build_header(self.specs, metadata)
+        if len(self._header_bytes) - 8 > HEADER_LIMIT:
+            raise MagMaxError(
+                f"{path.name}: its header would take {len(self._header_bytes) - 8:,} bytes, and safetensors allows "
+                f"{HEADER_LIMIT:,}; give the base less metadata, or write a folder with more shards"
+            )
         self._offsets: dict[str, int] = {}
         at = len(self._header_bytes)
         for key, spec in self.specs.items():
