@@ -23,6 +23,7 @@ from ..job import Job, provenance_file
 from ..kernel import MergeKernel
 from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
 from ..merge_job import base_metadata, provenance_recipe, small_files
+from ..model_files import note_differences
 from ..model_names import default_names
 from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
@@ -144,6 +145,7 @@ class Running:
         opened = self.opened(model, name)
         match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
         refuse_same_path([base, opened])
+        note_differences(base, [opened])
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
         number = max(self._manifest.versions, default=0) + 1
