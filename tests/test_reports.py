@@ -66,6 +66,7 @@ DAMAGED = {
     "bytes after the last tensor": (file_bytes({"w": W}, floats(1) + b"\0" * 5), "5 bytes after its last tensor"),
     "a header padded with NUL": (file_bytes({"w": W}, floats(1), after=b"\0\0\0"), "not JSON"),
     "a shape that its bytes do not fill": (file_bytes({"w": entry(0, 4, 1000, 1000)}, floats(1)), "4,000,000"),
+    "half a byte of a four-bit type": (file_bytes({"w": entry(0, 2, 3, dtype="F4")}, b"\0\0"), "whole byte"),
     "numbers in the metadata": (file_bytes({"__metadata__": {"n": 1}, "w": W}, floats(1)), "not a map of strings"),
 }
 
@@ -93,6 +94,14 @@ def test_a_header_beyond_the_formats_limit_is_not_called_truncated(run, tmp_path
 def test_no_header_is_written_that_no_library_reads(tmp_path):
     with pytest.raises(MagMaxError, match="its header would take 100,0"):
         OutputDraft(OutputPath(tmp_path / "o.safetensors"), {"w": TensorSpec("F32", (1,))}, {"x": "y" * HEADER_LIMIT})
+
+
+def test_a_tensor_is_not_stored_under_the_name_of_the_metadata(run, tmp_path):
+    torch.save({"w": torch.ones(2), "__metadata__": torch.ones(2)}, tmp_path / "x.pt")
+    code, _, err = run("checkpoint", "convert", tmp_path / "x.pt", "--out", tmp_path / "o.safetensors")
+    assert code == 2
+    assert "cannot be called __metadata__" in err
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def unaligned(value: float) -> bytes:
@@ -248,6 +257,13 @@ def test_a_density_of_zero_never_yields_nan(method, run, tmp_path):
         assert "density above 0" in err
     else:
         assert torch.equal(weights(tmp_path / "o"), weights(base))
+
+
+def test_a_method_of_another_spelling_is_corrected_before_any_model_is_looked_for(run, tmp_path):
+    path = recipe(tmp_path, "dare-ties", {"nowhere": {}})
+    code, _, err = run("merge", path, "--out", tmp_path / "o")
+    assert code == 2
+    assert "did you mean 'dare_ties'?" in err
 
 
 def test_layers_that_a_model_has_not_are_named(run, tmp_path):
@@ -463,6 +479,31 @@ def test_an_adapter_of_a_grouped_convolution_is_refused_as_peft_does(run, tmp_pa
     code, _, err = run("merge", "--base", tmp_path / "base.safetensors", tmp_path / "adapter", "--out", tmp_path / "o")
     assert code == 2
     assert "[6, 2, 3, 3]" in err
+
+
+def test_an_adapter_whose_factors_were_never_gathered_is_told_so(run, tmp_path):
+    save_tensors({"q.weight": torch.ones(6, 4)}, tmp_path / "base.safetensors")
+    empty = {f"base_model.model.q.lora_{letter}.weight": torch.zeros(0) for letter in "AB"}
+    save_tensors(empty, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    code, _, err = run("merge", "--base", tmp_path / "base.safetensors", tmp_path / "adapter", "--out", tmp_path / "o")
+    assert code == 2
+    assert "ZeRO-3" in err
+
+
+def test_settings_of_a_newer_peft_that_are_not_set_are_no_matter(run, tmp_path):
+    save_tensors({"q.weight": torch.zeros(6, 4)}, tmp_path / "base.safetensors")
+    ones = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(6, 2)}
+    save_tensors(
+        {f"base_model.model.{k}": t for k, t in ones.items()}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    unset = {"eva_config": None, "corda_config": None, "a_later_one": None, "another": False}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], **unset}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    words = ["--base", tmp_path / "base.safetensors", tmp_path / "adapter", "--out", tmp_path / "o.safetensors"]
+    assert run("merge", *words, "--scaling-factor", 1)[0] == 0
+    assert torch.equal(load_tensors(tmp_path / "o.safetensors")["q.weight"], torch.full((6, 4), 2.0))
 
 
 def test_the_measures_of_continual_learning_count_each_task_once():

@@ -21,6 +21,8 @@ from .remote.remote_file import RemoteFile
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
 MAX_DIMENSIONS = 64
+RESERVED_NAME = "__metadata__"
+"""The entry of a header that is no tensor."""
 
 
 class SafetensorsFile(Checkpoint):
@@ -113,7 +115,7 @@ class SafetensorsFile(Checkpoint):
 
     def _read_entries(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
-        metadata: Any = header.pop("__metadata__", None)
+        metadata: Any = header.pop(RESERVED_NAME, None)
         metadata = {} if metadata is None else metadata
         if not is_string_map(metadata):
             raise self._error("has __metadata__ that is not a map of strings")
@@ -151,6 +153,8 @@ class SafetensorsFile(Checkpoint):
         spec = TensorSpec(dtype, tuple(lengths))
         if spec.numel >= LENGTH_LIMIT:
             raise self._error(f"describes {key} with more elements than any file can hold")
+        if spec.numel * BITS_PER_ELEMENT[dtype] % 8:
+            raise self._error(f"describes {key} as {spec}, which does not end at a whole byte")
         return spec, begin, end
 
     def _check_contiguous(self, ends: list[tuple[int, int, str]], data_bytes: int) -> None:
