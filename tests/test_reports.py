@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from tests.models import Tensors, load_tensors, same_bytes, save_tensors
 
 from magmax import MagMaxError, cli
-from magmax.checkpoints import TensorSpec
+from magmax.checkpoints import TensorSpec, open_checkpoint
 from magmax.checkpoints.safetensors import HEADER_LIMIT
 from magmax.checkpoints.writer import OutputDraft, OutputPath
+from magmax.continual.data.scenarios import class_incremental
 from magmax.continual.evaluation import measures
 
 NAMES = ("base", "a", "b")
@@ -492,6 +493,29 @@ def test_an_adapter_whose_factors_were_never_gathered_is_told_so(run, tmp_path):
     assert "ZeRO-3" in err
 
 
+def test_an_adapter_that_lost_a_part_says_what_stays_as_it_was(run, tmp_path):
+    base = {f"layers.{n}.{name}.weight": torch.zeros(6, 4) for n in range(2) for name in ("q", "v")}
+    save_tensors(base, tmp_path / "base.safetensors")
+    whole = [f"base_model.model.layers.{n}.q" for n in range(2)]
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 4) for module in whole}
+    factors |= {f"{module}.lora_B.weight": torch.ones(6, 2) for module in whole}
+    save_tensors(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    words = [
+        "merge",
+        "--base",
+        tmp_path / "base.safetensors",
+        tmp_path / "adapter",
+        "--out",
+        tmp_path / "o.safetensors",
+    ]
+    for targets, lost in ((["q", "v"], True), (["q", "another"], False), (".*q", False)):
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        code, _, err = run(*words)
+        assert code == 0
+        assert ("layers.0.v.weight, layers.1.v.weight" in err) == lost
+
+
 def test_settings_of_a_newer_peft_that_are_not_set_are_no_matter(run, tmp_path):
     save_tensors({"q.weight": torch.zeros(6, 4)}, tmp_path / "base.safetensors")
     ones = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(6, 2)}
@@ -512,15 +536,70 @@ def test_the_measures_of_continual_learning_count_each_task_once():
     assert measures.forgetting(accuracies) == pytest.approx(0.5391 - 0.2843)
 
 
+def test_a_module_of_which_weight_is_a_part_of_the_name_is_adapted(run, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"weight_proj": torch.nn.Linear(4, 6)})
+    save_tensors(model.state_dict(), tmp_path / "base.safetensors")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["weight_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    words = ["--base", tmp_path / "base.safetensors", tmp_path / "adapter", "--out", tmp_path / "o.safetensors"]
+    assert run("merge", *words, "--scaling-factor", 1)[0] == 0
+    expected = adapted.merge_and_unload().state_dict()
+    assert torch.allclose(
+        load_tensors(tmp_path / "o.safetensors")["weight_proj.weight"], expected["weight_proj.weight"]
+    )
+
+
+def test_offsets_beyond_four_gibibytes_are_read(tmp_path):
+    start = 2**32 + 4
+    header = json.dumps({"big": entry(0, start, start, dtype="U8"), "w": entry(start, start + 8, 2)}).encode()
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:  # a hole, not gigabytes
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.seek(8 + len(header) + start)
+        file.write(floats(1, 2))
+    assert open_checkpoint(path).read("w", 0, 2).tolist() == [1, 2]
+
+
+def test_classes_that_cannot_be_dealt_evenly_are_dealt_nearly_so():
+    sizes = [len(task.classes) for task in class_incremental(range(200), 7)]
+    assert sum(sizes) == 200
+    assert max(sizes) - min(sizes) <= 1
+
+
+class Normed(torch.nn.Module):
+    """An encoder, its own module, with a batch norm that is frozen while the rest is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 3), self.norm)
+        self.model.train()
+        self.norm.eval()
+
+    def forward(self, items: Any) -> torch.Tensor:
+        return self.model(torch.tensor(np.stack(items)))
+
+
+def test_evaluation_leaves_frozen_batch_norms_frozen_and_their_statistics_alone():
+    accuracy = pytest.importorskip("magmax.continual.evaluation.accuracy")
+    encoder = Normed()
+    accuracy.logits_of(encoder, torch.eye(3), list(np.eye(3, dtype=np.float32)))
+    assert encoder.model.training
+    assert not encoder.norm.training
+    assert torch.equal(encoder.norm.running_mean, torch.zeros(3))
+
+
 def test_ewc_penalises_any_step_away_from_the_weights_of_the_last_task():
     penalties = pytest.importorskip("magmax.continual.training.penalties")
-    model = torch.nn.Linear(3, 2)
-    learner = type("Learner", (), {"model": model, "__call__": lambda self, items: model(torch.stack(list(items)))})()
+    learner = Normed()
     ewc = penalties.EWC(samples=4)
-    data = type("Data", (), {"items": list(torch.eye(3)), "__len__": lambda self: 3})()
-    ewc.after_task(learner, data, [0, 1])
-    ewc.before_task(learner, [0, 1])
+    data = type("Data", (), {"items": list(np.eye(3, dtype=np.float32)), "__len__": lambda self: 3})()
+    ewc.after_task(learner, data, [0, 1, 2])
+    assert torch.equal(learner.norm.running_mean, torch.zeros(3))
+    ewc.before_task(learner, [0, 1, 2])
     assert ewc(learner, [], torch.zeros(1)).item() == 0
     with torch.no_grad():
-        model.weight.add_(1.0)
+        learner.model[0].weight.add_(1.0)
     assert ewc(learner, [], torch.zeros(1)).item() > 0
