@@ -267,6 +267,45 @@ def test_a_method_of_another_spelling_is_corrected_before_any_model_is_looked_fo
     assert "did you mean 'dare_ties'?" in err
 
 
+@pytest.mark.parametrize("method", ["della_linear", "della", "dare_ties", "breadcrumbs_ties"])
+def test_sparse_merges_in_float16_are_finite(method, run, tmp_path):
+    base, *_ = put_models(tmp_path, drawn(16, 16, dtype=torch.float16))
+    parameters = {"weight": 0.5, "density": 0.7, **({"epsilon": 0.2} if "della" in method else {})}
+    path = recipe(tmp_path, method, {"a": parameters, "b": dict(parameters)}, base_model=str(base), dtype="float16")
+    assert run("merge", path, "--out", tmp_path / "o")[0] == 0
+    assert weights(tmp_path / "o").isfinite().all()
+
+
+def test_nan_in_rows_of_unused_tokens_is_told_with_its_place(run, tmp_path):
+    base, a, b = put_models(
+        tmp_path, lambda n: {"w": torch.cat([torch.full((5, 4), float(n)), torch.full((1, 4), torch.nan)])}
+    )
+    code, _, err = run("merge", "--base", base, a, b, "--out", tmp_path / "o")
+    assert code == 2
+    assert "w holds 4 NaN" in err
+
+
+def test_a_list_of_weights_is_laid_over_the_layers(run, tmp_path):
+    names = [f"model.layers.{i}.{part}" for i in range(5) for part in ("mlp", "q")]
+    put_models(tmp_path, lambda n: {name: torch.full((2,), float(n)) for name in names})
+    over_layers = [{"filter": "mlp", "value": [0, 1, 0.5]}, {"value": 0.25}]
+    models = {"a": {"weight": over_layers}, "b": {"weight": 1}}
+    path = recipe(tmp_path, "linear", models, parameters={"normalize": False}, dtype="float32")
+    assert run("merge", path, "--out", tmp_path / "o")[0] == 0
+    merged = load_tensors(tmp_path / "o" / "model.safetensors")
+    assert [merged[name][0].item() for name in names[::2]] == [2, 2.5, 3, 2.75, 2.5]
+    assert {merged[name][0].item() for name in names[1::2]} == {2.25}
+
+
+def test_one_checkpoint_under_two_names_is_refused(run, tmp_path):
+    base, a, _ = put_models(tmp_path, drawn(4))
+    save_tensors({"w": weights(a)}, tmp_path / "c" / "model.safetensors")
+    code, _, err = run("merge", "--base", base, a, tmp_path / "c", "--out", tmp_path / "o")
+    assert code == 2
+    assert str(a) in err
+    assert str(tmp_path / "c") in err
+
+
 def test_layers_that_a_model_has_not_are_named(run, tmp_path):
     put_models(tmp_path, lambda n: {f"layers.{i}.w": torch.ones(2) for i in range(3)})
     path = tmp_path / "recipe.yaml"
@@ -468,6 +507,24 @@ def test_an_adapter_merges_as_in_peft_or_is_refused_by_the_setting_that_is_not_k
     for key, tensor in wide.state_dict().items():
         assert merged[key].dtype == dtype
         assert torch.allclose(merged[key].float(), tensor.to(dtype).float(), atol=1e-6, rtol=2**-8)
+
+
+def test_an_adapter_with_a_negative_weight_is_subtracted(run, tmp_path):
+    torch.manual_seed(0)
+    save_tensors({"q.weight": torch.randn(6, 4)}, tmp_path / "base.safetensors")
+    expected, models = load_tensors(tmp_path / "base.safetensors")["q.weight"], []
+    for name, weight in (("x", 1.0), ("y", -0.5)):
+        a, b = torch.randn(2, 4), torch.randn(6, 2)
+        factors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+        save_tensors(factors, tmp_path / name / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
+        expected = expected + weight * 3 * b @ a
+        models.append({"model": f"{tmp_path / 'base.safetensors'}+{tmp_path / name}", "parameters": {"weight": weight}})
+    keys = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base.safetensors"), "dtype": "float32"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**keys, "models": models}))
+    assert run("merge", tmp_path / "recipe.yaml", "--out", tmp_path / "o")[0] == 0
+    assert torch.allclose(load_tensors(tmp_path / "o" / "model.safetensors")["q.weight"], expected, atol=1e-5)
 
 
 def test_an_adapter_of_a_grouped_convolution_is_refused_as_peft_does(run, tmp_path):
