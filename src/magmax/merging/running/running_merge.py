@@ -60,8 +60,7 @@ class Running:
         base: a path, state dict or module; an existing state remembers a path.
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
         mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
-        lacks is the
-            base's from then on. An existing state has its own, which must be equal if one is given.
+            lacks is the base's from then on. An existing state has its own, which must be equal if one is given.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
