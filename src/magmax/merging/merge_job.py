@@ -17,7 +17,7 @@ from ..rules.statistics import Span
 from .job import Job, provenance_file
 from .kernel import MergeKernel
 from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
-from .model_files import model_files
+from .model_files import model_files, note_differences
 from .model_names import default_names
 from .output_options import OutputOptions
 from .provenance import METADATA_KEY, Provenance, model_card
@@ -103,6 +103,7 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     """Match the models to the base; refuse a rule that cannot merge so many and one file named twice."""
     rule.check(len(models))
     refuse_same_path([base, *models])
+    note_differences(base, models)
     return match_to_base(base, models, options.mismatch)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from ..checkpoints import Checkpoint
 from ..checkpoints.folder import SMALL_FILE_ENDINGS
 from ..checkpoints.lora.peft import ADAPTER_CONFIG
 
@@ -19,6 +24,12 @@ COMPONENT_FOLDERS = {
     "scheduler",
 }
 """The folders in which transformers and diffusers keep what belongs to a model."""
+DTYPE_SETTINGS = ("dtype", "torch_dtype")
+OTHER_SETTINGS = re.compile(
+    r"_.*|.*_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|gradient_checkpointing|.*drop(out)?(_.*)?|"
+    r".*_token_id|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|vocab_size|.*initializer.*"
+)
+"""The settings of a config.json that may differ between a model and its base: training, labels, special tokens."""
 TORCH_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -48,10 +59,86 @@ def _find_component_folders(folder: Path) -> list[Path]:
 
 
 def _with_dtype(path: Path, dtype: str) -> bytes | Path:
-    """The config with its dtype replaced, under whichever of its two names it has."""
+    """The config with its dtype replaced, under either name, also in the configs inside of it (text_config, ...)."""
     try:
-        config = json.loads(path.read_text())
-        names = [name for name in ("dtype", "torch_dtype") if name in config]
-    except (ValueError, TypeError):
+        text = path.read_text()
+        config = json.loads(text)
+    except ValueError:
         return path
-    return json.dumps(config | dict.fromkeys(names, dtype), indent=2).encode() + b"\n" if names else path
+    named = any(f'"{name}"' in text for name in DTYPE_SETTINGS)
+    return json.dumps(_replace_dtype(config, dtype), indent=2).encode() + b"\n" if named else path
+
+
+def _replace_dtype(config: Any, dtype: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    settings = cast("dict[str, Any]", config)
+    return {k: dtype if k in DTYPE_SETTINGS else _replace_dtype(v, dtype) for k, v in settings.items()}
+
+
+def note_differences(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Add to the notes of each model what its config.json and tokenizer.json say otherwise than the base's.
+
+    The output gets the base's files. Weights of equal shapes that were trained with another rope_theta, another number
+    of heads or other token numbers merge without an error into a model that makes no sense.
+    """
+    ours = _open_json_files(base)
+    for model in models:
+        theirs = _open_json_files(model)
+        settings, their_settings = _list_settings(ours["config.json"]), _list_settings(theirs["config.json"])
+        differing = [
+            f"{name} {reprlib.repr(their_settings[name])} (base: {reprlib.repr(value)})"
+            for name, value in settings.items()
+            if name in their_settings and their_settings[name] != value
+        ]
+        if differing:
+            model.notes.append(
+                f"{model.label}: its config.json is not the base's, which the output gets: {_list_few(differing)}"
+            )
+        numbers, their_numbers = _number_tokens(ours["tokenizer.json"]), _number_tokens(theirs["tokenizer.json"])
+        moved = [
+            f"{token!r} {their_numbers[token]} (base: {number})"
+            for token, number in numbers.items()
+            if their_numbers.get(token, number) != number
+        ]
+        if moved:
+            model.notes.append(
+                f"{model.label}: its tokenizer.json numbers tokens otherwise than the base's, so rows of different "
+                f"tokens are merged: {_list_few(moved)}"
+            )
+
+
+def _open_json_files(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The parsed config.json and tokenizer.json of a model; None for one that is not here or cannot be read."""
+    files: dict[str, Any] = dict.fromkeys(("config.json", "tokenizer.json"))
+    if folder := None if checkpoint.url else checkpoint.small_files_folder():
+        for name in files:
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                files[name] = json.loads((folder / name).read_bytes())
+    return files
+
+
+def _list_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings that say what the weights compute, as a.b -> value, without those that do not."""
+    if not isinstance(config, dict):
+        return {}
+    settings: dict[str, Any] = {}
+    for name, value in cast("dict[str, Any]", config).items():
+        if not OTHER_SETTINGS.fullmatch(name):
+            settings |= _list_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
+
+
+def _number_tokens(tokenizer: Any) -> dict[str, int]:
+    """Token -> number, as a tokenizer.json says; empty where it does not."""
+    try:
+        tokens = tokenizer["model"]["vocab"]
+        if isinstance(tokens, list):
+            tokens = {token: number for number, (token, _) in enumerate(cast("list[Any]", tokens))}
+        return {**tokens, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _list_few(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5:,} more" if len(items) > 5 else "")

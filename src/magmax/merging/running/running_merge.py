@@ -23,6 +23,7 @@ from ..job import Job, provenance_file
 from ..kernel import MergeKernel
 from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
 from ..merge_job import base_metadata, provenance_recipe, small_files
+from ..model_files import note_differences
 from ..model_names import default_names
 from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
@@ -60,8 +61,7 @@ class Running:
         base: a path, state dict or module; an existing state remembers a path.
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
         mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
-        lacks is the
-            base's from then on. An existing state has its own, which must be equal if one is given.
+            lacks is the base's from then on. An existing state has its own, which must be equal if one is given.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
@@ -159,6 +159,7 @@ class Running:
         base = self._open_base()
         opened = self.opened(model, name, renaming)
         refuse_same_path([base, opened])
+        note_differences(base, [opened])
         match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
         base, (opened,) = match.base, match.models
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
