@@ -82,10 +82,8 @@ def note_differences(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     The output gets the base's files. Weights of equal shapes that were trained with another rope_theta, another number
     of heads or other token numbers merge without an error into a model that makes no sense.
     """
-    ours = _open_json_files(base)
     for model in models:
-        theirs = _open_json_files(model)
-        settings, their_settings = _list_settings(ours["config.json"]), _list_settings(theirs["config.json"])
+        settings, their_settings = map(_list_settings, _read_differing(base, model, "config.json"))
         differing = [
             f"{name} {reprlib.repr(their_settings[name])} (base: {reprlib.repr(value)})"
             for name, value in settings.items()
@@ -95,7 +93,7 @@ def note_differences(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             model.notes.append(
                 f"{model.label}: its config.json is not the base's, which the output gets: {_list_few(differing)}"
             )
-        numbers, their_numbers = _number_tokens(ours["tokenizer.json"]), _number_tokens(theirs["tokenizer.json"])
+        numbers, their_numbers = map(_number_tokens, _read_differing(base, model, "tokenizer.json"))
         moved = [
             f"{token!r} {their_numbers[token]} (base: {number})"
             for token, number in numbers.items()
@@ -108,14 +106,14 @@ def note_differences(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             )
 
 
-def _open_json_files(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The parsed config.json and tokenizer.json of a model; None for one that is not here or cannot be read."""
-    files: dict[str, Any] = dict.fromkeys(("config.json", "tokenizer.json"))
-    if folder := None if checkpoint.url else checkpoint.small_files_folder():
-        for name in files:
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                files[name] = json.loads((folder / name).read_bytes())
-    return files
+def _read_differing(base: Checkpoint, model: Checkpoint, name: str) -> tuple[Any, Any]:
+    """The parsed file of this name of the base and of a model; None for both where one is missing or they are equal."""
+    folders = [None if c.url else c.small_files_folder() for c in (base, model)]
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        ours, theirs = [(folder / name).read_bytes() for folder in folders if folder]
+        if ours != theirs:  # a tokenizer takes far longer to parse than to read
+            return json.loads(ours), json.loads(theirs)
+    return None, None
 
 
 def _list_settings(config: Any, prefix: str = "") -> dict[str, Any]:
