@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
+from ..checkpoints.quantized import refuse_quantized
 from ..checkpoints.remote.hub import locate_model
 from ..checkpoints.torch.pickled_models import PickledModel
 from ..checkpoints.writer import OutputPath
 from ..errors import MagMaxError
 from .job import Job, provenance_file
 from .merge_job import base_metadata
-from .model_files import model_files
+from .model_files import copy_notes, model_files
 from .model_names import default_names
 from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
@@ -48,6 +49,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
     if located and located.path.is_file() and located.path.suffix not in SAFETENSORS_SUFFIXES:
         source = PickledModel(located.path, located.label, part, strip, inert)
         source.origin = located.origin
+        refuse_quantized(source)
     elif part or strip or inert:
         raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
     else:
@@ -55,10 +57,13 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
 
     def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         folder = source.small_files_folder()
-        return {**(model_files(folder, None) if folder else {}), **provenance_file(provenance, digests)}
+        copied = model_files(folder, None, source.layout.modules) if folder else {}
+        return {**copied, **provenance_file(provenance, digests)}
 
+    target = OutputPath.parse(out)
+    source.notes += copy_notes(source, target)
     return Job(
-        target=OutputPath.parse(out),
+        target=target,
         inputs=[source],
         names=default_names([source.source]),
         recipe={"convert": {name: value for name, value in (("part", part), ("strip", strip)) if value}},
@@ -67,4 +72,6 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         unmerged={},
         metadata=base_metadata(source),
         small_files=beside,
+        stem=source.layout.stem,
+        modules=source.layout.modules,
     )

@@ -182,8 +182,9 @@ class Running:
         base = self._open_base()
         kernel = self._result_kernel(base, options)
         match = self._narrow_match(base, match_to_base(base, []))
+        target = OutputPath.parse(out)
         return Job(
-            target=OutputPath.parse(out),
+            target=target,
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={
@@ -196,7 +197,9 @@ class Running:
             unmerged=match.unmerged,
             partly_merged={key: part.reason for key, part in match.partly_merged.items()},
             metadata=base_metadata(base),
-            small_files=small_files(base, kernel.merge.out, options, match),
+            small_files=small_files(base, target, kernel.merge.out, options, match),
+            stem=base.layout.stem,
+            modules=base.layout.modules,
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
         )
