@@ -190,14 +190,12 @@ def choose_weights(
     config = parse_json_object(read("config.json") if "config.json" in names else None)
     if (named := config.get("transformers_weights")) in (*indexes, *weights):
         return str(named), _note_others(label, str(named), "as config.json says", [*indexes, *weights])
-    transformers, diffusers = (
-        dict.fromkeys(TRANSFORMERS_NAMES, "transformers"),
-        dict.fromkeys(DIFFUSERS_NAMES, "diffusers"),
-    )
-    first, second = (diffusers, transformers) if "_class_name" in config else (transformers, diffusers)
+    transformers = dict.fromkeys(TRANSFORMERS_NAMES, "transformers")
+    diffusers = dict.fromkeys(DIFFUSERS_NAMES, "diffusers")
+    known = (diffusers | transformers if "_class_name" in config else transformers | diffusers) | OTHER_NAMES
     shards = [name for name in weights if find_shard(name)]
     is_cut = any(name.endswith(".safetensors") for name in shards) and not any(".safetensors." in n for n in indexes)
-    for name, library in {**first, **second, **OTHER_NAMES}.items():
+    for name, library in known.items():
         if name in names and not (is_cut and ".bin" in name):
             return name, _note_others(label, name, f"as {library} does", [*indexes, *weights])
     if shards and (is_cut or not indexes):
