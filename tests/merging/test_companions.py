@@ -57,7 +57,8 @@ def test_a_model_of_diffusers_is_loaded_from_the_output_by_diffusers(tmp_path: P
     diffusers = pytest.importorskip("diffusers")
     nets = [
         diffusers.UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 4), norm_num_groups=2,
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(4, 4),
+            norm_num_groups=2,
             down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         )
         for _ in range(3)
@@ -86,14 +87,14 @@ def sentence_models(tmp_path: Path) -> list[Path]:
     sentences = pytest.importorskip("sentence_transformers")
     config = transformers.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                      intermediate_size=8)  # fmt: skip
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\nd\n")
     folders: list[Path] = []
     for number in range(3):
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
         transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
-        word = sentences.models.Transformer(str(tmp_path / "bert"))
-        dense = sentences.models.Dense(in_features=8, out_features=4)
-        model = sentences.SentenceTransformer(modules=[word, sentences.models.Pooling(8), dense], device="cpu")
+        word, dense = modules.Transformer(str(tmp_path / "bert")), modules.Dense(in_features=8, out_features=4)
+        model = sentences.SentenceTransformer(modules=[word, modules.Pooling(8), dense], device="cpu")
         folders.append(tmp_path / f"sentence{number}")
         model.save_pretrained(str(folders[-1]))
     return folders
