@@ -17,8 +17,8 @@ from .base import Checkpoint, WeightLayout, parse_json_object
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .memory import open_state_dict_file
 from .remote.remote_file import RemoteFile, map_parallel
-from .remote.remote_folder import RemoteFolder, parse_weight_map
-from .safetensors import SafetensorsFile
+from .remote.remote_folder import RemoteFolder
+from .safetensors import SafetensorsFile, check_index_names, read_weight_map, refuse_wrong_index
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 SMALL_FILE_ENDINGS = (
@@ -46,6 +46,7 @@ OTHER_NAMES = {
 INDEX_NAME = re.compile(r"(.+)\.(safetensors|bin)\.index(\.\w+)?\.json")
 SHARD_NAME = re.compile(r"(.*?)[-_.](\d+)-of-(\d+)(?=[-_.]).*")
 LISTED_NAMES = 5
+TRAINING_FOLDER = re.compile(r"\..*|checkpoint-\d+|global_step\d+|onnx|openvino|runs")
 DEFAULT_ADAPTER = "default"
 """The name that PEFT gives to an adapter, and some trainers to its folder."""
 
@@ -264,8 +265,10 @@ def open_folder(path: Path, label: str) -> WeightsFolder:
     parts: list[WeightPart] = []
     notes: list[str] = []
     if not with_weights or any(map(is_weight_file, names)):
-        _refuse_other_kinds(path, label, names)
+        components = _find_components(path, label, names)
         chosen, notes = choose_weights(names, read, f"{label}: the folder", f"{label}/")
+        if others := [name for name in components if name not in with_weights]:
+            notes.append(f"{label}: left out, since only the weights beside its config are read: {shorten(others)}")
         parts.append(_open_part(path, chosen))
     for name in with_weights:
         if deeper := sorted(p for p in (path / name).glob("*/*") if is_weight_file(p.name)):
@@ -289,23 +292,26 @@ def list_files(path: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_file())
 
 
-def _refuse_other_kinds(path: Path, label: str, names: Sequence[str]) -> None:
-    """Raise MagMaxError for folders that hold weights, but not as one model that is read here."""
-    components = sorted({p.parent.name for p in path.glob("*/*") if is_weight_file(p.name) and p.suffix != ".pt"})
+def _find_components(path: Path, label: str, names: Sequence[str]) -> list[str]:
+    """Return the folders in a folder that hold weights, but for those of its own training.
+
+    Raises MagMaxError where these are the only weights, or a pipeline's models.
+    """
+    below = [f for f in path.glob("*/*") if is_weight_file(f.name) and not TRAINING_FOLDER.fullmatch(f.parent.name)]
+    components = sorted({file.parent.name for file in below})
     if "model_index.json" in names and components:
         raise MagMaxError(
             f"{label}: is a pipeline of diffusers, several models in one folder ({shorten(components)}); "
             f"merge each by itself: --base {label}/{components[0]}"
         )
-    if any(is_weight_file(name) for name in names):
-        return
-    if any(name.endswith(".distcp") for name in names):
+    if any(name.endswith(".distcp") for name in names) and not any(map(is_weight_file, names)):
         raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
-    if components:
+    if components and not any(map(is_weight_file, names)):
         raise MagMaxError(
             f"{label}: the folder holds no weights, but the folders in it do ({shorten(components)}); "
             f"name one of these: {label}/{components[0]}"
         )
+    return components
 
 
 def _open_part(folder: Path, chosen: str, prefix: str = "") -> WeightPart:
@@ -364,31 +370,3 @@ def _open_remote_part(away: RemoteFolder, chosen: str) -> WeightPart:
     files = dict(zip(names, files, strict=True))
     refuse_wrong_index(away.index_url, weight_map, files)
     return WeightPart(files, weight_map=weight_map)
-
-
-def check_index_names(index: str, names: Sequence[str]) -> None:
-    """Raise MagMaxError where an index names files that are not beside it."""
-    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
-    if problems:
-        raise list_problems(f"{index} cannot be followed", problems)
-
-
-def refuse_wrong_index(index: str, weight_map: Mapping[str, str], files: Mapping[str, Checkpoint]) -> None:
-    """Raise MagMaxError where the files of an index do not hold what it says."""
-    problems = [
-        f"{index}: places {key} in {name}, which does not hold it"
-        for key, name in weight_map.items()
-        if key not in files[name].specs and key not in files[name].aliases
-    ]
-    if problems:
-        raise list_problems(f"{index} does not match its files", problems)
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
-    try:
-        return parse_weight_map(index.read_text("utf-8"), str(index))
-    except (OSError, ValueError) as error:
-        if isinstance(error, MagMaxError):
-            raise
-        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error

@@ -22,8 +22,8 @@ from ..folder import (
     find_modules,
     is_small_file,
     is_weight_file,
-    read_weight_map,
 )
+from ..safetensors import read_weight_map
 
 NAME_PATTERN = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 PATH_SUFFIXES = (".safetensors", ".json", ".yaml", ".yml", ".ckpt", ".pkl", *PICKLE_SUFFIXES)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import MagMaxError
-from ..safetensors import is_string_map
+from ..safetensors import parse_weight_map
 from .remote_file import RemoteFile, map_parallel
 from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, display_url, open_filesystem, with_retries
 
@@ -132,14 +130,3 @@ class RemoteFolder:
         if not paths:
             raise RemoteFileNotFoundError(f"{self.url}: there is no such file or folder")
         return paths
-
-
-def parse_weight_map(text: str, index: str) -> dict[str, str]:
-    """Tensor name -> file name, from the text of an index. Raises MagMaxError where it is none."""
-    try:
-        where: Any = json.loads(text)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
-    if not is_string_map(where) or not where:
-        raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
-    return where
