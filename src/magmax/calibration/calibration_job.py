@@ -51,15 +51,18 @@ def calibrate_job(
     earlier = read_provenance(merged.metadata)
     recipe = {"calibrate": {**provenance, "xi": coefficients_digest(coefficients)}, **match.describe()}
     folder = merged if merged.path is not None and merged.path.is_dir() else base
+    target = OutputPath(out)
     return Job(
-        target=OutputPath(out),
+        target=target,
         inputs=inputs,
         names=["base", "merged", *names],
         recipe=recipe | ({"merged": earlier["recipe"]} if earlier and "recipe" in earlier else {}),
         specs=specs,
         kernel=FoldKernel(tuple(inputs), coefficients, specs),
         metadata=base_metadata(merged),
-        small_files=small_files(folder, specs, options, match),
+        small_files=small_files(folder, target, specs, options, match),
+        stem=base.layout.stem,
+        modules=base.layout.modules,
         check=lambda digests: refuse_equal_models(models, digests[2:]),
         extra_passes=2,
     )

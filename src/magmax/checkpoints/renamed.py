@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint
+from .base import Checkpoint, CheckpointView
 from .dtypes import TensorSpec
 
 PATTERN_SECONDS = 1.0
@@ -28,7 +27,7 @@ class TensorSink(Protocol):
     def sync(self) -> None: ...
 
 
-class RenamedCheckpoint(Checkpoint):
+class RenamedCheckpoint(CheckpointView):
     """The tensors of a checkpoint under other names.
 
     Args:
@@ -37,11 +36,7 @@ class RenamedCheckpoint(Checkpoint):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        super().__init__(checkpoint.label, {})
-        self.path, self.url, self.origin = checkpoint.path, checkpoint.url, checkpoint.origin
-        self.is_task_vector, self.notes = checkpoint.is_task_vector, list(checkpoint.notes)
-        self.metadata = {k: v for k, v in checkpoint.metadata.items() if k not in checkpoint.aliases}
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint, {})
         self._stored_name: dict[str, str] = {}
         first = {old: new for new, old in names.items() if new == old and old in checkpoint.specs}
         for new, name in names.items():
@@ -53,18 +48,6 @@ class RenamedCheckpoint(Checkpoint):
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._checkpoint.read(self._stored_name[key], start, stop)
-
-    def files(self) -> list[Path]:
-        return self._checkpoint.files()
-
-    def header_digests(self) -> list[str]:
-        return self._checkpoint.header_digests()
-
-    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
-        return self._checkpoint.fingerprints(refresh)
-
-    def small_files_folder(self) -> Path | None:
-        return self._checkpoint.small_files_folder()
 
     def prefetch(self, key: str, start: int, stop: int) -> int:
         return self._checkpoint.prefetch(self._stored_name[key], start, stop)

@@ -1,10 +1,11 @@
-"""Safetensors files, read by range: the header is checked in full before any tensor is."""
+"""Safetensors files, read by range: the header is checked in full before any tensor is. And the index of shards."""
 
 from __future__ import annotations
 
 import json
 import reprlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -12,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, list_problems
 from .base import Checkpoint
 from .byte_ranges import RangeFile
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
@@ -174,3 +175,42 @@ class SafetensorsFile(Checkpoint):
 def is_string_map(value: Any) -> TypeGuard[dict[str, str]]:
     """Return whether parsed JSON is an object whose values are all strings."""
     return isinstance(value, dict) and all(type(v) is str for v in cast("dict[str, Any]", value).values())
+
+
+def parse_weight_map(text: str, index: str) -> dict[str, str]:
+    """Tensor name -> file name, from the text of an index. Raises MagMaxError where it is none."""
+    try:
+        where: Any = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
+    if not is_string_map(where) or not where:
+        raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
+    return where
+
+
+def check_index_names(index: str, names: Sequence[str]) -> None:
+    """Raise MagMaxError where an index names files that are not beside it."""
+    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
+    if problems:
+        raise list_problems(f"{index} cannot be followed", problems)
+
+
+def refuse_wrong_index(index: str, weight_map: Mapping[str, str], files: Mapping[str, Checkpoint]) -> None:
+    """Raise MagMaxError where the files of an index do not hold what it says."""
+    problems = [
+        f"{index}: places {key} in {name}, which does not hold it"
+        for key, name in weight_map.items()
+        if key not in files[name].specs and key not in files[name].aliases
+    ]
+    if problems:
+        raise list_problems(f"{index} does not match its files", problems)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
+    try:
+        return parse_weight_map(index.read_text("utf-8"), str(index))
+    except (OSError, ValueError) as error:
+        if isinstance(error, MagMaxError):
+            raise
+        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -26,7 +26,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 PROVENANCE_FILE = "provenance.json"
 CONTENTS_FILE = ".magmax-contents"
 """The names of all files of a folder output, by which files added since are told apart."""
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,14 @@ def nearest_existing_folder(path: Path) -> Path:
 class ShardFile:
     """One file being filled: its header first, then any range of any tensor, in any order, from any thread."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
-        self.path, self.specs = path, dict(specs)
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str], prefix: str = "") -> None:
+        """Describe a file; the names of its tensors are those in `specs` without the prefix."""
+        self.path, self.specs, self.prefix = path, dict(specs), prefix
         if RESERVED_NAME in self.specs:
             raise MagMaxError(
                 f"{path.name}: a tensor cannot be called {RESERVED_NAME} in a safetensors file; give it another name"
             )
-        self._header_bytes = _build_header(self.specs, metadata)
+        self._header_bytes = _build_header(self.specs, metadata, prefix)
         if len(self._header_bytes) - 8 > HEADER_LIMIT:
             raise MagMaxError(
                 f"{path.name}: its header would take {len(self._header_bytes) - 8:,} bytes, and safetensors allows "
@@ -154,7 +155,7 @@ class ShardFile:
 
     def finalize(self, metadata: dict[str, str]) -> None:
         """Put the final metadata into the place its draft reserved, and wait for the disk."""
-        header = _build_header(self.specs, metadata)
+        header = _build_header(self.specs, metadata, self.prefix)
         if len(header) != len(self._header_bytes):
             raise AssertionError("the final metadata must fill exactly the place reserved for it")
         self._write_at(memoryview(header), 0)
@@ -190,14 +191,21 @@ class OutputDraft:
         metadata: dict[str, str],
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         stem: str = "model",
+        modules: Sequence[str] = (),
     ) -> None:
         self.output, self._stem = output, stem
         self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS_PER_ELEMENT[item[1].dtype], item[0])))
-        groups = _group_into_shards(self.specs, shard_bytes) if output.is_folder else [list(self.specs)]
-        self._shards = [
-            ShardFile(self._shard_path(number, len(groups)), {k: self.specs[k] for k in keys}, metadata)
-            for number, keys in enumerate(groups, start=1)
-        ]
+        self._shards: list[ShardFile] = []
+        self._sharded: list[str] = []
+        """The folders whose weights are in several files, so that they need an index."""
+        for prefix, keys in _split_modules(self.specs, modules if output.is_folder else ()).items():
+            specs = {key: self.specs[key] for key in keys}
+            groups = _group_into_shards(specs, shard_bytes) if output.is_folder else [keys]
+            self._sharded += [prefix] * (len(groups) > 1)
+            self._shards += [
+                ShardFile(self._shard_path(prefix, n, len(groups)), {k: specs[k] for k in group}, metadata, prefix)
+                for n, group in enumerate(groups, start=1)
+            ]
         self._shard_of = {key: shard for shard in self._shards for key in shard.specs}
 
     @property
@@ -213,6 +221,8 @@ class OutputDraft:
             remove(self.output.partial_path)
             if self.output.is_folder:
                 self.output.partial_path.mkdir()
+                for shard in self._shards:
+                    shard.path.parent.mkdir(exist_ok=True)
         for shard in self._shards:
             shard.open(fresh)
 
@@ -233,9 +243,11 @@ class OutputDraft:
             os.replace(partial, path)
             sync_folder(path.parent)
             return
-        if len(self._shards) > 1:
-            extra_files = {**extra_files, INDEX_FILE: self._index_json()}
-        names = sorted([*extra_files, *(shard.path.name for shard in self._shards)])
+        indexes = {
+            f"{prefix}{self._stem_in(prefix)}{INDEX_SUFFIX}": self._index_json(prefix) for prefix in self._sharded
+        }
+        extra_files = {**extra_files, **indexes}
+        names = sorted([*extra_files, *(str(shard.path.relative_to(partial)) for shard in self._shards)])
         extra_files = {**extra_files, CONTENTS_FILE: "".join(f"{name}\n" for name in names).encode()}
         for name, content in extra_files.items():
             _write_file(partial / name, content)
@@ -255,24 +267,42 @@ class OutputDraft:
         self.close()
         remove(self.output.partial_path)
 
-    def _shard_path(self, number: int, count: int) -> Path:
+    def _stem_in(self, prefix: str) -> str:
+        return "model" if prefix else self._stem
+
+    def _shard_path(self, prefix: str, number: int, count: int) -> Path:
         if not self.output.is_folder:
             return self.output.partial_path
         part = "" if count == 1 else f"-{number:05}-of-{count:05}"
-        return self.output.partial_path / f"{self._stem}{part}.safetensors"
+        return self.output.partial_path / f"{prefix}{self._stem_in(prefix)}{part}.safetensors"
 
-    def _index_json(self) -> bytes:
-        where = {key: shard.path.name for key, shard in sorted(self._shard_of.items())}
-        total = sum(spec.nbytes for spec in self.specs.values())
+    def _index_json(self, prefix: str) -> bytes:
+        placed = {k: s for k, s in sorted(self._shard_of.items()) if s.prefix == prefix}
+        where = {key.removeprefix(prefix): shard.path.name for key, shard in placed.items()}
+        total = sum(self.specs[key].nbytes for key in placed)
         return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
 
 
-def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> bytes:
+def _split_modules(keys: Iterable[str], modules: Sequence[str]) -> dict[str, list[str]]:
+    """The tensor names by the module that they begin with, in whose folder they are written; "" for the others."""
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        parts.setdefault(next((module for module in modules if key.startswith(module)), ""), []).append(key)
+    return parts or {"": []}
+
+
+def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str], prefix: str = "") -> bytes:
     """A safetensors header for tensors laid out in the order of `specs`, padded to a multiple of 8 bytes."""
+    if prefix:  # of the names in the metadata, which tell of tied tensors, too
+        metadata = {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in metadata.items()}
     entries: dict[str, object] = {RESERVED_NAME: metadata} if metadata else {}
     at = 0
     for key, spec in specs.items():
-        entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        entries[key.removeprefix(prefix)] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
         at += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

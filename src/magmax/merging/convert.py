@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
+from ..checkpoints.quantized import refuse_quantized
 from ..checkpoints.remote.hub import locate_model
 from ..checkpoints.renamed import Renaming
 from ..checkpoints.torch.pickled_models import PickledModel
@@ -18,7 +19,7 @@ from ..checkpoints.writer import OutputPath
 from ..errors import MagMaxError
 from .job import Job, provenance_file
 from .merge_job import base_metadata
-from .model_files import model_files
+from .model_files import copy_notes, model_files
 from .model_names import default_names
 from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
@@ -52,6 +53,7 @@ def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = 
     if located and located.path.is_file() and located.path.suffix not in SAFETENSORS_SUFFIXES:
         source = PickledModel(located.path, located.label, part, inert=inert)
         source.origin = located.origin
+        refuse_quantized(source)
     elif part or inert:
         raise MagMaxError(f"{old}: --part and --inert are for pickles, and this is none")
     else:
@@ -66,10 +68,13 @@ def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = 
 
     def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         folder = source.small_files_folder()
-        return {**(model_files(folder, None) if folder else {}), **provenance_file(provenance, digests)}
+        copied = model_files(folder, None, source.layout.modules) if folder else {}
+        return {**copied, **provenance_file(provenance, digests)}
 
+    target = OutputPath.parse(out)
+    source.notes += copy_notes(source, target)
     return Job(
-        target=OutputPath.parse(out),
+        target=target,
         inputs=[source],
         names=default_names([source.source]),
         recipe={"convert": {name: value for name, value in choices.items() if value}},
@@ -78,4 +83,6 @@ def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = 
         unmerged={},
         metadata=base_metadata(source),
         small_files=beside,
+        stem=source.layout.stem,
+        modules=source.layout.modules,
     )

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, TensorSpec
+from ..checkpoints.base import CheckpointView
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 
 MAX_NOTES = 10
 
 
-class ExtendedCheckpoint(Checkpoint):
+class ExtendedCheckpoint(CheckpointView):
     """A checkpoint whose tensors go on with those of another: further rows, and tensors that it lacks.
 
     Args:
@@ -27,12 +28,9 @@ class ExtendedCheckpoint(Checkpoint):
     """The checkpoint whose config and tokenizer belong to these tensors; by default the one that is extended."""
 
     def __init__(self, checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], rest: Checkpoint | None) -> None:
-        super().__init__(checkpoint.label, dict(specs))
-        self.path, self.url, self.origin = checkpoint.path, checkpoint.url, checkpoint.origin
-        self.is_task_vector, self.notes = checkpoint.is_task_vector, list(checkpoint.notes)
-        self.metadata = {k: v for k, v in checkpoint.metadata.items() if k not in checkpoint.aliases}
+        super().__init__(checkpoint, dict(specs))
         self.aliases = {k: v for k, v in checkpoint.aliases.items() if k not in specs and v in specs}
-        self._checkpoint, self._rest, self.small_files = checkpoint, rest, checkpoint
+        self._rest, self.small_files = rest, checkpoint
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec, name = self.specs[key], self._checkpoint.resolve_alias(key)
@@ -49,15 +47,6 @@ class ExtendedCheckpoint(Checkpoint):
                 stored = self._rest.read(self._rest.resolve_alias(key), begin, stop)
                 parts.append(_as_dtype(stored, self._rest.spec(key).dtype, spec.dtype))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def files(self) -> list[Path]:
-        return self._checkpoint.files()
-
-    def header_digests(self) -> list[str]:
-        return self._checkpoint.header_digests()
-
-    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
-        return self._checkpoint.fingerprints(refresh)
 
     def small_files_folder(self) -> Path | None:
         return self.small_files.small_files_folder()

@@ -88,7 +88,7 @@ class Job:
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
-        stem: how the names of a folder's weight files begin.
+        stem, modules: the layout of a folder's weight files, see `WeightLayout`.
         worker: what reads the inputs and fills the sinks.
         memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
@@ -112,6 +112,7 @@ class Job:
     extra_passes: int = 0
     shard_bytes: int = DEFAULT_SHARD_BYTES
     stem: str = "model"
+    modules: Sequence[str] = ()
     worker: Worker = block_pipeline
     memory: int = 0
     memory_per_thread: int = 0
@@ -145,6 +146,7 @@ class Job:
             self._metadata(self._make_provenance().with_blank_digests()),
             self.shard_bytes,
             self.stem,
+            self.modules,
         )
 
     def problems(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,14 +15,18 @@ from ..checkpoints.zero_base import ZeroBase
 from ..rules import Rule
 from ..rules.schedules import to_config
 from ..rules.statistics import Span
+from .config_differences import note_differences
 from .job import Job, provenance_file
 from .kernel import MergeKernel
 from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
-from .model_files import model_files, note_differences
+from .model_files import copy_notes, find_library, model_files
 from .model_names import default_names
 from .output_options import OutputOptions
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import BlockReader
+
+HASH_NAME = re.compile(r"hash|digest|checksum|sha_?\d|md5|crc_?32|xxh\d", re.IGNORECASE)
+"""Metadata that hold a hash: modelspec.hash_sha256, sshs_model_hash, ss_sd_model_hash, ..."""
 
 
 def merge_job(
@@ -39,9 +44,10 @@ def merge_job(
     kernel = merge_kernel(rule, options, match)
     base, models = match.base, match.models
     apart = rule.statistics_span is Span.TENSOR
+    target = OutputPath.parse(out)
 
     return Job(
-        target=OutputPath.parse(out),
+        target=target,
         inputs=[base, *models],
         names=["zeros" if isinstance(base, ZeroBase) else "base", *names],
         recipe={**provenance_recipe(rule, options), **match.describe()},
@@ -50,7 +56,9 @@ def merge_job(
         unmerged=match.unmerged,
         partly_merged={key: part.reason for key, part in match.partly_merged.items()},
         metadata=base_metadata(base),
-        small_files=small_files(base, kernel.out, options, match),
+        small_files=small_files(base, target, kernel.out, options, match),
+        stem=base.layout.stem,
+        modules=base.layout.modules,
         check=lambda digests: refuse_equal_models(models, digests[1:]),
         extra_passes=rule.passes,
         memory=0 if apart else rule.memory,
@@ -61,17 +69,21 @@ def merge_job(
 
 
 def small_files(
-    base: Checkpoint, out: Mapping[str, TensorSpec], options: OutputOptions, match: Match
+    base: Checkpoint, target: OutputPath, out: Mapping[str, TensorSpec], options: OutputOptions, match: Match
 ) -> Callable[[Provenance, Mapping[str, str]], dict[str, bytes | Path]]:
-    """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance."""
+    """The files that go beside a folder output: the base's config and tokenizer, a model card, the provenance.
+
+    What the user should know of them is added to the base's notes.
+    """
     wanted = FLOAT_DTYPES[options.dtype] if options.dtype else None
+    base.notes += [note for note in copy_notes(base, target) if note not in base.notes]
 
     def files(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         dtypes = sorted({s.dtype for s in out.values() if s.is_mergeable})
         partly = {key: f"{part.rows} of {part.of} rows" for key, part in match.partly_merged.items()}
-        card = model_card(provenance, dtypes, match.unmerged, partly).encode()
+        card = model_card(provenance, dtypes, match.unmerged, partly, find_library(base)).encode()
         folder = base.small_files_folder()
-        copied = model_files(folder, wanted) if folder else {}
+        copied = model_files(folder, wanted, base.layout.modules) if folder else {}
         return {**copied, "README.md": card, **provenance_file(provenance, digests)}
 
     return files
@@ -94,8 +106,13 @@ def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
 
 
 def base_metadata(base: Checkpoint) -> dict[str, str]:
-    """Return the base's metadata, and the names that share a tensor, as safetensors' save_model writes them."""
-    metadata = {k: v for k, v in base.metadata.items() if k != METADATA_KEY}
+    """Return the base's metadata, and the names that share a tensor, as safetensors' save_model writes them.
+
+    Hashes of the base's weights would not be those of the output.
+    """
+    metadata = {
+        k: v for k, v in base.metadata.items() if k != METADATA_KEY and (k in base.aliases or not HASH_NAME.search(k))
+    }
     return metadata | base.aliases
 
 

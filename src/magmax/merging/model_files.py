@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import reprlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.folder import SMALL_FILE_ENDINGS
+from ..checkpoints.base import parse_json_object
+from ..checkpoints.folder import TRAINING_STATE, find_modules, is_small_file, is_weight_file
 from ..checkpoints.lora.peft import ADAPTER_CONFIG
+from ..checkpoints.writer import OutputPath
+from ..errors import MagMaxError
 
 MAX_FILE_BYTES = 200_000_000
+CODE_FOLDER = "custom_generate"
 COMPONENT_FOLDERS = {
+    CODE_FOLDER,
     "additional_chat_templates",
     "tokenizer",
     "tokenizer_2",
@@ -25,37 +28,124 @@ COMPONENT_FOLDERS = {
 }
 """The folders in which transformers and diffusers keep what belongs to a model."""
 DTYPE_SETTINGS = ("dtype", "torch_dtype")
-OTHER_SETTINGS = re.compile(
-    r"_.*|.*_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|gradient_checkpointing|.*drop(out)?(_.*)?|"
-    r".*_token_id|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|vocab_size|.*initializer.*"
-)
-"""The settings of a config.json that may differ between a model and its base: training, labels, special tokens."""
+CLASS_NAME = re.compile(r'(?<=")(\w+)\.\w+(?=")')
+"""A class in an auto_map, MODULE.CLASS; those of other repositories have their id and -- before them."""
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
+"""An import of a file beside it, as transformers looks for them."""
 TORCH_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
-def model_files(folder: Path, dtype: str | None) -> dict[str, bytes | Path]:
-    """Return name -> content or source of each file to copy from the base's folder; config.json gets `dtype`."""
+def model_files(folder: Path, dtype: str | None, merged_modules: Sequence[str] = ()) -> dict[str, bytes | Path]:
+    """Return name -> content or source of each file to copy from the base's folder; config.json gets `dtype`.
+
+    Weights of modules that are not merged are copied too: without them the folder could not be loaded.
+    """
     files: dict[str, bytes | Path] = {}
+    code = find_code_files(folder)
     for path in sorted(path for place in [folder, *_find_component_folders(folder)] for path in place.iterdir()):
-        other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
-        skipped = other or path.name.startswith(".") or path.suffix not in SMALL_FILE_ENDINGS
+        name = str(path.relative_to(folder))
+        other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.startswith(".")
+        is_code = path.suffix == ".py"
+        skipped = other or not is_small_file(name) or (is_code and name not in code)
         if path.is_file() and not skipped and path.stat().st_size <= MAX_FILE_BYTES:
-            files[str(path.relative_to(folder))] = path
+            files[name] = path
+    files |= {name: folder / name for name in find_copied_weights(folder, merged_modules)}
     if dtype and "config.json" in files:
         files["config.json"] = _with_dtype(folder / "config.json", TORCH_DTYPE_NAMES[dtype])
+    if "config.json" in files:
+        files["config.json"] = _without_weights_name(files["config.json"])
     return files
+
+
+def copy_notes(base: Checkpoint, target: OutputPath) -> list[str]:
+    """Return what a user should know of the files that go beside an output.
+
+    Raises MagMaxError for a base of several modules whose output is to be one file.
+    """
+    if not target.is_folder:
+        if base.layout.modules:
+            modules = ", ".join(base.layout.modules)
+            raise MagMaxError(
+                f"{target.path}: {base.label} has weights in {modules} too, which one file cannot hold; name a folder"
+            )
+        return []
+    folder = base.small_files_folder()
+    if folder is None:
+        return []
+    left_out = sorted(p.name for p in folder.iterdir() if TRAINING_STATE.fullmatch(p.name) and p.is_file())
+    notes = {
+        "code is copied, which runs only with trust_remote_code": find_code_files(folder),
+        "copied as they are, not merged": find_copied_weights(folder, base.layout.modules),
+        "not copied, since they belong to its training": left_out,
+    }
+    return [f"{base.label}: {what}: {', '.join(names)}" for what, names in notes.items() if names]
+
+
+def find_code_files(folder: Path) -> list[str]:
+    """The Python files that the model's settings name in auto_map, and those that these import beside them."""
+    found: list[str] = []
+    modules: list[str] = []
+    for path in sorted(folder.glob("*config.json")):
+        modules += CLASS_NAME.findall(json.dumps(_read_json(path).get("auto_map")))
+    while modules:
+        name = f"{modules.pop()}.py"
+        if name not in found and PurePosixPath(name).name == name and (folder / name).is_file():
+            found.append(name)
+            modules += RELATIVE_IMPORT.findall((folder / name).read_text("utf-8", errors="replace"))
+    generate = folder / CODE_FOLDER
+    return sorted([*found, *(f"{CODE_FOLDER}/{path.name}" for path in generate.glob("*.py"))])
+
+
+def find_copied_weights(folder: Path, merged_modules: Sequence[str]) -> list[str]:
+    """The weights of the modules of sentence-transformers in a folder that are not among the merged ones."""
+    return [
+        f"{module}/{path.name}"
+        for module in _read_modules(folder)
+        if f"{module}/" not in merged_modules and (folder / module).is_dir()
+        for path in sorted((folder / module).iterdir())
+        if is_weight_file(path.name)
+    ]
+
+
+def find_library(checkpoint: Checkpoint) -> str:
+    """The library that loads a model, as its folder says: a `library_name` of the Hugging Face hub, or ""."""
+    folder = checkpoint.small_files_folder()
+    if folder is None:
+        return ""
+    config = _read_json(folder / "config.json")
+    if (folder / "modules.json").is_file():
+        return "sentence-transformers"
+    if "_class_name" in config:
+        return "diffusers"
+    if (folder / "open_clip_config.json").is_file() and checkpoint.layout.stem.startswith("open_clip"):
+        return "open_clip"
+    if "architecture" in config and "model_type" not in config:
+        return "timm"
+    return "transformers" if config else ""
 
 
 def _find_component_folders(folder: Path) -> list[Path]:
     """The folders inside that belong to the model: known ones, and the modules that sentence-transformers names."""
-    names = set(COMPONENT_FOLDERS)
-    try:
-        named: Any = json.loads((folder / "modules.json").read_text("utf-8"))
-        names |= {str(module["path"]) for module in named}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
+    names = COMPONENT_FOLDERS | set(_read_modules(folder))
     there = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     return [path for path in there if path.name in names]
+
+
+def _read_modules(folder: Path) -> list[str]:
+    path = folder / "modules.json"
+    return find_modules(path.read_bytes() if path.is_file() else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json_object(path.read_bytes() if path.is_file() else None)
+
+
+def _without_weights_name(content: bytes | Path) -> bytes | Path:
+    """The config without the name of a weight file, which is not that of the output."""
+    config = parse_json_object(content if isinstance(content, bytes) else content.read_bytes())
+    if config.pop("transformers_weights", None) is None:
+        return content
+    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def _with_dtype(path: Path, dtype: str) -> bytes | Path:
@@ -74,69 +164,3 @@ def _replace_dtype(config: Any, dtype: str) -> Any:
         return config
     settings = cast("dict[str, Any]", config)
     return {k: dtype if k in DTYPE_SETTINGS else _replace_dtype(v, dtype) for k, v in settings.items()}
-
-
-def note_differences(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Add to the notes of each model what its config.json and tokenizer.json say otherwise than the base's.
-
-    The output gets the base's files. Weights of equal shapes that were trained with another rope_theta, another number
-    of heads or other token numbers merge without an error into a model that makes no sense.
-    """
-    for model in models:
-        settings, their_settings = map(_list_settings, _read_differing(base, model, "config.json"))
-        differing = [
-            f"{name} {reprlib.repr(their_settings[name])} (base: {reprlib.repr(value)})"
-            for name, value in settings.items()
-            if name in their_settings and their_settings[name] != value
-        ]
-        if differing:
-            model.notes.append(
-                f"{model.label}: its config.json is not the base's, which the output gets: {_list_few(differing)}"
-            )
-        numbers, their_numbers = map(_number_tokens, _read_differing(base, model, "tokenizer.json"))
-        moved = [
-            f"{token!r} {their_numbers[token]} (base: {number})"
-            for token, number in numbers.items()
-            if their_numbers.get(token, number) != number
-        ]
-        if moved:
-            model.notes.append(
-                f"{model.label}: its tokenizer.json numbers tokens otherwise than the base's, so rows of different "
-                f"tokens are merged: {_list_few(moved)}"
-            )
-
-
-def _read_differing(base: Checkpoint, model: Checkpoint, name: str) -> tuple[Any, Any]:
-    """The parsed file of this name of the base and of a model; None for both where one is missing or they are equal."""
-    folders = [None if c.url else c.small_files_folder() for c in (base, model)]
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        ours, theirs = [(folder / name).read_bytes() for folder in folders if folder]
-        if ours != theirs:  # a tokenizer takes far longer to parse than to read
-            return json.loads(ours), json.loads(theirs)
-    return None, None
-
-
-def _list_settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings that say what the weights compute, as a.b -> value, without those that do not."""
-    if not isinstance(config, dict):
-        return {}
-    settings: dict[str, Any] = {}
-    for name, value in cast("dict[str, Any]", config).items():
-        if not OTHER_SETTINGS.fullmatch(name):
-            settings |= _list_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return settings
-
-
-def _number_tokens(tokenizer: Any) -> dict[str, int]:
-    """Token -> number, as a tokenizer.json says; empty where it does not."""
-    try:
-        tokens = tokenizer["model"]["vocab"]
-        if isinstance(tokens, list):
-            tokens = {token: number for number, (token, _) in enumerate(cast("list[Any]", tokens))}
-        return {**tokens, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return {}
-
-
-def _list_few(items: Sequence[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5:,} more" if len(items) > 5 else "")

@@ -107,6 +107,11 @@ def load_recipe(file: str, overrides: Sequence[str] = (), flags: Mapping[str, An
     document = read_document(file)
     if mergekit.is_mergekit(document.content):
         return mergekit.build_request(document, overrides, flags or {}, os_path.dirname(file))
+    if {"experts", "gate_mode"} & document.content.keys():
+        raise MagMaxError(
+            f"{file}: is a recipe of mergekit-moe, which builds a mixture of experts from whole models; nothing here "
+            "does: run mergekit-moe"
+        )
     content = {**apply_overrides(document.content, overrides), **(flags or {})}
     return build_request(content, file, document.lines, os_path.dirname(file))
 

@@ -17,7 +17,7 @@ from ..dtypes import TensorSpec, widen
 from ..remote.hub import parse_hub_id
 from ..remote.urls import is_url
 from .mapping import AdapterMapping
-from .peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
+from .peft import ADAPTER_CONFIG, PeftAdapter
 from .product import compute_delta
 
 
@@ -40,6 +40,7 @@ class LoraModel(Checkpoint):
     def __init__(self, folder: Path, base: Checkpoint, label: str) -> None:
         super().__init__(label, {})
         self.path, self.url = folder if base.is_on_disk else None, base.url
+        self.layout = base.layout
         self._base, self._peft_adapter = base, PeftAdapter(folder, label)
         self._mapping = AdapterMapping(self._peft_adapter, base)
         self._updates, self._replacements = self._mapping.updates, self._mapping.replacements
@@ -97,12 +98,6 @@ class LoraModel(Checkpoint):
         return 0 if key in self._replacements else self._base.release_prefetched(key, start, stop)
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and no model of its own."""
-    others = [file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
-    return (folder / ADAPTER_CONFIG).is_file() and not set(others) - {*WEIGHT_FILES, "training_args.bin"}
-
-
 def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
     """The halves of "BASE+ADAPTER", where nothing has that very name and ADAPTER is the folder of an adapter, or both
     are there or on the hub."""
@@ -112,7 +107,7 @@ def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | Non
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
-        if Path(folder, adapter, ADAPTER_CONFIG).is_file() or is_url(adapter):
+        if is_url(adapter) or any(Path(folder, adapter, name, ADAPTER_CONFIG).is_file() for name in ("", "default")):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids
             if parse_hub_id(adapter, folder) and (

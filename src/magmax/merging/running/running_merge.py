@@ -17,13 +17,13 @@ from ...checkpoints.torch.dcp import find_dcp
 from ...checkpoints.writer import OutputDraft, OutputPath
 from ...errors import MagMaxError
 from ...rules import Number, Rule, StreamingRule, as_rule
+from ..config_differences import note_differences
 from ..execution.execution_options import ExecutionOptions
 from ..in_memory import MemorySink, restore_kind
 from ..job import Job, provenance_file
 from ..kernel import MergeKernel
 from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
 from ..merge_job import base_metadata, provenance_recipe, small_files
-from ..model_files import note_differences
 from ..model_names import default_names
 from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
@@ -200,8 +200,9 @@ class Running:
         base = self._open_base()
         kernel = self._result_kernel(base, options)
         match = self._narrow_match(base, match_to_base(base, []))
+        target = OutputPath.parse(out)
         return Job(
-            target=OutputPath.parse(out),
+            target=target,
             inputs=kernel.merge.reader.inputs,
             names=["base", *(f"slot {n}" for n in range(kernel.slots))],
             recipe={
@@ -214,7 +215,9 @@ class Running:
             unmerged=match.unmerged,
             partly_merged={key: part.reason for key, part in match.partly_merged.items()},
             metadata=base_metadata(base),
-            small_files=small_files(base, kernel.merge.out, options, match),
+            small_files=small_files(base, target, kernel.merge.out, options, match),
+            stem=base.layout.stem,
+            modules=base.layout.modules,
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
         )
