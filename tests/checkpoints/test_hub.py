@@ -362,6 +362,93 @@ def test_which_files_are_needed() -> None:
     ]
 
 
+LAYOUTS: dict[str, tuple[list[str], list[str]]] = {
+    "two indexes": (
+        ["model.safetensors.index.json", "consolidated.safetensors.index.json", "model-1-of-2.safetensors",
+         "model-2-of-2.safetensors", "consolidated-1-of-2.safetensors", "config.json", "params.json"],
+        ["config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors.index.json",
+         "params.json"],
+    ),
+    "open_clip": (
+        ["model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin",
+         "open_clip_config.json", "bpe.codes", "LICENSE"],
+        ["LICENSE", "bpe.codes", "model.safetensors", "open_clip_config.json"],
+    ),
+    "diffusers": (
+        ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors", "config.json"],
+        ["config.json", "diffusion_pytorch_model.safetensors"],
+    ),
+    "a checkpoint of Trainer": (
+        ["pytorch_model.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "config.json"],
+        ["config.json", "pytorch_model.bin"],
+    ),
+    "an adapter with more files": (
+        ["adapter_config.json", "adapter_model.safetensors", "optimizer.bin", "value_head.safetensors"],
+        ["adapter_config.json", "adapter_model.safetensors"],
+    ),
+    "an adapter in default": (
+        ["default/adapter_config.json", "default/adapter_model.bin"],
+        ["default/adapter_config.json", "default/adapter_model.bin"],
+    ),
+    "sentence-transformers": (
+        ["modules.json", "model.safetensors", "1_Pooling/config.json", "2_Dense/config.json",
+         "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "onnx/model.onnx"],
+        ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "model.safetensors",
+         "modules.json"],
+    ),
+    "code": (
+        ["model.safetensors", "modeling_x.py", "config.json"],
+        ["config.json", "model.safetensors", "modeling_x.py"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("there", "wanted"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_files_of_each_layout(there: list[str], wanted: list[str], tmp_path: Path) -> None:
+    content = {
+        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+        "model.safetensors.index.json": '{"weight_map": {"a": "model-1-of-2.safetensors", '
+        '"b": "model-2-of-2.safetensors"}}',
+    }
+
+    def download(name: str) -> Path:
+        path = tmp_path / name
+        path.write_text(content.get(name, "{}"))
+        return path
+
+    assert sorted(needed_files(there, HubId("o/n"), download)) == wanted
+    inside = [f"sub/{name}" for name in there]
+    (tmp_path / "sub").mkdir()
+    content |= {f"sub/{name}": text for name, text in content.items()}
+    assert sorted(needed_files(inside, HubId("o/n", "", "sub"), download)) == [f"sub/{name}" for name in wanted]
+
+
+def test_shards_without_an_index_are_not_a_model(models: dict[str, Repository], cache: Path) -> None:
+    files = {"model-00001-of-00004.safetensors": weights(0), "config.json": b"{}"}
+    fill(cache, "org/cut", Repository({ONE: files}, {"main": ONE}))
+    with pytest.raises(MagMaxError, match="not whole, in the cache"):
+        open_checkpoint("org/cut")
+    with pytest.raises(MagMaxError, match="is shard 1 of 4 of a model"):
+        open_checkpoint("hf://org/cut/model-00001-of-00004.safetensors")
+
+
+def test_two_indexes_and_a_single_file_are_read_from_the_cache_with_their_config(cache: Path) -> None:
+    mistral = {"consolidated.safetensors.index.json": b'{"weight_map": {"x": "missing.safetensors"}}'}
+    files = {**shards(1), **mistral, "config.json": b'{"model_type": "small"}', "x.py": b"", "LICENSE": b"mine"}
+    fill(cache, "org/two-indexes", Repository({ONE: files}, {"main": ONE}))
+    opened = open_checkpoint("org/two-indexes")
+    assert opened.specs.keys() == small_model(1).keys()
+    assert "left out: consolidated.safetensors.index.json" in opened.notes[0]
+    index = open_checkpoint("hf://org/two-indexes/model.safetensors.index.json")
+    assert index.specs == opened.specs
+    base = {"model.safetensors": weights(0), "config.json": b'{"model_type": "small"}'}
+    fill(cache, "org/file", Repository({TWO: base}, {"main": TWO}))
+    package.merge("magmax", "hf://org/file/model.safetensors", ["org/two-indexes"], 0.5, "out")
+    assert json.loads(Path("out/config.json").read_text()) == {"model_type": "small"}
+    head = Path("out/README.md").read_text().split("---")[1]
+    assert "base_model:\n- org/file\n- org/two-indexes\nbase_model_relation: merge" in head
+
+
 def test_the_command_over_the_network(online: HubState, cache: Path) -> None:
     """HF_HOME and HF_ENDPOINT as a user sets them, and the exit code; and that nothing here loads the library early."""
     env = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(cache.parent / "home")}

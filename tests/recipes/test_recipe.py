@@ -126,3 +126,12 @@ def test_a_number_beyond_all_floats_is_refused(tmp_path, line):
         save_tensors(small_model(number), tmp_path / f"{name}.safetensors")
     with pytest.raises(MagMaxError, match="finite"):
         load_recipe(str(tmp_path / "recipe.yaml")).job()
+
+
+def test_a_recipe_of_mergekit_moe_is_refused_by_its_name(tmp_path):
+    (tmp_path / "moe.yaml").write_text(
+        "base_model: base\ngate_mode: hidden\ndtype: bfloat16\nexperts:\n"
+        "  - source_model: poet\n    positive_prompts: [write]\n  - source_model: coder\n"
+    )
+    with pytest.raises(MagMaxError, match=r"moe\.yaml: is a recipe of mergekit-moe.*run mergekit-moe"):
+        load_recipe(str(tmp_path / "moe.yaml"))

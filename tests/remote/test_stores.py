@@ -207,6 +207,32 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(store, inputs
         magmax.merge("magmax", inputs[0], inputs[1:], out="nonsense://place/m.safetensors")
 
 
+def test_folders_are_read_as_on_disk(store, files):
+    content = {number: path.read_bytes() for number, path in enumerate([files[0], *files[1]])}
+    for name in ("consolidated.safetensors", "model.safetensors", "pytorch_model.bin", "trainer_state.json"):
+        put(f"{store}/whole/{name}", content[0] if name == "model.safetensors" else b"")
+    put(f"{store}/whole/config.json", b'{"model_type": "x"}')
+    put(f"{store}/whole/modeling_x.py", b"")
+    opened = open_checkpoint(f"{store}/whole")
+    assert opened.specs == open_checkpoint(files[0]).specs
+    assert "model.safetensors, as transformers does; left out: consolidated.safetensors" in opened.notes[0]
+    assert sorted(p.name for p in opened.small_files_folder().iterdir()) == ["config.json", "modeling_x.py"]
+    put(f"{store}/cut/model-00001-of-00002.safetensors", content[0])
+    with pytest.raises(MagMaxError, match="holds shards and no index"):
+        open_checkpoint(f"{store}/cut")
+    with pytest.raises(MagMaxError, match="is shard 1 of 2"):
+        open_checkpoint(f"{store}/cut/model-00001-of-00002.safetensors")
+    put(f"{store}/fp8/model.safetensors", content[0])
+    put(f"{store}/fp8/config.json", b'{"quantization_config": {"quant_method": "fp8"}}')
+    with pytest.raises(MagMaxError, match=r"fp8: is quantised \(quantization_config"):
+        open_checkpoint(f"{store}/fp8")
+    put(f"{store}/dense/model.safetensors", content[0])
+    put(f"{store}/dense/2_Dense/model.safetensors", content[1])
+    put(f"{store}/dense/modules.json", b'[{"path": ""}, {"path": "2_Dense"}]')
+    with pytest.raises(MagMaxError, match="holds weights in 2_Dense too; download the folder first"):
+        open_checkpoint(f"{store}/dense")
+
+
 def test_folders_of_other_kinds_are_to_be_downloaded(store):
     put(f"{store}/adapter/adapter_config.json", b"{}")
     put(f"{store}/adapter/adapter_model.safetensors", b"")

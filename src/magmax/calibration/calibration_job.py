@@ -43,6 +43,7 @@ def calibrate_job(
     names = names or default_names([m.source for m in models])
     refuse_same_path([base, merged, *models])
     match = match_to_base(base, [merged, *models], options.mismatch)
+    base, (merged, *models) = match.base, match.models
     inputs = [base, merged, *models]
     specs = {
         key: merged.spec(key) if merged.resolve_alias(key) in merged.specs else spec for key, spec in base.specs.items()
@@ -50,15 +51,18 @@ def calibrate_job(
     earlier = read_provenance(merged.metadata)
     recipe = {"calibrate": {**provenance, "xi": coefficients_digest(coefficients)}, **match.describe()}
     folder = merged if merged.path is not None and merged.path.is_dir() else base
+    target = OutputPath(out)
     return Job(
-        target=OutputPath(out),
+        target=target,
         inputs=inputs,
         names=["base", "merged", *names],
         recipe=recipe | ({"merged": earlier["recipe"]} if earlier and "recipe" in earlier else {}),
         specs=specs,
         kernel=FoldKernel(tuple(inputs), coefficients, specs),
         metadata=base_metadata(merged),
-        small_files=small_files(folder, specs, options, match),
+        small_files=small_files(folder, target, specs, options, match),
+        stem=base.layout.stem,
+        modules=base.layout.modules,
         companions=folder,
         check=lambda digests: refuse_equal_models(models, digests[2:]),
         extra_passes=2,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from numpy.typing import NDArray
 
@@ -13,6 +14,28 @@ from ..errors import MagMaxError
 from .dtypes import TensorSpec
 
 HUB_PREFIX = "hf://"
+MODEL_CONFIG_KEYS = ("model_type", "architectures", "architecture", "_class_name")
+"""What one of transformers, timm and diffusers writes into the config.json of a model."""
+
+
+class WeightLayout(NamedTuple):
+    """The names of a model's weight files in a folder.
+
+    Attributes:
+        stem: how they begin, which is what a library looks for.
+        modules: the folders that hold weights of the modules of sentence-transformers, each with a / at its end; the
+            names of their tensors begin with it.
+    """
+
+    stem: str = "model"
+    modules: tuple[str, ...] = ()
+
+    @classmethod
+    def of_file(cls, name: str) -> WeightLayout:
+        """The layout of an output that a library finds where it found a file of this name."""
+        stems = {"diffusion_pytorch_model": "diffusion_pytorch_model", "open_clip_": "open_clip_model"}
+        stems["consolidated"] = "consolidated"
+        return cls(next((stem for start, stem in stems.items() if name.startswith(start)), "model"))
 
 
 class Checkpoint(ABC):
@@ -27,6 +50,7 @@ class Checkpoint(ABC):
         metadata: the header's own strings.
         notes: what a user should know of how it was read.
         origin: its id on the hub with the commit, as hf://..., or those of base+adapter; "" for what never was there.
+        layout: the names of its weight files, as an output like it should have them.
         is_task_vector: whether the floating tensors are task vectors, to be added to a base.
     """
 
@@ -38,6 +62,7 @@ class Checkpoint(ABC):
     metadata: dict[str, str]
     notes: list[str]
     origin: str = ""
+    layout: WeightLayout = WeightLayout()
     is_task_vector: bool = False
 
     def __init__(self, label: str, specs: dict[str, TensorSpec]) -> None:
@@ -69,8 +94,18 @@ class Checkpoint(ABC):
         return self.nbytes if self.url else 0
 
     def small_files_folder(self) -> Path | None:
-        """The folder on this machine with the small files that belong to the model, if it has any."""
-        return self.path if self.path is not None and self.path.is_dir() else None
+        """The folder on this machine with the small files that belong to the model, if it has any.
+
+        A file has those of its folder where this is a model's.
+        """
+        if self.path is None or self.path.is_dir():
+            return self.path
+        return self.path.parent if describes_model(self.path.parent) else None
+
+    def read_small_file(self, name: str) -> bytes | None:
+        """Read a small file of the model, such as config.json, if it has one."""
+        folder = self.small_files_folder()
+        return (folder / name).read_bytes() if folder is not None and (folder / name).is_file() else None
 
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""
@@ -119,6 +154,49 @@ class Checkpoint(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.label!r}, {len(self.specs)} tensors, {self.nbytes:,} bytes)"
+
+
+def describes_model(folder: Path) -> bool:
+    """Return whether a folder is that of one model: many other programs have a config.json too."""
+    if (folder / "open_clip_config.json").is_file():
+        return True
+    config = folder / "config.json"
+    return any(key in parse_json_object(config.read_bytes() if config.is_file() else None) for key in MODEL_CONFIG_KEYS)
+
+
+def parse_json_object(content: bytes | None) -> dict[str, Any]:
+    """Return the object that a JSON text is; an empty one for anything else."""
+    try:
+        parsed: Any = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint that presents the tensors of another otherwise; its files, and what belongs to them, are the
+    other's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> None:
+        super().__init__(checkpoint.label, specs)
+        self.path, self.url, self.origin = checkpoint.path, checkpoint.url, checkpoint.origin
+        self.layout, self.is_task_vector = checkpoint.layout, checkpoint.is_task_vector
+        self.notes = list(checkpoint.notes)
+        self.metadata = {k: v for k, v in checkpoint.metadata.items() if k not in checkpoint.aliases}
+        self._checkpoint = checkpoint
+
+    def files(self) -> list[Path]:
+        return self._checkpoint.files()
+
+    def header_digests(self) -> list[str]:
+        return self._checkpoint.header_digests()
+
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        return self._checkpoint.fingerprints(refresh)
+
+    def small_files_folder(self) -> Path | None:
+        return self._checkpoint.small_files_folder()
 
 
 def file_stamp(path: Path) -> list[object]:

@@ -2,119 +2,338 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint
+from .base import Checkpoint, WeightLayout, parse_json_object
+from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .memory import open_state_dict_file
 from .remote.remote_file import RemoteFile, map_parallel
-from .remote.remote_folder import RemoteFolder, parse_weight_map
-from .safetensors import SafetensorsFile
+from .remote.remote_folder import RemoteFolder
+from .safetensors import SafetensorsFile, check_index_names, read_weight_map, refuse_wrong_index
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-SMALL_FILE_ENDINGS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe"})
-"""Endings of the small files that make a folder of weights a model: config, tokenizer, vocabulary."""
+SMALL_FILE_ENDINGS = (
+    ".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes", ".tokenizer", ".py",
+)  # fmt: skip
+"""Endings of the small files that make a folder of weights a model: config, tokenizer, vocabulary, code."""
+LICENCE_NAME = re.compile(r"(licen[cs]e|notice|copying|copyright|use_policy)([._-].*)?", re.IGNORECASE)
+TRAINING_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state)([._-].*)?"
+    r"|(all|train|eval|predict|test)_results.*\.(json|txt)"
+)
+"""Files of a training beside the weights: no weights, and nothing that the model needs."""
+TRANSFORMERS_NAMES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+DIFFUSERS_NAMES = (
+    "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin.index.json", "diffusion_pytorch_model.bin",
+)  # fmt: skip
+"""What a library loads from a folder: the first of these that is there."""
+OTHER_NAMES = {
+    "open_clip_model.safetensors": "open_clip", "open_clip_pytorch_model.bin": "open_clip",
+    "consolidated.safetensors.index.json": "Mistral's code", "consolidated.safetensors": "Mistral's code",
+}  # fmt: skip
+INDEX_NAME = re.compile(r"(.+)\.(safetensors|bin)\.index(\.\w+)?\.json")
+SHARD_NAME = re.compile(r"(.*?)[-_.](\d+)-of-(\d+)(?=[-_.]).*")
+LISTED_NAMES = 5
+TRAINING_FOLDER = re.compile(r"\..*|checkpoint-\d+|global_step\d+|onnx|openvino|runs")
+DEFAULT_ADAPTER = "default"
+"""The name that PEFT gives to an adapter, and some trainers to its folder."""
+
+
+class WeightPart(NamedTuple):
+    """The weight files of a model, or of one of its modules.
+
+    Attributes:
+        files: file name -> the opened file.
+        index_path: the index on this machine, if there is one.
+        weight_map: tensor name -> file name, as the index says.
+        prefix: what the names of the tensors get before them.
+    """
+
+    files: Mapping[str, Checkpoint]
+    index_path: Path | None = None
+    weight_map: Mapping[str, str] | None = None
+    prefix: str = ""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files on this machine, the index first."""
+        return [*filter(None, [self.index_path]), *(path for file in self.files.values() for path in file.files())]
 
 
 class WeightsFolder(Checkpoint):
-    """Several weight files as one checkpoint; `index_path` says which file holds which tensor, if there is one."""
+    """Several weight files as one checkpoint; an index, where there is one, decides which tensors there are."""
 
     def __init__(
-        self,
-        path: Path | None,
-        label: str,
-        shards: Sequence[Checkpoint],
-        index_path: Path | None,
-        remote: RemoteFolder | None = None,
+        self, path: Path | None, label: str, parts: Sequence[WeightPart], remote: RemoteFolder | None = None
     ) -> None:
         super().__init__(label, {})
-        self.path, self._shards, self.index_path, self._remote = path, shards, index_path, remote
+        self.path, self._parts, self._remote = path, parts, remote
         self.url = remote.url if remote else ""
-        self._shard_of: dict[str, Checkpoint] = {}
+        self._files = [file for part in parts for file in part.files.values()]
+        self._places: dict[str, tuple[Checkpoint, str]] = {}
         problems: list[str] = []
-        for shard in shards:
-            self.metadata |= shard.metadata
-            for key, spec in shard.specs.items():
-                if key in self._shard_of:
-                    problems.append(f"{label}: {key} is in both {self._shard_of[key].label} and {shard.label}")
-                self._shard_of[key], self.specs[key] = shard, spec
-        self.aliases = {k: v for shard in shards for k, v in shard.aliases.items() if k not in self.specs}
+        for part in parts:
+            problems += self._add_part(part)
         if problems:
             raise list_problems(f"{label}: its files disagree", problems)
+        modules = tuple(part.prefix for part in parts if part.prefix)
+        self.layout = WeightLayout.of_file(next(iter(parts[0].files)))._replace(modules=modules)
+
+    def _add_part(self, part: WeightPart) -> list[str]:
+        """Take in the tensors of a part that its index names, and return what is wrong with them."""
+        problems: list[str] = []
+        for file_name, file in part.files.items():
+
+            def is_placed(name: str, there: str = file_name) -> bool:
+                return part.weight_map is None or part.weight_map.get(name) == there
+
+            aliases = {alias: key for alias, key in file.aliases.items() if is_placed(alias)}
+            placed = [key for key in file.specs if is_placed(key) or key in aliases.values()]
+            for key in placed:
+                if (name := part.prefix + key) in self._places:
+                    problems.append(f"{self.label}: {name} is in both {self._places[name][0].label} and {file.label}")
+                self._places[name], self.specs[name] = (file, key), file.specs[key]
+            if extra := [key for key in file.specs if key not in placed]:
+                shown = ", ".join(extra[:5]) + ", ..." * (len(extra) > 5)
+                self.notes.append(f"{file.label}: left out, since the index does not name them there: {shown}")
+            if not part.prefix:
+                self.metadata |= {k: v for k, v in file.metadata.items() if k not in file.aliases or k in aliases}
+            self.aliases |= {part.prefix + alias: part.prefix + key for alias, key in aliases.items()}
+        self.aliases = {alias: key for alias, key in self.aliases.items() if alias not in self.specs}
+        return problems
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        return self._shard_of[key].read(key, start, stop)
+        file, name = self._places[key]
+        return file.read(name, start, stop)
 
     def files(self) -> list[Path]:
-        return [*([self.index_path] if self.index_path else []), *(f for s in self._shards for f in s.files())]
+        return [path for part in self._parts for path in part.paths]
 
     def header_digests(self) -> list[str]:
-        return [*([""] if self.index_path else []), *(d for s in self._shards for d in s.header_digests())]
+        digests = [
+            [""] * bool(p.index_path) + [d for f in p.files.values() for d in f.header_digests()] for p in self._parts
+        ]
+        return [digest for each in digests for digest in each]
 
     def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         if self._remote is None:
-            index = super().fingerprints(refresh) if self.index_path else {}
-            return index | {name: s for shard in self._shards for name, s in shard.fingerprints(refresh).items()}
-        fingerprints = map_parallel(lambda shard: shard.fingerprints(refresh), self._shards)
+            own = super().fingerprints(refresh)
+            return own | {name: stamp for file in self._files for name, stamp in file.fingerprints(refresh).items()}
+        fingerprints = map_parallel(lambda file: file.fingerprints(refresh), self._files)
         return self._remote.fingerprints(refresh) | {
-            name: stamp for shard in fingerprints for name, stamp in shard.items()
+            name: stamp for stamps in fingerprints for name, stamp in stamps.items()
         }
 
     def small_files_folder(self) -> Path | None:
-        return self._remote.download_model_files(SMALL_FILE_ENDINGS) if self._remote else super().small_files_folder()
+        return self._remote.download_model_files(is_small_file) if self._remote else super().small_files_folder()
+
+    def read_small_file(self, name: str) -> bytes | None:
+        return self._remote.read_small_file(name) if self._remote else super().read_small_file(name)
 
     def prefetch(self, key: str, start: int, stop: int) -> int:
-        return self._shard_of[key].prefetch(key, start, stop)
+        file, name = self._places[key]
+        return file.prefetch(name, start, stop)
 
     def release_prefetched(self, key: str, start: int, stop: int) -> int:
-        return self._shard_of[key].release_prefetched(key, start, stop)
+        file, name = self._places[key]
+        return file.release_prefetched(name, start, stop)
+
+
+def is_small_file(name: str) -> bool:
+    """Return whether a file belongs to a model without being weights, by its name: config, tokenizer, licence, code."""
+    name = PurePosixPath(name).name
+    if INDEX_NAME.fullmatch(name) or TRAINING_STATE.fullmatch(name):
+        return False
+    return name.endswith(SMALL_FILE_ENDINGS) or LICENCE_NAME.fullmatch(name) is not None
+
+
+def is_weight_file(name: str) -> bool:
+    """Return whether a file holds weights of a model, by its name."""
+    return name.endswith((".safetensors", *PICKLE_SUFFIXES)) and not TRAINING_STATE.fullmatch(name)
+
+
+def find_shard(name: str) -> tuple[int, int] | None:
+    """Return the number of a shard and of how many it is one, as its file name says; None for a whole model's file."""
+    match = SHARD_NAME.fullmatch(name)
+    return (int(match[2]), int(match[3])) if match and int(match[3]) > 1 else None
+
+
+def choose_weights(
+    names: Iterable[str], read: Callable[[str], bytes | None], label: str, place: str
+) -> tuple[str, list[str]]:
+    """Return the file or index that holds the weights of a folder, and what the user should know of the choice.
+
+    transformers' and diffusers' own names come first, in their order; otherwise the only one that is there.
+
+    Args:
+        names: the files of the folder.
+        read: returns the content of one of them, or None.
+        label: how messages begin.
+        place: what to put before a name to open it.
+
+    Raises:
+        MagMaxError: no weights, shards without an index, or several files of which none comes first.
+    """
+    names = sorted(names)
+    indexes = [name for name in names if INDEX_NAME.fullmatch(name)]
+    weights = [name for name in names if is_weight_file(name)]
+    config = parse_json_object(read("config.json") if "config.json" in names else None)
+    if (named := config.get("transformers_weights")) in (*indexes, *weights):
+        return str(named), _note_others(label, str(named), "as config.json says", [*indexes, *weights])
+    transformers = dict.fromkeys(TRANSFORMERS_NAMES, "transformers")
+    diffusers = dict.fromkeys(DIFFUSERS_NAMES, "diffusers")
+    known = (diffusers | transformers if "_class_name" in config else transformers | diffusers) | OTHER_NAMES
+    shards = [name for name in weights if find_shard(name)]
+    is_cut = any(name.endswith(".safetensors") for name in shards) and not any(".safetensors." in n for n in indexes)
+    for name, library in known.items():
+        if name in names and not (is_cut and ".bin" in name):
+            return name, _note_others(label, name, f"as {library} does", [*indexes, *weights])
+    if shards and (is_cut or not indexes):
+        raise MagMaxError(
+            f"{label} holds shards and no index ({shorten(shards)}), so that the rest of the model may be missing; "
+            "copy or download the whole folder again"
+        )
+    for kind in (indexes, [n for n in weights if n.endswith(".safetensors")], weights):
+        if len(kind) == 1:
+            return kind[0], _note_others(label, kind[0], "", [*indexes, *weights])
+        if kind:
+            what = "several indexes" if kind is indexes else f"{len(kind)} weight files and no index"
+            raise MagMaxError(f"{label} holds {what} ({shorten(kind)}); name one: {place}{kind[0]}")
+    raise MagMaxError(f"{label} holds no weights (.safetensors, .bin or .pt); it has {shorten(names) or 'no files'}")
+
+
+def _note_others(label: str, chosen: str, reason: str, names: Sequence[str]) -> list[str]:
+    """Say which weights of a folder are not read: all but the chosen file, or the shards of the chosen index."""
+    index = INDEX_NAME.fullmatch(chosen)
+    shards = index[1] if index else chosen
+    others = [n for n in names if n != chosen and not ((m := SHARD_NAME.fullmatch(n)) and m[1].startswith(shards))]
+    if not others:
+        return []
+    return [f"{label} is read from {chosen}{f', {reason}' * bool(reason)}; left out: {shorten(others)}"]
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:LISTED_NAMES]) + ", ..." * (len(names) > LISTED_NAMES)
+
+
+def find_adapter(names: Sequence[str], label: str) -> str:
+    """Return the weight file of the LoRA adapter among the files of a folder, or "" where it is no adapter's folder.
+
+    Optimizer, value head and other files beside it do not matter. Raises MagMaxError for a whole model beside it.
+    """
+    found = next((name for name in WEIGHT_FILES if name in names), "") if ADAPTER_CONFIG in names else ""
+    whole = [name for name in names if name in (*TRANSFORMERS_NAMES, *DIFFUSERS_NAMES)]
+    if found and whole:
+        raise MagMaxError(
+            f"{label} holds an adapter ({found}) and a whole model ({whole[0]}); move one into another folder"
+        )
+    return found
+
+
+def find_modules(content: bytes | None) -> list[str]:
+    """Return the folders that the modules.json of sentence-transformers names beside the model's own."""
+    try:
+        modules: Any = json.loads(content or b"[]")
+        paths = [str(module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return [path for path in paths if path not in ("", ".", "..") and PurePosixPath(path).name == path]
 
 
 def open_folder(path: Path, label: str) -> WeightsFolder:
     """Open the weights in a folder. Raises MagMaxError where none, or no single reading of them, is found."""
-    for kind in (".safetensors", ".bin"):
-        indexes = sorted(path.glob(f"*{kind}.index.json"))
-        if len(indexes) > 1:
-            names = ", ".join(i.name for i in indexes)
-            raise MagMaxError(f"{label}: has several indexes ({names}); name one folder a model")
-        if indexes:
-            return _open_indexed(path, label, indexes[0])
-        if any(path.glob(f"*{kind}")):
-            break
-    weight_files = sorted(path.glob("*.safetensors")) or sorted(f for k in PICKLE_SUFFIXES for f in path.glob(f"*{k}"))
-    weight_files = [f for f in weight_files if f.name != "training_args.bin"]
-    if not weight_files and any(path.glob("*.distcp")):
-        raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
-    if len(weight_files) != 1:
-        what = (
-            f"{len(weight_files)} weight files and no index"
-            if weight_files
-            else "no weights (.safetensors, .bin or .pt)"
+
+    def read(name: str) -> bytes | None:
+        return (path / name).read_bytes() if (path / name).is_file() else None
+
+    names = list_files(path)
+    modules = [name for name in find_modules(read("modules.json")) if (path / name).is_dir()]
+    module_names = {name: [n for n in list_files(path / name) if is_weight_file(n)] for name in modules}
+    with_weights = [name for name, files in module_names.items() if files]
+    parts: list[WeightPart] = []
+    notes: list[str] = []
+    if not with_weights or any(map(is_weight_file, names)):
+        components = _find_components(path, label, names)
+        chosen, notes = choose_weights(names, read, f"{label}: the folder", f"{label}/")
+        if others := [name for name in components if name not in with_weights]:
+            notes.append(f"{label}: left out, since only the weights beside its config are read: {shorten(others)}")
+        parts.append(_open_part(path, chosen))
+    for name in with_weights:
+        if deeper := sorted(p for p in (path / name).glob("*/*") if is_weight_file(p.name)):
+            raise MagMaxError(f"{label}: modules in modules are not supported: {deeper[0].relative_to(path)}")
+        chosen, more = choose_weights(module_names[name], lambda _: None, f"{label}/{name}:", f"{label}/{name}/")
+        parts.append(_open_part(path / name, chosen, f"{name}/"))
+        notes += more
+    opened = WeightsFolder(path, label, parts)
+    opened.notes[:0] = notes
+    return opened
+
+
+def open_index(path: Path, label: str) -> WeightsFolder:
+    """Open the shards that an index names."""
+    return WeightsFolder(path.parent, label, [_open_part(path.parent, path.name)])
+
+
+def list_files(path: Path) -> list[str]:
+    """The names of the files in a folder."""
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_file())
+
+
+def _find_components(path: Path, label: str, names: Sequence[str]) -> list[str]:
+    """Return the folders in a folder that hold weights, but for those of its own training.
+
+    Raises MagMaxError where these are the only weights, or a pipeline's models.
+    """
+    below = [f for f in path.glob("*/*") if is_weight_file(f.name) and not TRAINING_FOLDER.fullmatch(f.parent.name)]
+    components = sorted({file.parent.name for file in below})
+    if "model_index.json" in names and components:
+        raise MagMaxError(
+            f"{label}: is a pipeline of diffusers, several models in one folder ({shorten(components)}); "
+            f"merge each by itself: --base {label}/{components[0]}"
         )
-        raise MagMaxError(f"{label}: the folder holds {what}; give the file itself, or a folder with an index")
-    return WeightsFolder(path, label, [_open_weight_file(weight_files[0])], None)
+    if any(name.endswith(".distcp") for name in names) and not any(map(is_weight_file, names)):
+        raise MagMaxError(f"{label}: holds shards of torch.distributed, but no .metadata; copy or save it again")
+    if components and not any(map(is_weight_file, names)):
+        raise MagMaxError(
+            f"{label}: the folder holds no weights, but the folders in it do ({shorten(components)}); "
+            f"name one of these: {label}/{components[0]}"
+        )
+    return components
+
+
+def _open_part(folder: Path, chosen: str, prefix: str = "") -> WeightPart:
+    """Open the file, or all files of the index, in a folder."""
+    if not INDEX_NAME.fullmatch(chosen):
+        return WeightPart({chosen: _open_weight_file(folder / chosen)}, prefix=prefix)
+    index = folder / chosen
+    weight_map = read_weight_map(index)
+    names = sorted(set(weight_map.values()))
+    check_index_names(str(index), names)
+    there = {entry.name for entry in folder.iterdir()}
+    if problems := [f"{index}: names {name}, which is not there" for name in names if name not in there]:
+        raise list_problems(f"{index} cannot be followed", problems)
+    files = {name: _open_weight_file(folder / name) for name in names}
+    refuse_wrong_index(str(index), weight_map, files)
+    return WeightPart(files, index, weight_map, prefix)
 
 
 def _open_weight_file(file: Path) -> Checkpoint:
     label = str(file)
     return open_state_dict_file(file, label) if file.suffix in PICKLE_SUFFIXES else SafetensorsFile(file, label)
-
-
-def _open_indexed(path: Path, label: str, index: Path) -> WeightsFolder:
-    where = read_weight_map(index)
-    names = sorted(set(where.values()))
-    check_index_names(str(index), names)
-    there = {file.name for file in path.iterdir()}
-    if problems := [f"{index}: names {n}, which is not there" for n in names if n not in there]:
-        raise list_problems(f"{index} cannot be followed", problems)
-    shards = [_open_weight_file(path / name) for name in names]
-    refuse_wrong_index(str(index), where, dict(zip(names, shards, strict=True)))
-    return WeightsFolder(path, label, shards, index)
 
 
 def open_remote(url: str, label: str) -> Checkpoint:
@@ -129,45 +348,26 @@ def open_remote(url: str, label: str) -> Checkpoint:
     if Path(name).suffix in (*PICKLE_SUFFIXES, ".pkl", ".ckpt", ".distcp", ".gguf"):
         raise MagMaxError(f"{label}: only safetensors are read from another machine; download it first")
     away = RemoteFolder(url)
-    where = away.read_weight_map()
-    if where is None:
-        return WeightsFolder(None, label, [SafetensorsFile(RemoteFile(away.find_single_file()))], None, away)
-    names = sorted(set(where.values()))
+    known = [n for n in (*TRANSFORMERS_NAMES, *DIFFUSERS_NAMES, *OTHER_NAMES) if ".safetensors" in n]
+    names = [away.index_name] if away.index_name else away.find_names(known)
+    chosen, notes = choose_weights(names, away.read_small_file, f"{away.url}: the folder", f"{away.url}/")
+    if ".safetensors" not in chosen:
+        raise MagMaxError(f"{away.url}: the folder holds no safetensors; it is not of safetensors: download it first")
+    for name in find_modules(away.read_small_file("modules.json")):
+        if away.has_weights_in(name):
+            raise MagMaxError(f"{away.url}: holds weights in {name} too; download the folder first")
+    opened = WeightsFolder(None, label, [_open_remote_part(away, chosen)], away)
+    opened.notes[:0] = notes
+    return opened
+
+
+def _open_remote_part(away: RemoteFolder, chosen: str) -> WeightPart:
+    if not INDEX_NAME.fullmatch(chosen):
+        return WeightPart({chosen: SafetensorsFile(RemoteFile(away.url_of(chosen)))})
+    weight_map = away.read_weight_map(chosen)
+    names = sorted(set(weight_map.values()))
     check_index_names(away.index_url, names)
-    shards = map_parallel(lambda name: SafetensorsFile(RemoteFile(away.url_of(name))), names)
-    refuse_wrong_index(away.index_url, where, dict(zip(names, shards, strict=True)))
-    return WeightsFolder(None, label, shards, None, away)
-
-
-def check_index_names(index: str, names: Sequence[str]) -> None:
-    """Raise MagMaxError where an index names files that are not beside it."""
-    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
-    if problems:
-        raise list_problems(f"{index} cannot be followed", problems)
-
-
-def refuse_wrong_index(index: str, weight_map: Mapping[str, str], shards: Mapping[str, Checkpoint]) -> None:
-    """Raise MagMaxError where the files of an index do not hold just what it says."""
-    problems = [
-        f"{index}: places {key} in {name}, which does not hold it"
-        for key, name in weight_map.items()
-        if key not in shards[name].specs and key not in shards[name].aliases
-    ]
-    problems += [
-        f"{shard.label}: holds {key}, which {PurePosixPath(index).name} does not name there"
-        for name, shard in shards.items()
-        for key in shard.specs
-        if weight_map.get(key) != name
-    ]
-    if problems:
-        raise list_problems(f"{index} does not match its files", problems)
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
-    try:
-        return parse_weight_map(index.read_text("utf-8"), str(index))
-    except (OSError, ValueError) as error:
-        if isinstance(error, MagMaxError):
-            raise
-        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
+    files = map_parallel(lambda name: SafetensorsFile(RemoteFile(away.url_of(name))), names)
+    files = dict(zip(names, files, strict=True))
+    refuse_wrong_index(away.index_url, weight_map, files)
+    return WeightPart(files, weight_map=weight_map)

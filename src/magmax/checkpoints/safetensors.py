@@ -1,9 +1,11 @@
-"""Safetensors files, read by range: the header is checked in full before any tensor is."""
+"""Safetensors files, read by range: the header is checked in full before any tensor is. And the index of shards."""
 
 from __future__ import annotations
 
 import json
 import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -11,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, list_problems
 from .base import Checkpoint
 from .byte_ranges import RangeFile
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
@@ -20,6 +22,8 @@ from .remote.remote_file import RemoteFile
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
 MAX_DIMENSIONS = 64
+RESERVED_NAME = "__metadata__"
+"""The entry of a header that is no tensor."""
 
 
 class SafetensorsFile(Checkpoint):
@@ -78,10 +82,15 @@ class SafetensorsFile(Checkpoint):
         prefix = bytearray(8)
         self._file.read_into(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
-        if length > HEADER_LIMIT or 8 + length > self._size:
+        if 8 + length > self._size:
             raise self._error(
                 f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
                 "it is truncated or not a safetensors file"
+            )
+        if length > HEADER_LIMIT:
+            raise self._error(
+                f"has a header of {length:,} bytes, and safetensors allows {HEADER_LIMIT:,}; "
+                "save it as several files, or with less metadata"
             )
         header = bytearray(length)
         self._file.read_into(memoryview(header), 8)
@@ -101,13 +110,14 @@ class SafetensorsFile(Checkpoint):
     def _check_unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            raise self._error("names a tensor twice in its header")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise self._error(f"names {twice} twice in its header; save it again, with each name once")
         "".join([*entries, *(v for v in entries.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
         return entries
 
     def _read_entries(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
-        metadata: Any = header.pop("__metadata__", None)
+        metadata: Any = header.pop(RESERVED_NAME, None)
         metadata = {} if metadata is None else metadata
         if not is_string_map(metadata):
             raise self._error("has __metadata__ that is not a map of strings")
@@ -145,6 +155,8 @@ class SafetensorsFile(Checkpoint):
         spec = TensorSpec(dtype, tuple(lengths))
         if spec.numel >= LENGTH_LIMIT:
             raise self._error(f"describes {key} with more elements than any file can hold")
+        if spec.numel * BITS_PER_ELEMENT[dtype] % 8:
+            raise self._error(f"describes {key} as {spec}, which does not end at a whole byte")
         return spec, begin, end
 
     def _check_contiguous(self, ends: list[tuple[int, int, str]], data_bytes: int) -> None:
@@ -164,3 +176,42 @@ class SafetensorsFile(Checkpoint):
 def is_string_map(value: Any) -> TypeGuard[dict[str, str]]:
     """Return whether parsed JSON is an object whose values are all strings."""
     return isinstance(value, dict) and all(type(v) is str for v in cast("dict[str, Any]", value).values())
+
+
+def parse_weight_map(text: str, index: str) -> dict[str, str]:
+    """Tensor name -> file name, from the text of an index. Raises MagMaxError where it is none."""
+    try:
+        where: Any = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error
+    if not is_string_map(where) or not where:
+        raise MagMaxError(f"{index}: its weight_map is not a map of tensor names to file names")
+    return where
+
+
+def check_index_names(index: str, names: Sequence[str]) -> None:
+    """Raise MagMaxError where an index names files that are not beside it."""
+    problems = [f"{index}: names the file {n!r}, which is outside the folder" for n in names if Path(n).name != n]
+    if problems:
+        raise list_problems(f"{index} cannot be followed", problems)
+
+
+def refuse_wrong_index(index: str, weight_map: Mapping[str, str], files: Mapping[str, Checkpoint]) -> None:
+    """Raise MagMaxError where the files of an index do not hold what it says."""
+    problems = [
+        f"{index}: places {key} in {name}, which does not hold it"
+        for key, name in weight_map.items()
+        if key not in files[name].specs and key not in files[name].aliases
+    ]
+    if problems:
+        raise list_problems(f"{index} does not match its files", problems)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
+    try:
+        return parse_weight_map(index.read_text("utf-8"), str(index))
+    except (OSError, ValueError) as error:
+        if isinstance(error, MagMaxError):
+            raise
+        raise MagMaxError(f"{index}: is not an index with a weight_map ({error})") from error

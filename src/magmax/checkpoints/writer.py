@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import UnfinishedError
+from ..errors import MagMaxError, UnfinishedError
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .journal import fdatasync
 from .output_paths import (
@@ -29,19 +29,30 @@ from .output_paths import (
     write_contents,
     write_new_file,
 )
+from .safetensors import HEADER_LIMIT, RESERVED_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 PROVENANCE_FILE = "provenance.json"
 READ_BYTES = 1 << 20
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class ShardFile:
     """One file being filled: its header first, then any range of any tensor, in any order, from any thread."""
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> None:
-        self.path, self.specs = path, dict(specs)
-        self._header_bytes = _build_header(self.specs, metadata)
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str], prefix: str = "") -> None:
+        """Describe a file; the names of its tensors are those in `specs` without the prefix."""
+        self.path, self.specs, self.prefix = path, dict(specs), prefix
+        if RESERVED_NAME in self.specs:
+            raise MagMaxError(
+                f"{path.name}: a tensor cannot be called {RESERVED_NAME} in a safetensors file; give it another name"
+            )
+        self._header_bytes = _build_header(self.specs, metadata, prefix)
+        if len(self._header_bytes) - 8 > HEADER_LIMIT:
+            raise MagMaxError(
+                f"{path.name}: its header would take {len(self._header_bytes) - 8:,} bytes, and safetensors allows "
+                f"{HEADER_LIMIT:,}; give the base less metadata, or write a folder with more shards"
+            )
         self._offsets: dict[str, int] = {}
         at = len(self._header_bytes)
         for key, spec in self.specs.items():
@@ -73,7 +84,7 @@ class ShardFile:
 
     def finalize(self, metadata: dict[str, str]) -> None:
         """Put the final metadata into the place its draft reserved, and wait for the disk."""
-        header = _build_header(self.specs, metadata)
+        header = _build_header(self.specs, metadata, self.prefix)
         if len(header) != len(self._header_bytes):
             raise AssertionError("the final metadata must fill exactly the place reserved for it")
         self._write_at(memoryview(header), 0)
@@ -109,14 +120,21 @@ class OutputDraft:
         metadata: dict[str, str],
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         stem: str = "model",
+        modules: Sequence[str] = (),
     ) -> None:
         self.output, self._stem = output, stem
         self.specs = dict(sorted(specs.items(), key=lambda item: (-BITS_PER_ELEMENT[item[1].dtype], item[0])))
-        groups = _group_into_shards(self.specs, shard_bytes) if output.is_folder else [list(self.specs)]
-        self._shards = [
-            ShardFile(self._shard_path(number, len(groups)), {k: self.specs[k] for k in keys}, metadata)
-            for number, keys in enumerate(groups, start=1)
-        ]
+        self._shards: list[ShardFile] = []
+        self._sharded: list[str] = []
+        """The folders whose weights are in several files, so that they need an index."""
+        for prefix, keys in _split_modules(self.specs, modules if output.is_folder else ()).items():
+            specs = {key: self.specs[key] for key in keys}
+            groups = _group_into_shards(specs, shard_bytes) if output.is_folder else [keys]
+            self._sharded += [prefix] * (len(groups) > 1)
+            self._shards += [
+                ShardFile(self._shard_path(prefix, n, len(groups)), {k: specs[k] for k in group}, metadata, prefix)
+                for n, group in enumerate(groups, start=1)
+            ]
         self._shard_of = {key: shard for shard in self._shards for key in shard.specs}
 
     @property
@@ -132,7 +150,9 @@ class OutputDraft:
             delete_output(self.output.partial_path)
             if self.output.is_folder:
                 self.output.partial_path.mkdir()
-                write_contents(self.output.partial_path, [shard.path.name for shard in self._shards])
+                write_contents(self.output.partial_path, self._shard_names())
+                for shard in self._shards:
+                    shard.path.parent.mkdir(exist_ok=True)
         for shard in self._shards:
             shard.open(fresh)
 
@@ -160,9 +180,11 @@ class OutputDraft:
             os.replace(partial, path)
             sync_folder(path.parent)
             return
-        if len(self._shards) > 1:
-            extra_files = {**extra_files, INDEX_FILE: self._index_json()}
-        write_contents(partial, [*extra_files, *(shard.path.name for shard in self._shards)])
+        indexes = {
+            f"{prefix}{self._stem_in(prefix)}{INDEX_SUFFIX}": self._index_json(prefix) for prefix in self._sharded
+        }
+        extra_files = {**extra_files, **indexes}
+        write_contents(partial, [*extra_files, *self._shard_names()])
         for name, content in extra_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             delete_output(partial / name)  # an earlier try to publish may have ended here
@@ -193,16 +215,31 @@ class OutputDraft:
         self.close()
         delete_output(self.output.partial_path)
 
-    def _shard_path(self, number: int, count: int) -> Path:
+    def _shard_names(self) -> list[str]:
+        return [str(shard.path.relative_to(self.output.partial_path)) for shard in self._shards]
+
+    def _stem_in(self, prefix: str) -> str:
+        return "model" if prefix else self._stem
+
+    def _shard_path(self, prefix: str, number: int, count: int) -> Path:
         if not self.output.is_folder:
             return self.output.partial_path
         part = "" if count == 1 else f"-{number:05}-of-{count:05}"
-        return self.output.partial_path / f"{self._stem}{part}.safetensors"
+        return self.output.partial_path / f"{prefix}{self._stem_in(prefix)}{part}.safetensors"
 
-    def _index_json(self) -> bytes:
-        where = {key: shard.path.name for key, shard in sorted(self._shard_of.items())}
-        total = sum(spec.nbytes for spec in self.specs.values())
+    def _index_json(self, prefix: str) -> bytes:
+        placed = {k: s for k, s in sorted(self._shard_of.items()) if s.prefix == prefix}
+        where = {key.removeprefix(prefix): shard.path.name for key, shard in placed.items()}
+        total = sum(self.specs[key].nbytes for key in placed)
         return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
+
+
+def _split_modules(keys: Iterable[str], modules: Sequence[str]) -> dict[str, list[str]]:
+    """The tensor names by the module that they begin with, in whose folder they are written; "" for the others."""
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        parts.setdefault(next((module for module in modules if key.startswith(module)), ""), []).append(key)
+    return parts or {"": []}
 
 
 def file_digest(path: Path) -> str:
@@ -220,12 +257,18 @@ def _refuse(problems: list[str]) -> None:
         raise UnfinishedError(f"{problems[0]}; then run the same command again")
 
 
-def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str]) -> bytes:
+def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str], prefix: str = "") -> bytes:
     """A safetensors header for tensors laid out in the order of `specs`, padded to a multiple of 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    if prefix:  # of the names in the metadata, which tell of tied tensors, too
+        metadata = {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in metadata.items()}
+    entries: dict[str, object] = {RESERVED_NAME: metadata} if metadata else {}
     at = 0
     for key, spec in specs.items():
-        entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        entries[key.removeprefix(prefix)] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
         at += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -21,7 +21,7 @@ class ZeroBase(Checkpoint):
         super().__init__(like.label, dict(like.specs))
         self.path, self.url = like.path, like.url
         self.aliases, self.metadata = dict(like.aliases), dict(like.metadata)
-        self._like = like
+        self.layout, self._like = like.layout, like
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]

@@ -83,12 +83,13 @@ class Job:
         extra_passes: how often all inputs are read before the pass that writes, at the usual most.
         origin: the provenance to write, where it is not that of `inputs` themselves.
         check: called with the input digests before anything becomes visible; may refuse.
-        stem: how the names of a folder's weight files begin.
+        stem, modules: the layout of a folder's weight files, see `WeightLayout`.
         worker: what reads the inputs and fills the sinks.
         memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
         companions: the input whose small files `small_files` copies.
+        notes: what a user should know of the job, beside the notes of its inputs.
     """
 
     target: OutputPath
@@ -107,11 +108,18 @@ class Job:
     extra_passes: int = 0
     shard_bytes: int = DEFAULT_SHARD_BYTES
     stem: str = "model"
+    modules: Sequence[str] = ()
     worker: Worker = block_pipeline
     memory: int = 0
     memory_per_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
     companions: Checkpoint | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def all_notes(self) -> list[str]:
+        """Return what a user should know of the inputs and of the job, once each."""
+        return list(dict.fromkeys([*(note for c in self.inputs for note in c.notes), *self.notes]))
 
     @property
     def read_bytes(self) -> int:
@@ -135,6 +143,7 @@ class Job:
             self._metadata(self._make_provenance().with_blank_digests()),
             self.shard_bytes,
             self.stem,
+            self.modules,
         )
 
     def problems(self) -> list[str]:
@@ -194,9 +203,8 @@ class Job:
         began = time.perf_counter()
         folder = self._companion_folder()
         links = find_outside_links(folder) if folder else []
-        notes = [note for checkpoint in self.inputs for note in checkpoint.notes]
-        for said in dict.fromkeys([*notes, *(f"{folder}: {x} leads out of it, so it is not copied" for x in links)]):
-            execution.note(said)
+        for words in [*self.all_notes, *(f"{folder}: {x} leads out of it, so it is not copied" for x in links)]:
+            execution.note(words)
         companions = self._companion_stamps()
         parts = self._finished_chunks(draft, journal, execution)
         if not parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,8 @@ from .._version import __version__
 
 METADATA_KEY = "magmax"
 DIGEST_CHARACTERS = 32
+HUB_ID = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)@")
+"""The id in the origin of an input, before its commit."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,7 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def adapter_card(provenance: Provenance, dtype: str, report: Sequence[str]) -> str:
     """A README for the folder of a merged adapter."""
     table = "\n".join(report)
-    return f"""---
-library_name: peft
-tags:
-- lora
-- merge
-- magmax
----
+    return f"""{_front_matter(provenance, "peft", ["lora", "merge", "magmax"])}
 # A merged LoRA adapter
 
 Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t)`, the nearest product of the rank.
@@ -87,18 +84,26 @@ def _inputs_table(provenance: Provenance) -> str:
     return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
 
 
-def model_card(provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str]) -> str:
+def _front_matter(provenance: Provenance, library: str, tags: Sequence[str]) -> str:
+    """The head of a card, which the hub reads: the models of the hub that were merged, the library that loads it.
+
+    Only ids of the hub are named, since the hub takes every name in it for one.
+    """
+    ids = [match[1] for origin in provenance.origins for match in HUB_ID.finditer(origin)]
+    lines = ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids)), "base_model_relation: merge"] if ids else []
+    lines += [f"library_name: {library}"] if library else []
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def model_card(
+    provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str], library: str = ""
+) -> str:
     """A README for a merged model's folder; `partly` says of which tensors what part was merged."""
     unmerged_list = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
     parts = "\n".join(f"* `{key}`: {part}" for key, part in sorted(partly.items()))
     heading = f"\n## Tensors that were merged in part\n\n{parts}\n" if parts else ""
     recipe = json.dumps(provenance.recipe, indent=2)
-    return f"""---
-library_name: transformers
-tags:
-- merge
-- magmax
----
+    return f"""{_front_matter(provenance, library, ["merge", "magmax"])}
 # A merged model
 
 Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rule(task vectors)`.

@@ -202,7 +202,9 @@ def _write_archive(
 ) -> Archive:
     (base, *models), out = inputs, target.path
     _read_old_presets(out, names)
-    carried = match_to_base(base, models).unmerged
+    match = match_to_base(base, models, keep_copies=True)
+    base, models, carried = match.base, match.models, match.unmerged
+    inputs = [base, *models]
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.numel]
     digests = [_digest_checkpoint(model) for model in models]
     refuse_equal_models(models, digests)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from ..dtypes import TensorSpec, widen
 from ..remote.hub import parse_hub_id
 from ..remote.urls import is_url
 from .mapping import AdapterMapping
-from .peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
+from .peft import ADAPTER_CONFIG, PeftAdapter
 from .product import compute_delta
 
 
@@ -40,6 +40,7 @@ class LoraModel(Checkpoint):
     def __init__(self, folder: Path, base: Checkpoint, label: str) -> None:
         super().__init__(label, {})
         self.path, self.url = folder if base.is_on_disk else None, base.url
+        self.layout = base.layout
         self._base, self._peft_adapter = base, PeftAdapter(folder, label)
         self._mapping = AdapterMapping(self._peft_adapter, base)
         self._updates, self._replacements = self._mapping.updates, self._mapping.replacements
@@ -48,6 +49,26 @@ class LoraModel(Checkpoint):
             tuned = TensorSpec("F64" if source.dtype == "F64" else "F32", source.shape)
             self.specs[key] = tuned if key in self._updates else source
         self.aliases = {key: stored_key for key, stored_key in base.aliases.items() if key not in self.specs}
+        if missing := self._find_targets_without_update():
+            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
+            self.notes.append(
+                f"{label}: target_modules names weights for which its file holds nothing, as if it was cut short; "
+                f"they stay the base's: {listed}"
+            )
+
+    def _find_targets_without_update(self) -> list[str]:
+        """The base's weights that the adapter's settings name, and its file has not; a list of names is looked at."""
+        config, narrowed = self._peft_adapter.config, ("layers_to_transform", "exclude_modules")
+        targets: Any = config.get("target_modules")
+        if not isinstance(targets, list) or any(config.get(name) is not None for name in narrowed):
+            return []
+        ends = tuple(f".{name}.weight" for name in cast("list[Any]", targets))
+        tuned = {*self._updates, *self._replacements}
+        return [
+            key
+            for key, spec in self._base.specs.items()
+            if len(spec.shape) > 1 and f".{key}".endswith(ends) and key not in tuned
+        ]
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         if key in self._replacements:
@@ -77,12 +98,6 @@ class LoraModel(Checkpoint):
         return 0 if key in self._replacements else self._base.release_prefetched(key, start, stop)
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and no model of its own."""
-    others = [file.name for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
-    return (folder / ADAPTER_CONFIG).is_file() and not set(others) - {*WEIGHT_FILES, "training_args.bin"}
-
-
 def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | None:
     """The halves of "BASE+ADAPTER", where nothing has that very name and ADAPTER is the folder of an adapter, or both
     are there or on the hub."""
@@ -92,7 +107,7 @@ def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | Non
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
-        if Path(folder, adapter, ADAPTER_CONFIG).is_file() or is_url(adapter):
+        if is_url(adapter) or any(Path(folder, adapter, name, ADAPTER_CONFIG).is_file() for name in ("", "default")):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids
             if parse_hub_id(adapter, folder) and (

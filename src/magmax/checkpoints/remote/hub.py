@@ -13,13 +13,22 @@ from typing import Any, NamedTuple
 
 from ...errors import MagMaxError
 from ..base import HUB_PREFIX
-from ..folder import PICKLE_SUFFIXES, SMALL_FILE_ENDINGS, read_weight_map
+from ..folder import (
+    DEFAULT_ADAPTER,
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    choose_weights,
+    find_adapter,
+    find_modules,
+    is_small_file,
+    is_weight_file,
+)
+from ..safetensors import read_weight_map
 
 NAME_PATTERN = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 PATH_SUFFIXES = (".safetensors", ".json", ".yaml", ".yml", ".ckpt", ".pkl", *PICKLE_SUFFIXES)
 """Endings by which a text is taken for a path even where nothing is there."""
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
-SHARD_PATTERN = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 
 
 class HubId(NamedTuple):
@@ -31,6 +40,9 @@ class HubId(NamedTuple):
 
     def with_revision(self, revision: str) -> HubId:
         return self._replace(revision=revision)
+
+    def with_path(self, path: str) -> HubId:
+        return self._replace(path_in_repo=path)
 
     def __str__(self) -> str:
         revision = self.revision.replace("/", "%2F")
@@ -129,11 +141,11 @@ def _download(hub: Any, hub_id: HubId) -> HubFiles:
     revision = hub_id.revision or None
     about: Any = hub.HfApi().model_info(hub_id.repo, revision=revision)
 
-    def index(name: str) -> Path:
+    def download(name: str) -> Path:
         return Path(hub.hf_hub_download(hub_id.repo, name, revision=about.sha))
 
     files: list[Any] = about.siblings or []
-    names = needed_files([file.rfilename for file in files], hub_id, index)
+    names = needed_files([file.rfilename for file in files], hub_id, download)
     patterns = [glob.escape(name) for name in names]
     return _model_files(hub.snapshot_download(hub_id.repo, revision=revision, allow_patterns=patterns), hub_id)
 
@@ -161,45 +173,54 @@ def _model_files(snapshot: str, hub_id: HubId) -> HubFiles:
     )
 
 
-def needed_files(names: Iterable[str], hub_id: HubId, download_index: Callable[[str], Path]) -> list[str]:
+def needed_files(names: Iterable[str], hub_id: HubId, download: Callable[[str], Path]) -> list[str]:
     """Of the files of a model, those that a merge needs.
 
     Args:
         names: all its files.
-        download_index: downloads an index and returns its path.
+        download: downloads a small file and returns its path.
 
     Raises:
-        MagMaxError: none that hold weights, or several and no index.
+        MagMaxError: none that hold weights, several of which none comes first, or shards without an index.
     """
     names = list(names)
-    if hub_id.path_in_repo in names:
-        return [hub_id.path_in_repo]
-    place = PurePosixPath(hub_id.path_in_repo)
-    here = [name for name in names if PurePosixPath(name).parent == place]
-    small = [
-        name
-        for name in names
-        if PurePosixPath(name).suffix in SMALL_FILE_ENDINGS
-        and not name.endswith(".index.json")
-        and place in [*PurePosixPath(name).parents][:2]
-    ]
-    for kinds in ((".safetensors",), (".bin",), (".pt", ".pth")):
-        indexes = [name for name in here if name.endswith(tuple(f"{kind}.index.json" for kind in kinds))]
-        weights = [n for n in here if n.endswith(kinds) and PurePosixPath(n).name != "training_args.bin"]
-        if len(indexes) == 1:
-            shards = sorted({str(place / name) for name in read_weight_map(download_index(indexes[0])).values()})
-            return [*indexes, *shards, *small]
-        if len(weights) == 1 and not SHARD_PATTERN.fullmatch(weights[0]):
-            return [*weights, *small]
-        if weights:
-            listed = ", ".join(weights[:5]) + ", ..." * (len(weights) > 5)
-            raise MagMaxError(
-                f"{hub_id}: holds {len(weights)} weight files and no index ({listed}); "
-                f"name one: {hub_id._replace(path_in_repo=weights[0]).address}"
-            )
-    raise MagMaxError(
-        f"{hub_id}: holds no weights (.safetensors, .bin or .pt) there; it has {', '.join(names[:10]) or 'no files'}"
-    )
+    inside = hub_id.path_in_repo
+    place = PurePosixPath(inside).parent if inside in names else PurePosixPath(inside)
+    small = [n for n in names if is_small_file(n) and place in [*PurePosixPath(n).parents][:2]]
+    if inside in names and not INDEX_NAME.fullmatch(PurePosixPath(inside).name):
+        return list(dict.fromkeys([inside, *small]))
+
+    def files_in(folder: PurePosixPath) -> list[str]:
+        return [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == folder]
+
+    def weights_in(folder: PurePosixPath, chosen: str) -> list[str]:
+        """The chosen file, or the chosen index and all its shards."""
+        shards = read_weight_map(download(str(folder / chosen))).values() if INDEX_NAME.fullmatch(chosen) else ()
+        return [str(folder / name) for name in (chosen, *sorted(set(shards)))]
+
+    def read(name: str) -> bytes | None:
+        return download(str(place / name)).read_bytes() if str(place / name) in names else None
+
+    def choose(folder: PurePosixPath) -> str:
+        address = hub_id.with_path(str(folder / "x")).address[:-1]
+        return choose_weights(files_in(folder), read, f"{hub_id}:", address)[0]
+
+    if inside in names:
+        return [*weights_in(place, PurePosixPath(inside).name), *small]
+    here = files_in(place)
+    for folder in (place,) if _has_weights(here) else (place / DEFAULT_ADAPTER, place):
+        value_head = [name for name in files_in(folder) if name == "pytorch_model.bin"]  # or a whole model: seen later
+        if adapter := find_adapter([n for n in files_in(folder) if n not in value_head], f"{hub_id}:"):
+            return [*(str(folder / name) for name in (adapter, *value_head)), *small]
+    modules = [folder for name in find_modules(read("modules.json")) if _has_weights(files_in(folder := place / name))]
+    weights = [name for folder in modules for name in weights_in(folder, choose(folder))]
+    if not modules or _has_weights(here):
+        weights[:0] = weights_in(place, choose(place))
+    return [*weights, *small]
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(map(is_weight_file, names))
 
 
 def _explain_error(hub: Any, hub_id: HubId, cache: str, endpoint: str, error: Exception) -> str:
