@@ -195,6 +195,22 @@ def test_every_verb_refuses_what_is_quantised_and_inspect_shows_it(tmp_path: Pat
     assert "gate_up_proj_blocks" in capsys.readouterr().out
 
 
+def test_archives_and_running_merges_of_layers_with_a_scale_are_no_quantised_models(tmp_path: Path) -> None:
+    """They hold codes under the names of the tensors, but are read as what they are."""
+    layers = [
+        {"l.weight": torch.randn(4, 3), "l.scale": torch.randn(4), "l.weight_scale": torch.randn(4)} for _ in range(3)
+    ]
+    base, *models = [save(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate(layers)]
+    run("archive", "create", "--base", base, *models, "--out", tmp_path / "archive")
+    running = package.Running(tmp_path / "state", "magmax", base, winners=True)
+    for path in models:
+        running.absorb(path)
+    running.result(0.5, out=tmp_path / "result.safetensors")
+    merged = load_tensors(tmp_path / "result.safetensors")
+    assert same_bytes(merged, reference_merge(magmax, layers[0], layers[1:], 0.5))
+    assert sum(package.Running(tmp_path / "state").status().shares) == pytest.approx(1)
+
+
 # Shards and indexes
 
 

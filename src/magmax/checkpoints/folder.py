@@ -17,7 +17,7 @@ from .base import Checkpoint, WeightLayout, parse_json_object
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .memory import open_state_dict_file
 from .remote.remote_file import RemoteFile, map_parallel
-from .remote.remote_folder import RemoteFolder
+from .remote.remote_folder import RemoteFolder, RemoteModelFile
 from .safetensors import SafetensorsFile, check_index_names, read_weight_map, refuse_wrong_index
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
@@ -343,7 +343,9 @@ def open_remote(url: str, label: str) -> Checkpoint:
     """
     name = urlsplit(url).path.rpartition("/")[2]
     if name.endswith(".safetensors"):
-        return SafetensorsFile(RemoteFile(url), label)
+        opened = RemoteModelFile(url, label, is_small_file)
+        opened.layout = WeightLayout.of_file(name)
+        return opened
     if Path(name).suffix in (*PICKLE_SUFFIXES, ".pkl", ".ckpt", ".distcp", ".gguf"):
         raise MagMaxError(f"{label}: only safetensors are read from another machine; download it first")
     away = RemoteFolder(url)

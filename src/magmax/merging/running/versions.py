@@ -66,7 +66,7 @@ class VersionStore:
         """Return what the current version holds of the rule, a checkpoint for each slot."""
         if self.state.current is None:
             return []
-        whole = open_checkpoint(self.folder(self.state.current))
+        whole = open_checkpoint(self.folder(self.state.current), mergeable=False)
         first_slot = PrefixedCheckpoint(whole, "", whole.label)
         first_slot.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
         count = self.state.rule.slots(len(self.state.tasks))
@@ -74,7 +74,7 @@ class VersionStore:
 
     def winners(self) -> Checkpoint:
         """The map of the current version: which task, from 1, supplied each element, 0 where none did."""
-        whole = open_checkpoint(self.folder(self.state.current or 0))
+        whole = open_checkpoint(self.folder(self.state.current or 0), mergeable=False)
         return PrefixedCheckpoint(whole, WINNER_PREFIX, whole.label)
 
     def shares(self) -> list[float]:
