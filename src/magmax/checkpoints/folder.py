@@ -100,11 +100,12 @@ class WeightsFolder(Checkpoint):
                 return part.weight_map is None or part.weight_map.get(name) == there
 
             aliases = {alias: key for alias, key in file.aliases.items() if is_placed(alias)}
-            placed = [key for key in file.specs if is_placed(key) or key in aliases.values()]
-            for key in placed:
+            tied = set(aliases.values())
+            placed = {key: spec for key, spec in file.specs.items() if is_placed(key) or key in tied}
+            for key, spec in placed.items():
                 if (name := part.prefix + key) in self._places:
                     problems.append(f"{self.label}: {name} is in both {self._places[name][0].label} and {file.label}")
-                self._places[name], self.specs[name] = (file, key), file.specs[key]
+                self._places[name], self.specs[name] = (file, key), spec
             if extra := [key for key in file.specs if key not in placed]:
                 shown = ", ".join(extra[:5]) + ", ..." * (len(extra) > 5)
                 self.notes.append(f"{file.label}: left out, since the index does not name them there: {shown}")
