@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from magmax.continual.evaluation.tables import MAIN_MEASURE, SeedMean, compare_paired
+from magmax.continual.evaluation.tables import MAIN_MEASURE, SeedMean, as_csv, compare_paired, tidy
 
 FACTOR_VARIANTS = {"default": "own", "chosen": "chosen"}
 COSTS = {"training seconds": 1, "merging seconds": 1, "peak memory bytes": 1e6, "stored bytes": 1e6}
@@ -31,9 +31,9 @@ class FolderResults:
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
-        with (folder / "results.csv").open(newline="") as lines:
-            self.rows = list(csv.DictReader(lines))
-        self.recipe = json.loads((folder / "results.json").read_text())["recipe"]
+        content = json.loads((folder / "results.json").read_text())
+        self.rows = list(csv.DictReader(as_csv(tidy(content["records"])).splitlines()))
+        self.recipe = content["recipe"]
 
     def values(self, method: str, variant: str, measure: str = MAIN_MEASURE) -> dict[int, float]:
         """By seed; a method without a scaling factor has the same in every variant."""

@@ -1,8 +1,11 @@
 """The one error a user of magmax has to catch."""
 
 import difflib
+from collections.abc import Sequence
 
 SAME_COMMAND = "what is finished is kept, and the same command goes on from there"
+MAX_LISTED = 20
+"""The most problems that one error lists."""
 
 
 class MagMaxError(ValueError):
@@ -14,11 +17,15 @@ class UnfinishedError(MagMaxError):
     same command goes on from there."""
 
 
-def list_problems(heading: str, problems: list[str]) -> MagMaxError:
-    """One error for many problems, so that all of them are seen at once."""
-    if len(problems) == 1:
+def list_problems(heading: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> MagMaxError:
+    """One error for many problems, so that all of them are seen at once; of a long list, the first and the count."""
+    if len(problems) == 1 and not remedies:
         return MagMaxError(problems[0])
-    return MagMaxError("\n".join([f"{heading} ({len(problems)} problems)", *(f"  - {p}" for p in problems)]))
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{heading} ({count})", *(f"  - {problem}" for problem in problems[:MAX_LISTED])]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"  ... and {len(problems) - MAX_LISTED} more")
+    return MagMaxError("\n".join([*lines, *remedies]))
 
 
 def nearest_hint(word: str, words: list[str]) -> str:

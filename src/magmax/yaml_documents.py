@@ -18,6 +18,15 @@ from .legacy import OLD_KEYS
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as PyYAML's SafeLoader reads it, but 1e-5 is a number, as in YAML 1.2, and not the text "1e-5"."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 class YamlDocument(NamedTuple):
     """A YAML map: its file, what it says, and the line of each key by its dotted name ("models.0.path")."""
 
@@ -39,7 +48,7 @@ def read_document(file: str) -> YamlDocument:
         MagMaxError: no such file, no YAML, an alias, a key given twice, something else than a map.
     """
     text = read_text(file)
-    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
+    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=RecipeLoader)
     if not isinstance(content, dict):
         raise MagMaxError(
             f"{file}: holds no map of keys; a merge recipe has base, models and rule, an experiment data, model and "
@@ -60,9 +69,9 @@ def read_text(file: str) -> str:
 def parse_yaml(text: str, source: str) -> Any:
     """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=RecipeLoader)):
             raise MagMaxError(f"{source}: has an alias (*name); write its value out")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=RecipeLoader)
     except MagMaxError:
         raise
     except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim

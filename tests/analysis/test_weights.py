@@ -161,7 +161,7 @@ def test_nothing_to_study() -> None:
     base = open_checkpoint(model(0))
     with pytest.raises(MagMaxError, match="at least one fine-tuned model"):
         collect_weight_statistics(base, [], [])
-    with pytest.raises(MagMaxError, match="is it their base"):
+    with pytest.raises(MagMaxError, match="is it a model of this base"):
         collect_weight_statistics(base, [open_checkpoint({"other": torch.zeros(3)})], ["other"])
     alone = {ModelsOrigin(): collect_weight_statistics(base, [open_checkpoint(model(1))], ["one"])}
     with pytest.raises(MagMaxError, match="at least two fine-tuned models"):

@@ -22,6 +22,7 @@ from tests.models import Tensors, load_tensors, magmax, reference_merge, same_by
 
 import magmax as package
 from magmax import MagMaxError
+from magmax.checkpoints.renamed import Renaming
 from magmax.checkpoints.torch import pickled_models
 from magmax.checkpoints.torch.pickled_models import PickledModel
 from magmax.checkpoints.torch.torch_file import LEGACY_MAGIC
@@ -170,10 +171,12 @@ def test_data_parallel_is_noted_and_its_prefix_can_be_taken_off(research: Module
     torch.save(torch.nn.DataParallel(net), path)
     opened = PickledModel(path, "p")
     assert opened.specs.keys() == {"module.weight", "module.bias"}
-    assert "--strip module." in opened.notes[0]
-    assert same_bytes(convert(path, tmp_path / "new.safetensors", strip="module."), dict(net.state_dict()))
-    with pytest.raises(MagMaxError, match=r"no name begins with 'modul:'; the first is 'module\.weight'"):
-        PickledModel(path, "p", strip="modul:")
+    job = convert_job(str(path), str(tmp_path / "as-it-is.safetensors"))
+    assert "--strip module." in job.inputs[0].notes[0]
+    stripped = convert(path, tmp_path / "new.safetensors", renaming=Renaming(strip="module."))
+    assert same_bytes(stripped, dict(net.state_dict()))
+    with pytest.raises(MagMaxError, match=r"no tensor's name begins with 'modul:'; the first is module\.weight"):
+        convert(path, tmp_path / "new.safetensors", renaming=Renaming(strip="modul:"))
 
 
 def test_where_the_model_is_among_other_things(research: ModuleType, tmp_path: Path) -> None:
@@ -515,6 +518,6 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     assert same_bytes(
         load_tensors(tmp_path / "folder" / "model.safetensors"), load_tensors(tmp_path / "expected.safetensors")
     )
-    wrong = magmax_says("checkpoint", "convert", "new.safetensors", "--out", "again.safetensors", "--strip", "module.")
+    wrong = magmax_says("checkpoint", "convert", "new.safetensors", "--out", "again.safetensors", "--part", "model")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "are for pickles" in wrong.stderr

@@ -178,8 +178,16 @@ def test_a_missing_tensor_and_other_shapes_are_the_bases():
         {**model(2, 130), "layer": torch.zeros(48, 34)},
         {**model(3, 0), "extra": torch.ones(2)},
     ]
-    found = merge("average", BASE, models, 1.0, mismatch="intersect")
-    assert found.keys() == BASE.keys()
+    with pytest.raises(MagMaxError, match="nothing would be merged"):
+        merge("average", BASE, models, 1.0, mismatch="intersect")
+    found = merge(
+        "average",
+        {**BASE, "more": torch.zeros(2)},
+        [{**m, "more": torch.ones(2)} for m in models],
+        1.0,
+        mismatch="intersect",
+    )
+    assert found.keys() == {*BASE, "more"}
     assert all(tensor_bytes(found[key]) == tensor_bytes(BASE[key]) for key in BASE)
     models[2] = {**model(3, 130), "layer": torch.zeros(47, 33)}
     found = merge("average", BASE, models, 1.0, mismatch="intersect")
@@ -240,7 +248,7 @@ def test_every_touched_tensor_is_named_on_the_terminal_in_the_card_and_in_the_pr
         assert not ended.value.code
         told = capsys.readouterr().out
         assert "3 tensors were merged in part:\n" in told
-        line = "  embed: 101 of 130 rows merged, the other 29 kept from the base "
+        line = "  embed: 101 of 130 rows merged, the other 29 kept from the base, the further rows of models left out "
         assert line + f"({models[0]} has 137, {models[1]} has 101)\n" in told
         assert "  head: 7 of 9 rows merged, the other 2 kept" in told
         assert f"{models[2]}: has no tensor layer" in told
@@ -272,7 +280,7 @@ def test_a_recipe_and_a_sweep(files, tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_word_is_refused():
-    with pytest.raises(MagMaxError, match="mismatch must be one of strict, base, intersect, not 'intersct'"):
+    with pytest.raises(MagMaxError, match="mismatch must be one of strict, base, intersect, union, not 'intersct'"):
         merge("magmax", BASE, [MODELS[2]], mismatch="intersct")
 
 

@@ -210,9 +210,9 @@ def collect_weight_statistics(
     """
     if not models:
         raise MagMaxError("a study needs at least one fine-tuned model beside the base")
-    inputs = [base, *models]
-    refuse_same_path(inputs)
-    apart = dict(match_to_base(base, models, "base").unmerged)
+    refuse_same_path([base, *models])
+    match = match_to_base(base, models, "base")
+    base, inputs, apart = match.base, [match.base, *match.models], dict(match.unmerged)
     elements = {key: spec.numel for key, spec in base.specs.items() if key not in apart}
     if not any(elements.values()):
         raise MagMaxError(f"{base.label}: has no floating tensor that all models have; is it their base?")

@@ -43,6 +43,7 @@ def calibrate_job(
     names = names or default_names([m.source for m in models])
     refuse_same_path([base, merged, *models])
     match = match_to_base(base, [merged, *models], options.mismatch)
+    base, (merged, *models) = match.base, match.models
     inputs = [base, merged, *models]
     specs = {
         key: merged.spec(key) if merged.resolve_alias(key) in merged.specs else spec for key, spec in base.specs.items()

@@ -10,30 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import to_tensor
+from ..checkpoints.renamed import RenamedCheckpoint
 from ..errors import MagMaxError
 from .rescale import Coefficients, read_widened
-
-
-class RenamedCheckpoint(Checkpoint):
-    """Some tensors of a checkpoint under other names: new name -> its own."""
-
-    def __init__(self, whole: Checkpoint, names: Mapping[str, str]) -> None:
-        super().__init__(
-            whole.label, {new: whole.spec(old) for new, old in names.items() if whole.resolve_alias(old) in whole.specs}
-        )
-        self.path, self.is_task_vector, self.origin = whole.path, whole.is_task_vector, whole.origin
-        self._whole, self._names = whole, names
-
-    def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
-        return self._whole.read(self._whole.resolve_alias(self._names[key]), start, stop)
-
-    def files(self) -> list[Path]:
-        return self._whole.files()
 
 
 @dataclass(frozen=True)
@@ -50,7 +33,8 @@ class LoadedModel:
 
     def renamed(self, checkpoint: Checkpoint) -> Checkpoint:
         """A checkpoint of the same model, by the module's keys."""
-        return RenamedCheckpoint(checkpoint, self.names)
+        present = {k: n for k, n in self.names.items() if checkpoint.resolve_alias(n) in checkpoint.specs}
+        return RenamedCheckpoint(checkpoint, present)
 
     def in_files(self, coefficients: Coefficients) -> Coefficients:
         """Coefficients by the checkpoint's names."""

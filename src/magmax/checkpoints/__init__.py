@@ -27,7 +27,7 @@ from .folder import (
 )
 from .lora.adapted_model import LoraModel, split_base_and_adapter
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
-from .memory import StateDict, open_state_dict_file
+from .memory import StateDict, open_state_dict_file, unwrapped
 from .quantized import refuse_quantized
 from .remote.hub import locate_model, looks_like_hub_id
 from .remote.urls import display_url, is_url
@@ -67,7 +67,7 @@ def open_checkpoint(
     if isinstance(source, Mapping):
         opened = StateDict(cast("Mapping[str, Any]", source), label or "the state dict")
     elif hasattr(source, "state_dict"):
-        opened = StateDict(source.state_dict(), label or type(source).__name__)
+        opened = StateDict(unwrapped(source).state_dict(), label or type(source).__name__)
     else:
         kind = type(source).__name__
         raise MagMaxError(f"cannot read a checkpoint from {kind}; give a path, a state dict or a module")

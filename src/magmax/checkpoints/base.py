@@ -161,3 +161,29 @@ def parse_json_object(content: bytes | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint that presents the tensors of another otherwise; its files, and what belongs to them, are the
+    other's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> None:
+        super().__init__(checkpoint.label, specs)
+        self.path, self.url, self.origin = checkpoint.path, checkpoint.url, checkpoint.origin
+        self.layout, self.is_task_vector = checkpoint.layout, checkpoint.is_task_vector
+        self.notes = list(checkpoint.notes)
+        self.metadata = {k: v for k, v in checkpoint.metadata.items() if k not in checkpoint.aliases}
+        self._checkpoint = checkpoint
+
+    def files(self) -> list[Path]:
+        return self._checkpoint.files()
+
+    def header_digests(self) -> list[str]:
+        return self._checkpoint.header_digests()
+
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        return self._checkpoint.fingerprints(refresh)
+
+    def small_files_folder(self) -> Path | None:
+        return self._checkpoint.small_files_folder()

@@ -76,6 +76,18 @@ class StateDict(Checkpoint):
         return open_state_dict_file, (self.path.absolute(), self.label)
 
 
+def unwrapped(module: Any) -> Any:
+    """The module inside those that torch.compile and DataParallel put around it, which change its tensors' names."""
+    while True:
+        kind: type[Any] = type(module)  # pyright: ignore[reportUnknownVariableType]
+        if kind.__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif kind.__module__.startswith("torch.nn.parallel") and hasattr(module, "module"):
+            module = module.module
+        else:
+            return module
+
+
 def spec_of(tensor: Any) -> TensorSpec:
     """The spec of an array or tensor. Raises TypeError, saying what it is, for anything else."""
     if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
@@ -94,13 +106,14 @@ def _memory_key(tensor: Any) -> tuple[Any, ...] | None:
         return None
     if hasattr(tensor, "__array_interface__"):
         return tensor.__array_interface__["data"][0], tuple(tensor.shape), tensor.strides, str(tensor.dtype)
-    return str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+    view = tensor.is_conj(), tensor.is_neg()
+    return str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype), view
 
 
 def _read_torch(tensor: torch.Tensor, spec: TensorSpec, start: int, stop: int) -> NDArray[Any]:
     import torch
 
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)  # a lazy view's values are not those it stores
     if spec.dtype == "BF16":
         return flat[start:stop].cpu().view(torch.uint16).numpy().copy()
     if spec.is_mergeable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -21,6 +22,8 @@ from .remote.remote_file import RemoteFile
 HEADER_LIMIT = 100_000_000
 LENGTH_LIMIT = 2**63
 MAX_DIMENSIONS = 64
+RESERVED_NAME = "__metadata__"
+"""The entry of a header that is no tensor."""
 
 
 class SafetensorsFile(Checkpoint):
@@ -78,10 +81,15 @@ class SafetensorsFile(Checkpoint):
         prefix = bytearray(8)
         self._file.read_into(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
-        if length > HEADER_LIMIT or 8 + length > self._size:
+        if 8 + length > self._size:
             raise self._error(
                 f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
                 "it is truncated or not a safetensors file"
+            )
+        if length > HEADER_LIMIT:
+            raise self._error(
+                f"has a header of {length:,} bytes, and safetensors allows {HEADER_LIMIT:,}; "
+                "save it as several files, or with less metadata"
             )
         header = bytearray(length)
         self._file.read_into(memoryview(header), 8)
@@ -101,13 +109,14 @@ class SafetensorsFile(Checkpoint):
     def _check_unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            raise self._error("names a tensor twice in its header")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise self._error(f"names {twice} twice in its header; save it again, with each name once")
         "".join([*entries, *(v for v in entries.values() if isinstance(v, str))]).encode()  # fails on lone surrogates
         return entries
 
     def _read_entries(self, header: dict[str, Any]) -> None:
         """Fill specs and offsets, refusing any entry that does not describe its own bytes exactly."""
-        metadata: Any = header.pop("__metadata__", None)
+        metadata: Any = header.pop(RESERVED_NAME, None)
         metadata = {} if metadata is None else metadata
         if not is_string_map(metadata):
             raise self._error("has __metadata__ that is not a map of strings")
@@ -145,6 +154,8 @@ class SafetensorsFile(Checkpoint):
         spec = TensorSpec(dtype, tuple(lengths))
         if spec.numel >= LENGTH_LIMIT:
             raise self._error(f"describes {key} with more elements than any file can hold")
+        if spec.numel * BITS_PER_ELEMENT[dtype] % 8:
+            raise self._error(f"describes {key} as {spec}, which does not end at a whole byte")
         return spec, begin, end
 
     def _check_contiguous(self, ends: list[tuple[int, int, str]], data_bytes: int) -> None:

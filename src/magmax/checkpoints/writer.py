@@ -20,6 +20,7 @@ from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .journal import fdatasync
 from .remote.upload import staging_path
 from .remote.urls import is_url
+from .safetensors import HEADER_LIMIT, RESERVED_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 PROVENANCE_FILE = "provenance.json"
@@ -112,7 +113,16 @@ class ShardFile:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: dict[str, str], prefix: str = "") -> None:
         """Describe a file; the names of its tensors are those in `specs` without the prefix."""
         self.path, self.specs, self.prefix = path, dict(specs), prefix
+        if RESERVED_NAME in self.specs:
+            raise MagMaxError(
+                f"{path.name}: a tensor cannot be called {RESERVED_NAME} in a safetensors file; give it another name"
+            )
         self._header_bytes = _build_header(self.specs, metadata, prefix)
+        if len(self._header_bytes) - 8 > HEADER_LIMIT:
+            raise MagMaxError(
+                f"{path.name}: its header would take {len(self._header_bytes) - 8:,} bytes, and safetensors allows "
+                f"{HEADER_LIMIT:,}; give the base less metadata, or write a folder with more shards"
+            )
         self._offsets: dict[str, int] = {}
         at = len(self._header_bytes)
         for key, spec in self.specs.items():
@@ -285,7 +295,7 @@ def _build_header(specs: Mapping[str, TensorSpec], metadata: dict[str, str], pre
     """A safetensors header for tensors laid out in the order of `specs`, padded to a multiple of 8 bytes."""
     if prefix:  # of the names in the metadata, which tell of tied tensors, too
         metadata = {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in metadata.items()}
-    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    entries: dict[str, object] = {RESERVED_NAME: metadata} if metadata else {}
     at = 0
     for key, spec in specs.items():
         entries[key.removeprefix(prefix)] = {

@@ -91,6 +91,7 @@ def calibrate(
     from ..calibration.plot import check_plot, draw
     from ..checkpoints import open_checkpoint
     from ..checkpoints.writer import replace_file
+    from ..merging.matching import match_to_base
     from ..merging.model_names import default_names
 
     if plot:
@@ -108,6 +109,8 @@ def calibrate(
     start = open_checkpoint(merged, base=opened)
     others = [open_checkpoint(path, base=opened) for path in models]
     names = default_names([other.source for other in others])
+    match = match_to_base(opened, [start, *others])
+    opened, (start, *others) = match.base, match.models
     ready = prepare_calibration(chosen, opened, start, others, names)
     checkpoints = opened, start, others, Path(out)
     if dry_run:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ..errors import MagMaxError
+
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-Mismatch = Literal["strict", "base", "intersect"]
+Mismatch = Literal["strict", "base", "intersect", "union"]
+Rename = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--rename",
+        negative="",
+        help="REGEX=REPLACEMENT: replace a pattern in the models' tensor names, so that they are the base's; may be "
+        "repeated.",
+    ),
+]
+Strip = Annotated[
+    str,
+    Parameter(
+        help="Of a model whose tensor names begin with this, use only these tensors, and take it off: module. for what "
+        "DataParallel saved, bert. for the encoder of a classifier."
+    ),
+]
 Models = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Out = Annotated[str, Parameter(name=["--out", "-o"])]
 OptionalOut = Annotated[str | None, Parameter(name=["--out", "-o"])]
@@ -35,3 +54,11 @@ Device = Annotated[
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run and begin again.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
 Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]
+
+
+def parse_renames(words: Sequence[str]) -> dict[str, str]:
+    """The patterns and replacements of `Rename`, which are parted by the last =."""
+    for word in words:
+        if not word.rpartition("=")[1]:
+            raise MagMaxError(f"--rename needs REGEX=REPLACEMENT, such as '^bert[.]=', not {word!r}")
+    return {pattern: replacement for pattern, _, replacement in (word.rpartition("=") for word in words)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common_options import DryRun, Json, Out, Restart, Threads
+from .common_options import DryRun, Json, Out, Rename, Restart, Strip, Threads, parse_renames
 from .console import compact, format_bytes, print_json, print_result, print_table, progress_options, run_or_preview
 
 
@@ -52,7 +52,8 @@ def convert(
     *,
     out: Out,
     part: str = "",
-    strip: str = "",
+    strip: Strip = "",
+    rename: Rename = (),
     inert: tuple[str, ...] = (),
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -69,14 +70,13 @@ def convert(
         A .safetensors file, or a folder.
     part
         Where in the pickle the model is, where that cannot be told: a name, or names with / between them.
-    strip
-        Keep the tensors whose names begin with this, and take it off: module. for what DataParallel saved.
     inert
         A function that the pickle calls only to make a setting, no weights: noted instead of refused, and not run.
     """
+    from ..checkpoints.renamed import Renaming
     from ..merging.convert import convert_job
 
-    job = convert_job(model, out, part, strip, inert)
+    job = convert_job(model, out, part, Renaming(strip, parse_renames(rename)), inert)
     if result := run_or_preview(job, f"converting {model}", threads, restart, dry_run):
         print_result(f"converted {model}", result)
 
@@ -86,6 +86,8 @@ def diff(
     model: str,
     *,
     limit: int = 10,
+    rename: Rename = (),
+    strip: Strip = "",
     as_json: Json = False,
     threads: Threads = 0,
 ) -> None:
@@ -103,10 +105,11 @@ def diff(
     from dataclasses import asdict
 
     from ..checkpoints import open_checkpoint
+    from ..checkpoints.renamed import Renaming
     from ..merging.inspection import diff as measure
 
     start = open_checkpoint(base)
-    end = open_checkpoint(model, base=start)
+    end = Renaming(strip, parse_renames(rename)).apply(open_checkpoint(model, base=start))
     with progress_options(2 * start.nbytes, "comparing", threads, False) as settings:
         difference = measure(start, end, threads, settings.progress)
     if as_json:

@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, OptionalOut, Restart, Scheduler, Threads
+from .common_options import (
+    Device,
+    DryRun,
+    Dtype,
+    Mismatch,
+    Models,
+    Nonfinite,
+    OptionalOut,
+    Rename,
+    Restart,
+    Scheduler,
+    Strip,
+    Threads,
+    parse_renames,
+)
 from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -27,7 +41,10 @@ def merge(
     rule: str | None = None,
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
+    keep_dtype: str = "",
     mismatch: Mismatch | None = None,
+    rename: Rename = (),
+    strip: Strip = "",
     adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
@@ -55,9 +72,12 @@ def merge(
         Multiplies the merged task vector. The rule's own by default.
     dtype
         The output's floating type. The base's by default.
+    keep_dtype
+        A regular expression: tensors in whose names it is found keep the base's type, whatever --dtype is.
     mismatch
-        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
-        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
+        Where a model's tensors are not the base's: refuse (strict); keep the base's (base); merge the leading rows
+        that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect); or keep every row
+        and tensor of the base and of all models, as for heads that grow (union).
     adapter_rank
         Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
@@ -67,7 +87,10 @@ def merge(
         "rule": rule,
         "scaling_factor": scaling_factor,
         "dtype": dtype,
+        "keep_dtype": keep_dtype or None,
         "mismatch": mismatch,
+        "rename": parse_renames(rename) or None,
+        "strip": strip or None,
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }

@@ -8,7 +8,21 @@ from typing import Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Json, Mismatch, Models, Nonfinite, Out, Restart, Scheduler, Threads
+from .common_options import (
+    DryRun,
+    Dtype,
+    Json,
+    Mismatch,
+    Models,
+    Nonfinite,
+    Out,
+    Rename,
+    Restart,
+    Scheduler,
+    Strip,
+    Threads,
+    parse_renames,
+)
 from .console import format_bytes, print_json, print_preview, print_result, print_table, progress_options
 
 
@@ -31,6 +45,8 @@ def tune(
     scaling_factor: float | None = None,
     dtype: Dtype | None = None,
     mismatch: Mismatch | None = None,
+    rename: Rename = (),
+    strip: Strip = "",
     allow_nonfinite: Nonfinite = False,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -82,14 +98,16 @@ def tune(
     from pathlib import Path
 
     from ..checkpoints import open_checkpoint
+    from ..checkpoints.renamed import Renaming
+    from ..merging.matching import match_to_base
     from ..merging.merge_job import merge_job
     from ..preference.archive import Archive
     from ..recipes.recipe import build_request
 
     if (archive is None) == (not models) or (archive is None and base is None):
         raise MagMaxError("tune needs --base BASE and the models, or --archive ARCHIVE")
-    if archive is not None and mismatch:
-        raise MagMaxError("an archive's tensors are the base's: --mismatch is for models")
+    if archive is not None and (mismatch or rename or strip):
+        raise MagMaxError("an archive's tensors are the base's: --mismatch, --rename and --strip are for models")
     if archive is None and (preset or save):
         raise MagMaxError("presets are kept in archives: --preset and --save need --archive ARCHIVE")
     if sum(map(bool, (prefer, preset, target))) != 1:
@@ -100,7 +118,12 @@ def tune(
     if opened_archive:
         opened_archive.refuse_inside(Path(out))
     opened = opened_archive.base(base) if opened_archive else open_checkpoint(str(base))
-    inputs = opened_archive.models(opened) if opened_archive else [open_checkpoint(m, base=opened) for m in models]
+    if opened_archive:
+        inputs = opened_archive.models(opened)
+    else:
+        inputs = Renaming(strip, parse_renames(rename)).apply_to_some([open_checkpoint(m, base=opened) for m in models])
+        match = match_to_base(opened, inputs, mismatch or "strict")
+        opened, inputs = match.base, list(match.models)
     weights = opened_archive.preset(preset) if opened_archive and preset else _parse_preference(prefer or [])
     content: dict[str, Any] = {
         "base": str(opened.path),
@@ -139,6 +162,8 @@ def create(
     out: Out,
     density: float = 0.3,
     bits: Literal[8, 16, 32] = 8,
+    rename: Rename = (),
+    strip: Strip = "",
     threads: Threads = 0,
 ) -> None:
     """Store of each model what magmax tune is likely to need, in far fewer bytes.
@@ -160,11 +185,13 @@ def create(
     from pathlib import Path
 
     from ..checkpoints import open_checkpoint
+    from ..checkpoints.renamed import Renaming
     from ..merging.model_names import default_names
     from ..preference.archive_writer import write_archive
 
     opened = open_checkpoint(base)
-    inputs = [open_checkpoint(model, base=opened) for model in models]
+    renaming = Renaming(strip, parse_renames(rename))
+    inputs = renaming.apply_to_some([open_checkpoint(model, base=opened) for model in models])
     size = opened.nbytes + sum(model.nbytes for model in inputs)
     with progress_options(4 * size, f"archiving {len(inputs)} models", threads, False) as settings:
         written = write_archive(

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Json, Mismatch, Nonfinite, Out, Restart, Scheduler, Threads
+from .common_options import (
+    DryRun,
+    Dtype,
+    Json,
+    Mismatch,
+    Nonfinite,
+    Out,
+    Rename,
+    Restart,
+    Scheduler,
+    Strip,
+    Threads,
+    parse_renames,
+)
 from .console import print_json, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -25,6 +38,8 @@ def absorb(
     label: str | None = None,
     winners: Annotated[bool, Parameter(negative="")] = False,
     mismatch: Mismatch | None = None,
+    rename: Rename = (),
+    strip: Strip = "",
     restart: Restart = False,
     threads: Threads = 0,
     scheduler: Scheduler = None,
@@ -48,12 +63,13 @@ def absorb(
     winners
         From the start, also map which task supplied each element.
     mismatch
-        From the start, what to do where a model's tensors are not the base's: as in merge.
+        From the start, what to do where a model's tensors are not the base's: as in merge, but for union.
     """
+    renames = parse_renames(rename)
     size = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
     with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
         running = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
-        merge_result = running.absorb(model, name, label)
+        merge_result = running.absorb(model, name, label, rename=renames, strip=strip)
     print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", merge_result)
 
 

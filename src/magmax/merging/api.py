@@ -11,10 +11,11 @@ from typing import Any
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.remote.urls import is_url
+from ..checkpoints.renamed import Renaming
 from ..errors import MagMaxError
 from ..rules import Number, Rule, as_rule
 from .execution.execution_options import ExecutionOptions
-from .in_memory import merge_in_memory, restore_kind
+from .in_memory import InMemoryMerges, restore_kind
 from .matching import Mismatch
 from .merge_job import merge_job
 from .output_options import OutputOptions
@@ -29,6 +30,8 @@ def merge(
     *,
     dtype: str | None = None,
     mismatch: Mismatch = "strict",
+    rename: Mapping[str, str] | None = None,
+    strip: str = "",
     allow_nonfinite: bool = False,
     execution: ExecutionOptions | None = None,
     executor: Executor | None = None,
@@ -43,6 +46,8 @@ def merge(
         out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
         mismatch: what to do where models do not fit the base; see `OutputOptions`.
+        rename: regular expression -> replacement, for the tensor names of those models that have them.
+        strip: a prefix; of the models whose tensor names begin with it, only these tensors are used, without it.
         allow_nonfinite: merge NaN and infinity too.
         execution: threads, progress, restart; see `ExecutionOptions`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
@@ -63,11 +68,13 @@ def merge(
     options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
-    others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
+    others = Renaming(strip, rename or {}).apply_to_some(
+        [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]
+    )
     if out is not None:
         merge_job(rule, opened, others, out, options).run(execution)
         return fspath(out) if is_url(fspath(out)) else Path(fspath(out))
     if opened.is_on_disk:
         raise MagMaxError("merging files needs `out`, the path of the result")
-    tensors = merge_in_memory(rule.for_models([m.label for m in others]), opened, others, options, execution)
-    return restore_kind(base, opened, tensors, options)
+    merges = InMemoryMerges(rule.for_models([m.label for m in others]), opened, others, options, execution)
+    return restore_kind(base, merges.inputs[0], merges.merge_at(options.resolve_scaling_factor(rule)), options)

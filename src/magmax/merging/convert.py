@@ -14,6 +14,7 @@ from ..checkpoints.base import WeightLayout
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
 from ..checkpoints.quantized import refuse_quantized
 from ..checkpoints.remote.hub import locate_model
+from ..checkpoints.renamed import Renaming
 from ..checkpoints.torch.pickled_models import PickledModel
 from ..checkpoints.writer import OutputPath
 from ..errors import MagMaxError
@@ -24,6 +25,8 @@ from .model_names import default_names
 from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
 
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every name."""
 SAFETENSORS_SUFFIXES = (".safetensors", ".json")
 
 
@@ -35,26 +38,34 @@ class CopyKernel(Kernel):
         return [block.read(0)]
 
 
-def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequence[str] = ()) -> Job:
+def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = None, inert: Sequence[str] = ()) -> Job:
     """The work of writing a checkpoint as safetensors, every tensor byte for byte and tied ones once.
 
     Args:
         old: a file of torch's that holds a state dict, a module or any object that holds one: nothing in it is run, see
-            `PickledModel`, which `part`, `strip` and `inert` are for; or whatever `open_checkpoint` opens.
+            `PickledModel`, which `part` and `inert` are for; or whatever `open_checkpoint` opens.
         out: a `.safetensors` file, or a folder.
+        renaming: what its tensors are called in the output.
 
     Raises:
         MagMaxError: what cannot be read; options that are for pickles, given for something else.
     """
     located = None if split_base_and_adapter(old) else locate_model(old)
     if located and located.path.is_file() and located.path.suffix not in SAFETENSORS_SUFFIXES:
-        source = PickledModel(located.path, located.label, part, strip, inert)
+        source = PickledModel(located.path, located.label, part, inert=inert)
         source.origin, source.layout = located.origin, WeightLayout.of_file(located.path.name)
         refuse_quantized(source)
-    elif part or strip or inert:
-        raise MagMaxError(f"{old}: --part, --strip and --inert are for pickles, and this is none")
+    elif part or inert:
+        raise MagMaxError(f"{old}: --part and --inert are for pickles, and this is none")
     else:
         source = open_checkpoint(old)
+    renaming = renaming or Renaming()
+    source = renaming.apply(source)
+    for prefix in WRAPPER_PREFIXES:
+        if source.specs and all(name.startswith(prefix) for name in source.specs):
+            source.notes.append(f"{old}: every name begins with {prefix!r}; --strip {prefix} takes it off")
+
+    choices = {"part": part, "strip": renaming.strip, "rename": dict(renaming.rename)}
 
     def beside(provenance: Provenance, digests: Mapping[str, str]) -> dict[str, bytes | Path]:
         folder = source.small_files_folder()
@@ -67,7 +78,7 @@ def convert_job(old: str, out: str, part: str = "", strip: str = "", inert: Sequ
         target=target,
         inputs=[source],
         names=default_names([source.source]),
-        recipe={"convert": {name: value for name, value in (("part", part), ("strip", strip)) if value}},
+        recipe={"convert": {name: value for name, value in choices.items() if value}},
         specs=source.specs,
         kernel=CopyKernel(),
         unmerged={},

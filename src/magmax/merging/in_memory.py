@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, TensorSpec
-from ..checkpoints.memory import to_tensor
+from ..checkpoints.memory import to_tensor, unwrapped
+from ..errors import MagMaxError
 from ..rules import Number, Rule
 from ..rules.compose import with_cache
 from .execution.execution_options import ExecutionOptions
@@ -46,9 +47,9 @@ class InMemoryMerges:
         hold: bool = False,
     ) -> None:
         rule = with_cache(rule) if hold and execution.executor is None else rule
-        kernel = merge_kernel(rule, base, models, options, match_models(rule, base, models, options))
+        kernel = merge_kernel(rule, options, match_models(rule, base, models, options))
         self.kernel = cast("MergeKernel", prepare_kernel(kernel, execution))
-        self.inputs, self.settings = [base, *models], execution
+        self.inputs, self.settings = kernel.reader.inputs, execution
 
     def merge_at(self, factor: Number) -> dict[str, NDArray[Any]]:
         """Return the merge at a scaling factor: flat arrays of stored units by the base's keys."""
@@ -74,10 +75,14 @@ class MemorySink:
 
 def restore_kind(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[Any]], options: OutputOptions) -> Any:
     """Return the merged tensors as the same kind of object as the base: a state dict or a module."""
-    original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else base.state_dict())
+    original = cast("Mapping[str, Any]", base if isinstance(base, Mapping) else unwrapped(base).state_dict())
     specs = options.out_specs(opened)
-    restored = {key: to_tensor(tensors[key], spec, original[key]) for key, spec in specs.items()}
-    merged = {key: restored[opened.resolve_alias(key)] for key in original}
+    grown = [key for key, spec in specs.items() if key not in original or spec.shape != tuple(original[key].shape)]
+    if grown and not isinstance(base, Mapping):
+        raise MagMaxError(f"a module cannot grow ({grown[0]} has other rows); give state dicts, or files and out")
+    like = next(iter(original.values()), None)
+    restored = {key: to_tensor(tensors[key], spec, original.get(key, like)) for key, spec in specs.items()}
+    merged = {key: restored[opened.resolve_alias(key)] for key in [*original, *(k for k in grown if k not in original)]}
     if isinstance(base, Mapping):
         return merged
     result = copy.deepcopy(base)
@@ -85,5 +90,5 @@ def restore_kind(base: Any, opened: Checkpoint, tensors: Mapping[str, NDArray[An
         import torch
 
         result = result.to(getattr(torch, options.dtype))
-    result.load_state_dict(merged)
+    unwrapped(result).load_state_dict(merged)
     return result

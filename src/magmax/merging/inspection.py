@@ -67,7 +67,8 @@ class MovementKernel(Kernel):
 
 def diff(base: Checkpoint, model: Checkpoint, threads: int = 0, progress: Progress = lambda _: None) -> ModelDifference:
     """Measure the task vector of `model` tensor by tensor; sums are float64, so the order of blocks hardly matters."""
-    apart = dict(match_to_base(base, [model], "base").unmerged)
+    match = match_to_base(base, [model], "base")
+    base, (model,), apart = match.base, match.models, dict(match.unmerged)
     kernel = MovementKernel(BlockReader([base, model], allow_nonfinite=True), apart)
     BlockPipeline([base, model], [], kernel, WorkerPool(threads), digest=False).run(progress)
     sums = kernel.sums

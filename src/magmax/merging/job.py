@@ -93,6 +93,7 @@ class Job:
         memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
+        notes: what a user should know of the job, beside the notes of its inputs.
     """
 
     target: OutputPath
@@ -116,6 +117,12 @@ class Job:
     memory: int = 0
     memory_per_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
+    notes: Sequence[str] = ()
+
+    @property
+    def all_notes(self) -> list[str]:
+        """Return what a user should know of the inputs and of the job, once each."""
+        return list(dict.fromkeys([*(note for c in self.inputs for note in c.notes), *self.notes]))
 
     @property
     def read_bytes(self) -> int:
@@ -198,8 +205,8 @@ class Job:
 
     def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
-        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
-            execution.note(said)
+        for words in self.all_notes:
+            execution.note(words)
         parts = self._finished_chunks(draft, journal, execution)
         if not parts:
             journal.start(

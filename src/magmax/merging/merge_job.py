@@ -15,6 +15,7 @@ from ..checkpoints.zero_base import ZeroBase
 from ..rules import Rule
 from ..rules.schedules import to_config
 from ..rules.statistics import Span
+from .config_differences import note_differences
 from .job import Job, provenance_file
 from .kernel import MergeKernel
 from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
@@ -40,7 +41,8 @@ def merge_job(
     names = names or default_names([m.source for m in models])
     rule = rule.for_models(names)
     match = match_models(rule, base, models, options)
-    kernel = merge_kernel(rule, base, models, options, match)
+    kernel = merge_kernel(rule, options, match)
+    base, models = match.base, match.models
     apart = rule.statistics_span is Span.TENSOR
     target = OutputPath.parse(out)
 
@@ -62,6 +64,7 @@ def merge_job(
         memory=0 if apart else rule.memory,
         memory_per_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
+        notes=options.dtype_notes(base),
     )
 
 
@@ -93,6 +96,8 @@ def provenance_recipe(rule: Rule, options: OutputOptions) -> dict[str, Any]:
         "scaling_factor": to_config(options.resolve_scaling_factor(rule)),
         "dtype": options.dtype or "as the base",
     }
+    if options.keep_dtype:
+        recipe["keep_dtype"] = options.keep_dtype
     if options.mismatch != "strict":
         recipe["mismatch"] = options.mismatch
     if options.allow_nonfinite:
@@ -115,20 +120,19 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     """Match the models to the base; refuse a rule that cannot merge so many and one file named twice."""
     rule.check(len(models))
     refuse_same_path([base, *models])
+    note_differences(base, models)
     return match_to_base(base, models, options.mismatch)
 
 
-def merge_kernel(
-    rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], options: OutputOptions, match: Match
-) -> MergeKernel:
-    """Build the kernel that merges blocks of these inputs."""
-    reader = BlockReader([base, *models], options.allow_nonfinite)
+def merge_kernel(rule: Rule, options: OutputOptions, match: Match) -> MergeKernel:
+    """Build the kernel that merges blocks of matched inputs."""
+    reader = BlockReader([match.base, *match.models], options.allow_nonfinite)
     kernel = MergeKernel(
         rule=rule,
-        tasks=len(models),
+        tasks=len(match.models),
         reader=reader,
         scaling_factor=options.resolve_scaling_factor(rule),
-        out=options.out_specs(base),
+        out=options.out_specs(match.base),
         unmerged=match.unmerged,
         extents=match.extents,
     )

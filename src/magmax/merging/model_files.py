@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.base import parse_json_object
@@ -27,6 +27,7 @@ COMPONENT_FOLDERS = {
     "scheduler",
 }
 """The folders in which transformers and diffusers keep what belongs to a model."""
+DTYPE_SETTINGS = ("dtype", "torch_dtype")
 CLASS_NAME = re.compile(r'(?<=")(\w+)\.\w+(?=")')
 """A class in an auto_map, MODULE.CLASS; those of other repositories have their id and -- before them."""
 RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
@@ -151,10 +152,18 @@ def _without_weights_name(content: bytes | Path) -> bytes | Path:
 
 
 def _with_dtype(path: Path, dtype: str) -> bytes | Path:
-    """The config with its dtype replaced, under whichever of its two names it has."""
+    """The config with its dtype replaced, under either name, also in the configs inside of it (text_config, ...)."""
     try:
-        config = json.loads(path.read_text())
-        names = [name for name in ("dtype", "torch_dtype") if name in config]
-    except (ValueError, TypeError):
+        text = path.read_text()
+        config = json.loads(text)
+    except ValueError:
         return path
-    return json.dumps(config | dict.fromkeys(names, dtype), indent=2).encode() + b"\n" if names else path
+    named = any(f'"{name}"' in text for name in DTYPE_SETTINGS)
+    return json.dumps(_replace_dtype(config, dtype), indent=2).encode() + b"\n" if named else path
+
+
+def _replace_dtype(config: Any, dtype: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    settings = cast("dict[str, Any]", config)
+    return {k: dtype if k in DTYPE_SETTINGS else _replace_dtype(v, dtype) for k, v in settings.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.dtypes import FLOAT_DTYPES
+from ..checkpoints.renamed import find_pattern
 from ..checkpoints.writer import DEFAULT_SHARD_BYTES
 from ..errors import MagMaxError
 from ..rules import Filters, Layers, Number, Rule, nearest_hint
@@ -21,9 +22,12 @@ class OutputOptions:
     Attributes:
         scaling_factor: multiplies the merged task vector, and may depend on the tensor; None means the rule's default.
         dtype: the output's floating type ("float32", "bfloat16", ...); None keeps each tensor's type in the base.
+        keep_dtype: a regular expression; tensors in whose names it is found keep the base's type whatever `dtype` is,
+            such as the biases of routers and norms that a model keeps in float32.
         mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there;
             "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
-            keeps the base's rows and tensors elsewhere.
+            keeps the base's rows and tensors elsewhere; "union" keeps every row and tensor of the base and of all
+            models, as `growing.grow` defines them.
         allow_nonfinite: let NaN and infinity through instead of refusing them.
         shard_bytes: the most a shard of a folder output may hold.
     """
@@ -33,6 +37,7 @@ class OutputOptions:
     mismatch: Mismatch = "strict"
     allow_nonfinite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    keep_dtype: str = ""
 
     def out_specs(self, base: Checkpoint) -> dict[str, TensorSpec]:
         """The output's tensors. Raises MagMaxError for a dtype that is none."""
@@ -41,7 +46,25 @@ class OutputOptions:
         if self.dtype not in FLOAT_DTYPES:
             raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest_hint(self.dtype, list(FLOAT_DTYPES))}")
         wanted = FLOAT_DTYPES[self.dtype]
-        return {key: TensorSpec(wanted, s.shape) if s.is_mergeable else s for key, s in base.specs.items()}
+        kept = find_pattern(self.keep_dtype, base.specs, "keep_dtype") if self.keep_dtype else set[str]()
+        return {
+            key: TensorSpec(wanted, s.shape) if s.is_mergeable and key not in kept else s
+            for key, s in base.specs.items()
+        }
+
+    def dtype_notes(self, base: Checkpoint) -> list[str]:
+        """Say which tensors become narrower though most of the base is of the output's type already."""
+        wanted = FLOAT_DTYPES.get(self.dtype or "")
+        out = self.out_specs(base)
+        mergeable = [key for key, spec in base.specs.items() if spec.is_mergeable]
+        wide = [key for key in mergeable if out[key].dtype == wanted != base.specs[key].dtype]
+        wide = [key for key in wide if base.specs[key].dtype in ("F32", "F64")]
+        if wanted not in ("F16", "BF16") or len(wide) * 2 > len(mergeable) or not wide:
+            return []
+        return [
+            f"{len(wide)} tensors that {base.label} keeps in {base.specs[wide[0]].dtype} become {wanted} "
+            f"({wide[0]}, ...); to keep their type: --keep-dtype REGEX"
+        ]
 
     def resolve_scaling_factor(self, rule: Rule) -> Number:
         if isinstance(self.scaling_factor, Layers | Filters):

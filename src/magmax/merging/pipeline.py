@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.blocks import Chunk, block_digests, iter_chunks
 from ..checkpoints.journal import Journal
-from ..checkpoints.prefixed import TensorSink
+from ..checkpoints.renamed import TensorSink
 from .digests import DigestCollector
 from .execution.pool import ShareTask, WorkerPool
 

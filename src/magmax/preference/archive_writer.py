@@ -187,7 +187,9 @@ def write_archive(
     if problems := target.find_problems([path for c in inputs for path in [c.path, *c.files()] if path is not None]):
         raise list_problems(f"{out} cannot be written", problems)
     _read_old_presets(out, names)
-    carried = match_to_base(base, models).unmerged
+    match = match_to_base(base, models, keep_copies=True)
+    base, models, carried = match.base, match.models, match.unmerged
+    inputs = [base, *models]
     keys = [key for key, spec in base.specs.items() if key not in carried and spec.numel]
     digests = [_digest_checkpoint(model) for model in models]
     refuse_equal_models(models, digests)

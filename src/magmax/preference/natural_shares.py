@@ -32,8 +32,8 @@ def natural_shares(
     opened = open_checkpoint(base)
     others = [open_checkpoint(model, base=opened) for model in models]
     match = match_to_base(opened, others, mismatch)
-    elements = {k: match.extents.get(k, s.numel) for k, s in opened.specs.items() if k not in match.unmerged}
-    reader = BlockReader([opened, *others], allow_nonfinite)
+    elements = {k: match.extents.get(k, s.numel) for k, s in match.base.specs.items() if k not in match.unmerged}
+    reader = BlockReader([match.base, *match.models], allow_nonfinite)
     runner = StatisticsRunner(reader, elements, execution.pool, execution.progress)
 
     def plan() -> Any:

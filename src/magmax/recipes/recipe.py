@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from ..calibration.options import CalibrationOptions
 from ..checkpoints.lora.adapted_model import resolve_path, split_base_and_adapter
 from ..checkpoints.remote.urls import is_url
+from ..checkpoints.renamed import Renaming
 from ..errors import MagMaxError
 from ..merging.model_names import default_names
 from ..merging.output_options import OutputOptions
@@ -20,29 +21,39 @@ from ..rules import Number, Rule, make_rule, nearest_hint, parse, rule_from
 from ..rules.schedules import ACCEPTED_FORMS
 from ..yaml_documents import YamlDocument, parse_yaml, read_document, read_text, validate
 from . import mergekit
-from .request import MergeRequest, TargetSamples
+from .request import InputRenamings, MergeRequest, TargetSamples
 
 FUSION_BENCH_CLASS = "MagMaxAlgorithm"
 
 
 class RecipeModel(BaseModel):
-    """A model of a recipe: where it is, and what it is called."""
+    """A model of a recipe: where it is, and what it and its tensors are called.
+
+    Attributes:
+        rename, strip: as in the recipe, for this model alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
     path: str
     name: str | None = None
+    rename: dict[str, str] = {}
+    strip: str = ""
 
 
 class MergeRecipe(BaseModel):
     """A merge in words. Paths are relative to the recipe's folder.
 
     Attributes:
-        base: the model that training started from.
-        models: the fine-tuned models, as paths or as {path, name}; a LoRA adapter is its folder, or BASE+ADAPTER.
+        base: the model that training started from, as a path or as {path, rename, strip}.
+        models: the fine-tuned models, as paths or as {path, name, rename, strip}; a LoRA adapter is its folder, or
+            BASE+ADAPTER.
         rule: a name; {name: {option: value}}; a list of these, a chain; or FusionBench's method YAML or its path.
         scaling_factor: a number, or one by layer or tensor as options of rules have; by default the rule's own.
         dtype: the output's floating type; by default the base's.
-        mismatch: "strict", "base" or "intersect".
+        keep_dtype: a regular expression: tensors in whose names it is found keep the base's type, whatever dtype is.
+        mismatch: "strict", "base", "intersect" or "union".
+        rename: {regular expression: replacement}, for tensor names of the models that have them and that name none.
+        strip: a prefix; of the models whose tensor names begin with it, only these tensors are used, without it.
         allow_nonfinite: let NaN and infinity through.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         target: for the rule tunable, where its preference comes from, if it is not written out.
@@ -51,12 +62,15 @@ class MergeRecipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    base: str | None = None
+    base: str | RecipeModel | None = None
     models: list[str | RecipeModel]
     rule: str | dict[str, Any] | list[Any] = "magmax"
     scaling_factor: Any = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    mismatch: Literal["strict", "base", "intersect"] = "strict"
+    keep_dtype: str = ""
+    mismatch: Literal["strict", "base", "intersect", "union"] = "strict"
+    rename: dict[str, str] = {}
+    strip: str = ""
     allow_nonfinite: bool = False
     adapter_rank: int | None = None
     target: TargetSamples | None = None
@@ -113,7 +127,7 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:
-        for key in ("base", "mismatch", "allow_nonfinite", "calibrate"):
+        for key in ("base", "mismatch", "rename", "strip", "allow_nonfinite", "calibrate"):
             if key in recipe.model_fields_set:
                 raise MagMaxError(
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
@@ -127,9 +141,19 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
-    options = OutputOptions(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    options = OutputOptions(
+        scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite, keep_dtype=recipe.keep_dtype
+    )
     out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
-    base = resolve_path(folder, recipe.base) if recipe.base is not None else None
+    if isinstance(recipe.base, RecipeModel) and recipe.base.name is not None:
+        raise MagMaxError(f"{file}: the base is called base; take its name out")
+    base_given = recipe.base.path if isinstance(recipe.base, RecipeModel) else recipe.base
+    base = resolve_path(folder, base_given) if base_given is not None else None
+    renamings = InputRenamings(
+        Renaming(recipe.strip, recipe.rename),
+        Renaming(recipe.base.strip, recipe.base.rename) if isinstance(recipe.base, RecipeModel) else Renaming(),
+        [Renaming(m.strip, m.rename) if isinstance(m, RecipeModel) else Renaming() for m in recipe.models],
+    )
     target = recipe.target
     if target is not None:
         moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
@@ -141,7 +165,10 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
         }
         calibrate = calibrate.model_copy(update=moved)
     rank = recipe.adapter_rank
-    return MergeRequest(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
+    return MergeRequest(
+        rule, base, paths, names, options, out,
+        renamings=renamings, adapter_rank=rank, target=target, calibrate=calibrate,
+    )  # fmt: skip
 
 
 def _valid_keys(parts: Sequence[str]) -> list[str]:

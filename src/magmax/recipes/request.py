@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from ..calibration.options import CalibrationOptions, prepare_calibration
 from ..checkpoints import Checkpoint, open_adapter, open_checkpoint
 from ..checkpoints.base import HUB_PREFIX
+from ..checkpoints.renamed import Renaming
 from ..errors import MagMaxError
 from ..merging.adapters.adapter_merge import AdapterOptions, adapter_job
 from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.in_memory import merge_in_memory
 from ..merging.job import Job
+from ..merging.matching import match_to_base
 from ..merging.merge_job import merge_job
 from ..merging.output_options import OutputOptions
 from ..rules import Rule, Tunable
@@ -41,12 +43,35 @@ class TargetSamples(BaseModel):
 
 
 @dataclass(frozen=True)
+class InputRenamings:
+    """The renamings of a merge's inputs.
+
+    Attributes:
+        shared: for every model that has such names and no renaming of its own.
+        base: for the base.
+        models: for each model; no entries mean none.
+    """
+
+    shared: Renaming = field(default_factory=Renaming)
+    base: Renaming = field(default_factory=Renaming)
+    models: Sequence[Renaming] = ()
+
+    def apply_to_models(self, models: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Return the models under their names in the merge."""
+        own = list(self.models) or [Renaming()] * len(models)
+        renamed = [renaming.apply(model) if renaming else model for renaming, model in zip(own, models, strict=True)]
+        others = iter(self.shared.apply_to_some([m for m, renaming in zip(renamed, own, strict=True) if not renaming]))
+        return [model if renaming else next(others) for model, renaming in zip(renamed, own, strict=True)]
+
+
+@dataclass(frozen=True)
 class MergeRequest:
     """A validated merge: rule, inputs, options and output.
 
     Attributes:
         check: given the opened base and models, refuses what the recipe cannot mean for them, and returns the base to
             merge into.
+        renamings: what the tensors of the inputs are called in the merge.
         notes: what the user should know of the recipe before it is carried out.
         target: where the preference of the rule tunable comes from, if it is not the rule's own.
         adapter_rank: merge adapters, without a base, into one adapter of at most this rank.
@@ -60,27 +85,29 @@ class MergeRequest:
     options: OutputOptions
     out: str | None
     check: Callable[[Checkpoint, Sequence[Checkpoint]], Checkpoint] = lambda base, models: base
+    renamings: InputRenamings = field(default_factory=InputRenamings)
     notes: Sequence[str] = ()
     adapter_rank: int | None = None
     target: TargetSamples | None = None
     calibrate: CalibrationOptions | None = None
 
-    def open_inputs(self) -> tuple[Checkpoint, list[Checkpoint], list[str]]:
+    def open_inputs(self) -> tuple[Checkpoint, Sequence[Checkpoint], list[str]]:
         """The base, the models and their names; what is named after its id on the hub gets its commit into the name.
 
         Raises MagMaxError for a merge of adapters, which has no base.
         """
         if self.base is None:
             raise MagMaxError("a merge of adapters into an adapter has no base; this needs one: leave out adapter_rank")
-        base = open_checkpoint(self.base)
-        models = [open_checkpoint(m, base=base) for m in self.models]
+        base = self.renamings.base.apply(open_checkpoint(self.base))
+        models = self.renamings.apply_to_models([open_checkpoint(m, base=base) for m in self.models])
         by_id = [
             HUB_PREFIX + name in (path, path.rpartition("+")[2])
             for name, path in zip(self.names, self.models, strict=True)
         ]
         resolved = [model.source.removeprefix(HUB_PREFIX) for model in models]
         names = [r if i else n for n, r, i in zip(self.names, resolved, by_id, strict=True)]
-        return self.check(base, models), models, names
+        match = match_to_base(self.check(base, models), models, self.options.mismatch)
+        return match.base, match.models, names
 
     def job(self, out: str | None = None, execution: ExecutionOptions | None = None) -> Job:
         """Open every input and check it. Raises MagMaxError for all that does not fit."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,26 @@ class LoraModel(Checkpoint):
             tuned = TensorSpec("F64" if source.dtype == "F64" else "F32", source.shape)
             self.specs[key] = tuned if key in self._updates else source
         self.aliases = {key: stored_key for key, stored_key in base.aliases.items() if key not in self.specs}
+        if missing := self._find_targets_without_update():
+            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
+            self.notes.append(
+                f"{label}: target_modules names weights for which its file holds nothing, as if it was cut short; "
+                f"they stay the base's: {listed}"
+            )
+
+    def _find_targets_without_update(self) -> list[str]:
+        """The base's weights that the adapter's settings name, and its file has not; a list of names is looked at."""
+        config, narrowed = self._peft_adapter.config, ("layers_to_transform", "exclude_modules")
+        targets: Any = config.get("target_modules")
+        if not isinstance(targets, list) or any(config.get(name) is not None for name in narrowed):
+            return []
+        ends = tuple(f".{name}.weight" for name in cast("list[Any]", targets))
+        tuned = {*self._updates, *self._replacements}
+        return [
+            key
+            for key, spec in self._base.specs.items()
+            if len(spec.shape) > 1 and f".{key}".endswith(ends) and key not in tuned
+        ]
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         if key in self._replacements:

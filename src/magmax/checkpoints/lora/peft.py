@@ -152,6 +152,11 @@ class PeftAdapter(Checkpoint):
                 )
             elif ".original_module." not in plain:
                 self.replacements[plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
+        if empty := [name for name, spec in self.specs.items() if not spec.numel]:
+            self.problems.append(
+                f"{self.weights.label}: {len(empty)} tensors hold no element, such as {empty[0]}; training shared out "
+                "its weights (DeepSpeed ZeRO-3, FSDP): gather them and save the adapter again"
+            )
         if not self.factor_pairs and not self.replacements and not self.problems:
             self.problems.append(f"{self.weights.label}: holds no tensor of an adapter; save it again with PEFT")
 

@@ -20,7 +20,6 @@ MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 TORCHSCRIPT_PREFIX = "__torch__."
 MAX_DEPTH = 100
 MAX_VISITS = 1_000_000
-DATA_PARALLEL_PREFIX = "module."
 
 
 class PickledModel(Checkpoint):
@@ -34,7 +33,6 @@ class PickledModel(Checkpoint):
     Args:
         part: the model's place in what was pickled, such as "ema" or "state/model"; by default the module itself, or
             what is called by one of `MODEL_KEYS`, or the one thing there that holds tensors.
-        strip: keep the tensors whose names begin with this, and take it off.
         inert: calls of the pickle to be kept as notes of themselves, beyond those known to be harmless.
 
     Raises:
@@ -42,18 +40,12 @@ class PickledModel(Checkpoint):
             that cannot be read; a file that is cut.
     """
 
-    def __init__(self, path: Path, label: str, part: str = "", strip: str = "", inert: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path, label: str, part: str = "", inert: Iterable[str] = ()) -> None:
         super().__init__(label, {})
         self.path = path
         file = RangeFile(path, label)
         source = TorchFile(file, 0, file.size, label, inert)
         tensors = self._collect_tensors(self._find_model(source.root, [p for p in part.split("/") if p]))
-        if strip:
-            tensors = self._strip_prefix(tensors, strip)
-        elif tensors and all(name.startswith(DATA_PARALLEL_PREFIX) for name in tensors):
-            self.notes.append(
-                f"{label}: every name begins with {DATA_PARALLEL_PREFIX!r}; --strip {DATA_PARALLEL_PREFIX} takes it off"
-            )
         self._tensors: dict[str, StoredTensor] = {}
         seen: dict[tuple[Any, ...], str] = {}
         for name, tensor in tensors.items():
@@ -161,17 +153,6 @@ class PickledModel(Checkpoint):
 
     def _cycle_error(self) -> MagMaxError:
         return MagMaxError(f"{self.label}: its modules lie in one another without an end")
-
-    def _strip_prefix(self, tensors: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if not stripped:
-            raise MagMaxError(f"{self.label}: no name begins with {prefix!r}; the first is {next(iter(tensors))!r}")
-        if len(stripped) < len(tensors):
-            left = next(name for name in tensors if not name.startswith(prefix))
-            self.notes.append(
-                f"{self.label}: {len(tensors) - len(stripped)} names without {prefix!r} left out ({left}, ...)"
-            )
-        return stripped
 
 
 def _is_module(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.datasets import LabelledExamples
 from ..data.scenarios import Task
-from ..models.text_encoder import Encoder
+from ..models.text_encoder import Encoder, training_mode
 from ..progress import ProgressCallback, no_progress
 
 Among = Literal["seen", "all"]
@@ -24,16 +24,14 @@ def logits_of(
     encoder: Encoder, head: Tensor, items: Sequence[Any], batch: int = 64, progress: ProgressCallback = no_progress
 ) -> np.ndarray:
     """The logits of every item, float32, shape (n, classes)."""
-    training = encoder.model.training
-    encoder.model.eval()
     order = np.argsort([np.size(item) for item in items], kind="stable")  # little padding
     logits = np.empty((len(items), len(head)), dtype=np.float32)
-    for start in range(0, len(items), batch):
-        rows = order[start : start + batch]
-        features = encoder([items[i] for i in rows])
-        logits[rows] = (features @ head.to(features).T).float().cpu().numpy()
-        progress(start + len(rows), len(items))
-    encoder.model.train(training)
+    with training_mode(encoder.model, False):
+        for start in range(0, len(items), batch):
+            rows = order[start : start + batch]
+            features = encoder([items[i] for i in rows])
+            logits[rows] = (features @ head.to(features).T).float().cpu().numpy()
+            progress(start + len(rows), len(items))
     return logits
 
 

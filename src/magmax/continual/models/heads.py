@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import MagMaxError, list_problems
 from ..data.datasets import Dataset, rows_per_class
-from .text_encoder import Encoder, TextEncoder
+from .text_encoder import Encoder, TextEncoder, training_mode
 
 DEFAULT_TEMPLATES = ("a message about {}", "a discussion of {}", "a question about {}")
 
@@ -89,10 +89,8 @@ def nearest_class_mean(
         raise list_problems("there is no mean of nothing", problems)
     data = data.pick(rows_per_class(data.labels, per_class, seed))
     items = encoder.prepare(data.items)
-    training = encoder.model.training
-    encoder.model.eval()
-    features = torch.cat([encoder(items[i : i + 64]).cpu().double() for i in range(0, len(items), 64)])
-    encoder.model.train(training)
+    with training_mode(encoder.model, False):
+        features = torch.cat([encoder(items[i : i + 64]).cpu().double() for i in range(0, len(items), 64)])
     labels = torch.from_numpy(data.labels)
     sums = torch.zeros(len(dataset.classes), features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
     return (temperature * nn.functional.normalize(sums, dim=-1)).float()
@@ -114,9 +112,7 @@ def zero_shot_head(encoder: TextEncoder, names: Sequence[str], templates: Sequen
     From CLIP (Radford et al., ICML 2021), whose text tower is here the encoder itself.
     """
     _check_templates(templates)
-    training = encoder.model.training
-    encoder.model.eval()
-    total = sum(encoder(encoder.tokenize([t.format(name) for name in names])) for t in templates)
-    encoder.model.train(training)
+    with training_mode(encoder.model, False):
+        total = sum(encoder(encoder.tokenize([t.format(name) for name in names])) for t in templates)
     assert isinstance(total, Tensor)
     return temperature * nn.functional.normalize(total, dim=-1)

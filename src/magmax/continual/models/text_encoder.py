@@ -31,6 +31,18 @@ class Encoder(Protocol):
         ...
 
 
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in this mode; afterwards each of its modules as it was, so that frozen batch norms stay frozen."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
 @dataclass(frozen=True)
 class Bfloat16Encoder:
     """An encoder that computes in bfloat16 what loses little by it (torch's autocast), with weights and features kept.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import MagMaxError
 from ..data.datasets import LabelledExamples
+from ..models.text_encoder import training_mode
 from ..progress import ProgressCallback, no_progress
 from .parallel import Parallel, distribute, gather
 from .snapshot import FitSnapshot
@@ -142,17 +143,6 @@ def share_of(rows: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float
     if len(own_rows) == 0:  # a batch smaller than the team: work on any row, and count it for nothing
         return rows[:1], 0.0
     return own_rows, len(own_rows) * world / len(rows)
-
-
-@contextmanager
-def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in this mode; afterwards as it was."""
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 @contextmanager

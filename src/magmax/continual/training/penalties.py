@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import LabelledExamples
-from .fit import training_mode
+from ..models.text_encoder import training_mode
 from .losses import Classifier, ForgettingPenalty
 
 

@@ -11,12 +11,13 @@ from typing import Any
 from ...checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from ...checkpoints.base import HUB_PREFIX
 from ...checkpoints.lora.adapted_model import portable_path, resolve_portable_path, split_base_and_adapter
-from ...checkpoints.prefixed import PrefixedSink
 from ...checkpoints.remote.urls import is_url
+from ...checkpoints.renamed import PrefixedSink, Renaming
 from ...checkpoints.torch.dcp import find_dcp
 from ...checkpoints.writer import OutputDraft, OutputPath
 from ...errors import MagMaxError
 from ...rules import Number, Rule, StreamingRule, as_rule
+from ..config_differences import note_differences
 from ..execution.execution_options import ExecutionOptions
 from ..in_memory import MemorySink, restore_kind
 from ..job import Job, provenance_file
@@ -28,6 +29,7 @@ from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
 from ..reader import BlockReader
 from ..result import MergeResult
+from ..tying import tie_as_slots
 from .absorb_kernels import AbsorbKernel, ResultKernel, slot_dtype
 from .manifest import AbsorbedModel, Manifest, Version, require_streaming
 from .versions import MAX_MAPPED_MODELS, WINNER_PREFIX, VersionStore, slot_prefix
@@ -59,8 +61,7 @@ class Running:
         base: a path, state dict or module; an existing state remembers a path.
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
         mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
-        lacks is the
-            base's from then on. An existing state has its own, which must be equal if one is given.
+            lacks is the base's from then on. An existing state has its own, which must be equal if one is given.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
@@ -81,6 +82,11 @@ class Running:
         self._base_source: Any = base
         there = VersionStore.find(self.path)
         if there is None:
+            if mismatch == "union":
+                raise MagMaxError(
+                    f"{self.path}: a running merge does not grow, so mismatch cannot be union; begin with a base that "
+                    "has all rows, which magmax merge --mismatch union of the first model makes"
+                )
             begun = Manifest(
                 require_streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict"
             )
@@ -115,14 +121,24 @@ class Running:
         """The tasks absorbed so far, in order."""
         return self._manifest.tasks
 
-    def opened(self, model: Any, name: str | None = None) -> Checkpoint:
+    def opened(self, model: Any, name: str | None = None, renaming: Renaming | None = None) -> Checkpoint:
         """A model as `absorb` will read it; an adapter is applied to the base."""
-        return open_checkpoint(
-            model, None if isinstance(model, str | PathLike) else name or "the model", self._open_base()
-        )
+        label = None if isinstance(model, str | PathLike) else name or "the model"
+        return (renaming or Renaming()).apply(open_checkpoint(model, label, self._open_base()))
 
-    def absorb(self, model: Any, name: str | None = None, label: str | None = None) -> MergeResult:
+    def absorb(
+        self,
+        model: Any,
+        name: str | None = None,
+        label: str | None = None,
+        *,
+        rename: Mapping[str, str] | None = None,
+        strip: str = "",
+    ) -> MergeResult:
         """Take in one more model: one read of base, state and model, one write of the state.
+
+        Args:
+            rename, strip: what the model's tensors are called, as in `magmax.merge`.
 
         Raises:
             MagMaxError: a model that does not fit, or one that was absorbed before. The state is then as it was.
@@ -134,16 +150,18 @@ class Running:
             raise MagMaxError(f"{self.path.parent}: cannot be written to: {error.strerror}") from error
         try:
             with self._disk.lock():
-                return self._absorb_model(model, name, label)
+                return self._absorb_model(model, name, label, Renaming(strip, rename or {}))
         finally:
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def _absorb_model(self, model: Any, name: str | None, label: str | None) -> MergeResult:
+    def _absorb_model(self, model: Any, name: str | None, label: str | None, renaming: Renaming) -> MergeResult:
         base = self._open_base()
-        opened = self.opened(model, name)
-        match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
+        opened = self.opened(model, name, renaming)
         refuse_same_path([base, opened])
+        note_differences(base, [opened])
+        match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
+        base, (opened,) = match.base, match.models
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
         number = max(self._manifest.versions, default=0) + 1
@@ -241,7 +259,8 @@ class Running:
             gone = not Path(base).exists() and not find_dcp(Path(base))
             if gone and not split_base_and_adapter(base) and not base.startswith(HUB_PREFIX) and not is_url(base):
                 raise MagMaxError(f"{self.path}: its base is no longer at {base}; say where it is (--base)")
-        return open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
+        opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
+        return tie_as_slots(opened, self._disk.slots()[0]) if self.tasks else opened
 
     def _absorb_job(self, number: int, base: Checkpoint, model: Checkpoint, name: str, match: Match) -> Job:
         slots, task = self._disk.slots(), len(self.tasks) + 1

@@ -12,7 +12,7 @@ import numpy as np
 from ...checkpoints import Checkpoint, open_checkpoint
 from ...checkpoints.blocks import iter_chunks
 from ...checkpoints.journal import lock_folder
-from ...checkpoints.prefixed import PrefixedCheckpoint
+from ...checkpoints.renamed import RenamedCheckpoint, strip_prefix
 from ...checkpoints.writer import remove
 from ...errors import MagMaxError
 from .manifest import Manifest, Version, read_manifest
@@ -67,15 +67,14 @@ class VersionStore:
         if self.state.current is None:
             return []
         whole = open_checkpoint(self.folder(self.state.current), mergeable=False)
-        first_slot = PrefixedCheckpoint(whole, "", whole.label)
-        first_slot.specs = {key: spec for key, spec in whole.specs.items() if not key.startswith("magmax.")}
+        first_slot = RenamedCheckpoint(whole, {key: key for key in whole.specs if not key.startswith("magmax.")})
         count = self.state.rule.slots(len(self.state.tasks))
-        return [first_slot, *(PrefixedCheckpoint(whole, slot_prefix(n), whole.label) for n in range(1, count))]
+        return [first_slot, *(strip_prefix(whole, slot_prefix(n)) for n in range(1, count))]
 
     def winners(self) -> Checkpoint:
         """The map of the current version: which task, from 1, supplied each element, 0 where none did."""
         whole = open_checkpoint(self.folder(self.state.current or 0), mergeable=False)
-        return PrefixedCheckpoint(whole, WINNER_PREFIX, whole.label)
+        return strip_prefix(whole, WINNER_PREFIX)
 
     def shares(self) -> list[float]:
         """The part of the elements that each task supplied."""

@@ -9,18 +9,19 @@ from typing import Any
 from ...checkpoints.lora.adapted_model import resolve_path, split_base_and_adapter
 from ...checkpoints.remote.hub import parse_hub_id
 from ...checkpoints.remote.urls import is_url
+from ...checkpoints.renamed import Renaming
 from ...errors import MagMaxError, list_problems
 from ...merging.model_names import default_names
 from ...merging.output_options import OutputOptions
 from ...rules import nearest_hint
 from ...yaml_documents import YamlDocument, parse_yaml, validate
-from ..request import MergeRequest
+from ..request import InputRenamings, MergeRequest
 from .architecture_checks import ArchitectureCheck
 from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, MergekitMethod
 from .parameters import ParameterLevel, ParameterLookup
 from .schema import MergekitModel, MergekitRecipe, valid_keys
 
-MAGMAX_KEYS = ("out", "mismatch", "allow_nonfinite")
+MAGMAX_KEYS = ("out", "mismatch", "keep_dtype", "rename", "strip", "allow_nonfinite")
 """What assignments and flags may say beyond mergekit's own keys."""
 
 
@@ -118,6 +119,7 @@ class _Translation:
             names=self._names(paths),
             options=self._options(method, parameters, ours),
             out=self._out(ours.get("out")),
+            renamings=InputRenamings(Renaming(ours.get("strip", ""), ours.get("rename", {}))),
             check=self._fitness(method, ranges),
             notes=self.notes,
         )
@@ -223,7 +225,8 @@ class _Translation:
         if mismatch == "base" and method.counted:
             where, name = self.document.locate("merge_method"), self.recipe.merge_method
             raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
-        return OutputOptions(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
+        dtype, keep_dtype = self.recipe.out_dtype or self.recipe.dtype, str(ours.get("keep_dtype", ""))
+        return OutputOptions(factor, dtype, mismatch, bool(allowed), keep_dtype=keep_dtype)
 
     def _names(self, paths: Sequence[str]) -> list[str]:
         names = default_names([(split_base_and_adapter(path) or (path,))[-1] for path in paths])
