@@ -101,14 +101,22 @@ CODES = {
 """A quantised linear layer as each format stores it."""
 
 
-@pytest.mark.parametrize("codes", CODES.values(), ids=CODES.keys())
-def test_codes_with_what_decodes_them_are_refused_as_base_and_as_model(codes: Tensors, tmp_path: Path) -> None:
-    layers = {key: tensor.clone() for key, tensor in codes.items()}
+NAMED = {
+    "block-scaled FP8": "fp8 .*FineGrainedFP8Config", "bitsandbytes 4 bit": "bitsandbytes .*model.dequantize",
+    "bitsandbytes 8 bit": "bitsandbytes .*model.dequantize", "GPTQ": "GPTQ or AWQ", "AWQ": "GPTQ or AWQ", "HQQ": "HQQ",
+    "compressed-tensors": "compressed-tensors .*CompressedTensorsConfig", "MXFP4": "mxfp4 .*Mxfp4Config",
+    "quanto": "quanto", "AQLM": "AQLM",
+}  # fmt: skip
+"""What is said of the formats that their tensors tell."""
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_with_what_decodes_them_are_refused_as_base_and_as_model(kind: str, tmp_path: Path) -> None:
+    layers = {key: tensor.clone() for key, tensor in CODES[kind].items()}
     paths = [save({**layers, "norm.weight": torch.randn(4)}, tmp_path / f"{n}.safetensors") for n in range(2)]
+    said = f"with {NAMED[kind]}" if kind in NAMED else r"\(.*decoded by .*give the model that it was quantised from"
     for mismatch in ("strict", "base", "intersect"):
-        with pytest.raises(
-            MagMaxError, match=r"is quantised \(.*decoded by .*give the model that it was quantised from"
-        ):
+        with pytest.raises(MagMaxError, match=f"0.safetensors: is quantised {said}"):
             run("merge", "--base", paths[0], paths[1], "--mismatch", mismatch, "--out", tmp_path / "out.safetensors")
     plain = save({"norm.weight": torch.randn(4)}, tmp_path / "plain.safetensors")
     with pytest.raises(MagMaxError, match=r"1\.safetensors: is quantised"):
@@ -141,14 +149,20 @@ def test_integers_and_scales_that_do_not_belong_together_are_merged() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, r"mxfp4\).*Mxfp4Config\(dequantize=True\)"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantised with fp8 .*FineGrainedFP8Config\(dequantize=True\)",
+        ),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised with mxfp4 .*Mxfp4Config\(dequantize=True\)"),
         (
             {"quantization_config": {"load_in_4bit": True}},
-            r"quantization_config in its config.json\).*model.dequantize",
+            r"with bitsandbytes \(quantization_config in its config.json\).*model.dequantize",
         ),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"awq\)"),
-        ({"compression_config": {"format": "int-quantized"}}, r"compression_config in its config.json: int-quantized"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantised with awq \("),
+        (
+            {"compression_config": {"format": "int-quantized"}},
+            r"with int-quantized \(compression_config in its config.json",
+        ),
         ({"quantization": {"bits": 4, "group_size": 64}}, r"quantization in its config.json"),
     ],
 )
@@ -193,6 +207,22 @@ def test_every_verb_refuses_what_is_quantised_and_inspect_shows_it(tmp_path: Pat
     assert not out.exists()
     run("checkpoint", "inspect", bad)
     assert "gate_up_proj_blocks" in capsys.readouterr().out
+
+
+def test_archives_and_running_merges_of_layers_with_a_scale_are_no_quantised_models(tmp_path: Path) -> None:
+    """They hold codes under the names of the tensors, but are read as what they are."""
+    layers = [
+        {"l.weight": torch.randn(4, 3), "l.scale": torch.randn(4), "l.weight_scale": torch.randn(4)} for _ in range(3)
+    ]
+    base, *models = [save(tensors, tmp_path / f"{n}.safetensors") for n, tensors in enumerate(layers)]
+    run("archive", "create", "--base", base, *models, "--out", tmp_path / "archive")
+    running = package.Running(tmp_path / "state", "magmax", base, winners=True)
+    for path in models:
+        running.absorb(path)
+    running.result(0.5, out=tmp_path / "result.safetensors")
+    merged = load_tensors(tmp_path / "result.safetensors")
+    assert same_bytes(merged, reference_merge(magmax, layers[0], layers[1:], 0.5))
+    assert sum(package.Running(tmp_path / "state").status().shares) == pytest.approx(1)
 
 
 # Shards and indexes

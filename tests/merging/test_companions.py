@@ -145,6 +145,7 @@ def test_code_of_auto_map_and_what_it_imports_is_copied_and_told(tmp_path: Path)
     (base / "helpers.py").write_text("from . import nothing\n    from .deeper import g\nimport .missing\n")
     auto_map = {"AutoModel": "modeling_x.XModel", "AutoConfig": "org/other--configuration_x.XConfig"}
     (base / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": auto_map}))
+    (base / "generation_config.json").write_text(json.dumps({"auto_map": {"X": "gone.X"}}))
     tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}}
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     for number, folder in enumerate((base, model)):
@@ -153,12 +154,13 @@ def test_code_of_auto_map_and_what_it_imports_is_copied_and_told(tmp_path: Path)
     said = "\n".join(job.inputs[0].notes)
     code = ["custom_generate/generate.py", "deeper.py", "helpers.py", "modeling_x.py", "tokenization_x.py"]
     assert f"code is copied, which runs only with trust_remote_code: {', '.join(code)}" in said
+    assert "code that its auto_map names is not there: gone.py" in said
     assert "belong to its training: all_results.json, optimizer.pt, trainer_state.json, training_args.bin" in said
     job.run()
     names = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert names - {"model.safetensors", "README.md", "provenance.json", ".magmax-contents"} == {
         *code, "LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md", "bpe.codes", "merges.txt", "dict.txt", "config.json",
-        "tokenizer_config.json",
+        "tokenizer_config.json", "generation_config.json",
     }  # fmt: skip
 
 

@@ -223,6 +223,21 @@ def test_folders_with_an_index_and_their_small_files_come_from_the_web(processes
     assert "vocab.txt" in away
 
 
+def test_a_file_of_a_models_folder_brings_its_config(files, tmp_path):
+    content = {
+        "/m/diffusion_pytorch_model.safetensors": files[0].read_bytes(),
+        "/one.safetensors": files[1][0].read_bytes(),
+    }
+    content["/m/config.json"], content["/config.json"] = b'{"_class_name": "UNet2DModel"}', b'{"colour": "blue"}'
+    with serve_files(WebServer(content)) as web:
+        base, model = f"{web.url}/m/diffusion_pytorch_model.safetensors", f"{web.url}/one.safetensors"
+        magmax.merge("magmax", base, [model], out=tmp_path / "out")
+        magmax.merge("magmax", model, [base], out=tmp_path / "other")
+    assert (tmp_path / "out" / "config.json").read_bytes() == content["/m/config.json"]
+    assert (tmp_path / "out" / "diffusion_pytorch_model.safetensors").is_file()
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
 def test_an_index_that_places_a_tensor_wrongly_is_refused(tmp_path):
     folder = sharded(tmp_path / "m0", 0)
     content = {f"/m0/{path.name}": path.read_bytes() for path in folder.iterdir()}

@@ -38,7 +38,7 @@ __all__ = ["Checkpoint", "TensorSpec", "open_adapter", "open_checkpoint"]
 
 
 def open_checkpoint(
-    source: Any, label: str | None = None, base: Checkpoint | None = None, *, to_inspect: bool = False
+    source: Any, label: str | None = None, base: Checkpoint | None = None, *, mergeable: bool = True
 ) -> Checkpoint:
     """Open a path, a state dict or a module as a `Checkpoint`; only headers are read.
 
@@ -50,7 +50,7 @@ def open_checkpoint(
             mapping of names to tensors or arrays; an object with `state_dict()`; a `Checkpoint`.
         label: what messages call it; a path's own text by default.
         base: what an adapter is applied to where the source does not say it.
-        to_inspect: open also what is refused otherwise: quantised checkpoints, and one shard of several.
+        mergeable: refuse what cannot be merged: quantised checkpoints, and one shard of several.
 
     Raises:
         MagMaxError: nothing there, a file that is corrupt, a pickle that needs code, another kind of object, a
@@ -61,7 +61,7 @@ def open_checkpoint(
     if isinstance(source, str | PathLike):
         text = source if isinstance(source, str) else os.path.join(os.curdir, fspath(cast("PathLike[str]", source)))
         try:
-            opened = _open_source(text, label or fspath(source), base, to_inspect)
+            opened = _open_source(text, label or fspath(source), base, mergeable)
             opened.fingerprints()  # from now on, a change is noticed
             return opened
         except OSError as error:
@@ -103,7 +103,7 @@ def open_adapter(source: str | PathLike[str], label: str | None = None) -> PeftA
         raise MagMaxError(f"{label}: cannot be read: {error.strerror}") from error
 
 
-def _open_source(text: str, label: str, base: Checkpoint | None, to_inspect: bool = False) -> Checkpoint:
+def _open_source(text: str, label: str, base: Checkpoint | None, mergeable: bool = True) -> Checkpoint:
     if halves := split_base_and_adapter(text):
         _reject_remote_adapter(halves[1])
         start, adapter = _open_source(halves[0], halves[0], None), locate_model(halves[1])
@@ -118,7 +118,7 @@ def _open_source(text: str, label: str, base: Checkpoint | None, to_inspect: boo
         located = locate_model(text)
         opened = _open_path(located.path, located.label if label == text else label, base)
         opened.origin, name = located.origin, located.path.name
-    if not to_inspect:
+    if mergeable:
         refuse_quantized(opened)
         if (shard := find_shard(name)) and is_weight_file(name):
             raise MagMaxError(

@@ -17,7 +17,7 @@ from .base import Checkpoint, WeightLayout, parse_json_object
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .memory import open_state_dict_file
 from .remote.remote_file import RemoteFile, map_parallel
-from .remote.remote_folder import RemoteFolder
+from .remote.remote_folder import RemoteFolder, RemoteModelFile
 from .safetensors import SafetensorsFile, check_index_names, read_weight_map, refuse_wrong_index
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
@@ -100,11 +100,12 @@ class WeightsFolder(Checkpoint):
                 return part.weight_map is None or part.weight_map.get(name) == there
 
             aliases = {alias: key for alias, key in file.aliases.items() if is_placed(alias)}
-            placed = [key for key in file.specs if is_placed(key) or key in aliases.values()]
-            for key in placed:
+            tied = set(aliases.values())
+            placed = {key: spec for key, spec in file.specs.items() if is_placed(key) or key in tied}
+            for key, spec in placed.items():
                 if (name := part.prefix + key) in self._places:
                     problems.append(f"{self.label}: {name} is in both {self._places[name][0].label} and {file.label}")
-                self._places[name], self.specs[name] = (file, key), file.specs[key]
+                self._places[name], self.specs[name] = (file, key), spec
             if extra := [key for key in file.specs if key not in placed]:
                 shown = ", ".join(extra[:5]) + ", ..." * (len(extra) > 5)
                 self.notes.append(f"{file.label}: left out, since the index does not name them there: {shown}")
@@ -344,7 +345,9 @@ def open_remote(url: str, label: str) -> Checkpoint:
     """
     name = urlsplit(url).path.rpartition("/")[2]
     if name.endswith(".safetensors"):
-        return SafetensorsFile(RemoteFile(url), label)
+        opened = RemoteModelFile(url, label, is_small_file)
+        opened.layout = WeightLayout.of_file(name)
+        return opened
     if Path(name).suffix in (*PICKLE_SUFFIXES, ".pkl", ".ckpt", ".distcp", ".gguf"):
         raise MagMaxError(f"{label}: only safetensors are read from another machine; download it first")
     away = RemoteFolder(url)

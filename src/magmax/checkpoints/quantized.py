@@ -20,7 +20,7 @@ CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 CONFIG_DEPTH = 3
 PLAIN_DTYPES = ("BOOL", "C64")
 INDEX_DTYPES = ("I64", "U64")
-"""Types of positions and counts, which are codes only under a name of weights."""
+"""Types of positions and counts, which are codes only where their own name and a companion's say so."""
 CODE_NAME = re.compile(r"(packed_|quantized_|int_|q_?)?weights?(_q|_int8)?|W_q|codes|B|bitmask")
 """The last part of a tensor's name where it is weights, so that a scale beside it is the scale of these."""
 CODE_ENDING = re.compile(r"(?<=.)[_:](packed|quantized|qdata|q?data|int_data|blocks|codes|compressed|values|q)$")
@@ -34,29 +34,34 @@ MODULE_COMPANIONS = (
     "zero", "zero_point", "zero_points", "g_idx", "SCB", "absmax", "codebook", "codebooks", "compressed", "s",
 )  # fmt: skip
 """What the tensors that decode weights are called in the weights' module."""
+METHODS = {
+    r"_scale_inv$": "fp8", r"_blocks ": "mxfp4", r"absmax|quant_map|quant_state|SCB": "bitsandbytes",
+    r"weight_packed ": "compressed-tensors", r"qweight ": "GPTQ or AWQ", r"W_q ": "HQQ", r"codes ": "AQLM",
+    r"\._data ": "quanto",
+}  # fmt: skip
+"""A pattern of the codes' and the companion's names -> the method that writes them."""
 DEQUANTIZE = {
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
+    "fp8": "with transformers: quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "with transformers: quantization_config=Mxfp4Config(dequantize=True)",
+    "compressed-tensors": "with transformers: quantization_config=CompressedTensorsConfig(dequantize=True)",
+    "bitsandbytes": "with transformers: model.dequantize()",
 }
-"""The settings with which transformers dequantises as it loads."""
+"""How a model is loaded with floating weights, where transformers can."""
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise MagMaxError if a checkpoint is quantised, with the method and the way to dequantise it."""
-    method, sign = _find_in_config(checkpoint) or _find_in_tensors(checkpoint) or ("", "")
+    found = _find_in_config(checkpoint)
+    method, sign = found or _find_in_tensors(checkpoint) or ("", "")
     if not sign:
         return
-    settings = DEQUANTIZE.get(method)
-    how = (
-        f"AutoModel.from_pretrained(..., quantization_config={settings})" if settings else "model.dequantize()"
-    ) + " and save_pretrained of transformers"
-    stale = any(key in sign for key in CONFIG_KEYS) and not any(_is_code(s.dtype) for s in checkpoint.specs.values())
-    advice = " If its weights are not quantised any more, take that out of its config.json." if stale else ""
-    raise MagMaxError(
-        f"{checkpoint.label}: is quantised ({sign}), and codes cannot be merged; give the model that it was quantised "
-        f"from, or dequantise it first: {how}.{advice}"
-    )
+    remedy = "give the model that it was quantised from"
+    if how := DEQUANTIZE.get(method):
+        remedy += f", or dequantise it {how}, and save_pretrained"
+    if found and not any(_is_code(spec.dtype) for spec in checkpoint.specs.values()):
+        remedy += "; if its weights are not quantised any more, take that out of its config.json"
+    by = f" with {method}" * bool(method)
+    raise MagMaxError(f"{checkpoint.label}: is quantised{by} ({sign}), and codes cannot be merged; {remedy}")
 
 
 def _find_in_config(checkpoint: Checkpoint) -> tuple[str, str] | None:
@@ -66,7 +71,8 @@ def _find_in_config(checkpoint: Checkpoint) -> tuple[str, str] | None:
         method = str(settings.get("quant_method") or settings.get("quant_algo") or settings.get("format") or "")
         is_off = settings.get("load_in_8bit") is False and settings.get("load_in_4bit") is False
         if not (is_off and method in ("bitsandbytes", "")):
-            return method, f"{key} in its config.json" + (f": {method[:40]}" if method else "")
+            is_bitsandbytes = "load_in_4bit" in settings or "load_in_8bit" in settings
+            return (method or "bitsandbytes" * is_bitsandbytes)[:40], f"{key} in its config.json"
     return None
 
 
@@ -86,7 +92,9 @@ def _find_in_tensors(checkpoint: Checkpoint) -> tuple[str, str] | None:
     names = sorted(checkpoint.specs)
     for key, spec in checkpoint.specs.items():
         if _is_code(spec.dtype) and (companion := _find_companion(key, checkpoint, names)):
-            return "fp8" if companion.endswith("_scale_inv") else "", f"{key} is {spec.dtype}, decoded by {companion}"
+            names_of_both = f"{key} {companion}"
+            method = next((name for pattern, name in METHODS.items() if re.search(pattern, names_of_both)), "")
+            return method, f"{key} is {spec.dtype}, decoded by {companion}"
     return None
 
 
@@ -101,8 +109,8 @@ def _find_companion(key: str, checkpoint: Checkpoint, names: list[str]) -> str |
     A name alone decides nothing: `logit_scale` beside `relative_position_index` scales something else.
     """
     module, _, last = key.rpartition(".")
-    is_named_so = CODE_NAME.fullmatch(last) is not None
-    if checkpoint.specs[key].dtype in INDEX_DTYPES and not is_named_so:
+    is_named_so, is_wide = CODE_NAME.fullmatch(last) is not None, checkpoint.specs[key].dtype in INDEX_DTYPES
+    if is_wide and not is_named_so:
         return None
     stem = CODE_ENDING.sub("", key).removesuffix(".")
     place = bisect_left(names, stem)
@@ -110,7 +118,7 @@ def _find_companion(key: str, checkpoint: Checkpoint, names: list[str]) -> str |
         if names[place] != key and COMPANION.fullmatch(names[place][len(stem) :]):
             return names[place]
         place += 1
-    if not is_named_so:
+    if is_wide or not is_named_so:
         return None
     beside = (f"{module}.{name}" if module else name for name in MODULE_COMPANIONS)
     return next((name for name in beside if name in checkpoint.specs), None)

@@ -17,7 +17,7 @@ def inspect(checkpoint: str, *, as_json: Json = False) -> None:
     from ..checkpoints import open_checkpoint
     from ..merging.inspection import provenance_of
 
-    opened = open_checkpoint(checkpoint, to_inspect=True)
+    opened = open_checkpoint(checkpoint, mergeable=False)
     origin = provenance_of(opened)
     if as_json:
         tensors = {key: {"dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes} for key, s in opened.specs.items()}

@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..checkpoints import open_checkpoint
+from ..checkpoints.base import WeightLayout
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
 from ..checkpoints.output_paths import OutputPath
 from ..checkpoints.quantized import refuse_quantized
@@ -52,7 +53,7 @@ def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = 
     located = None if split_base_and_adapter(old) else locate_model(old)
     if located and located.path.is_file() and located.path.suffix not in SAFETENSORS_SUFFIXES:
         source = PickledModel(located.path, located.label, part, inert=inert)
-        source.origin = located.origin
+        source.origin, source.layout = located.origin, WeightLayout.of_file(located.path.name)
         refuse_quantized(source)
     elif part or inert:
         raise MagMaxError(f"{old}: --part and --inert are for pickles, and this is none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
@@ -41,7 +41,7 @@ def model_files(folder: Path, dtype: str | None, merged_modules: Sequence[str] =
     Weights of modules that are not merged are copied too: without them the folder could not be loaded.
     """
     files: dict[str, bytes | Path] = {}
-    code = find_code_files(folder)
+    code = find_code_files(folder)[0]
     for path in sorted(path for place in [folder, *_find_component_folders(folder)] for path in place.iterdir()):
         name = str(path.relative_to(folder))
         other = path.name in ("provenance.json", ADAPTER_CONFIG) or path.name.startswith(".")
@@ -93,27 +93,30 @@ def copy_notes(base: Checkpoint, target: OutputPath) -> list[str]:
     if folder is None:
         return []
     left_out = sorted(p.name for p in folder.iterdir() if TRAINING_STATE.fullmatch(p.name) and p.is_file())
+    code, missing = find_code_files(folder)
     notes = {
-        "code is copied, which runs only with trust_remote_code": find_code_files(folder),
+        "code is copied, which runs only with trust_remote_code": code,
+        "code that its auto_map names is not there": missing,
         "copied as they are, not merged": find_copied_weights(folder, base.layout.modules),
         "not copied, since they belong to its training": left_out,
     }
     return [f"{base.label}: {what}: {', '.join(names)}" for what, names in notes.items() if names]
 
 
-def find_code_files(folder: Path) -> list[str]:
-    """The Python files that the model's settings name in auto_map, and those that these import beside them."""
+def find_code_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The Python files that the model's settings name in auto_map, with those that these import; and those missing."""
     found: list[str] = []
     modules: list[str] = []
     for path in sorted(folder.glob("*config.json")):
         modules += CLASS_NAME.findall(json.dumps(_read_json(path).get("auto_map")))
+    missing = sorted({f"{module}.py" for module in modules if not (folder / f"{module}.py").is_file()})
     while modules:
         name = f"{modules.pop()}.py"
-        if name not in found and PurePosixPath(name).name == name and (folder / name).is_file():
+        if name not in found and (folder / name).is_file():
             found.append(name)
             modules += RELATIVE_IMPORT.findall((folder / name).read_text("utf-8", errors="replace"))
     generate = folder / CODE_FOLDER
-    return sorted([*found, *(f"{CODE_FOLDER}/{path.name}" for path in generate.glob("*.py"))])
+    return sorted([*found, *(f"{CODE_FOLDER}/{path.name}" for path in generate.glob("*.py"))]), missing
 
 
 def find_copied_weights(folder: Path, merged_modules: Sequence[str]) -> list[str]:

@@ -89,7 +89,7 @@ class Archive:
             raise MagMaxError(f"{folder}: is not an archive ({error}); magmax archive create makes one") from error
         self.tasks, self.top, self.bits = self._info.tasks, self._info.top, self._info.bits
         self.presets = self._info.presets
-        self.tensors = open_checkpoint(folder)
+        self.tensors = open_checkpoint(folder, mergeable=False)  # its codes look like a quantised model
 
     def check_weights(self) -> None:
         """Raise MagMaxError where a file of weights is not the one that was written; earlier versions noted no digest.

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import MagMaxError
-from ..safetensors import parse_weight_map
+from ..base import MODEL_CONFIG_KEYS, parse_json_object
+from ..safetensors import SafetensorsFile, parse_weight_map
 from .remote_file import RemoteFile, map_parallel
 from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, display_url, open_filesystem, with_retries
 
@@ -21,6 +22,29 @@ MODEL_FILES = (
 )  # fmt: skip
 """What is asked for by name where a server does not list its folders."""
 MAX_MODEL_FILE_BYTES = 200_000_000
+
+
+class RemoteModelFile(SafetensorsFile):
+    """A file on another machine, with the small files beside it where these are a model's."""
+
+    def __init__(self, url: str, label: str, is_small_file: Callable[[str], bool]) -> None:
+        super().__init__(RemoteFile(url), label)
+        self._full_url, self._is_small_file = url, is_small_file
+        self._small_files: Path | None = None
+        self._folder: RemoteFolder | None = None
+
+    def small_files_folder(self) -> Path | None:
+        if self._folder is None:
+            parts = urlsplit(self._full_url)
+            self._folder = RemoteFolder(urlunsplit(parts._replace(path=parts.path.rpartition("/")[0])))
+            config = parse_json_object(self._folder.read_small_file("config.json"))
+            if any(key in config for key in MODEL_CONFIG_KEYS):
+                self._small_files = self._folder.download_model_files(self._is_small_file)
+        return self._small_files
+
+    def read_small_file(self, name: str) -> bytes | None:
+        """Read nothing: most files on other machines stand alone, and each look at a folder costs a request."""
+        return None
 
 
 class RemoteFolder:

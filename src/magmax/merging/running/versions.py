@@ -79,14 +79,14 @@ class VersionStore:
         """Return what the current version holds of the rule, a checkpoint for each slot."""
         if self.state.current is None:
             return []
-        whole = open_checkpoint(self.folder(self.state.current))
+        whole = open_checkpoint(self.folder(self.state.current), mergeable=False)
         first_slot = RenamedCheckpoint(whole, {key: key for key in whole.specs if not key.startswith("magmax.")})
         count = self.state.rule.slots(len(self.state.tasks))
         return [first_slot, *(strip_prefix(whole, slot_prefix(n)) for n in range(1, count))]
 
     def winners(self) -> Checkpoint:
         """The map of the current version: which task, from 1, supplied each element, 0 where none did."""
-        whole = open_checkpoint(self.folder(self.state.current or 0))
+        whole = open_checkpoint(self.folder(self.state.current or 0), mergeable=False)
         return strip_prefix(whole, WINNER_PREFIX)
 
     def shares(self) -> list[float]:
