@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from tests.models import Tensors, load_tensors, same_bytes, save_tensors, tensor_bytes
 
 from magmax import MagMaxError, Running, merge
+from magmax.calibration.calibration_job import calibrate_job
 from magmax.checkpoints import blocks, open_checkpoint
 from magmax.checkpoints.lora.adapted_model import split_base_and_adapter
+from magmax.checkpoints.safetensors import SafetensorsFile
 from magmax.cli import main
+from magmax.merging.convert import convert_job
 from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.recipes.recipe import build_request, load_recipe
 
@@ -492,3 +495,69 @@ def test_on_the_command_line(base, tmp_path, three, monkeypatch, capsys):
     magmax("search", "sweep", "sweep.yaml", "scaling_factor=0.5,1")
     merge("magmax", base, three[:2], 1.0, tmp_path / "plain.safetensors")
     assert same_bytes(load_tensors(Path("swept-1.safetensors")), load_tensors(Path("plain.safetensors")))
+
+
+def folder_of_base(path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A base as transformers saves it, with a config and a tokenizer beside the weights."""
+    path.mkdir()
+    save_file(base_model(dtype), path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text('{"model_type": "toy", "dtype": "bfloat16"}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def rounded(folder: Path, base: Path) -> Tensors:
+    """The tensors of base+adapter in the base's types."""
+    kinds = load_tensors(base / "model.safetensors")
+    return {key: tensor.to(kinds[key].dtype) for key, tensor in presented(folder, base).items()}
+
+
+def test_converted_it_has_the_config_tokenizer_and_types_of_its_base(tmp_path):
+    base = folder_of_base(tmp_path / "base")
+    folder = adapter(tmp_path / "task", Q | embedding() | {PREFIX + "m.norm.weight": torch.randn(12)})
+    convert_job(f"{base}+{folder}", str(tmp_path / "out")).run()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    weights = tmp_path / "out" / "model.safetensors"
+    assert same_bytes(load_tensors(weights), rounded(folder, base))
+    assert SafetensorsFile(weights).metadata["format"] == "pt"
+
+
+def test_a_value_beyond_the_bases_type_is_refused(tmp_path):
+    base = folder_of_base(tmp_path / "base", torch.float16)
+    folder = adapter(tmp_path / "task", {key: tensor * 1000 for key, tensor in Q.items()})
+    with pytest.raises(MagMaxError, match=r"m\.q\.weight: the values overflow F16"):
+        convert_job(f"{base}+{folder}", str(tmp_path / "out")).run()
+
+
+@pytest.mark.parametrize("kind", ["merge", "running", "mergekit's base", "mergekit's first model", "calibrate"])
+def test_as_the_base_of_a_merge_it_gives_config_tokenizer_and_types(tmp_path, monkeypatch, kind):
+    base = folder_of_base(tmp_path / "base")
+    adapter(tmp_path / "task", Q)
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        moved = {k: t + number * (t.is_floating_point()) for k, t in base_model(torch.bfloat16).items()}
+        save_tensors(moved, tmp_path / f"model{number}" / "model.safetensors")
+    models = ["model1", "model2"]
+    if kind == "merge":
+        merge("average", "base+task", models, 1.0, "out")
+    elif kind == "running":
+        running = Running("state", "average", "base+task")
+        for model in models:
+            running.absorb(model)
+        running.result(1.0, "out")
+    elif kind == "calibrate":
+        names = ["base", "model1", "base+task", "model2"]
+        first, *others = [open_checkpoint(name) for name in names]
+        calibrate_job(first, others[1], [others[0], others[2]], Path("out"), {"m.q.bias": np.full((), 0.5)}, {}).run()
+    else:
+        named = {"mergekit's base": ["model1", "model2"], "mergekit's first model": ["base+task", "model1"]}[kind]
+        method = {"mergekit's base": "task_arithmetic\nbase_model: base+task"}.get(kind, "linear")
+        entries = "".join(f"- model: {name}\n  parameters: {{weight: 0.5}}\n" for name in named)
+        (tmp_path / "recipe.yaml").write_text(f"merge_method: {method}\nmodels:\n{entries}")
+        load_recipe("recipe.yaml", flags={"out": "out"}).job().run()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    kinds = {key: tensor.dtype for key, tensor in load_tensors(base / "model.safetensors").items()}
+    assert {k: t.dtype for k, t in load_tensors(tmp_path / "out" / "model.safetensors").items()} == kinds

@@ -42,7 +42,7 @@ class OutputOptions:
     def out_specs(self, base: Checkpoint) -> dict[str, TensorSpec]:
         """The output's tensors. Raises MagMaxError for a dtype that is none."""
         if self.dtype is None:
-            return dict(base.specs)
+            return dict(base.output_specs)
         if self.dtype not in FLOAT_DTYPES:
             raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest_hint(self.dtype, list(FLOAT_DTYPES))}")
         wanted = FLOAT_DTYPES[self.dtype]
