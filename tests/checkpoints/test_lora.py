@@ -203,6 +203,27 @@ def test_a_square_weight_among_contradicting_ones_is_refused(base, tmp_path):
         presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=True), base)
 
 
+def test_a_square_weight_of_a_base_with_transposed_ones_needs_a_known_architecture(tmp_path):
+    model = {
+        "h.c_proj.weight": torch.randn(12, 12),
+        "h.c_fc.weight": torch.randn(12, 48),
+        "h.c_fc.bias": torch.ones(48),
+    }
+    model["lm_head.weight"] = torch.randn(30, 12)
+    save_tensors(model, tmp_path / "base" / "model.safetensors")
+    tensors = linear("h.c_proj", 12, 12) | linear("lm_head", 30, 12)
+    folder = adapter(tmp_path / "task", tensors)
+    for config in ({}, {"model_type": "gpt_neox"}, {"model_type": "gpt2", "auto_map": {"AutoModel": "x.Y"}}):
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(MagMaxError, match=r"h\.c_proj\.weight is square.*is false, .*for h\.c_fc\.weight"):
+            presented(folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    a, b = linear("h.c_proj", 12, 12).values()
+    assert tensor_bytes(presented(folder, tmp_path / "base")["h.c_proj.weight"]) == tensor_bytes(
+        folded(model["h.c_proj.weight"], a.T, b.T, 7 / RANK)
+    )
+
+
 def test_convolutions(base, tmp_path):
     tensors = pair("m.conv", (RANK, 4, 3, 5), (6, RANK, 1, 1))
     a, b = tensors.values()
