@@ -17,6 +17,7 @@ from magmax import MagMaxError, Running, merge
 from magmax.calibration.calibration_job import calibrate_job
 from magmax.checkpoints import blocks, open_checkpoint
 from magmax.checkpoints.lora.adapted_model import split_base_and_adapter
+from magmax.checkpoints.renamed import Renaming
 from magmax.checkpoints.safetensors import SafetensorsFile
 from magmax.cli import main
 from magmax.merging.convert import convert_job
@@ -331,6 +332,14 @@ HALF = dict([next(iter(Q.items()))])
         ({**Q, PREFIX + "m.q.lora_B.bias": torch.ones(20)}, {}, r"lora_B\.bias is of a kind that is"),
         ({**Q, PREFIX + "m.e.token_adapter.trainable_tokens_delta": torch.ones(2)}, {}, "is of a kind that is"),
         ({}, {}, "holds no tensor of an adapter"),
+        (Q, {"use_new_thing": True}, r"use_new_thing is True, a setting that is not known"),
+        (Q, {"use_new_thing": False, "later": None, "more": []} | {"enable_lora": [True]}, r"enable_lora is \[True\]"),
+        (Q, {"peft_type": "P_TUNING"}, r"'P_TUNING'.*nothing can be merged"),
+        (Q, {"r": 4}, r"the factors are of rank 3: correct r or rank_pattern in .*adapter_config\.json"),
+        (Q, {"rank_pattern": {"q": 5}}, r"the factors are of rank 3: correct r or rank_pattern"),
+        (pair("m.conv", (RANK, 8, 3, 5), (6, RANK, 1, 1)), {}, "a convolution of 2 groups is not supported"),
+        (pair("m.steps", (RANK, 4), (4, RANK)), {}, r"no tensor m\.steps\.weight"),
+        ({f"{PREFIX}m.q.lora_A.mine.weight": torch.ones(3, 12)}, {}, r"carry the name of an adapter \(mine\)"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused(base, tmp_path, tensors, settings, words):
@@ -543,6 +552,11 @@ def test_converted_it_has_the_config_tokenizer_and_types_of_its_base(tmp_path):
     weights = tmp_path / "out" / "model.safetensors"
     assert same_bytes(load_tensors(weights), rounded(folder, base))
     assert SafetensorsFile(weights).metadata["format"] == "pt"
+    convert_job(f"{base}+{folder}", str(tmp_path / "renamed"), renaming=Renaming(rename={"^m[.]": "n."})).run()
+    renamed = load_tensors(tmp_path / "renamed" / "model.safetensors")
+    assert {key.replace("n.", "m.", 1): t.dtype for key, t in renamed.items()} == {
+        key: t.dtype for key, t in load_tensors(weights).items()
+    }
 
 
 def test_a_value_beyond_the_bases_type_is_refused(tmp_path):
@@ -582,3 +596,29 @@ def test_as_the_base_of_a_merge_it_gives_config_tokenizer_and_types(tmp_path, mo
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     kinds = {key: tensor.dtype for key, tensor in load_tensors(base / "model.safetensors").items()}
     assert {k: t.dtype for k, t in load_tensors(tmp_path / "out" / "model.safetensors").items()} == kinds
+
+
+def other_base(path: Path, tensors: Tensors) -> Path:
+    return save_tensors(tensors, path / "other.safetensors")
+
+
+def test_names_that_another_version_of_transformers_gives_are_named(tmp_path):
+    base = other_base(tmp_path, {"language_model.model.layers.0.mlp.up.weight": torch.ones(20, 12)})
+    folder = adapter(tmp_path / "task", linear("model.language_model.layers.0.mlp.up", 20, 12))
+    words = r"it has language_model\.model\.layers.*from 'language_model\.model\.' to 'model\.language_model\.'"
+    with pytest.raises(MagMaxError, match=words):
+        open_checkpoint(f"{base}+{folder}")
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "module", "words"),
+    [
+        ("a.attn.in_proj_weight", torch.ones(36, 12), "a.attn", "MultiheadAttention"),
+        ("a.experts.gate_up_proj", torch.ones(2, 8, 4), "a.experts.0.gate_proj", "experts as one tensor"),
+        ("m.q.weight", torch.ones(120, 1, dtype=torch.uint8), "m.q", "stored as U8.*before it was quantised"),
+    ],
+)
+def test_a_base_that_stores_a_weight_otherwise_is_named(tmp_path, key, spec, module, words):
+    base = open_checkpoint({key: spec})
+    with pytest.raises(MagMaxError, match=words):
+        open_checkpoint(adapter(tmp_path / "task", linear(module, 36, 12)), base=base)

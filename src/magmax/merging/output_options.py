@@ -49,7 +49,7 @@ class OutputOptions:
         kept = find_pattern(self.keep_dtype, base.specs, "keep_dtype") if self.keep_dtype else set[str]()
         return {
             key: TensorSpec(wanted, s.shape) if s.is_mergeable and key not in kept else s
-            for key, s in base.specs.items()
+            for key, s in base.output_specs.items()
         }
 
     def dtype_notes(self, base: Checkpoint) -> list[str]:

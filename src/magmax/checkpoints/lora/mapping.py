@@ -71,11 +71,10 @@ class AdapterMapping:
         shape, adapter = self._base.specs[embedding].shape, self._adapter
         heads = [key for key, name in adapter.replacements.items() if adapter.spec(name).shape == shape]
         for (module, is_embedding), pair in adapter.factor_pairs.items():
-            factors = [adapter.spec(pair[letter]).shape for letter in "AB" if letter in pair]
-            if not is_embedding and [f[-1:] if n == 0 else f[:1] for n, f in enumerate(factors)] == [
-                shape[1:],
-                shape[:1],
-            ]:
+            if is_embedding or len(pair) < 2:
+                continue
+            a, b = adapter.spec(pair["A"]).shape, adapter.spec(pair["B"]).shape
+            if b[:1] + a[1:] == shape:
                 heads.append(f"{module}.weight")
         ends = {part for key in self._base.specs for part in key.split(".")[-2:-1]}
         return tied | {head: embedding for head in heads if "." in head and head.split(".")[-2] not in ends}
@@ -95,6 +94,24 @@ class AdapterMapping:
                 "its config.json, and a copy of the embedding stored as the head)"
             )
         self.replacements.setdefault(stored, name)
+
+    def _explain(self, name: str) -> str:
+        """What to do about a targeted tensor that the base lacks: say how the base calls the nearest one."""
+        keys, parts = self._base.specs.keys(), name.split(".")
+        attention = f"{name.removesuffix('weight')}in_proj_weight"
+        if name.endswith(".weight") and attention in keys:
+            return f"LoRA on torch's MultiheadAttention ({attention}) is not supported; {UNSUPPORTED_HINTS}"
+        if "experts" in parts and any(".experts.gate_up_proj" in key or ".experts.down_proj" in key for key in keys):
+            return f"the base stores its experts as one tensor (as transformers 5 does); {UNSUPPORTED_HINTS}"
+        for length in range(len(parts) - 1, 2, -1):
+            end = "." + ".".join(parts[-length:])
+            if like := [key for key in keys if key.endswith(end) or key == end[1:]]:
+                ours, theirs = like[0].removesuffix(end[1:]), name.removesuffix(end[1:])
+                return (
+                    f"but it has {like[0]}: if only the names differ, as between versions of transformers, give the "
+                    f"base with its names changed from {ours!r} to {theirs!r} (convert --rename)"
+                )
+        return "give the base that the adapter was trained on"
 
     @cached_property
     def _has_conv1d_names(self) -> bool:
@@ -128,8 +145,7 @@ class AdapterMapping:
         name_a, name_b = folder.factor_names(module, is_embedding)
         if key not in self._base.specs and key not in self.replacements:
             raise MagMaxError(
-                f"{folder.label}: targets {module}, but {self._base.label} has no tensor {name}; "
-                "give the base that the adapter was trained on"
+                f"{folder.label}: targets {module}, but {self._base.label} has no tensor {name}; {self._explain(name)}"
             )
         if key in self.updates:
             raise MagMaxError(f"{folder.label}: targets {key} of {self._base.label} twice; {UNSUPPORTED_HINTS}")
@@ -139,6 +155,11 @@ class AdapterMapping:
         if not (weight.is_mergeable and a.is_mergeable and b.is_mergeable) or (
             "F64" in kinds and weight.dtype != "F64"
         ):
+            if not weight.is_mergeable:
+                raise MagMaxError(
+                    f"{joined} in {self._base.label}: the weight is stored as {weight.dtype}, as in quantised models; "
+                    "give the base as it was before it was quantised"
+                )
             raise MagMaxError(f"{joined} in {self._base.label}: these types do not go together; convert one of them")
         rank, scale = folder.rank_and_scale(module)
         rows, rest = weight.shape[:1], weight.shape[1:]
@@ -148,13 +169,11 @@ class AdapterMapping:
         if not across and (is_embedding or not plain):
             raise MagMaxError(
                 f"{joined} in {self._base.label}, at rank {rank}: these shapes do not fit; "
-                "give the base that the adapter was trained on"
+                f"{folder.explain_shapes(module, a, b, weight)}"
             )
-        if plain and across and not is_embedding:
-            transposed = self._is_square_transposed(key)
-        else:
-            transposed = across
-        if not is_embedding and not (plain and across) and len(rest) == 1 and across != folder.fan_in_fan_out:
+        is_square = plain and across and not is_embedding
+        transposed = self._is_square_transposed(key) if is_square else across
+        if not is_embedding and not is_square and len(rest) == 1 and across != folder.fan_in_fan_out:
             self._contradicting_key = key
         by_a = StoredFactor(name_a, rank, a.numel // rank, is_rank_first=True)
         by_b = StoredFactor(name_b, rank, b.numel // rank, is_rank_first=False)
