@@ -622,3 +622,29 @@ def test_a_base_that_stores_a_weight_otherwise_is_named(tmp_path, key, spec, mod
     base = open_checkpoint({key: spec})
     with pytest.raises(MagMaxError, match=words):
         open_checkpoint(adapter(tmp_path / "task", linear(module, 36, 12)), base=base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",
+        "unet.down_blocks.0.attn1.to_q.lora_A.weight",
+        "unet.mid_block.attn1.processor.to_q_lora.down.weight",
+        "text_encoder.layers.0.q_proj.lora_linear_layer.up.weight",
+        "lora_unet_mid_block.hada_w1_a",
+    ],
+)
+def test_a_file_of_kohya_or_diffusers_is_named(base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_tensors({name: torch.ones(2, 4)}, tmp_path / "style.safetensors")
+    for source in ("style.safetensors", "base.safetensors+style.safetensors"):
+        with pytest.raises(MagMaxError, match=r"style\.safetensors: is a LoRA file without PEFT's"):
+            open_checkpoint(source, base=open_checkpoint(base))
+    open_checkpoint("style.safetensors", to_inspect=True)
+
+
+def test_the_weight_file_of_an_adapter_names_its_folder(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    for source in (folder / "adapter_model.safetensors", f"{base}+{folder / 'adapter_model.safetensors'}"):
+        with pytest.raises(MagMaxError, match=r"holds the weights of an adapter; give its folder, .*task"):
+            open_checkpoint(source, base=open_checkpoint(base))

@@ -120,6 +120,9 @@ def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | Non
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
+        lora_file = Path(folder, adapter)  # refused by name once it is opened
+        if lora_file.suffix == ".safetensors" and lora_file.is_file():
+            return base, adapter
         if is_url(adapter) or any(Path(folder, adapter, name, ADAPTER_CONFIG).is_file() for name in ("", "default")):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids

@@ -189,7 +189,7 @@ def _match_names(targets: list[str], others: list[str], keys: Set[str]) -> dict[
     wanted = [*targets, *others]
     for drop, add in changes:
         base_names = {name: name if name in keys else add + name.removeprefix(drop) for name in wanted}
-        if keys.issuperset(base_names[name] for name in targets):
+        if keys >= {base_names[name] for name in targets}:
             return {name: new if new in keys else name for name, new in base_names.items()}
     return {name: name for name in wanted}
 

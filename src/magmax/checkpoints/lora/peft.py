@@ -38,6 +38,11 @@ KNOWN_SETTINGS = frozenset({
     "qalora_group_size", "runtime_config", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
 })  # fmt: skip
 """Settings that are read here, or that concern training alone."""
+LORA_FILE_NAME = re.compile(
+    r"\.(lora_(down|up|mid|A|B|embedding_[AB])|lora\.(down|up)|lora_linear_layer\.(down|up))(\.weight)?$"
+    r"|_lora\.(down|up)\.weight$|\.(hada|lokr)_\w+$"
+)
+"""Names of tensors in files of LoRA, LoHa and LoKr."""
 SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base's weights as they are."""
 PROMPT_TYPES = (
@@ -129,8 +134,9 @@ class PeftAdapter(Checkpoint):
         rank, _ = self.rank_and_scale(module)
         if a.shape[:1] == b.shape[1:2] != (rank,):
             return f"the factors are of rank {a.shape[0]}: correct r or rank_pattern in {self._config_path}"
-        groups = a.shape[1] // weight.shape[1] if len(weight.shape) > 2 and len(a.shape) > 2 else 1
-        if groups > 1 and a.shape[1] == groups * weight.shape[1]:
+        theirs, ours = (TensorSpec(spec.dtype, spec.shape[1:2]).numel for spec in (a, weight))
+        groups = theirs // max(1, ours)
+        if len(weight.shape) > 2 and groups > 1 and theirs == groups * ours:
             return f"a convolution of {groups} groups is not supported, and PEFT cannot merge it either"
         return "give the base that the adapter was trained on"
 
@@ -230,3 +236,19 @@ def _is_finite(number: float) -> bool:
         return math.isfinite(number)
     except OverflowError:  # a whole number beyond every float
         return False
+
+
+def refuse_lora_file(checkpoint: Checkpoint) -> None:
+    """Raise MagMaxError for a file of LoRA factors without PEFT's settings, as kohya and diffusers save it."""
+    found = [key for key in checkpoint.specs if LORA_FILE_NAME.search(key)]
+    path = checkpoint.path
+    if not found or (path is not None and (path / ADAPTER_CONFIG).is_file()):
+        return
+    folder = path.parent if path is not None else None
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        raise MagMaxError(f"{checkpoint.label}: holds the weights of an adapter; give its folder, {folder}")
+    raise MagMaxError(
+        f"{checkpoint.label}: is a LoRA file without PEFT's {ADAPTER_CONFIG}, as kohya's scripts and diffusers save it "
+        f"({found[0]}), which is not supported; merge it with diffusers (load_lora_weights, fuse_lora), save the model "
+        "and give that"
+    )
