@@ -14,9 +14,13 @@ from safetensors.torch import save_file
 from tests.models import Tensors, load_tensors, same_bytes, save_tensors, tensor_bytes
 
 from magmax import MagMaxError, Running, merge
+from magmax.calibration.calibration_job import calibrate_job
 from magmax.checkpoints import blocks, open_checkpoint
 from magmax.checkpoints.lora.adapted_model import split_base_and_adapter
+from magmax.checkpoints.renamed import Renaming
+from magmax.checkpoints.safetensors import SafetensorsFile
 from magmax.cli import main
+from magmax.merging.convert import convert_job
 from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.recipes.recipe import build_request, load_recipe
 
@@ -200,6 +204,27 @@ def test_a_square_weight_among_contradicting_ones_is_refused(base, tmp_path):
         presented(adapter(tmp_path / "task", tensors, fan_in_fan_out=True), base)
 
 
+def test_a_square_weight_of_a_base_with_transposed_ones_needs_a_known_architecture(tmp_path):
+    model = {
+        "h.c_proj.weight": torch.randn(12, 12),
+        "h.c_fc.weight": torch.randn(12, 48),
+        "h.c_fc.bias": torch.ones(48),
+    }
+    model["lm_head.weight"] = torch.randn(30, 12)
+    save_tensors(model, tmp_path / "base" / "model.safetensors")
+    tensors = linear("h.c_proj", 12, 12) | linear("lm_head", 30, 12)
+    folder = adapter(tmp_path / "task", tensors)
+    for config in ({}, {"model_type": "gpt_neox"}, {"model_type": "gpt2", "auto_map": {"AutoModel": "x.Y"}}):
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(MagMaxError, match=r"h\.c_proj\.weight is square.*is false, .*for h\.c_fc\.weight"):
+            presented(folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    a, b = linear("h.c_proj", 12, 12).values()
+    assert tensor_bytes(presented(folder, tmp_path / "base")["h.c_proj.weight"]) == tensor_bytes(
+        folded(model["h.c_proj.weight"], a.T, b.T, 7 / RANK)
+    )
+
+
 def test_convolutions(base, tmp_path):
     tensors = pair("m.conv", (RANK, 4, 3, 5), (6, RANK, 1, 1))
     a, b = tensors.values()
@@ -307,6 +332,14 @@ HALF = dict([next(iter(Q.items()))])
         ({**Q, PREFIX + "m.q.lora_B.bias": torch.ones(20)}, {}, r"lora_B\.bias is of a kind that is"),
         ({**Q, PREFIX + "m.e.token_adapter.trainable_tokens_delta": torch.ones(2)}, {}, "is of a kind that is"),
         ({}, {}, "holds no tensor of an adapter"),
+        (Q, {"use_new_thing": True}, r"use_new_thing is True, a setting that is not known"),
+        (Q, {"use_new_thing": False, "later": None, "more": []} | {"enable_lora": [True]}, r"enable_lora is \[True\]"),
+        (Q, {"peft_type": "P_TUNING"}, r"'P_TUNING'.*nothing can be merged"),
+        (Q, {"r": 4}, r"the factors are of rank 3: correct r or rank_pattern in .*adapter_config\.json"),
+        (Q, {"rank_pattern": {"q": 5}}, r"the factors are of rank 3: correct r or rank_pattern"),
+        (pair("m.conv", (RANK, 8, 3, 5), (6, RANK, 1, 1)), {}, "a convolution of 2 groups is not supported"),
+        (pair("m.steps", (RANK, 4), (4, RANK)), {}, r"no tensor m\.steps\.weight"),
+        ({f"{PREFIX}m.q.lora_A.mine.weight": torch.ones(3, 12)}, {}, r"carry the name of an adapter \(mine\)"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused(base, tmp_path, tensors, settings, words):
@@ -492,3 +525,126 @@ def test_on_the_command_line(base, tmp_path, three, monkeypatch, capsys):
     magmax("search", "sweep", "sweep.yaml", "scaling_factor=0.5,1")
     merge("magmax", base, three[:2], 1.0, tmp_path / "plain.safetensors")
     assert same_bytes(load_tensors(Path("swept-1.safetensors")), load_tensors(Path("plain.safetensors")))
+
+
+def folder_of_base(path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A base as transformers saves it, with a config and a tokenizer beside the weights."""
+    path.mkdir()
+    save_file(base_model(dtype), path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text('{"model_type": "toy", "dtype": "bfloat16"}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def rounded(folder: Path, base: Path) -> Tensors:
+    """The tensors of base+adapter in the base's types."""
+    kinds = load_tensors(base / "model.safetensors")
+    return {key: tensor.to(kinds[key].dtype) for key, tensor in presented(folder, base).items()}
+
+
+def test_converted_it_has_the_config_tokenizer_and_types_of_its_base(tmp_path):
+    base = folder_of_base(tmp_path / "base")
+    folder = adapter(tmp_path / "task", Q | embedding() | {PREFIX + "m.norm.weight": torch.randn(12)})
+    convert_job(f"{base}+{folder}", str(tmp_path / "out")).run()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    weights = tmp_path / "out" / "model.safetensors"
+    assert same_bytes(load_tensors(weights), rounded(folder, base))
+    assert SafetensorsFile(weights).metadata["format"] == "pt"
+    convert_job(f"{base}+{folder}", str(tmp_path / "renamed"), renaming=Renaming(rename={"^m[.]": "n."})).run()
+    renamed = load_tensors(tmp_path / "renamed" / "model.safetensors")
+    assert {key.replace("n.", "m.", 1): t.dtype for key, t in renamed.items()} == {
+        key: t.dtype for key, t in load_tensors(weights).items()
+    }
+
+
+def test_a_value_beyond_the_bases_type_is_refused(tmp_path):
+    base = folder_of_base(tmp_path / "base", torch.float16)
+    folder = adapter(tmp_path / "task", {key: tensor * 1000 for key, tensor in Q.items()})
+    with pytest.raises(MagMaxError, match=r"m\.q\.weight: the values overflow F16"):
+        convert_job(f"{base}+{folder}", str(tmp_path / "out")).run()
+
+
+@pytest.mark.parametrize("kind", ["merge", "running", "mergekit's base", "mergekit's first model", "calibrate"])
+def test_as_the_base_of_a_merge_it_gives_config_tokenizer_and_types(tmp_path, monkeypatch, kind):
+    base = folder_of_base(tmp_path / "base")
+    adapter(tmp_path / "task", Q)
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        moved = {k: t + number * (t.is_floating_point()) for k, t in base_model(torch.bfloat16).items()}
+        save_tensors(moved, tmp_path / f"model{number}" / "model.safetensors")
+    models = ["model1", "model2"]
+    if kind == "merge":
+        merge("average", "base+task", models, 1.0, "out")
+    elif kind == "running":
+        running = Running("state", "average", "base+task")
+        for model in models:
+            running.absorb(model)
+        running.result(1.0, "out")
+    elif kind == "calibrate":
+        names = ["base", "model1", "base+task", "model2"]
+        first, *others = [open_checkpoint(name) for name in names]
+        calibrate_job(first, others[1], [others[0], others[2]], Path("out"), {"m.q.bias": np.full((), 0.5)}, {}).run()
+    else:
+        named = {"mergekit's base": ["model1", "model2"], "mergekit's first model": ["base+task", "model1"]}[kind]
+        method = {"mergekit's base": "task_arithmetic\nbase_model: base+task"}.get(kind, "linear")
+        entries = "".join(f"- model: {name}\n  parameters: {{weight: 0.5}}\n" for name in named)
+        (tmp_path / "recipe.yaml").write_text(f"merge_method: {method}\nmodels:\n{entries}")
+        load_recipe("recipe.yaml", flags={"out": "out"}).job().run()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    kinds = {key: tensor.dtype for key, tensor in load_tensors(base / "model.safetensors").items()}
+    assert {k: t.dtype for k, t in load_tensors(tmp_path / "out" / "model.safetensors").items()} == kinds
+
+
+def other_base(path: Path, tensors: Tensors) -> Path:
+    return save_tensors(tensors, path / "other.safetensors")
+
+
+def test_names_that_another_version_of_transformers_gives_are_named(tmp_path):
+    base = other_base(tmp_path, {"language_model.model.layers.0.mlp.up.weight": torch.ones(20, 12)})
+    folder = adapter(tmp_path / "task", linear("model.language_model.layers.0.mlp.up", 20, 12))
+    words = r"it has language_model\.model\.layers.*from 'language_model\.model\.' to 'model\.language_model\.'"
+    with pytest.raises(MagMaxError, match=words):
+        open_checkpoint(f"{base}+{folder}")
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "module", "words"),
+    [
+        ("a.attn.in_proj_weight", torch.ones(36, 12), "a.attn", "MultiheadAttention"),
+        ("a.experts.gate_up_proj", torch.ones(2, 8, 4), "a.experts.0.gate_proj", "experts as one tensor"),
+        ("m.q.weight", torch.ones(120, 1, dtype=torch.uint8), "m.q", "stored as U8.*before it was quantised"),
+    ],
+)
+def test_a_base_that_stores_a_weight_otherwise_is_named(tmp_path, key, spec, module, words):
+    base = open_checkpoint({key: spec})
+    with pytest.raises(MagMaxError, match=words):
+        open_checkpoint(adapter(tmp_path / "task", linear(module, 36, 12)), base=base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",
+        "unet.down_blocks.0.attn1.to_q.lora_A.weight",
+        "unet.mid_block.attn1.processor.to_q_lora.down.weight",
+        "text_encoder.layers.0.q_proj.lora_linear_layer.up.weight",
+        "lora_unet_mid_block.hada_w1_a",
+    ],
+)
+def test_a_file_of_kohya_or_diffusers_is_named(base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_tensors({name: torch.ones(2, 4)}, tmp_path / "style.safetensors")
+    for source in ("style.safetensors", "base.safetensors+style.safetensors"):
+        with pytest.raises(MagMaxError, match=r"style\.safetensors: is a LoRA file without PEFT's"):
+            open_checkpoint(source, base=open_checkpoint(base))
+    open_checkpoint("style.safetensors", to_inspect=True)
+
+
+def test_the_weight_file_of_an_adapter_names_its_folder(base, tmp_path):
+    folder = adapter(tmp_path / "task", Q)
+    for source in (folder / "adapter_model.safetensors", f"{base}+{folder / 'adapter_model.safetensors'}"):
+        with pytest.raises(MagMaxError, match=r"holds the weights of an adapter; give its folder, .*task"):
+            open_checkpoint(source, base=open_checkpoint(base))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from magmax import merge, merge_adapters
+from magmax import MagMaxError, merge, merge_adapters
 from magmax.checkpoints import open_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -21,6 +21,14 @@ def llama() -> Any:
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def tied_llama(tied: bool = True) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
@@ -60,9 +68,19 @@ CASES = {
     "tied embedding": (gpt2, {"target_modules": ["wte", "c_attn"]}),
     "transposed": (gpt2, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
     "transposed, found out": (gpt2, {"target_modules": ["c_attn", "c_proj"]}),
+    "transposed, and a last module that is not": (gpt2, {"target_modules": ["attn.c_proj", "lm_head"]}),
     "a new head": (bert, {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "bias": "all"}),
     "biases": (bert, {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     "convolutions": (Convolutions, {"target_modules": ["wide", "point", "line"]}),
+    "a tied head": (tied_llama, {"target_modules": ["lm_head", "q_proj"]}),
+    "both of a tied pair, kept tied": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "an embedding that is not tied": (
+        lambda: tied_llama(False),
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
 }
 
 
@@ -97,6 +115,18 @@ def test_one_adapter_averaged_alone_is_merge_and_unload(tmp_path, name):
         torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
         moved += not torch.equal(tensor.reshape(-1), torch.from_numpy(start.read(key, 0, start.spec(key).num_units)))
     assert moved >= 2
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="+".join)
+def test_a_module_that_peft_parts_from_a_tied_one_is_refused(tmp_path, saved):
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+        tuned.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MagMaxError, match=r"saves .*weight in full, but .*base ties it to .*not tied"):
+        merge("average", tmp_path / "base", [tmp_path / "adapter"], 1.0, tmp_path / "out")
 
 
 def test_a_merged_folder_loads_and_answers_as_peft_does(tmp_path):

@@ -45,12 +45,10 @@ def calibrate_job(
     match = match_to_base(base, [merged, *models], options.mismatch)
     base, (merged, *models) = match.base, match.models
     inputs = [base, merged, *models]
-    specs = {
-        key: merged.spec(key) if merged.resolve_alias(key) in merged.specs else spec for key, spec in base.specs.items()
-    }
+    specs = {key: merged.output_specs.get(merged.resolve_alias(key), spec) for key, spec in base.output_specs.items()}
     earlier = read_provenance(merged.metadata)
     recipe = {"calibrate": {**provenance, "xi": coefficients_digest(coefficients)}, **match.describe()}
-    folder = merged if merged.path is not None and merged.path.is_dir() else base
+    folder = merged if merged.small_files_folder() is not None else base
     target = OutputPath(out)
     return Job(
         target=target,

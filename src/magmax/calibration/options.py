@@ -171,8 +171,9 @@ def _folder(chosen: CalibrationOptions, base: Checkpoint, merged: Checkpoint) ->
     if chosen.model is not None:
         return Path(chosen.model)
     for checkpoint in (merged, base):
-        if checkpoint.path is not None and (checkpoint.path / "config.json").is_file():
-            return checkpoint.path
+        folder = checkpoint.small_files_folder()
+        if folder is not None and (folder / "config.json").is_file():
+            return folder
     raise MagMaxError(
         f"{merged.label}: to run the model, its config.json is needed, and neither this nor {base.label} is a folder "
         "with one; name the folder of the model's config and tokenizer: --model FOLDER"

@@ -14,7 +14,7 @@ from ..checkpoints import Checkpoint, TensorSpec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
 from ..merging.pipeline import InputBlock, Kernel, WrappedKernel
-from ..merging.reader import is_finite
+from ..merging.reader import cast_units, is_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,9 @@ class FoldKernel(Kernel):
         base = block.read(0)
         for number in range(2, len(self.inputs)):
             block.read_for_digest(number)
-        return [fold_block(block, base, block.spec(0), block.read(1), self.out[block.key], self.coefficients)]
+        out = self.out[block.key]
+        merged = cast_units(block.read(1), block.key, block.spec(1).dtype, out.dtype)
+        return [fold_block(block, base, block.spec(0), merged, out, self.coefficients)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .folder import (
     shorten,
 )
 from .lora.adapted_model import LoraModel, split_base_and_adapter
-from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
+from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter, refuse_lora_file
 from .memory import StateDict, open_state_dict_file, unwrapped
 from .quantized import refuse_quantized
 from .remote.hub import locate_model, looks_like_hub_id
@@ -107,6 +107,9 @@ def _open_source(text: str, label: str, base: Checkpoint | None, mergeable: bool
     if halves := split_base_and_adapter(text):
         _reject_remote_adapter(halves[1])
         start, adapter = _open_source(halves[0], halves[0], None), locate_model(halves[1])
+        if adapter.path.is_file():
+            refuse_lora_file(_open_path(adapter.path, adapter.label, None))
+            raise MagMaxError(f"{adapter.label}: is not the folder of a LoRA adapter; give the folder that PEFT saved")
         opened = _open_adapted(adapter.path, start, label) or LoraModel(adapter.path, start, label)
         origins = start.origin or Path(halves[0]).name, adapter.origin or adapter.path.name
         opened.origin = "+".join(origins) if start.origin or adapter.origin else ""
@@ -119,6 +122,7 @@ def _open_source(text: str, label: str, base: Checkpoint | None, mergeable: bool
         opened = _open_path(located.path, located.label if label == text else label, base)
         opened.origin, name = located.origin, located.path.name
     if mergeable:
+        refuse_lora_file(opened)
         refuse_quantized(opened)
         if (shard := find_shard(name)) and is_weight_file(name):
             raise MagMaxError(

@@ -89,6 +89,11 @@ class Checkpoint(ABC):
         return self.path is not None or bool(self.url)
 
     @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """The tensors as an output stores them: as in `specs`, or narrower where these are computed in a wider type."""
+        return self.specs
+
+    @property
     def remote_bytes(self) -> int:
         """Return how many of its bytes come from another machine, as far as tensors go."""
         return self.nbytes if self.url else 0

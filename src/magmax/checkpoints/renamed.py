@@ -46,6 +46,11 @@ class RenamedCheckpoint(CheckpointView):
             else:
                 self.aliases[new] = first[old]
 
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        stored = self._checkpoint.output_specs
+        return {new: stored[old] for new, old in self._stored_name.items()}
+
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._checkpoint.read(self._stored_name[key], start, stop)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Checkpoint
+from .dtypes import TensorSpec
 
 
 class ZeroBase(Checkpoint):
@@ -35,6 +36,10 @@ class ZeroBase(Checkpoint):
 
     def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
         return self._like.fingerprints(refresh)
+
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        return self._like.output_specs
 
     def small_files_folder(self) -> Path | None:
         return self._like.small_files_folder()

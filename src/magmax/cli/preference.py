@@ -126,7 +126,7 @@ def tune(
         opened, inputs = match.base, list(match.models)
     weights = opened_archive.preset(preset) if opened_archive and preset else _parse_preference(prefer or [])
     content: dict[str, Any] = {
-        "base": str(opened.path),
+        "base": base or str(opened.path),
         "models": [{"path": name, "name": name} for name in opened_archive.tasks] if opened_archive else list(models),
         "rule": {"tunable": {"span": span, "selection": selection, "seed": seed, "preference": weights or []}},
         "target": {"data": target, "samples": samples, "method": method, "encoder": encoder} if target else None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints import TensorSpec, open_checkpoint
 from ..checkpoints.base import WeightLayout
 from ..checkpoints.lora.adapted_model import split_base_and_adapter
 from ..checkpoints.output_paths import OutputPath
@@ -24,6 +24,7 @@ from .model_files import copy_notes, model_files
 from .model_names import default_names
 from .pipeline import InputBlock, Kernel
 from .provenance import Provenance
+from .reader import cast_units
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
@@ -32,14 +33,18 @@ SAFETENSORS_SUFFIXES = (".safetensors", ".json")
 
 @dataclass(frozen=True)
 class CopyKernel(Kernel):
-    """Every block as it is."""
+    """Every block as it is; a weight that an adapter tunes, in the type of its base."""
+
+    out: Mapping[str, TensorSpec]
 
     def __call__(self, block: InputBlock) -> list[NDArray[Any]]:
-        return [block.read(0)]
+        return [cast_units(block.read(0), block.key, block.spec(0).dtype, self.out[block.key].dtype)]
 
 
 def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = None, inert: Sequence[str] = ()) -> Job:
     """The work of writing a checkpoint as safetensors, every tensor byte for byte and tied ones once.
+
+    The weights that an adapter tunes are rounded to the types of its base, whose config and tokenizer go with them.
 
     Args:
         old: a file of torch's that holds a state dict, a module or any object that holds one: nothing in it is run, see
@@ -79,8 +84,8 @@ def convert_job(old: str, out: str, part: str = "", renaming: Renaming | None = 
         inputs=[source],
         names=default_names([source.source]),
         recipe={"convert": {name: value for name, value in choices.items() if value}},
-        specs=source.specs,
-        kernel=CopyKernel(),
+        specs=source.output_specs,
+        kernel=CopyKernel(source.output_specs),
         unmerged={},
         metadata=base_metadata(source),
         small_files=beside,

@@ -32,6 +32,14 @@ class ExtendedCheckpoint(CheckpointView):
         self.aliases = {k: v for k, v in checkpoint.aliases.items() if k not in specs and v in specs}
         self._rest, self.small_files = rest, checkpoint
 
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        stored, names = self._checkpoint.output_specs, {key: self._checkpoint.resolve_alias(key) for key in self.specs}
+        return {
+            key: TensorSpec(stored[names[key]].dtype if names[key] in stored else spec.dtype, spec.shape)
+            for key, spec in self.specs.items()
+        }
+
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec, name = self.specs[key], self._checkpoint.resolve_alias(key)
         own = self._checkpoint.specs[name].num_units if name in self._checkpoint.specs else 0

@@ -42,14 +42,14 @@ class OutputOptions:
     def out_specs(self, base: Checkpoint) -> dict[str, TensorSpec]:
         """The output's tensors. Raises MagMaxError for a dtype that is none."""
         if self.dtype is None:
-            return dict(base.specs)
+            return dict(base.output_specs)
         if self.dtype not in FLOAT_DTYPES:
             raise MagMaxError(f"there is no dtype {self.dtype!r}; {nearest_hint(self.dtype, list(FLOAT_DTYPES))}")
         wanted = FLOAT_DTYPES[self.dtype]
         kept = find_pattern(self.keep_dtype, base.specs, "keep_dtype") if self.keep_dtype else set[str]()
         return {
             key: TensorSpec(wanted, s.shape) if s.is_mergeable and key not in kept else s
-            for key, s in base.specs.items()
+            for key, s in base.output_specs.items()
         }
 
     def dtype_notes(self, base: Checkpoint) -> list[str]:

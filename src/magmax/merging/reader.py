@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.blocks import iter_chunks
-from ..checkpoints.dtypes import compute_dtype, widen
+from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
 from .pipeline import InputBlock
 
@@ -61,6 +61,16 @@ class BlockReader:
             f"{checkpoint.label}: {key} holds {nan} NaN and {bad - nan} infinite of {spec.numel:,} elements; "
             "mend the model, or let them through with --allow-nonfinite"
         )
+
+
+def cast_units(stored: NDArray[Any], key: str, dtype: str, wanted: str) -> NDArray[Any]:
+    """Stored units in another floating type; refuses finite numbers that overflow it."""
+    if dtype == wanted:
+        return stored
+    cast = narrow(widen(stored, dtype, compute_dtype(dtype)), wanted)
+    if is_finite(stored, dtype) and not is_finite(cast, wanted):
+        raise MagMaxError(f"{key}: the values overflow {wanted}; convert the base to a wider dtype")
+    return cast
 
 
 def is_finite(stored: NDArray[Any], dtype: str) -> bool:

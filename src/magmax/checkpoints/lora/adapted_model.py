@@ -48,6 +48,7 @@ class LoraModel(Checkpoint):
             source = self._mapping.source_spec(key)
             tuned = TensorSpec("F64" if source.dtype == "F64" else "F32", source.shape)
             self.specs[key] = tuned if key in self._updates else source
+        self.metadata = base.metadata
         self.aliases = {key: stored_key for key, stored_key in base.aliases.items() if key not in self.specs}
         if missing := self._find_targets_without_update():
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5:,} more" if len(missing) > 5 else "")
@@ -82,6 +83,18 @@ class LoraModel(Checkpoint):
             tuned += widen(stored, self._mapping.source_spec(key).dtype, tuned.dtype)
         return tuned
 
+    @property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """The tensors in the base's types: a tuned weight is computed in float32, but stored as the base stores it."""
+        stored = self._base.output_specs
+        return {
+            key: TensorSpec(stored[key].dtype, spec.shape) if key in stored and spec.is_mergeable else spec
+            for key, spec in self.specs.items()
+        }
+
+    def small_files_folder(self) -> Path | None:
+        return self._base.small_files_folder()
+
     def files(self) -> list[Path]:
         return [*self._base.files(), *self._peft_adapter.files()]
 
@@ -107,6 +120,9 @@ def split_base_and_adapter(text: str, folder: str = "") -> tuple[str, str] | Non
         base, adapter = text[:place], text[place + 1 :]
         if not base or not adapter:
             continue
+        lora_file = Path(folder, adapter)  # refused by name once it is opened
+        if lora_file.suffix == ".safetensors" and lora_file.is_file():
+            return base, adapter
         if is_url(adapter) or any(Path(folder, adapter, name, ADAPTER_CONFIG).is_file() for name in ("", "default")):
             return base, adapter
         with suppress(MagMaxError):  # at this plus the text does not fall into two ids

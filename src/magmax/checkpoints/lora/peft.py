@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import MagMaxError, list_problems
 from ..base import Checkpoint
+from ..dtypes import TensorSpec
 from ..memory import open_state_dict_file
 from ..safetensors import SafetensorsFile
 from .bounded_regex import BoundedRegexError, compile_regex
@@ -24,11 +25,29 @@ PEFT_PREFIX = "base_model.model."
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED_SETTINGS = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
+    "use_bdlora", "velora_config", "enable_lora",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Settings under which the tuned weight is more than W + s * B A."""
-SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+KNOWN_SETTINGS = frozenset({
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    "init_lora_weights",
+    "bias", "modules_to_save", "ensure_weight_tying", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "lora_dropout", "inference_mode", "task_type", "base_model_name_or_path", "revision",
+    "auto_mapping", "peft_version", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "runtime_config", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
+})  # fmt: skip
+"""Settings that are read here, or that concern training alone."""
+LORA_FILE_NAME = re.compile(
+    r"\.(lora_(down|up|mid|A|B|embedding_[AB])|lora\.(down|up)|lora_linear_layer\.(down|up))(\.weight)?$"
+    r"|_lora\.(down|up)\.weight$|\.(hada|lokr)_\w+$"
+)
+"""Names of tensors in files of LoRA, LoHa and LoKr."""
+SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base's weights as they are."""
+PROMPT_TYPES = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
 UNSUPPORTED_HINTS = "merge the adapter with PEFT (merge_and_unload), save the model and give that"
 
 
@@ -110,6 +129,17 @@ class PeftAdapter(Checkpoint):
             raise MagMaxError(f"{self._config_path}: lora_alpha of {module} is {alpha!r}; it must be a finite number")
         return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def explain_shapes(self, module: str, a: TensorSpec, b: TensorSpec, weight: TensorSpec) -> str:
+        """What to do about factors A and B that do not fit a weight at the rank that the settings name."""
+        rank, _ = self.rank_and_scale(module)
+        if a.shape[:1] == b.shape[1:2] != (rank,):
+            return f"the factors are of rank {a.shape[0]}: correct r or rank_pattern in {self._config_path}"
+        theirs, ours = (TensorSpec(spec.dtype, spec.shape[1:2]).numel for spec in (a, weight))
+        groups = theirs // max(1, ours)
+        if len(weight.shape) > 2 and groups > 1 and theirs == groups * ours:
+            return f"a convolution of {groups} groups is not supported, and PEFT cannot merge it either"
+        return "give the base that the adapter was trained on"
+
     def _read_config(self, label: str) -> dict[str, Any]:
         try:
             text = self._config_path.read_bytes()
@@ -119,14 +149,19 @@ class PeftAdapter(Checkpoint):
         self._config_digest = xxhash.xxh3_128_hexdigest(text)
         if not isinstance(read, dict) or cast("dict[str, Any]", read).get("peft_type") != "LORA":
             kind = cast("dict[str, Any]", read).get("peft_type") if isinstance(read, dict) else None
-            raise MagMaxError(
-                f"{self._config_path}: peft_type is {kind!r}, and only 'LORA' can be read; {UNSUPPORTED_HINTS}"
-            )
+            prompts = str(kind) in PROMPT_TYPES
+            remedy = "it adds inputs and no weights, so nothing can be merged" if prompts else UNSUPPORTED_HINTS
+            raise MagMaxError(f"{self._config_path}: peft_type is {kind!r}, and only 'LORA' can be read; {remedy}")
         settings = cast("dict[str, Any]", read)
         problems = [
             f"{self._config_path}: {name} is {settings[name]!r}, which is not supported; {UNSUPPORTED_HINTS}"
             for name in UNSUPPORTED_SETTINGS
             if settings.get(name)
+        ]
+        problems += [
+            f"{self._config_path}: {name} is {reprlib.repr(value)}, a setting that is not known; {UNSUPPORTED_HINTS}"
+            for name, value in settings.items()
+            if value and name not in KNOWN_SETTINGS and name not in UNSUPPORTED_SETTINGS
         ]
         if settings.get("init_lora_weights") not in SUPPORTED_INITS:
             start = settings["init_lora_weights"]
@@ -139,6 +174,7 @@ class PeftAdapter(Checkpoint):
 
     def _classify_tensors(self) -> None:
         """Tell by its name what each tensor is."""
+        named: set[str] = set()
         for name in [*self.specs, *self.aliases]:
             plain = name.removeprefix(PEFT_PREFIX)
             if match := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)", plain):
@@ -146,6 +182,13 @@ class PeftAdapter(Checkpoint):
                 if other := pair.get(match[3]):
                     self.problems.append(f"{self.weights.label}: {name} and {other} are one factor; save it again")
                 pair[match[3]] = name
+            elif match := re.fullmatch(r".+\.lora_(?:embedding_)?[AB]\.([^.]+)(?:\.weight)?", plain):
+                if match[1] not in ("weight", "bias"):
+                    named.add(match[1])
+                    continue
+                self.problems.append(
+                    f"{self.weights.label}: {name} is of a kind that is not supported; {UNSUPPORTED_HINTS}"
+                )
             elif re.search(r"(^|\.)(lora_|token_adapter\.|trainable_tokens_)", plain):
                 self.problems.append(
                     f"{self.weights.label}: {name} is of a kind that is not supported; {UNSUPPORTED_HINTS}"
@@ -156,6 +199,11 @@ class PeftAdapter(Checkpoint):
             self.problems.append(
                 f"{self.weights.label}: {len(empty)} tensors hold no element, such as {empty[0]}; training shared out "
                 "its weights (DeepSpeed ZeRO-3, FSDP): gather them and save the adapter again"
+            )
+        if named:
+            self.problems.append(
+                f"{self.weights.label}: its tensors carry the name of an adapter ({', '.join(sorted(named))}); save "
+                "each adapter with PEFT's save_pretrained"
             )
         if not self.factor_pairs and not self.replacements and not self.problems:
             self.problems.append(f"{self.weights.label}: holds no tensor of an adapter; save it again with PEFT")
@@ -188,3 +236,19 @@ def _is_finite(number: float) -> bool:
         return math.isfinite(number)
     except OverflowError:  # a whole number beyond every float
         return False
+
+
+def refuse_lora_file(checkpoint: Checkpoint) -> None:
+    """Raise MagMaxError for a file of LoRA factors without PEFT's settings, as kohya and diffusers save it."""
+    found = [key for key in checkpoint.specs if LORA_FILE_NAME.search(key)]
+    path = checkpoint.path
+    if not found or (path is not None and (path / ADAPTER_CONFIG).is_file()):
+        return
+    folder = path.parent if path is not None else None
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file():
+        raise MagMaxError(f"{checkpoint.label}: holds the weights of an adapter; give its folder, {folder}")
+    raise MagMaxError(
+        f"{checkpoint.label}: is a LoRA file without PEFT's {ADAPTER_CONFIG}, as kohya's scripts and diffusers save it "
+        f"({found[0]}), which is not supported; merge it with diffusers (load_lora_weights, fuse_lora), save the model "
+        "and give that"
+    )

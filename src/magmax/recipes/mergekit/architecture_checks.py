@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...checkpoints import Checkpoint
@@ -63,9 +64,9 @@ def layers(names: Mapping[str, Any]) -> int:
 
 def _check_same_dtype(where: Where, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     for model in models:
-        for key, spec in base.specs.items():
-            theirs = model.specs.get(model.resolve_alias(key))
-            if theirs and spec.is_mergeable and theirs.dtype != spec.dtype and not isinstance(model, LoraModel):
+        for key, spec in base.output_specs.items():
+            theirs = model.output_specs.get(model.resolve_alias(key))
+            if theirs and spec.is_mergeable and theirs.dtype != spec.dtype:
                 raise MagMaxError(
                     f"{where}: the models have several types ({key} is {spec.dtype} in {base.label} and {theirs.dtype} "
                     f"in {model.label}), and the recipe names none; give it a dtype or an out_dtype"
@@ -76,8 +77,6 @@ def _check_same_vocabulary(where: Where, base: Checkpoint, models: Sequence[Chec
     wanted = _read_vocabulary(base)
     for model in [base, *models]:
         vocabulary = _read_vocabulary(model)
-        if vocabulary is None and isinstance(model, LoraModel):  # an adapter without one has its base's
-            continue
         if vocabulary is None or vocabulary != wanted:
             why = "has no tokenizer.json" if vocabulary is None else f"has another vocabulary than {base.label}"
             raise MagMaxError(
@@ -107,19 +106,24 @@ def _read_vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 
 def _read_chat_template(checkpoint: Checkpoint) -> str | None:
-    folder = checkpoint.small_files_folder()
-    file = folder / "chat_template.jinja" if folder else None
-    text = file.read_text("utf-8") if file and file.is_file() else None
+    file = _find_file(checkpoint, "chat_template.jinja")
+    text = file.read_text("utf-8") if file else None
     text = text or _read_json(checkpoint, "tokenizer_config.json").get("chat_template")
     return text.strip() if isinstance(text, str) else None
 
 
 def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    folder = checkpoint.small_files_folder()
-    if folder is None or not (folder / name).is_file():
+    file = _find_file(checkpoint, name)
+    if file is None:
         return {}
     try:
-        content = json.loads((folder / name).read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise MagMaxError(f"{folder / name}: cannot be read as JSON: {error}") from error
+        raise MagMaxError(f"{file}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _find_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    """The file beside the weights: an adapter's own, where it has one, or else its base's."""
+    folders = [checkpoint.path if isinstance(checkpoint, LoraModel) else None, checkpoint.small_files_folder()]
+    return next((folder / name for folder in folders if folder is not None and (folder / name).is_file()), None)
