@@ -16,6 +16,7 @@ from tests.models import load_tensors, reference_merge, same_bytes, save_tensors
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
+from magmax.checkpoints.zero_base import ZeroBase
 from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
 from magmax.merging.model_names import default_names
@@ -280,3 +281,92 @@ def read_metadata(path):
 
 def read_digests(path):
     return [i["xxh3_128"] for i in json.loads(read_metadata(path)["magmax"])["inputs"]]
+
+
+ALL_RULES = [kind.name for kind in magmax.rules.RULES]
+STRANGE = np.uint32([0xFF800000, 0x7F800000, 0x7FC00000, 0xFFC00001, 0x7F800001]).view(np.float32)
+"""Both infinities, a NaN, a negative one with a payload, a signalling one."""
+
+
+def with_strange_elements(count: int, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    states = [{"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(n))} for n in range(count)]
+    for state in states:
+        state["w"].view(-1)[:5] = torch.from_numpy(STRANGE)
+        state["w"] = state["w"].to(dtype)
+        state["mask"] = torch.full((1, 1, 3, 3), -torch.inf).triu(1)
+    return states
+
+
+def rule_for_two(name: str) -> tuple[object, int]:
+    rule = magmax.rules.Tunable(preference=(0.5, 0.5)) if name == "tunable" else magmax.rules.as_rule(name)
+    return rule, 1 if name in ("slerp", "nearswap") else 2
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_what_is_not_finite_and_equal_everywhere_stays_bit_for_bit(name, dtype, allowed):
+    rule, count = rule_for_two(name)
+    states = with_strange_elements(1 + count, dtype)
+    merged = magmax.merge(rule, states[0], states[1:], allow_nonfinite=allowed)
+    assert reference.tensor_bytes(merged["w"].view(-1)[:5]) == reference.tensor_bytes(states[0]["w"].view(-1)[:5])
+    assert reference.tensor_bytes(merged["mask"]) == reference.tensor_bytes(states[0]["mask"])
+    assert merged["w"].view(-1)[5:].isfinite().all()
+    for state in states:
+        state["w"].view(-1)[:5] = 0
+        state["mask"].zero_()
+    zeros = magmax.merge(rule, states[0], states[1:])
+    assert torch.equal(merged["w"].view(-1)[5:], zeros["w"].view(-1)[5:])
+
+
+@pytest.mark.parametrize("name", ["magmax", "average", "kth_magnitude"])
+def test_absorbing_leaves_what_is_not_finite_and_equal_as_it_is(name, tmp_path):
+    base, *models = with_strange_elements(4, torch.float32)
+    running = magmax.Running(tmp_path / "state", name, base)
+    for model in models:
+        running.absorb(model)
+    assert reference.same_bytes(running.result(), magmax.merge(name, base, models))
+
+
+def test_a_model_that_differs_where_the_base_is_not_finite_is_refused_or_ignored_there():
+    base, model = {"w": torch.tensor([-torch.inf, 1.0])}, {"w": torch.tensor([-1e9, 3.0])}
+    with pytest.raises(MagMaxError, match="base: w holds 0 NaN and 1 infinite of 2 elements"):
+        magmax.merge("average", base, [model])
+    assert magmax.merge("average", base, [model], allow_nonfinite=True)["w"].tolist() == [-torch.inf, 3.0]
+
+
+@pytest.mark.parametrize("name", ["elect", "elect_sum", "ties", "sce"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_opposite_infinities_are_nan_whatever_sign_the_processor_gives_it(name, sign):
+    nan = sign * torch.tensor(torch.nan)
+    base, models = (
+        {"w": torch.zeros(4)},
+        [torch.tensor([torch.inf, torch.inf, nan, 1]), torch.tensor([-torch.inf, 1, 1, 1])],
+    )
+    rule = magmax.rules.Ties(density=1) if name == "ties" else name
+    merged = magmax.merge(rule, base, [{"w": model} for model in models], 1.0, allow_nonfinite=True)["w"]
+    assert reference.tensor_bytes(merged[[0, 2]]) == reference.tensor_bytes(torch.tensor([torch.nan, torch.nan]))
+    assert merged[1] == torch.inf
+    assert merged[3].isfinite()
+
+
+def test_consensus_keeps_sums_that_are_not_finite():
+    models = [{"w": torch.tensor(values)} for values in ([torch.inf, torch.nan, 1.0], [1.0, 1.0, 1.0])]
+    merged = magmax.merge("consensus", {"w": torch.zeros(3)}, models, 1.0, allow_nonfinite=True)["w"]
+    assert (merged[0], bool(merged[1].isnan()), merged[2]) == (torch.inf, True, 2)
+
+
+def test_the_base_of_zeros_leaves_what_is_not_finite_in_all_models(tmp_path):
+    states = with_strange_elements(3, torch.bfloat16)
+    paths = [save_tensors(state, tmp_path / f"{n}.safetensors") for n, state in enumerate(states)]
+    base, *models = [open_checkpoint(path) for path in paths]
+    merge_job(make_rule("average"), ZeroBase(base), [base, *models], tmp_path / "o.safetensors", OutputOptions()).run()
+    merged = load_tensors(tmp_path / "o.safetensors")
+    assert reference.tensor_bytes(merged["w"].view(-1)[:5]) == reference.tensor_bytes(states[0]["w"].view(-1)[:5])
+    assert torch.equal(merged["mask"], states[0]["mask"])
+
+
+def test_a_wider_output_keeps_what_is_not_finite():
+    base, model = with_strange_elements(2, torch.bfloat16)
+    merged = magmax.merge("magmax", base, [model], dtype="float32")
+    torch.testing.assert_close(merged["w"].view(-1)[:5], base["w"].view(-1)[:5].float(), rtol=0, atol=0, equal_nan=True)

@@ -99,7 +99,10 @@ class MergeKernel(Kernel):
         if head.start == head.stop:
             return self.base_units(block, tail)
         base = self.reader.widen(head, 0, stored)
-        merged = self.scale(head, base, vector(head, base))
+        with np.errstate(invalid="ignore"):  # where NaN and infinity are allowed in, nobody needs a warning
+            merged = self.scale(head, base, vector(head, base))
+        if head.fixed is not None:
+            head.fixed.restore(merged, self.out[block.key].dtype)
         return np.concatenate([merged, self.base_units(block, tail)]) if len(tail) else merged
 
     def split(self, block: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
@@ -160,6 +163,8 @@ class MergeKernel(Kernel):
     def _narrow(self, block: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
         dtype = self.out[block.key].dtype
+        if self.reader.allow_nonfinite:  # the sign of a NaN that arithmetic makes depends on the processor
+            values[np.isnan(values)] = np.nan
         stored = narrow(values, dtype)
         if not self.reader.allow_nonfinite and not is_finite(stored, dtype):
             if np.isfinite(values).all():

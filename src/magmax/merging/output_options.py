@@ -24,7 +24,11 @@ class OutputOptions:
         mismatch: "strict" refuses models whose tensors differ from the base's; "base" keeps the base's there;
             "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
             keeps the base's rows and tensors elsewhere.
-        allow_nonfinite: let NaN and infinity through instead of refusing them.
+        allow_nonfinite: let NaN and infinity through instead of refusing them. An element that is not finite in the
+            base stays as it is there, and needs no permission where all models have the same bits. One that is not
+            finite in a model alone counts as IEEE 754 arithmetic and the rule have it (`magmax` takes NaN for the
+            largest magnitude; `elect`, `ties` and `sce` give NaN for opposite infinities); NaN is written with one
+            pattern of bits. Rules that need angles or singular values refuse those.
         shard_bytes: the most a shard of a folder output may hold.
     """
 

@@ -77,7 +77,7 @@ class AbsorbKernel(Kernel):
         rule = self.rules[block.key]
         dtype = self.specs[block.key].dtype
         base, *candidates = (self.reader.widen(block, number, units) for number, units in enumerate(old))
-        candidates.append(self.reader.read_numbers(block, self.slots + 1))
+        candidates.append(self.reader.read_model(block, self.slots + 1))
         if not self.rule.selects_entries:
             *held, vector = candidates
             vector -= base
