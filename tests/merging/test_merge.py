@@ -21,6 +21,7 @@ from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
 from magmax.merging.model_names import default_names
 from magmax.merging.output_options import OutputOptions
+from magmax.merging.sweep import FactorSweep
 from magmax.rules import make_rule
 
 RULES = {
@@ -370,3 +371,92 @@ def test_a_wider_output_keeps_what_is_not_finite():
     base, model = with_strange_elements(2, torch.bfloat16)
     merged = magmax.merge("magmax", base, [model], dtype="float32")
     torch.testing.assert_close(merged["w"].view(-1)[:5], base["w"].view(-1)[:5].float(), rtol=0, atol=0, equal_nan=True)
+
+
+BATCH_NORMS = {
+    "bn.running_": "var",
+    "layer.1.bn1_moving_": "variance",
+    "stem/norm/moving_": "variance:0",
+    "batch_stats/a/": "var",
+}
+
+
+def with_batch_norm(seed: int) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    model = {"w": torch.randn(5, 3, generator=draws), "bn.num_batches_tracked": torch.tensor(100 + seed)}
+    for path, end in BATCH_NORMS.items():
+        model[path + end] = torch.rand(6, generator=draws) * 10.0 ** torch.randint(-3, 3, (6,), generator=draws)
+        model[path + end.replace("variance", "mean").replace("var", "mean")] = torch.randn(6, generator=draws)
+    return model
+
+
+BN_BASE, *BN_MODELS = [with_batch_norm(seed) for seed in range(6)]
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_statistics_of_batch_normalisation_are_averaged_over_the_models_whatever_the_rule(name):
+    rule = magmax.rules.Tunable(preference=(0.5, 0.5)) if name == "tunable" else name
+    models = BN_MODELS[:1] if name in ("slerp", "nearswap") else BN_MODELS[: 2 if name == "tunable" else 5]
+    merged = magmax.merge(rule, BN_BASE, models)
+    plain, *others = ({"w": state["w"]} for state in [BN_BASE, *models])
+    assert torch.equal(merged["w"], magmax.merge(rule, plain, others)["w"])
+    assert merged["bn.num_batches_tracked"] == 100
+    for key in BN_BASE.keys() - {"w", "bn.num_batches_tracked"}:
+        torch.testing.assert_close(merged[key], torch.stack([m[key] for m in models]).mean(0), rtol=1e-4, atol=1e-5)
+        assert "var" not in key or (merged[key] >= 0).all()
+
+
+def test_statistics_of_batch_normalisation_are_kept_or_clipped_on_demand():
+    assert (magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, 2.0)["bn.running_var"] >= 0).all()
+    kept = magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, batch_norm="base")
+    clipped = magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, batch_norm="clip")
+    renamed = [{key.replace("v", "V"): tensor for key, tensor in state.items()} for state in (BN_BASE, *BN_MODELS)]
+    usual = magmax.merge("task_arithmetic", renamed[0], renamed[1:])
+    for key in BN_BASE.keys() - {"w", "bn.num_batches_tracked"}:
+        assert torch.equal(kept[key], BN_BASE[key])
+        by_rule = usual[key.replace("v", "V")]
+        assert torch.equal(clipped[key], by_rule.clamp(min=0) if "var" in key else by_rule)
+    assert any((usual[key.replace("v", "V")] < 0).any() for key in BN_BASE if "var" in key)
+    with pytest.raises(MagMaxError, match="batch_norm must be one of average, base, clip"):
+        magmax.merge("magmax", BN_BASE, BN_MODELS, batch_norm="no")
+
+
+@pytest.mark.parametrize("option", ["average", "base", "clip"])
+@pytest.mark.parametrize("rule", ["magmax", "average", make_rule("kth_magnitude", {"k": 2})])
+def test_absorbed_statistics_of_batch_normalisation_are_those_of_one_merge(rule, option, tmp_path):
+    running = magmax.Running(tmp_path / "state", rule, BN_BASE, batch_norm=option)
+    for model in BN_MODELS:
+        running.absorb(model)
+    assert same_bytes(running.result(), magmax.merge(rule, BN_BASE, BN_MODELS, batch_norm=option))
+    with pytest.raises(MagMaxError, match=f"was begun with batch_norm {option}"):
+        magmax.Running(tmp_path / "state", batch_norm="clip" if option == "base" else "base")
+
+
+def test_a_sweep_and_a_note_know_the_statistics_of_batch_normalisation(tmp_path):
+    paths = [save_tensors(state, tmp_path / f"{n}.safetensors") for n, state in enumerate([BN_BASE, *BN_MODELS])]
+    base, *models = [open_checkpoint(path) for path in paths]
+    names = default_names([str(path) for path in paths[1:]])
+    sweep = FactorSweep(
+        make_rule("ties"),
+        base,
+        models,
+        names,
+        tmp_path / "o.safetensors",
+        OutputOptions(),
+        [0.5, 2],
+        ExecutionOptions(),
+    )
+    with sweep.merged() as writer:
+        for factor in (0.5, 2):
+            wanted = magmax.merge("ties", BN_BASE, BN_MODELS, factor)
+            assert same_bytes(load_tensors(writer.write(factor)), wanted)
+    job = merge_job(make_rule("magmax"), base, models, tmp_path / "n.safetensors", OutputOptions())
+    assert "4 running means and 4 variances of batch normalisation are averaged" in job.all_notes()[0]
+    assert job.recipe["batch_norm"] == "average"
+
+
+def test_a_mean_without_a_variance_is_a_tensor_like_any_other():
+    base, *models = ({"a.running_mean": state["bn.running_mean"], "b": state["w"]} for state in [BN_BASE, *BN_MODELS])
+    plain, *others = ({"a.weight": state["a.running_mean"], "b": state["b"]} for state in [base, *models])
+    merged = magmax.merge("magmax", base, models)
+    assert torch.equal(merged["a.running_mean"], magmax.merge("magmax", plain, others)["a.weight"])

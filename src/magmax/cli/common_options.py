@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Mismatch = Literal["strict", "base", "intersect"]
+BatchNorm = Literal["average", "base", "clip"]
 Models = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Out = Annotated[str, Parameter(name=["--out", "-o"])]
 OptionalOut = Annotated[str | None, Parameter(name=["--out", "-o"])]

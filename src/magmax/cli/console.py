@@ -124,7 +124,7 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
                 f"workers       {count}, {threads} shares at once, peak memory about {format_bytes(held)} each{whole}"
             )
     print(f"time          {_format_times(job, threads)}")
-    for note in dict.fromkeys(note for checkpoint in job.inputs for note in checkpoint.notes):
+    for note in job.all_notes():
         print(note)
     print_unmerged(job)
     print("no problem found; nothing was written")

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import Device, DryRun, Dtype, Mismatch, Models, Nonfinite, OptionalOut, Restart, Scheduler, Threads
+from .common_options import (
+    BatchNorm,
+    Device,
+    DryRun,
+    Dtype,
+    Mismatch,
+    Models,
+    Nonfinite,
+    OptionalOut,
+    Restart,
+    Scheduler,
+    Threads,
+)
 from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -30,6 +42,7 @@ def merge(
     mismatch: Mismatch | None = None,
     adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
+    batch_norm: BatchNorm | None = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
@@ -58,6 +71,9 @@ def merge(
     mismatch
         Where a model's tensors are not the base's: refuse (strict); keep the base's (base); or merge the leading rows
         that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect).
+    batch_norm
+        What is made of the running means and variances of batch normalisation: their average over the models, which is
+        the default; the base's; or the rule's result, with variances clipped at zero.
     adapter_rank
         Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
@@ -68,6 +84,7 @@ def merge(
         "scaling_factor": scaling_factor,
         "dtype": dtype,
         "mismatch": mismatch,
+        "batch_norm": batch_norm,
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }

@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Json, Mismatch, Models, Nonfinite, Out, Restart, Scheduler, Threads
+from .common_options import (
+    BatchNorm,
+    DryRun,
+    Dtype,
+    Json,
+    Mismatch,
+    Models,
+    Nonfinite,
+    Out,
+    Restart,
+    Scheduler,
+    Threads,
+)
 from .console import format_bytes, print_json, print_preview, print_result, print_table, progress_options
 
 
@@ -32,6 +44,7 @@ def tune(
     dtype: Dtype | None = None,
     mismatch: Mismatch | None = None,
     allow_nonfinite: Nonfinite = False,
+    batch_norm: BatchNorm | None = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
@@ -78,6 +91,8 @@ def tune(
         The output's floating type. The base's by default.
     mismatch
         Where a model's tensors are not the base's, as in merge. An archive was made of what is in all of them.
+    batch_norm
+        As in merge.
     """
     from pathlib import Path
 
@@ -111,6 +126,7 @@ def tune(
         "dtype": dtype,
         "mismatch": mismatch or "strict",
         "allow_nonfinite": allow_nonfinite,
+        "batch_norm": batch_norm or "average",
     }
     plan = build_request(content, "the command line", {}, "")
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))

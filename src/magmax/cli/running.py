@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Dtype, Json, Mismatch, Nonfinite, Out, Restart, Scheduler, Threads
+from .common_options import BatchNorm, DryRun, Dtype, Json, Mismatch, Nonfinite, Out, Restart, Scheduler, Threads
 from .console import print_json, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def absorb(
     label: str | None = None,
     winners: Annotated[bool, Parameter(negative="")] = False,
     mismatch: Mismatch | None = None,
+    batch_norm: BatchNorm | None = None,
     restart: Restart = False,
     threads: Threads = 0,
     scheduler: Scheduler = None,
@@ -49,10 +50,13 @@ def absorb(
         From the start, also map which task supplied each element.
     mismatch
         From the start, what to do where a model's tensors are not the base's: as in merge.
+    batch_norm
+        From the start, what is made of the statistics of batch normalisation: as in merge.
     """
-    size = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
+    options: dict[str, Any] = {"winners": winners, "mismatch": mismatch, "batch_norm": batch_norm}
+    size = _open_running(state, base, rule, execution=None, **options).opened(model).nbytes
     with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
-        running = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
+        running = _open_running(state, base, rule, execution=settings, **options)
         merge_result = running.absorb(model, name, label)
     print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", merge_result)
 

@@ -17,6 +17,7 @@ from .execution.execution_options import ExecutionOptions
 from .in_memory import merge_in_memory, restore_kind
 from .matching import Mismatch
 from .merge_job import merge_job
+from .normalization_statistics import BatchNorm
 from .output_options import OutputOptions
 
 
@@ -30,6 +31,7 @@ def merge(
     dtype: str | None = None,
     mismatch: Mismatch = "strict",
     allow_nonfinite: bool = False,
+    batch_norm: BatchNorm = "average",
     execution: ExecutionOptions | None = None,
     executor: Executor | None = None,
 ) -> Any:
@@ -43,7 +45,9 @@ def merge(
         out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
         mismatch: what to do where models do not fit the base; see `OutputOptions`.
-        allow_nonfinite: merge NaN and infinity too.
+        allow_nonfinite: merge NaN and infinity too; see `OutputOptions`.
+        batch_norm: what is made of running means and variances: their average over the models ("average"), the base's
+            ("base"), or the rule's result with variances of at least zero ("clip").
         execution: threads, progress, restart; see `ExecutionOptions`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
             processes need the inputs, and the folder of `out`, at the same paths. See `ExecutionOptions`.
@@ -60,7 +64,7 @@ def merge(
     rule = as_rule(rule)
     execution = execution or ExecutionOptions()
     execution = replace(execution, executor=executor or execution.executor)
-    options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite)
+    options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite, batch_norm=batch_norm)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = [open_checkpoint(m, label, opened) for m, label in zip(models, labels, strict=True)]

@@ -93,6 +93,7 @@ class Job:
         memory: bytes that the statistics and the worker take beside the blocks.
         memory_per_thread: more such bytes, for each thread.
         report: lines to print of the work, once it is done.
+        notes: what a user should know before it, beside the notes of the inputs.
     """
 
     target: OutputPath
@@ -115,6 +116,7 @@ class Job:
     memory: int = 0
     memory_per_thread: int = 0
     report: Callable[[], Sequence[str]] = lambda: ()
+    notes: Sequence[str] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -139,6 +141,10 @@ class Job:
             self.shard_bytes,
             self.stem,
         )
+
+    def all_notes(self) -> list[str]:
+        """Return what a user should know of the work and of its inputs."""
+        return list(dict.fromkeys([*self.notes, *(note for checkpoint in self.inputs for note in checkpoint.notes)]))
 
     def problems(self) -> list[str]:
         """Return everything that would stop the job, as far as can be checked without doing it."""
@@ -196,7 +202,7 @@ class Job:
 
     def _run_pipeline(self, draft: OutputDraft, journal: Journal, execution: ExecutionOptions) -> MergeResult:
         began = time.perf_counter()
-        for said in dict.fromkeys(note for checkpoint in self.inputs for note in checkpoint.notes):
+        for said in self.all_notes():
             execution.note(said)
         parts = self._finished_chunks(draft, journal, execution)
         if not parts:

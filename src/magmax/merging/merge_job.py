@@ -19,6 +19,7 @@ from .kernel import MergeKernel
 from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
 from .model_files import model_files
 from .model_names import default_names
+from .normalization_statistics import BatchNormStatistics
 from .output_options import OutputOptions
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import BlockReader
@@ -38,12 +39,13 @@ def merge_job(
     match = match_models(rule, base, models, options)
     kernel = merge_kernel(rule, base, models, options, match)
     apart = rule.statistics_span is Span.TENSOR
+    statistics = kernel.batch_norm
 
     return Job(
         target=OutputPath.parse(out),
         inputs=[base, *models],
         names=["zeros" if isinstance(base, ZeroBase) else "base", *names],
-        recipe={**provenance_recipe(rule, options), **match.describe()},
+        recipe={**provenance_recipe(rule, options), **match.describe(), **statistics.describe()},
         specs=kernel.out,
         kernel=kernel,
         unmerged=match.unmerged,
@@ -55,6 +57,7 @@ def merge_job(
         memory=0 if apart else rule.memory,
         memory_per_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
+        notes=statistics.notes(),
     )
 
 
@@ -99,7 +102,8 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     """Match the models to the base; refuse a rule that cannot merge so many and one file named twice."""
     rule.check(len(models))
     refuse_same_path([base, *models])
-    return match_to_base(base, models, options.mismatch)
+    match = match_to_base(base, models, options.mismatch)
+    return BatchNormStatistics.find(base.specs, options.batch_norm).narrow(match)
 
 
 def merge_kernel(
@@ -115,6 +119,7 @@ def merge_kernel(
         out=options.out_specs(base),
         unmerged=match.unmerged,
         extents=match.extents,
+        batch_norm=BatchNormStatistics.find(base.specs, options.batch_norm),
     )
     kernel.check_rules()
     return kernel

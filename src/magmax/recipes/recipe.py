@@ -44,6 +44,7 @@ class MergeRecipe(BaseModel):
         dtype: the output's floating type; by default the base's.
         mismatch: "strict", "base" or "intersect".
         allow_nonfinite: let NaN and infinity through.
+        batch_norm: "average", "base" or "clip", for running means and variances; see `OutputOptions`.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         target: for the rule tunable, where its preference comes from, if it is not written out.
         calibrate: how the merged model gets its magnitudes back; see `CalibrationOptions`.
@@ -58,6 +59,7 @@ class MergeRecipe(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     mismatch: Literal["strict", "base", "intersect"] = "strict"
     allow_nonfinite: bool = False
+    batch_norm: Literal["average", "base", "clip"] = "average"
     adapter_rank: int | None = None
     target: TargetSamples | None = None
     calibrate: CalibrationOptions | None = None
@@ -108,7 +110,7 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:
-        for key in ("base", "mismatch", "allow_nonfinite", "calibrate"):
+        for key in ("base", "mismatch", "allow_nonfinite", "batch_norm", "calibrate"):
             if key in recipe.model_fields_set:
                 raise MagMaxError(
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
@@ -122,7 +124,9 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
         raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
-    options = OutputOptions(scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite)
+    options = OutputOptions(
+        scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite, batch_norm=recipe.batch_norm
+    )
     out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
     base = resolve_path(folder, recipe.base) if recipe.base is not None else None
     target = recipe.target

@@ -112,6 +112,7 @@ class DeviceKernel(MergeKernel):
         """base + scaling_factor * merged, rounded as on the processor, in stored units."""
         merged *= torch.tensor(self.factors[block.key], dtype=merged.dtype, device=merged.device)
         merged += base
+        merged = self.clip_variance(block, merged)
         dtype = self.out[block.key].dtype
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ...checkpoints.remote.urls import is_url
 from ...checkpoints.torch.dcp import find_dcp
 from ...checkpoints.writer import OutputDraft, OutputPath
 from ...errors import MagMaxError
-from ...rules import Number, Rule, StreamingRule, as_rule
+from ...rules import Average, Number, Rule, StreamingRule, as_rule
 from ..execution.execution_options import ExecutionOptions
 from ..in_memory import MemorySink, restore_kind
 from ..job import Job, provenance_file
@@ -24,6 +24,7 @@ from ..kernel import MergeKernel
 from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
 from ..merge_job import base_metadata, provenance_recipe, small_files
 from ..model_names import default_names
+from ..normalization_statistics import BatchNorm, BatchNormStatistics
 from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
 from ..reader import BlockReader
@@ -61,6 +62,7 @@ class Running:
         mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
         lacks is the
             base's from then on. An existing state has its own, which must be equal if one is given.
+        batch_norm: what is made of the statistics of batch normalisation, as in `OutputOptions`; likewise.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
@@ -74,6 +76,7 @@ class Running:
         *,
         winners: bool = False,
         mismatch: Mismatch | None = None,
+        batch_norm: BatchNorm | None = None,
         execution: ExecutionOptions | None = None,
     ) -> None:
         self.path = Path(fspath(path))
@@ -82,7 +85,10 @@ class Running:
         there = VersionStore.find(self.path)
         if there is None:
             begun = Manifest(
-                require_streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict"
+                require_streaming(as_rule("magmax" if rule is None else rule)),
+                winners,
+                mismatch or "strict",
+                batch_norm=batch_norm or "average",
             )
             if winners and not (begun.rule.selects_entries and begun.rule.slots(2) == 1):
                 raise MagMaxError(
@@ -95,6 +101,8 @@ class Running:
             raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
         if mismatch is not None and mismatch != self._manifest.mismatch:
             raise MagMaxError(f"{self.path}: was begun with mismatch {self._manifest.mismatch}, not {mismatch}")
+        if batch_norm is not None and batch_norm != self._manifest.batch_norm:
+            raise MagMaxError(f"{self.path}: was begun with batch_norm {self._manifest.batch_norm}, not {batch_norm}")
         if rule is not None and as_rule(rule) != self.rule:
             raise MagMaxError(
                 f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
@@ -143,6 +151,7 @@ class Running:
         base = self._open_base()
         opened = self.opened(model, name)
         match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
+        match = self._batch_norm(base).narrow(match)
         refuse_same_path([base, opened])
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
@@ -181,7 +190,8 @@ class Running:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._open_base()
         kernel = self._result_kernel(base, options)
-        match = self._narrow_match(base, match_to_base(base, []))
+        statistics = kernel.merge.batch_norm
+        match = statistics.narrow(self._narrow_match(base, match_to_base(base, [])))
         return Job(
             target=OutputPath.parse(out),
             inputs=kernel.merge.reader.inputs,
@@ -189,6 +199,7 @@ class Running:
             recipe={
                 **provenance_recipe(self.rule, options),
                 **match.describe(),
+                **statistics.describe(),
                 "absorbed": [asdict(task) for task in self.tasks],
             },
             specs=kernel.merge.out,
@@ -199,6 +210,7 @@ class Running:
             small_files=small_files(base, kernel.merge.out, options, match),
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
+            notes=statistics.notes(),
         )
 
     def status(self) -> RunningStatus:
@@ -245,9 +257,15 @@ class Running:
         self._refuse_other_base(base, slots)
         if self.winners and task > MAX_MAPPED_MODELS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MAX_MAPPED_MODELS} tasks")
+        statistics = self._batch_norm(base)
         specs = {
             key: TensorSpec(
-                slot_dtype(self.rule, spec, [s.dtype for s in _existing_specs(key, *slots, model)]), spec.shape
+                slot_dtype(
+                    Average() if key in statistics.averaged else self.rule,
+                    spec,
+                    [s.dtype for s in _existing_specs(key, *slots, model)],
+                ),
+                spec.shape,
             )
             for key, spec in base.specs.items()
             if spec.is_mergeable
@@ -266,10 +284,11 @@ class Running:
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
-        held = {key for key in specs if self._manifest.extents.get(key, 1)}
+        held = {key for key in specs if self._manifest.extents.get(key, 1)} - statistics.kept
         kernel = AbsorbKernel(
-            BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held
-        )
+            BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held,
+            statistics,
+        )  # fmt: skip
 
         def sinks(draft: OutputDraft) -> Sequence[TensorSink]:
             return [PrefixedSink(draft, prefix) for prefix in prefixes]
@@ -288,17 +307,19 @@ class Running:
             kernel=kernel,
             unmerged=match.unmerged,
             partly_merged={key: part.reason for key, part in match.partly_merged.items()},
-            sinks=sinks, small_files=provenance_file, check=check,
+            sinks=sinks, small_files=provenance_file, check=check, notes=statistics.notes(),
         )  # fmt: skip
 
     def _result_kernel(self, base: Checkpoint, options: OutputOptions) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._disk.slots()
         self._refuse_other_base(base, slots)
-        match = self._narrow_match(base, match_to_base(base, []))
+        statistics = self._batch_norm(base)
+        match = statistics.narrow(self._narrow_match(base, match_to_base(base, [])))
         reader = BlockReader([base, *slots], options.allow_nonfinite)
         factor, out = options.resolve_scaling_factor(self.rule), options.out_specs(base)
         merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.unmerged, match.extents)
+        merge = replace(merge, batch_norm=statistics)
         merge.check_rules()
         return ResultKernel(merge, len(slots))
 
@@ -306,6 +327,9 @@ class Running:
         """The match of one more model, without what a model absorbed before has not."""
         before = self._manifest.extents
         return narrow_match(base, match, before) if before else match
+
+    def _batch_norm(self, base: Checkpoint) -> BatchNormStatistics:
+        return BatchNormStatistics.find(base.specs, self._manifest.batch_norm)
 
     def _refuse_other_base(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""

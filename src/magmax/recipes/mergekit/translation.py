@@ -20,7 +20,7 @@ from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, Mergeki
 from .parameters import ParameterLevel, ParameterLookup
 from .schema import MergekitModel, MergekitRecipe, valid_keys
 
-MAGMAX_KEYS = ("out", "mismatch", "allow_nonfinite")
+MAGMAX_KEYS = ("out", "mismatch", "allow_nonfinite", "batch_norm")
 """What assignments and flags may say beyond mergekit's own keys."""
 
 
@@ -36,7 +36,7 @@ def build_request(
 
     Args:
         document: the recipe.
-        overrides: assignments to its keys, to `parameters.NAME`, or to our out, mismatch and allow_nonfinite.
+        overrides: assignments to its keys, to `parameters.NAME`, or to one of `MAGMAX_KEYS`.
         flags: what the command line sets.
         folder: where the recipe lies; models are looked for in the current folder and then there.
 
@@ -223,7 +223,8 @@ class _Translation:
         if mismatch == "base" and method.counted:
             where, name = self.document.locate("merge_method"), self.recipe.merge_method
             raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
-        return OutputOptions(factor, self.recipe.out_dtype or self.recipe.dtype, mismatch, bool(allowed))
+        dtype, statistics = self.recipe.out_dtype or self.recipe.dtype, ours.get("batch_norm", "average")
+        return OutputOptions(factor, dtype, mismatch, bool(allowed), batch_norm=statistics)
 
     def _names(self, paths: Sequence[str]) -> list[str]:
         names = default_names([(split_base_and_adapter(path) or (path,))[-1] for path in paths])

@@ -112,16 +112,18 @@ class Noise(NamedTuple):
         """How many of a matrix's leading singular values are no noise.
 
         Where errors of `element` are all that a matrix of rank r has beyond r directions, its other singular values are
-        at most element * (sqrt(rows - r) + sqrt(columns - r)), of which four times are left out here. Those of a matrix
-        of full rank fall below that only one by one, if ever: a single one is therefore kept, as all are where nothing
-        stands out. So a sum of LoRA adapters keeps its rank, and a small fine-tuning every direction.
+        at most element * (sqrt(rows - r) + sqrt(columns - r)), and stand apart from the first r. So they are left out
+        up to four times that, after a gap of a factor of three, where they are an eighth of all at least: those of a
+        matrix of full rank shrink by degrees, but perhaps for the last few. So a sum of LoRA adapters keeps its rank,
+        and a fine-tuning of full rank every direction, however small it is.
         """
         values: list[float] = s.tolist()
         least = max(self.norm, max(shape) * float(np.finfo(np.float64).eps) * values[0])
         count = sum(value > least for value in values)
         rows, columns = shape
-        for rank in range(1, min(count, min(shape) - 1)):
-            if values[rank] <= 4 * self.element * (math.sqrt(rows - rank) + math.sqrt(columns - rank)):
+        for rank in range(1, min(count, 1 + 7 * min(shape) // 8)):
+            largest = self.element * (math.sqrt(rows - rank) + math.sqrt(columns - rank))
+            if values[rank] <= min(4 * largest, values[rank - 1] / 3):
                 return rank
         return count
 
