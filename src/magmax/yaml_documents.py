@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,34 @@ from .errors import MagMaxError, list_problems, nearest_hint
 from .legacy import OLD_KEYS
 
 Shape = TypeVar("Shape", bound=BaseModel)
+
+
+class Yaml12Loader(yaml.SafeLoader):
+    """A loader that reads numbers as YAML 1.2 does: 1:30 and 1_000 are words, 010 is ten, 1e-5 is a number.
+
+    Dates are words too. yes, no, on and off are truth values, as in YAML 1.1 and in mergekit.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _construct_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(f"(?:{_INTEGER.pattern})$"), list("-+0123456789")
+)
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+)
+Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
 class YamlDocument(NamedTuple):
@@ -39,7 +67,7 @@ def read_document(file: str) -> YamlDocument:
         MagMaxError: no such file, no YAML, an alias, a key given twice, something else than a map.
     """
     text = read_text(file)
-    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=yaml.SafeLoader)
+    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=Yaml12Loader)
     if not isinstance(content, dict):
         raise MagMaxError(
             f"{file}: holds no map of keys; a merge recipe has base, models and rule, an experiment data, model and "
@@ -62,7 +90,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise MagMaxError(f"{source}: has an alias (*name); write its value out")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=Yaml12Loader)
     except MagMaxError:
         raise
     except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim

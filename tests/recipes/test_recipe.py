@@ -126,3 +126,27 @@ def test_a_number_beyond_all_floats_is_refused(tmp_path, line):
         save_tensors(small_model(number), tmp_path / f"{name}.safetensors")
     with pytest.raises(MagMaxError, match="finite"):
         load_recipe(str(tmp_path / "recipe.yaml")).job()
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("1e-1", 0.1), ("010", 10), ("0o10", 8), ("0x10", 16), (".5", 0.5), ("+1.", 1), ("1E2", 100), ("-0.25", -0.25)],
+)
+def test_numbers_are_those_of_yaml_1_2(written, meant, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{{base: b, models: [m], scaling_factor: {written}}}")
+    assert load_recipe(str(tmp_path / "r.yaml")).options.scaling_factor == meant
+
+
+@pytest.mark.parametrize("written", ["1:30", "1_000", "0b11", "2024-01-01", "1:30.5", "yes"])
+def test_what_yaml_1_1_alone_takes_for_a_number_is_refused(written, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{{base: b, models: [m], scaling_factor: {written}}}")
+    with pytest.raises(MagMaxError, match="scaling_factor: must be a number"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_the_home_folder_is_where_a_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "r.yaml").write_text("{base: ~/b, models: [~/m, x~y], out: ~/out}")
+    plan = load_recipe(str(tmp_path / "r.yaml"))
+    assert (plan.base, plan.models[0], plan.out) == ("/home/me/b", "/home/me/m", "/home/me/out")
+    assert plan.models[1] == f"{tmp_path}/x~y"

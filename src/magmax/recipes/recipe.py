@@ -20,7 +20,7 @@ from ..rules import Number, Rule, make_rule, nearest_hint, parse, rule_from
 from ..rules.schedules import ACCEPTED_FORMS
 from ..yaml_documents import YamlDocument, parse_yaml, read_document, read_text, validate
 from . import mergekit
-from .request import MergeRequest, TargetSamples
+from .request import MergeRequest, TargetSamples, expand_home
 
 FUSION_BENCH_CLASS = "MagMaxAlgorithm"
 
@@ -116,7 +116,7 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
                 )
     rule, factor = parse_rule(recipe.rule, folder)
-    paths = [resolve_path(folder, m.path if isinstance(m, RecipeModel) else m) for m in recipe.models]
+    paths = [resolve_path(folder, expand_home(m.path if isinstance(m, RecipeModel) else m)) for m in recipe.models]
     adapter_paths = [(split_base_and_adapter(path) or (path,))[-1] for path in paths]
     chosen_names = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
     names = [name or default for name, default in zip(chosen_names, default_names(adapter_paths), strict=True)]
@@ -127,20 +127,23 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     options = OutputOptions(
         scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite, batch_norm=recipe.batch_norm
     )
-    out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
-    base = resolve_path(folder, recipe.base) if recipe.base is not None else None
+    out = recipe.out if recipe.out is None or is_url(recipe.out) else _path(folder, recipe.out)
+    base = resolve_path(folder, expand_home(recipe.base)) if recipe.base is not None else None
     target = recipe.target
     if target is not None:
-        moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
+        moved = {key: _path(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
         target = target.model_copy(update=moved)
     calibrate = recipe.calibrate
     if calibrate is not None:
-        moved = {
-            key: os_path.join(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))
-        }
+        moved = {key: _path(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))}
         calibrate = calibrate.model_copy(update=moved)
     rank = recipe.adapter_rank
     return MergeRequest(rule, base, paths, names, options, out, adapter_rank=rank, target=target, calibrate=calibrate)
+
+
+def _path(folder: str, path: str) -> str:
+    """A path as seen from here, which a recipe in `folder` wrote."""
+    return os_path.join(folder, expand_home(path))
 
 
 def _valid_keys(parts: Sequence[str]) -> list[str]:
@@ -155,7 +158,7 @@ def _valid_keys(parts: Sequence[str]) -> list[str]:
 def parse_rule(content: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
     if isinstance(content, str) and content.endswith((".yaml", ".yml")):
-        return parse_rule(_read_method_file(os_path.join(folder, content)), folder)
+        return parse_rule(_read_method_file(_path(folder, content)), folder)
     if isinstance(content, str) and content.lstrip().startswith(("{", "[")):
         return parse_rule(parse_yaml(content, f"the rule {content!r}"), folder)
     if isinstance(content, dict) and "_target_" in content:
@@ -171,7 +174,7 @@ def _with_resolved_paths(rule: Any, folder: str) -> Any:
         return rule
     options = {name: _with_resolved_paths(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
     path = options.get("sensitive")
-    return {**options, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else options
+    return {**options, "sensitive": _path(folder, path)} if isinstance(path, str) else options
 
 
 def _parse_fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:

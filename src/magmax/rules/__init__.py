@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError, nearest_hint
 from ..legacy import OLD_OPTIONS, complement
-from .average import Average
+from .average import Average, AverageOrSum
 from .compose import chain
 from .consensus import Consensus
 from .contract import MergedTransform, Rule, State, StreamingRule, TaskVectorTransform
@@ -40,6 +40,7 @@ __all__ = [
     "Address",
     "Array",
     "Average",
+    "AverageOrSum",
     "Block",
     "Breadcrumbs",
     "CalibrateWeights",
@@ -94,6 +95,8 @@ TRANSFORMS: tuple[type[TaskVectorTransform | MergedTransform], ...] = (
 BUILT_IN: dict[str, type[Rule | TaskVectorTransform | MergedTransform]] = {
     part.name: part for part in (*RULES, *TRANSFORMS)
 }
+MERGEKIT_RULES: dict[str, type[Rule]] = {AverageOrSum.name: AverageOrSum}
+"""What recipes of mergekit become, and no command offers by itself."""
 ENTRY_POINT_GROUP = "magmax.rules"
 
 
@@ -104,8 +107,8 @@ def all_components() -> dict[str, type[Rule | TaskVectorTransform | MergedTransf
 
 def find_component(name: str) -> type[Rule | TaskVectorTransform | MergedTransform]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in BUILT_IN or name in MERGEKIT_RULES:
+        return {**BUILT_IN, **MERGEKIT_RULES}[name]
     others = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in others:
         return others[name].load()

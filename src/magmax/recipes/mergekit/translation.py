@@ -14,7 +14,7 @@ from ...merging.model_names import default_names
 from ...merging.output_options import OutputOptions
 from ...rules import nearest_hint
 from ...yaml_documents import YamlDocument, parse_yaml, validate
-from ..request import MergeRequest
+from ..request import MergeRequest, expand_home
 from .architecture_checks import ArchitectureCheck
 from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, MergekitMethod
 from .parameters import ParameterLevel, ParameterLookup
@@ -97,6 +97,9 @@ class _Translation:
             merged["base_model",] = base
             levels["base_model",] = ParameterLevel(("base_model",), {})
         self._count(method, base, merged)
+        if self.recipe.slices and base and not method.counted and base not in [each.model for each in inputs.values()]:
+            where = self.document.locate("slices", 0, "sources")
+            self.problems.append(f"{where}: the base model {base} is not among the sources; mergekit needs it there")
         for place, level in levels.items():
             is_merged = place in merged
             self._parameters(
@@ -242,12 +245,15 @@ class _Translation:
         )
 
     def _out(self, out: object) -> str | None:
-        return None if out is None else str(out) if is_url(str(out)) else os.path.join(self.folder, str(out))
+        if out is None or is_url(str(out)):
+            return out if out is None else str(out)
+        return os.path.join(self.folder, expand_home(str(out)))
 
     def _located(self, model: str, place: tuple[str | int, ...]) -> str:
         """Return where a model lies: as given, which is from the current folder, as mergekit has it; or from the
         recipe's.
         """
+        model = expand_home(model)
         halves = split_base_and_adapter(model) or (model,)
         if all(map(os.path.lexists, halves)):
             return model
