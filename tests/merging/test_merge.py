@@ -460,3 +460,42 @@ def test_a_mean_without_a_variance_is_a_tensor_like_any_other():
     plain, *others = ({"a.weight": state["a.running_mean"], "b": state["b"]} for state in [base, *models])
     merged = magmax.merge("magmax", base, models)
     assert torch.equal(merged["a.running_mean"], magmax.merge("magmax", plain, others)["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ({"kth_magnitude": {"k": 2}}, make_rule("kth_magnitude", {"k": 2})),
+        ({"average": None}, make_rule("average")),
+        (
+            [magmax.rules.Prune(density=0.5), {"dare": {"density": 0.5}}, "magmax"],
+            magmax.rules.chain(magmax.rules.Prune(density=0.5), magmax.rules.Dare(density=0.5), magmax.rules.MagMax()),
+        ),
+    ],
+)
+def test_a_rule_may_be_what_a_recipe_writes_and_the_models_a_generator(written, rule):
+    base, *models = ({"w": state["w"]} for state in (BN_BASE, *BN_MODELS))
+    assert same_bytes(magmax.merge(written, base, (model for model in models)), magmax.merge(rule, base, models))
+    for wrong in (5, None, {"ties": 3}, {"ties": {}, "magmax": {}}, []):
+        with pytest.raises(MagMaxError):
+            magmax.merge(wrong, base, models)
+    with pytest.raises(MagMaxError, match="models must be a list"):
+        magmax.merge("magmax", base, 5)
+
+
+def test_a_peft_model_is_merged_as_peft_merges_it():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    settings = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), settings)
+    wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+    keys = model.state_dict().keys()
+    assert same_bytes(
+        magmax.merge("average", base.state_dict(), [model]), magmax.merge("average", base, [wanted]).state_dict()
+    )
+    assert model.state_dict().keys() == keys
+    with pytest.raises(MagMaxError, match="base is a PeftModel"):
+        magmax.merge("average", model, [base])
+    with pytest.raises(MagMaxError, match="holds LoRA layers that PEFT has put into it"):
+        magmax.merge("average", model.base_model.model, [base])

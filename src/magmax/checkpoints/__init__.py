@@ -14,7 +14,7 @@ from .dtypes import TensorSpec
 from .folder import PICKLE_SUFFIXES, open_folder, open_remote
 from .lora.adapted_model import LoraModel, is_adapter_folder, split_base_and_adapter
 from .lora.peft import ADAPTER_CONFIG, PeftAdapter
-from .memory import StateDict, open_state_dict_file
+from .memory import StateDict, module_state, open_state_dict_file
 from .remote.hub import locate_model, looks_like_hub_id
 from .remote.urls import display_url, is_url
 from .safetensors import SafetensorsFile
@@ -49,7 +49,7 @@ def open_checkpoint(source: Any, label: str | None = None, base: Checkpoint | No
     if isinstance(source, Mapping):
         return StateDict(cast("Mapping[str, Any]", source), label or "the state dict")
     if hasattr(source, "state_dict"):
-        return StateDict(source.state_dict(), label or type(source).__name__)
+        return StateDict(module_state(source, label or type(source).__name__), label or type(source).__name__)
     raise MagMaxError(f"cannot read a checkpoint from {type(source).__name__}; give a path, a state dict or a module")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from os import PathLike, fspath
@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints import open_checkpoint
 from ..checkpoints.remote.urls import is_url
 from ..errors import MagMaxError
-from ..rules import Number, Rule, as_rule
+from ..rules import Number, RuleLike, as_rule
 from .execution.execution_options import ExecutionOptions
 from .in_memory import merge_in_memory, restore_kind
 from .matching import Mismatch
@@ -22,9 +22,9 @@ from .output_options import OutputOptions
 
 
 def merge(
-    rule: Rule | str,
+    rule: RuleLike,
     base: Any,
-    models: Sequence[Any],
+    models: Iterable[Any],
     scaling_factor: Number | None = None,
     out: str | PathLike[str] | None = None,
     *,
@@ -38,9 +38,10 @@ def merge(
     """base + scaling_factor * rule(task vectors of `models`).
 
     Args:
-        rule: a rule or its name.
+        rule: a rule, its name, {name: {option: value}}, or a list of these, a chain.
         base: a path, a state dict or a module.
-        models: the same, in any mixture; a model may be a LoRA adapter of the base.
+        models: the same, in any mixture; a model may be a LoRA adapter of the base, or a PeftModel, which is merged as
+            its `merge_and_unload` would.
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
         out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
@@ -61,7 +62,11 @@ def merge(
     """
     if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
-    rule = as_rule(rule)
+    if not isinstance(models, Iterable):
+        raise MagMaxError(f"models must be a list of paths, state dicts or modules, not {type(models).__name__}")
+    if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+        raise MagMaxError("base is a PeftModel; give the model that its adapter was trained on, loaded anew")
+    rule, models = as_rule(rule), list(models)
     execution = execution or ExecutionOptions()
     execution = replace(execution, executor=executor or execution.executor)
     options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite, batch_norm=batch_norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -146,17 +147,22 @@ def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
 
 
 def rule_from(content: Any) -> Rule:
-    """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain."""
+    """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain.
+
+    Rules and transforms themselves may be among them.
+    """
     return chain(*_parse_components(content))
 
 
 def _parse_components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransform]:
+    if isinstance(content, Rule | TaskVectorTransform | MergedTransform):
+        return [content]
     if isinstance(content, str):
         return [make_component(content)]
-    if isinstance(content, list):
-        return [part for item in cast("list[Any]", content) for part in _parse_components(item)]
-    if isinstance(content, dict) and len(cast("dict[Any, Any]", content)) == 1:
-        ((name, options),) = cast("dict[Any, Any]", content).items()
+    if isinstance(content, list | tuple):
+        return [part for item in cast("Sequence[Any]", content) for part in _parse_components(item)]
+    if isinstance(content, Mapping) and len(cast("Mapping[Any, Any]", content)) == 1:
+        ((name, options),) = cast("Mapping[Any, Any]", content).items()
         if name == "chain":
             return _parse_components(options)
         if options is None or isinstance(options, dict):
@@ -164,9 +170,13 @@ def _parse_components(content: Any) -> list[Rule | TaskVectorTransform | MergedT
     raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {content!r}")
 
 
-def as_rule(rule: Rule | str) -> Rule:
-    """Return a rule from an object or a name."""
-    return make_rule(rule) if isinstance(rule, str) else rule
+RuleLike = Rule | str | Mapping[str, Any] | Sequence[Any]
+"""A rule, its name, {name: {option: value}} as recipes write it, or a list of these and of transforms, a chain."""
+
+
+def as_rule(rule: RuleLike) -> Rule:
+    """Return a rule from an object, a name, or what a recipe writes."""
+    return rule if isinstance(rule, Rule) else rule_from(rule)
 
 
 def _check_option(value: Any, hint: Any) -> Any:
