@@ -1,7 +1,9 @@
 """The one error a user of magmax has to catch."""
 
 import difflib
+from collections.abc import Sequence
 
+MAX_PROBLEMS = 40
 SAME_COMMAND = "what is finished is kept, and the same command goes on from there"
 
 
@@ -14,11 +16,14 @@ class UnfinishedError(MagMaxError):
     same command goes on from there."""
 
 
-def list_problems(heading: str, problems: list[str]) -> MagMaxError:
-    """One error for many problems, so that all of them are seen at once."""
+def list_problems(heading: str, problems: list[str], hints: Sequence[str] = ()) -> MagMaxError:
+    """One error for many problems, so that all of them are seen at once; of very many, the first and their number."""
     if len(problems) == 1:
-        return MagMaxError(problems[0])
-    return MagMaxError("\n".join([f"{heading} ({len(problems)} problems)", *(f"  - {p}" for p in problems)]))
+        return MagMaxError("\n".join([problems[0], *(f"  {hint}" for hint in hints)]))
+    more = len(problems) - MAX_PROBLEMS
+    listed = problems[:MAX_PROBLEMS] + [f"... and {more} more"] * (more > 0)
+    lines = [f"{heading} ({len(problems)} problems)", *(f"  - {problem}" for problem in listed)]
+    return MagMaxError("\n".join([*lines, *(f"  {hint}" for hint in hints)]))
 
 
 def nearest_hint(word: str, words: list[str]) -> str:

@@ -81,6 +81,8 @@ def read_text(file: str) -> str:
     """A file's text, or an error that says why there is none."""
     try:
         return Path(file).read_text("utf-8")
+    except FileNotFoundError as error:
+        raise MagMaxError(f"{file}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
 

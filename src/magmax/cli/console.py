@@ -77,7 +77,14 @@ def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(words, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            done = bar.tasks[0].completed
+            if done > total:  # a rule may read its inputs once more than it usually does
+                bar.update(task, total=done)
+
+        yield advance
 
 
 def run_or_preview(

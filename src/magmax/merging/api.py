@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.remote.urls import is_url
@@ -62,7 +62,7 @@ def merge(
     """
     if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
-    if not isinstance(models, Iterable):
+    if not isinstance(cast("object", models), Iterable):
         raise MagMaxError(f"models must be a list of paths, state dicts or modules, not {type(models).__name__}")
     if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
         raise MagMaxError("base is a PeftModel; give the model that its adapter was trained on, loaded anew")

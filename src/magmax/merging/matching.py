@@ -76,9 +76,11 @@ def match_to_base(base: Checkpoint, models: Sequence[Checkpoint], mismatch: Mism
             else:
                 problems[key] = problem
     if everyones and mismatch == "strict":
-        everyones.append("to keep the base's tensor wherever a model has no match: --mismatch base")
-        everyones.append("to merge the rows that all have, where only the number of rows differs: --mismatch intersect")
-        raise list_problems(f"the models do not match {base.label}", everyones)
+        hints = [
+            "to keep the base's tensor wherever a model has no match: --mismatch base",
+            "to merge the rows that all have, where only the number of rows differs: --mismatch intersect",
+        ]
+        raise list_problems(f"the models do not match {base.label}", everyones, hints)
     partly: dict[str, RowRange] = {}
     for key, row_counts in rows.items():
         part = _common_rows(base.specs[key], row_counts)

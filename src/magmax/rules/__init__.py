@@ -113,7 +113,12 @@ def find_component(name: str) -> type[Rule | TaskVectorTransform | MergedTransfo
     others = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in others:
         return others[name].load()
-    raise MagMaxError(f"there is no rule {name!r}; {nearest_hint(name, sorted([*BUILT_IN, *others]))}")
+    hint = nearest_hint(name, sorted([*BUILT_IN, *others]))
+    if hint.startswith("choose"):
+        transforms = [kind.name for kind in TRANSFORMS]
+        hint = f"choose from: {', '.join(sorted({*BUILT_IN, *others} - {*transforms}))}; before or after one of these: "
+        hint += ", ".join(transforms)
+    raise MagMaxError(f"there is no rule {name!r}; {hint}")
 
 
 def make_component(name: str, options: dict[str, Any] | None = None) -> Rule | TaskVectorTransform | MergedTransform:
