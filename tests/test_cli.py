@@ -12,8 +12,10 @@ import torch
 from tests.models import load_tensors, same_bytes, save_tensors, small_model
 
 import magmax
-from magmax import cli
+from magmax import MagMaxError, cli
 from magmax.checkpoints.journal import WorkingFolder, lock_folder
+from magmax.cli import console
+from magmax.recipes.recipe import load_recipe
 from magmax.rules import BUILT_IN
 
 
@@ -472,3 +474,37 @@ def test_a_page_and_a_table_take_no_place_of_anything_else(kind, run, files, tmp
         assert victim.read_text() == "precious"
         assert str(places[verb]) in said or not code
     assert all(path.is_symlink() == (kind == "link") for path in places.values())
+
+
+def test_a_count_of_problems_counts_no_hints(tmp_path):
+    base, model = ({f"a.{n}{end}": torch.zeros(1) for n in range(60)} for end in ("", ".x"))
+    with pytest.raises(MagMaxError) as caught:
+        magmax.merge("magmax", base, [model])
+    lines = str(caught.value).splitlines()
+    assert "(120 problems)" in lines[0]
+    assert len(lines) < 60
+    assert "... and 80 more" in lines[-3]
+    with pytest.raises(MagMaxError) as caught:
+        magmax.merge("magmax", base, [{**base, "b": torch.zeros(1)}])
+    assert "problems" not in str(caught.value)
+
+
+def test_a_rule_that_is_none_is_told_from_transforms():
+    with pytest.raises(MagMaxError, match=r"choose from: average, .*; before or after one of these: prune, dare"):
+        magmax.merge("zzzz", {}, [])
+
+
+def test_a_recipe_that_is_not_there_is_called_so(tmp_path):
+    with pytest.raises(MagMaxError, match="there is no such file"):
+        load_recipe(str(tmp_path / "no.yaml"))
+
+
+def test_the_progress_bar_does_not_pass_its_end(monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with console._progress_bar(10, "merging") as advance:
+        for _ in range(3):
+            advance(5)
+        bar = advance.__closure__ and next(
+            cell.cell_contents for cell in advance.__closure__ if hasattr(cell.cell_contents, "tasks")
+        )
+        assert (bar.tasks[0].completed, bar.tasks[0].total) == (15, 15)

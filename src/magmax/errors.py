@@ -3,9 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+MAX_PROBLEMS = 40
 SAME_COMMAND = "what is finished is kept, and the same command goes on from there"
-MAX_LISTED = 20
-"""The most problems that one error lists."""
 
 
 class MagMaxError(ValueError):
@@ -17,15 +16,14 @@ class UnfinishedError(MagMaxError):
     same command goes on from there."""
 
 
-def list_problems(heading: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> MagMaxError:
-    """One error for many problems, so that all of them are seen at once; of a long list, the first and the count."""
-    if len(problems) == 1 and not remedies:
-        return MagMaxError(problems[0])
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"{heading} ({count})", *(f"  - {problem}" for problem in problems[:MAX_LISTED])]
-    if len(problems) > MAX_LISTED:
-        lines.append(f"  ... and {len(problems) - MAX_LISTED} more")
-    return MagMaxError("\n".join([*lines, *remedies]))
+def list_problems(heading: str, problems: Sequence[str], hints: Sequence[str] = ()) -> MagMaxError:
+    """One error for many problems, so that all of them are seen at once; of very many, the first and their number."""
+    if len(problems) == 1:
+        return MagMaxError("\n".join([problems[0], *(f"  {hint}" for hint in hints)]))
+    more = len(problems) - MAX_PROBLEMS
+    listed = [*problems[:MAX_PROBLEMS]] + [f"... and {more} more"] * (more > 0)
+    lines = [f"{heading} ({len(problems)} problems)", *(f"  - {problem}" for problem in listed)]
+    return MagMaxError("\n".join([*lines, *(f"  {hint}" for hint in hints)]))
 
 
 def nearest_hint(word: str, words: list[str]) -> str:

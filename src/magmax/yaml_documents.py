@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,13 +18,32 @@ from .legacy import OLD_KEYS
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML as PyYAML's SafeLoader reads it, but 1e-5 is a number, as in YAML 1.2, and not the text "1e-5"."""
+class Yaml12Loader(yaml.SafeLoader):
+    """A loader that reads numbers as YAML 1.2 does: 1:30 and 1_000 are words, 010 is ten, 1e-5 is a number.
+
+    Dates are words too. yes, no, on and off are truth values, as in YAML 1.1 and in mergekit.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+def _construct_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(f"(?:{_INTEGER.pattern})$"), list("-+0123456789")
 )
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+.0123456789")
+)
+Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
 class YamlDocument(NamedTuple):
@@ -48,7 +67,7 @@ def read_document(file: str) -> YamlDocument:
         MagMaxError: no such file, no YAML, an alias, a key given twice, something else than a map.
     """
     text = read_text(file)
-    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=RecipeLoader)
+    content, tree = parse_yaml(text, file), yaml.compose(text, Loader=Yaml12Loader)
     if not isinstance(content, dict):
         raise MagMaxError(
             f"{file}: holds no map of keys; a merge recipe has base, models and rule, an experiment data, model and "
@@ -62,6 +81,8 @@ def read_text(file: str) -> str:
     """A file's text, or an error that says why there is none."""
     try:
         return Path(file).read_text("utf-8")
+    except FileNotFoundError as error:
+        raise MagMaxError(f"{file}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise MagMaxError(f"{file}: cannot be read as YAML: {error}") from error
 
@@ -69,9 +90,9 @@ def read_text(file: str) -> str:
 def parse_yaml(text: str, source: str) -> Any:
     """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=RecipeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Yaml12Loader)):
             raise MagMaxError(f"{source}: has an alias (*name); write its value out")
-        return yaml.load(text, Loader=RecipeLoader)
+        return yaml.load(text, Loader=Yaml12Loader)
     except MagMaxError:
         raise
     except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from magmax.analysis.weight_studies import (
     run_weight_study,
 )
 from magmax.checkpoints import open_checkpoint
+from magmax.cli import run
 from magmax.errors import MagMaxError
 
 NAMES = ["cars", "mnist", "eurosat"]
@@ -64,7 +67,10 @@ def test_conflicts(given) -> None:
         shared, both = naive.count_conflicts(naive.element_columns(vectors, keys_of(record["layer"], vectors)))
         assert (record["shared"], record["conflicts"]) == (shared, both)
         assert record["share"] == both / shared
-        assert record["expected"] == 0.75
+        moved = [
+            sum(value != 0 for value in c) for c in naive.element_columns(vectors, keys_of(record["layer"], vectors))
+        ]
+        assert record["expected"] == pytest.approx(np.mean([1 - 2.0 ** (1 - k) for k in moved if k >= 2]))
 
 
 def test_contribution(given) -> None:
@@ -183,3 +189,56 @@ def test_advice_follows_the_numbers() -> None:
             {ModelsOrigin(): collect_weight_statistics(open_checkpoint(base), opened, ["a", "b"])}
         )
         assert any(wanted in each.headline and each.kind == kind for each in advice), advice
+
+
+def whole_conflicts(base: Tensors, models: list[Tensors], top: float | None = None) -> tuple[dict, str]:
+    opened = [open_checkpoint(each) for each in (base, *models)]
+    found = collect_weight_statistics(opened[0], opened[1:], [f"t{n}" for n in range(len(models))], top)
+    study = conflicts_study({ModelsOrigin(): found}, top)
+    return study.records[0], study.findings[0]
+
+
+def random_vectors(count: int) -> list[torch.Tensor]:
+    return list(torch.randn(count, 60_000, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize(("top", "wanted"), [(None, 0.9375), (0.2, 0.559)])
+def test_conflicts_expected_of_models_trained_apart(top, wanted) -> None:
+    vectors = random_vectors(5)
+    record, said = whole_conflicts({"w": torch.zeros(60_000)}, [{"w": vector} for vector in vectors], top)
+    assert record["expected"] == pytest.approx(wanted, abs=0.003)
+    assert record["share"] == pytest.approx(wanted, abs=0.01)
+    assert f"(coin flips: {record['expected']:.1%})" in said
+
+
+@pytest.mark.parametrize("top", [None, 0.2])
+@pytest.mark.parametrize("count", [2, 5])
+def test_conflicts_expected_of_models_trained_one_after_another(count, top) -> None:
+    models = [{"w": vector} for vector in torch.stack(random_vectors(count)).cumsum(0)]
+    record, said = whole_conflicts({"w": torch.zeros(60_000)}, models, top)
+    assert record["share"] == pytest.approx(record["expected"], abs=0.01)
+    if top is None:
+        assert record["expected"] == pytest.approx(1 - 2 * math.comb(2 * count, count) / 4**count, abs=0.005)
+    assert f"(random steps one after another: {record['expected']:.1%})" in said
+
+
+def test_the_advice_to_prefer_a_model_is_a_command_that_gives_it_its_share(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "my models"
+    strengths = {"theta=1": 0.2, "theta_2": 1.0, "theta_3": 1.1}
+    paths = [save_tensors({"w": torch.zeros(60_000)}, folder / "base.safetensors")]
+    for (name, strength), vector in zip(strengths.items(), random_vectors(3), strict=True):
+        paths.append(save_tensors({"w": strength * vector}, folder / f"{name}.safetensors"))
+    base, *models = [open_checkpoint(path) for path in paths]
+    found = {ModelsOrigin(): collect_weight_statistics(base, models, list(strengths))}
+    (headline,) = [each.headline for each in recommend_from_weights(found) if "tune" in each.headline]
+    program, *words = shlex.split(headline.partition("`")[2].rpartition("`")[0])
+    assert program == "magmax"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    assert not ended.value.code
+    tuned = open_checkpoint(tmp_path / "tuned.safetensors").read("w", 0, 60_000)
+    vectors = [model.read("w", 0, 60_000) for model in models]
+    share = np.mean(np.isclose(tuned, 0.5 * vectors[0]) & ~np.isclose(tuned, 0.5 * vectors[1]))
+    assert share == pytest.approx(1 / 3, abs=0.01)
+    assert "theta=1" in capsys.readouterr().out

@@ -16,10 +16,12 @@ from tests.models import load_tensors, reference_merge, same_bytes, save_tensors
 import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.checkpoints import blocks
+from magmax.checkpoints.zero_base import ZeroBase
 from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.merge_job import merge_job
 from magmax.merging.model_names import default_names
 from magmax.merging.output_options import OutputOptions
+from magmax.merging.sweep import FactorSweep
 from magmax.rules import make_rule
 
 RULES = {
@@ -280,3 +282,220 @@ def read_metadata(path):
 
 def read_digests(path):
     return [i["xxh3_128"] for i in json.loads(read_metadata(path)["magmax"])["inputs"]]
+
+
+ALL_RULES = [kind.name for kind in magmax.rules.RULES]
+STRANGE = np.uint32([0xFF800000, 0x7F800000, 0x7FC00000, 0xFFC00001, 0x7F800001]).view(np.float32)
+"""Both infinities, a NaN, a negative one with a payload, a signalling one."""
+
+
+def with_strange_elements(count: int, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    states = [{"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(n))} for n in range(count)]
+    for state in states:
+        state["w"].view(-1)[:5] = torch.from_numpy(STRANGE)
+        state["w"] = state["w"].to(dtype)
+        state["mask"] = torch.full((1, 1, 3, 3), -torch.inf).triu(1)
+    return states
+
+
+def rule_for_two(name: str) -> tuple[object, int]:
+    rule = magmax.rules.Tunable(preference=(0.5, 0.5)) if name == "tunable" else magmax.rules.as_rule(name)
+    return rule, 1 if name in ("slerp", "nearswap") else 2
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_what_is_not_finite_and_equal_everywhere_stays_bit_for_bit(name, dtype, allowed):
+    rule, count = rule_for_two(name)
+    states = with_strange_elements(1 + count, dtype)
+    merged = magmax.merge(rule, states[0], states[1:], allow_nonfinite=allowed)
+    assert reference.tensor_bytes(merged["w"].view(-1)[:5]) == reference.tensor_bytes(states[0]["w"].view(-1)[:5])
+    assert reference.tensor_bytes(merged["mask"]) == reference.tensor_bytes(states[0]["mask"])
+    assert merged["w"].view(-1)[5:].isfinite().all()
+    for state in states:
+        state["w"].view(-1)[:5] = 0
+        state["mask"].zero_()
+    zeros = magmax.merge(rule, states[0], states[1:])
+    assert torch.equal(merged["w"].view(-1)[5:], zeros["w"].view(-1)[5:])
+
+
+@pytest.mark.parametrize("name", ["magmax", "average", "kth_magnitude"])
+def test_absorbing_leaves_what_is_not_finite_and_equal_as_it_is(name, tmp_path):
+    base, *models = with_strange_elements(4, torch.float32)
+    running = magmax.Running(tmp_path / "state", name, base)
+    for model in models:
+        running.absorb(model)
+    assert reference.same_bytes(running.result(), magmax.merge(name, base, models))
+
+
+def test_a_model_that_differs_where_the_base_is_not_finite_is_refused_or_ignored_there():
+    base, model = {"w": torch.tensor([-torch.inf, 1.0])}, {"w": torch.tensor([-1e9, 3.0])}
+    with pytest.raises(MagMaxError, match="base: w holds 0 NaN and 1 infinite of 2 elements"):
+        magmax.merge("average", base, [model])
+    assert magmax.merge("average", base, [model], allow_nonfinite=True)["w"].tolist() == [-torch.inf, 3.0]
+
+
+@pytest.mark.parametrize("name", ["elect", "elect_sum", "ties", "sce"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_opposite_infinities_are_nan_whatever_sign_the_processor_gives_it(name, sign):
+    nan = sign * torch.tensor(torch.nan)
+    base, models = (
+        {"w": torch.zeros(4)},
+        [torch.tensor([torch.inf, torch.inf, nan, 1]), torch.tensor([-torch.inf, 1, 1, 1])],
+    )
+    rule = magmax.rules.Ties(density=1) if name == "ties" else name
+    merged = magmax.merge(rule, base, [{"w": model} for model in models], 1.0, allow_nonfinite=True)["w"]
+    assert reference.tensor_bytes(merged[[0, 2]]) == reference.tensor_bytes(torch.tensor([torch.nan, torch.nan]))
+    assert merged[1] == torch.inf
+    assert merged[3].isfinite()
+
+
+def test_consensus_keeps_sums_that_are_not_finite():
+    models = [{"w": torch.tensor(values)} for values in ([torch.inf, torch.nan, 1.0], [1.0, 1.0, 1.0])]
+    merged = magmax.merge("consensus", {"w": torch.zeros(3)}, models, 1.0, allow_nonfinite=True)["w"]
+    assert (merged[0], bool(merged[1].isnan()), merged[2]) == (torch.inf, True, 2)
+
+
+def test_the_base_of_zeros_leaves_what_is_not_finite_in_all_models(tmp_path):
+    states = with_strange_elements(3, torch.bfloat16)
+    paths = [save_tensors(state, tmp_path / f"{n}.safetensors") for n, state in enumerate(states)]
+    base, *models = [open_checkpoint(path) for path in paths]
+    merge_job(make_rule("average"), ZeroBase(base), [base, *models], tmp_path / "o.safetensors", OutputOptions()).run()
+    merged = load_tensors(tmp_path / "o.safetensors")
+    assert reference.tensor_bytes(merged["w"].view(-1)[:5]) == reference.tensor_bytes(states[0]["w"].view(-1)[:5])
+    assert torch.equal(merged["mask"], states[0]["mask"])
+
+
+def test_a_wider_output_keeps_what_is_not_finite():
+    base, model = with_strange_elements(2, torch.bfloat16)
+    merged = magmax.merge("magmax", base, [model], dtype="float32")
+    torch.testing.assert_close(merged["w"].view(-1)[:5], base["w"].view(-1)[:5].float(), rtol=0, atol=0, equal_nan=True)
+
+
+BATCH_NORMS = {
+    "bn.running_": "var",
+    "layer.1.bn1_moving_": "variance",
+    "stem/norm/moving_": "variance:0",
+    "batch_stats/a/": "var",
+}
+
+
+def with_batch_norm(seed: int) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    model = {"w": torch.randn(5, 3, generator=draws), "bn.num_batches_tracked": torch.tensor(100 + seed)}
+    for path, end in BATCH_NORMS.items():
+        model[path + end] = torch.rand(6, generator=draws) * 10.0 ** torch.randint(-3, 3, (6,), generator=draws)
+        model[path + end.replace("variance", "mean").replace("var", "mean")] = torch.randn(6, generator=draws)
+    return model
+
+
+BN_BASE, *BN_MODELS = [with_batch_norm(seed) for seed in range(6)]
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_statistics_of_batch_normalisation_are_averaged_over_the_models_whatever_the_rule(name):
+    rule = magmax.rules.Tunable(preference=(0.5, 0.5)) if name == "tunable" else name
+    models = BN_MODELS[:1] if name in ("slerp", "nearswap") else BN_MODELS[: 2 if name == "tunable" else 5]
+    merged = magmax.merge(rule, BN_BASE, models)
+    plain, *others = ({"w": state["w"]} for state in [BN_BASE, *models])
+    assert torch.equal(merged["w"], magmax.merge(rule, plain, others)["w"])
+    assert merged["bn.num_batches_tracked"] == 100
+    for key in BN_BASE.keys() - {"w", "bn.num_batches_tracked"}:
+        torch.testing.assert_close(merged[key], torch.stack([m[key] for m in models]).mean(0), rtol=1e-4, atol=1e-5)
+        assert "var" not in key or (merged[key] >= 0).all()
+
+
+def test_statistics_of_batch_normalisation_are_kept_or_clipped_on_demand():
+    assert (magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, 2.0)["bn.running_var"] >= 0).all()
+    kept = magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, batch_norm="base")
+    clipped = magmax.merge("task_arithmetic", BN_BASE, BN_MODELS, batch_norm="clip")
+    renamed = [{key.replace("v", "V"): tensor for key, tensor in state.items()} for state in (BN_BASE, *BN_MODELS)]
+    usual = magmax.merge("task_arithmetic", renamed[0], renamed[1:])
+    for key in BN_BASE.keys() - {"w", "bn.num_batches_tracked"}:
+        assert torch.equal(kept[key], BN_BASE[key])
+        by_rule = usual[key.replace("v", "V")]
+        assert torch.equal(clipped[key], by_rule.clamp(min=0) if "var" in key else by_rule)
+    assert any((usual[key.replace("v", "V")] < 0).any() for key in BN_BASE if "var" in key)
+    with pytest.raises(MagMaxError, match="batch_norm must be one of average, base, clip"):
+        magmax.merge("magmax", BN_BASE, BN_MODELS, batch_norm="no")
+
+
+@pytest.mark.parametrize("option", ["average", "base", "clip"])
+@pytest.mark.parametrize("rule", ["magmax", "average", make_rule("kth_magnitude", {"k": 2})])
+def test_absorbed_statistics_of_batch_normalisation_are_those_of_one_merge(rule, option, tmp_path):
+    running = magmax.Running(tmp_path / "state", rule, BN_BASE, batch_norm=option)
+    for model in BN_MODELS:
+        running.absorb(model)
+    assert same_bytes(running.result(), magmax.merge(rule, BN_BASE, BN_MODELS, batch_norm=option))
+    with pytest.raises(MagMaxError, match=f"was begun with batch_norm {option}"):
+        magmax.Running(tmp_path / "state", batch_norm="clip" if option == "base" else "base")
+
+
+def test_a_sweep_and_a_note_know_the_statistics_of_batch_normalisation(tmp_path):
+    paths = [save_tensors(state, tmp_path / f"{n}.safetensors") for n, state in enumerate([BN_BASE, *BN_MODELS])]
+    base, *models = [open_checkpoint(path) for path in paths]
+    names = default_names([str(path) for path in paths[1:]])
+    sweep = FactorSweep(
+        make_rule("ties"),
+        base,
+        models,
+        names,
+        tmp_path / "o.safetensors",
+        OutputOptions(),
+        [0.5, 2],
+        ExecutionOptions(),
+    )
+    with sweep.merged() as writer:
+        for factor in (0.5, 2):
+            wanted = magmax.merge("ties", BN_BASE, BN_MODELS, factor)
+            assert same_bytes(load_tensors(writer.write(factor)), wanted)
+    job = merge_job(make_rule("magmax"), base, models, tmp_path / "n.safetensors", OutputOptions())
+    assert "4 running means and 4 variances of batch normalisation are averaged" in job.all_notes()[0]
+    assert job.recipe["batch_norm"] == "average"
+
+
+def test_a_mean_without_a_variance_is_a_tensor_like_any_other():
+    base, *models = ({"a.running_mean": state["bn.running_mean"], "b": state["w"]} for state in [BN_BASE, *BN_MODELS])
+    plain, *others = ({"a.weight": state["a.running_mean"], "b": state["b"]} for state in [base, *models])
+    merged = magmax.merge("magmax", base, models)
+    assert torch.equal(merged["a.running_mean"], magmax.merge("magmax", plain, others)["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ({"kth_magnitude": {"k": 2}}, make_rule("kth_magnitude", {"k": 2})),
+        ({"average": None}, make_rule("average")),
+        (
+            [magmax.rules.Prune(density=0.5), {"dare": {"density": 0.5}}, "magmax"],
+            magmax.rules.chain(magmax.rules.Prune(density=0.5), magmax.rules.Dare(density=0.5), magmax.rules.MagMax()),
+        ),
+    ],
+)
+def test_a_rule_may_be_what_a_recipe_writes_and_the_models_a_generator(written, rule):
+    base, *models = ({"w": state["w"]} for state in (BN_BASE, *BN_MODELS))
+    assert same_bytes(magmax.merge(written, base, (model for model in models)), magmax.merge(rule, base, models))
+    for wrong in (5, None, {"ties": 3}, {"ties": {}, "magmax": {}}, []):
+        with pytest.raises(MagMaxError):
+            magmax.merge(wrong, base, models)
+    with pytest.raises(MagMaxError, match="models must be a list"):
+        magmax.merge("magmax", base, 5)
+
+
+def test_a_peft_model_is_merged_as_peft_merges_it():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    settings = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), settings)
+    wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+    keys = model.state_dict().keys()
+    assert same_bytes(
+        magmax.merge("average", base.state_dict(), [model]), magmax.merge("average", base, [wanted]).state_dict()
+    )
+    assert model.state_dict().keys() == keys
+    with pytest.raises(MagMaxError, match="base is a PeftModel"):
+        magmax.merge("average", model, [base])
+    with pytest.raises(MagMaxError, match="holds LoRA layers that PEFT has put into it"):
+        magmax.merge("average", model.base_model.model, [base])

@@ -270,3 +270,16 @@ def test_own_shares_count_what_is_merged(place):
     with pytest.raises(MagMaxError, match="infinite"):
         natural_shares(base, models, mismatch="intersect")
     assert sum(natural_shares(base, models, mismatch="intersect", allow_nonfinite=True)) == pytest.approx(1)
+
+
+def test_a_target_needs_no_pooler(place, run, tmp_path):  # noqa: F811
+    shutil.copytree(place, tmp_path / "bare")
+    files = [tmp_path / "bare/base/model.safetensors", *(tmp_path / "bare" / f"{name}.safetensors" for name in NAMES)]
+    for file in files:
+        save_file({k: v for k, v in load_file(file).items() if not k.startswith("pooler.")}, file)
+    weights = []
+    for folder in (place, tmp_path / "bare"):
+        code, out, err = run(*words(folder, "ot"), "--out", tmp_path / f"{folder.name}.safetensors")
+        assert code == 0, err
+        weights.append(told(out))
+    assert weights[0] == pytest.approx(weights[1], abs=0.01)

@@ -135,3 +135,27 @@ def test_a_recipe_of_mergekit_moe_is_refused_by_its_name(tmp_path):
     )
     with pytest.raises(MagMaxError, match=r"moe\.yaml: is a recipe of mergekit-moe.*run mergekit-moe"):
         load_recipe(str(tmp_path / "moe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("1e-1", 0.1), ("010", 10), ("0o10", 8), ("0x10", 16), (".5", 0.5), ("+1.", 1), ("1E2", 100), ("-0.25", -0.25)],
+)
+def test_numbers_are_those_of_yaml_1_2(written, meant, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{{base: b, models: [m], scaling_factor: {written}}}")
+    assert load_recipe(str(tmp_path / "r.yaml")).options.scaling_factor == meant
+
+
+@pytest.mark.parametrize("written", ["1:30", "1_000", "0b11", "2024-01-01", "1:30.5", "yes"])
+def test_what_yaml_1_1_alone_takes_for_a_number_is_refused(written, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{{base: b, models: [m], scaling_factor: {written}}}")
+    with pytest.raises(MagMaxError, match="scaling_factor: must be a number"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_the_home_folder_is_where_a_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "r.yaml").write_text("{base: ~/b, models: [~/m, x~y], out: ~/out}")
+    plan = load_recipe(str(tmp_path / "r.yaml"))
+    assert (plan.base, plan.models[0], plan.out) == ("/home/me/b", "/home/me/m", "/home/me/out")
+    assert plan.models[1] == f"{tmp_path}/x~y"

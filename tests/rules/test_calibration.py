@@ -206,11 +206,16 @@ def test_numpy_and_torch_agree_and_half_precision_is_rounded_once():
 
 
 def test_what_is_calibrated_is_told_from_name_and_shape():
-    for key in ("model.layers.3.mlp.up_proj.weight", "lm_head.weight", "text_projection", "visual.conv1.weight",
-                "embeddings.patch_embeddings.projection.weight", "embed_out.weight", "unembed.weight"):  # fmt: skip
+    for key in ("model.layers.3.mlp.up_proj.weight", "visual.conv1.weight",
+                "embeddings.patch_embeddings.projection.weight", "token_mixing.fc1.weight",
+                "position_wise_ff.w_1.weight", "mlp.shared.up_proj.weight", "time_embedding.linear_1.weight",
+                "layers.0.norm1.linear.weight", "attn.in_proj_weight", "lstm.weight_ih_l0", "mlp.experts.down_proj",
+                "Dense_0/kernel", ""):  # fmt: skip
         assert is_calibrated(key, (4, 3, 2, 2) if "conv" in key or "patch" in key else (4, 3)), key
     for key in ("model.embed_tokens.weight", "transformer.wte.weight", "shared.weight", "positional_embedding",
-                "encoder.pos_embed", "cls_token", "final_layer_norm.weight", "ln_1.weight"):  # fmt: skip
+                "encoder.pos_embed", "cls_token", "final_layer_norm.weight", "ln_1.weight", "visual.proj",
+                "text_projection", "lm_head.weight", "score.weight", "classifier.weight", "embed_out.weight",
+                "tok_embeddings.weight", "encoder.embed_tokens.default.weight", "attn.bias"):  # fmt: skip
         assert not is_calibrated(key, (4, 3)), key
     assert not is_calibrated("layer.bias", (4,))
     assert not is_calibrated("layer.weight", (0, 4))
@@ -276,6 +281,7 @@ def test_the_ellipsoid_warns_where_task_vectors_are_alike():
         for form in ("norm", "ellipsoid"):
             rule = chain(Ties(), CalibrateWeights(form=form))
             magmax.merge(rule, base, others, execution=ExecutionOptions(note=told.append))
+    told = [each for each in told if "ellipsoid" in each]
     assert len(told) == 1
     assert "mean cosine is 0.78 (0.81 in conv.weight)" in told[0]
     assert "use form: norm" in told[0]
@@ -399,3 +405,16 @@ def test_a_name_too_many_is_told_before_anything_is_written(tmp_path):
         magmax.merge(chain(MagMax(), CalibrateWeights(sensitive=["x"])), paths[0], paths[1:], out=tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
     assert open_checkpoint(paths[0]).specs
+
+
+def test_what_is_left_is_named():
+    states = [{key: torch.randn(shape) for key, shape in (("a.fc.weight", (4, 3)), ("wte.weight", (5, 3)),
+                                                          ("visual.proj", (3, 3)), ("a.fc.bias", (4,)))}
+              for _ in range(3)]  # fmt: skip
+    said: list[str] = []
+    magmax.merge(
+        chain(Average(), CalibrateWeights()), states[0], states[1:], execution=ExecutionOptions(note=said.append)
+    )
+    (note,) = said
+    assert "2 tensors of two or more dimensions are left" in note
+    assert "a parameter of its own: visual.proj; embedding: wte.weight" in note

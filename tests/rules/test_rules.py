@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tests import models as reference
 
+import magmax
 from magmax import MagMaxError
 from magmax.rules import Address, Average, KthMagnitude, MagMax, RandomMix, TaskArithmetic
 from magmax.rules.random import random_words
@@ -136,3 +137,14 @@ def test_mixed_types_are_merged_in_the_wider_one_and_integers_refused():
     assert Average()([np.float32([1]), np.float64([2])]).dtype == np.float64
     with pytest.raises(MagMaxError, match="must be floating, not int64"):
         Average()([np.array([1]), np.array([2])])
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4, 2)])
+@pytest.mark.parametrize("kind", [*magmax.rules.RULES, *magmax.rules.TRANSFORMS], ids=lambda kind: kind.name)
+def test_every_rule_and_transform_takes_empty_arrays(kind, shape):
+    rule = kind(preference=(1, 1)) if kind.name == "tunable" else kind()
+    if kind in magmax.rules.TRANSFORMS:
+        parts = (magmax.rules.Average(), rule)
+        rule = magmax.rules.chain(*(parts if isinstance(rule, magmax.rules.MergedTransform) else reversed(parts)))
+    empty = np.zeros(shape, np.float32)
+    assert rule([empty] * (1 if kind.name in ("slerp", "nearswap") else 2), base=empty).shape == shape

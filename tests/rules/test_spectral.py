@@ -300,3 +300,21 @@ def test_what_has_no_singular_values_is_an_error_that_names_the_tensor(rule, bad
 def test_a_fraction_that_is_none_is_an_error():
     with pytest.raises(MagMaxError, match=r"from 0 to 1, not 1\.5"):
         IsoCTS(common=1.5)
+
+
+@pytest.mark.parametrize("rule", [IsoC(), IsoCTS(), TsvM()], ids=str)
+@pytest.mark.parametrize("size", [1e-2, 7.5e-4, 7.5e-5])
+def test_a_small_full_rank_fine_tuning_keeps_every_direction(rule, size):
+    """Weights of N(0, 0.04), eight tasks that move them by a part of their length, everything stored in float32."""
+    draws = np.random.default_rng(5)
+    base = draws.normal(0, 0.2, (96, 96)).astype(np.float32)
+    tuned = [(base + draws.normal(0, 0.2 * size, base.shape)).astype(np.float32) for _ in range(8)]
+    vectors = [model - base for model in tuned]
+    wanted = defined(rule, vectors)
+    assert np.linalg.norm(rule(vectors, base=base) - wanted) < 3e-3 * np.linalg.norm(wanted)
+
+
+def test_a_fine_tuning_within_the_rounding_of_the_weights_is_not_lost():
+    base = np.random.default_rng(0).uniform(1, 2, (40, 40)).astype(np.float32)
+    vector = np.random.default_rng(1).choice(np.float32([-(2**-23), 0, 2**-23]), base.shape)
+    assert close(IsoC()([vector], base=base), iso_c([vector.astype(float)]), np.float32)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from ..checkpoints.lora.adapted_model import split_base_and_adapter
 from ..continual.evaluation.tables import PairedComparison
 from ..continual.experiment import LAST_CHECKPOINT, ZERO_SHOT
+from ..merging.model_names import default_names
 from .method_comparison import MethodResult, Records, compare_best_two, competing_methods
-from .weight_statistics import WHOLE_MODEL
+from .weight_statistics import WHOLE_MODEL, WeightStatistics
 from .weight_studies import StatisticsByOrigin
 
 MIN_SEEDS = 3
 RANDOM_CONFLICTS, LOW_CONFLICTS = 0.8, 0.4
-"""Sign conflicts, as a share of what coin flips would give: from here on there is no common direction; up to here
+"""Sign conflicts, as a share of what chance would give: from here on there is no common direction; up to here
 there is one."""
 HIGH_COSINE = 0.5
 """The mean cosine from which on task vectors count as nearly one."""
@@ -64,7 +69,7 @@ def recommend_from_weights(statistics: StatisticsByOrigin) -> list[Recommendatio
         recommendations.append(
             Recommendation(
                 "caution",
-                "Some tensors were left out: look at `--mismatch` before you merge",
+                "Some tensors were left out: a merge needs to know what to do with them (mismatch)",
                 f"{len(apart)} tensors are not in all models with one shape: {some}.",
             )
         )
@@ -77,19 +82,20 @@ def _check_signs(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
         return
     wholes = [tallies.by_layer()[WHOLE_MODEL] for tallies in statistics.values()]
     share = float(np.mean([w.conflicts / w.shared if w.shared else 0.0 for w in wholes]))
-    chance = 1 - 2.0 ** (1 - tasks)
-    numbers = f"{share:.1%} of the shared elements are pulled both ways; coin flips would give {chance:.1%}."
+    expected = [each.expected_conflicts() for each in statistics.values()]
+    chance, kind = float(np.mean([layers[WHOLE_MODEL] for layers, _ in expected])), expected[0][1]
+    numbers = f"{share:.1%} of the shared elements are pulled both ways; {kind} would give {chance:.1%}."
     if share >= RANDOM_CONFLICTS * chance:
         yield Recommendation(
             "try",
-            "Choose signs instead of adding them up: `magmax` or `ties`, rather than `average` or `task_arithmetic`",
+            "Choose signs instead of adding up: the rules magmax or ties, rather than average or task_arithmetic",
             f"{numbers} Sums of such changes cancel.",
         )
     elif share <= LOW_CONFLICTS * chance:
         yield Recommendation(
             "good",
-            "The tasks agree in sign; `average` should do nearly as well as `magmax`, so compare both",
-            f"{numbers} That is what sequential fine-tuning does.",
+            "The tasks agree in sign; the rule average should do nearly as well as magmax, so compare both",
+            numbers,
         )
 
 
@@ -103,7 +109,7 @@ def _check_directions(statistics: StatisticsByOrigin) -> Iterator[Recommendation
     if mean > HIGH_COSINE:
         yield Recommendation(
             "caution",
-            f"Do not sum these: with `task_arithmetic` take a scaling factor near 1/{tasks}",
+            f"Do not sum these: with the rule task_arithmetic take a scaling factor near 1/{tasks}",
             f"the mean cosine of two task vectors is {mean:.2f}, and a sum goes the common way {tasks} times.",
         )
 
@@ -116,9 +122,10 @@ def _check_shares(statistics: StatisticsByOrigin) -> Iterator[Recommendation]:
     shares = np.mean([w / w.sum() for w in wholes], axis=0)
     most, least = int(shares.argmax()), int(shares.argmin())
     if shares[most] * len(names) > HIGH_SHARE or shares[least] * len(names) < LOW_SHARE:
+        command = _tune_command(next(iter(statistics.values())), shares.tolist(), least)
         yield Recommendation(
             "try",
-            f"If {names[least]} matters, give it a say: `magmax tune --prefer {_quote(names[least])}=1`",
+            f"If {names[least]} matters, give it an even share" + (f": `{command}`" if command else ""),
             f"{names[most]} supplies {shares[most]:.1%} of the merged elements, {names[least]} {shares[least]:.1%}; "
             f"even shares would be {1 / len(names):.1%}.",
         )
@@ -240,7 +247,7 @@ def _check_harmed_tasks(methods: Sequence[MethodResult], records: Records) -> It
         worst = min(harmed, key=harmed.__getitem__)
         yield Recommendation(
             "try",
-            f"Prefer task {worst} with `magmax tune`, or lower the scaling factor",
+            f"Prefer task {worst} (the rule tunable), or lower the scaling factor",
             f"{best.name} is {-100 * harmed[worst]:.1f} points below the pre-trained model on task {worst}"
             + (f", and below it on {len(harmed) - 1} more." if len(harmed) > 1 else "."),
         )
@@ -252,5 +259,24 @@ def sort_recommendations(recommendations: Sequence[Recommendation]) -> list[Reco
     return sorted(dict.fromkeys(recommendations), key=lambda each: order[each.kind])
 
 
-def _quote(name: str) -> str:
-    return f"'{name}'" if " " in name else name
+def _tune_command(statistics: WeightStatistics, shares: Sequence[float], least: int) -> str:
+    """The command that merges the same models, one of them with an even share and the others with what is left.
+
+    Nothing, where the models cannot be named on a command line.
+    """
+    if not all(map(_can_be_named, statistics.sources)):
+        return ""
+    base, *models = statistics.sources
+    even = 1 / len(models)
+    left = (1 - even) / max(sum(shares) - shares[least], 1e-12)
+    wanted = [even if task == least else share * left for task, share in enumerate(shares)]
+    names = default_names([(split_base_and_adapter(model) or (model,))[-1] for model in models])
+    prefer = [f"--prefer={name}={share:.3f}" for name, share in zip(names, wanted, strict=True)]
+    mismatch = ["--mismatch", "base"] * any("is not merged" not in why for why in statistics.left_out.values())
+    out = "tuned" if Path(base).is_dir() else "tuned.safetensors"
+    return shlex.join(["magmax", "tune", *models, "--base", base, *prefer, *mismatch, "--out", out])
+
+
+def _can_be_named(source: str) -> bool:
+    """Return whether a command line can name a checkpoint: a file, a folder, a URL, an id on the hub, base+adapter."""
+    return os.path.exists(source) or "/" in source or "+" in source

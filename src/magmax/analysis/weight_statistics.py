@@ -23,6 +23,11 @@ from ..rules.statistics import Statistics
 WHOLE_MODEL = "whole model"
 """What stands for all layers together in records."""
 
+MIN_SEQUENCE_OVERLAP = 0.6
+"""<tau_t, tau_{t+1}> / |tau_t|^2 from which on models count as trained one after another: 1 for orthogonal steps, about
+0.8 of the largest fifth of each task vector, 0 for orthogonal task vectors, 0.5 for those that are alike by half."""
+WALKS = 100_000
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -38,6 +43,7 @@ class TaskVectorStatistics:
         largest_sums, average_sums: shape (T + 1,): of the same groups the sums of max_t |tau_t| and of mean_t |tau_t|.
         winner_counts: shape (T,): the elements that MagMax takes from each task, where any task vector is not zero.
         winner_magnitudes: shape (T,): the sums of |tau_t| over these.
+        moved_counts: shape (T + 1,): the elements by how many task vectors change them.
         inner_products: shape (T, T): the inner products <tau_t, tau_u>; `base_squared_norm`: that of the base with
         itself.
     """
@@ -50,6 +56,7 @@ class TaskVectorStatistics:
     average_sums: Floats
     winner_counts: Ints
     winner_magnitudes: Floats
+    moved_counts: Ints
     inner_products: Floats
     base_squared_norm: float
 
@@ -57,10 +64,34 @@ class TaskVectorStatistics:
     def zeros(cls, tasks: int) -> TaskVectorStatistics:
         one, more = np.zeros(tasks), np.zeros(tasks + 1)
         ints = np.zeros(tasks, np.int64), np.zeros(tasks + 1, np.int64)
-        return cls(0, 0, 0, ints[1], more, more.copy(), ints[0], one, np.zeros((tasks, tasks)), 0.0)
+        counts = np.zeros(tasks + 1, np.int64)
+        return cls(0, 0, 0, ints[1], more, more.copy(), ints[0], one, counts, np.zeros((tasks, tasks)), 0.0)
 
     def __add__(self, other: TaskVectorStatistics) -> TaskVectorStatistics:
         return TaskVectorStatistics(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def coin_flip_conflicts(self) -> float:
+        """The share of the shared elements that would be in conflict if every change had a sign drawn at random.
+
+        The mean of 1 - 2^(1 - k) over the elements that k >= 2 task vectors change; NaN if there is none.
+        """
+        changing = np.arange(2, len(self.moved_counts))
+        return float(self.moved_counts[2:] @ (1 - 2.0 ** (1 - changing))) / self.shared if self.shared else math.nan
+
+    @property
+    def sequence_steps(self) -> Floats | None:
+        """The squared lengths of theta_t - theta_{t-1}, if the models seem to be trained one after another; or None.
+
+        Task t + 1 then goes at least as far along tau_t as task t: <tau_t, tau_{t+1}> is near |tau_t|^2, where it is
+        near zero of models that are trained apart.
+        """
+        squares = np.diagonal(self.inner_products)
+        if len(squares) < 2 or not squares.all():
+            return None
+        along = np.diagonal(self.inner_products, 1) / squares[:-1]
+        steps = np.diff(squares, prepend=0.0)
+        return steps if along.mean() > MIN_SEQUENCE_OVERLAP and (steps > 0).all() else None
 
     @property
     def norms(self) -> Floats:
@@ -83,6 +114,7 @@ class WeightStatistics:
         task_names: the models' names, in order.
         by_tensor: by the tensor's name, in the base's order.
         left_out: the tensors that were left out, and why.
+        sources: the base and the models, as the user named them; empty where nothing can be named.
         input_digests: name -> xxh3-128 of its tensors, of the base and of every model, as a merge's provenance has it.
     """
 
@@ -90,6 +122,20 @@ class WeightStatistics:
     by_tensor: Mapping[str, TaskVectorStatistics]
     left_out: Mapping[str, str]
     input_digests: Mapping[str, str]
+    sources: Sequence[str] = ()
+
+    def expected_conflicts(self, top: float | None = None) -> tuple[dict[str, float], str]:
+        """By layer, the share of conflicts that chance alone would give, and what chance is.
+
+        Of models trained apart, coin flips on the elements that each layer shares. Of models trained one after another,
+        which repeat what came before, a random walk of independent steps as long as theirs: one number for all layers.
+        """
+        layers = self.by_layer()
+        steps = layers[WHOLE_MODEL].sequence_steps
+        if steps is None:
+            return {name: layer.coin_flip_conflicts for name, layer in layers.items()}, "coin flips"
+        share = random_walk_conflicts(steps, top)
+        return dict.fromkeys(layers, share), "random steps one after another"
 
     def by_layer(self) -> dict[str, TaskVectorStatistics]:
         """The tensors of each layer added up, in the order of their names, after WHOLE, which has all of them."""
@@ -98,6 +144,20 @@ class WeightStatistics:
             for name in (WHOLE_MODEL, layer_name(key)):
                 layers[name] = layers[name] + self.by_tensor[key] if name in layers else self.by_tensor[key]
         return layers
+
+
+def random_walk_conflicts(steps: Floats, top: float | None = None) -> float:
+    """The share of conflicts between the partial sums of independent steps of these squared lengths, by simulation.
+
+    Of T equal steps it is 1 - 2 C(2T, T) / 4^T, to about 0.2 %; with `top`, of the largest part of each sum.
+    """
+    draws = np.random.default_rng(0).standard_normal((len(steps), WALKS)) * np.sqrt(steps)[:, None]
+    sums = np.cumsum(draws, axis=0)
+    if top is not None:
+        sums[np.abs(sums) < np.quantile(np.abs(sums), 1 - top, axis=1, keepdims=True)] = 0
+    ups, downs = (sums > 0).sum(axis=0), (sums < 0).sum(axis=0)
+    shared = int(np.count_nonzero(ups + downs >= 2))
+    return int(np.count_nonzero((ups > 0) & (downs > 0))) / shared if shared else math.nan
 
 
 def layer_name(key: str) -> str:
@@ -180,6 +240,7 @@ def block_statistics(vectors: Sequence[NDArray[Any]], base: NDArray[Any]) -> Tas
         average_sums=_sum_by_group(agreeing, total / tasks, tasks + 1),
         winner_counts=np.bincount(winner[some], minlength=tasks),
         winner_magnitudes=_sum_by_group(winner[some], best[some], tasks),
+        moved_counts=np.bincount(ups + downs, minlength=tasks + 1),
         inner_products=wide @ wide.T,
         base_squared_norm=float(start @ start),
     )
@@ -224,7 +285,7 @@ def collect_weight_statistics(
     collector = BlockPipeline(inputs, [], kernel, WorkerPool(threads)).run(progress)
     tensors = {key: _add_exactly(kernel.block_counts[key]) for key in base.specs if key in kernel.block_counts}
     digests = dict(zip(["base", *task_names], collector.digests(inputs), strict=True))
-    return WeightStatistics(list(task_names), tensors, apart, digests)
+    return WeightStatistics(list(task_names), tensors, apart, digests, [each.label for each in inputs])
 
 
 def _add_exactly(parts: Sequence[TaskVectorStatistics]) -> TaskVectorStatistics:

@@ -30,27 +30,28 @@ def conflicts_study(statistics: StatisticsByOrigin, top: float | None = None) ->
 
     share = #{some tau_t > 0 and some tau_u < 0} / #{at least two of tau_1..tau_T are not zero}
 
-    `expected` is what coin flips would give where all T task vectors are not zero: 1 - 2^(1 - T).
+    `expected` is what chance would give: see `WeightStatistics.expected_conflicts`.
     """
     records: list[Record] = []
+    kinds: dict[str, str] = {}
     for origin, tallies in statistics.items():
+        expected, kinds[origin.training] = tallies.expected_conflicts(top)
         for layer, counts in tallies.by_layer().items():
             share = counts.conflicts / counts.shared if counts.shared else math.nan
-            numbers = {"elements": counts.elements, "shared": counts.shared, "conflicts": counts.conflicts}
-            expected = 1 - 2.0 ** (1 - len(tallies.task_names))
-            records.append({**_origin_columns(origin), "layer": layer, **numbers, "share": share, "expected": expected})
+            numbers: Record = {"elements": counts.elements, "shared": counts.shared, "conflicts": counts.conflicts}
+            numbers |= {"share": share, "expected": expected[layer]}
+            records.append({**_origin_columns(origin), "layer": layer, **numbers})
     trimmed = f" Only the largest {top:.3g} of each task vector counts; the rest is taken as zero." if top else ""
     definition = (
         "The share of the elements that at least two task vectors change, which some of them raise and others lower."
         + trimmed
     )
-    chance = records[0]["expected"]
+    expected = aggregate(records, ["training", "layer"], "expected")
     findings = [
         f"{_training_prefix(training)}{band.mean:.1%} of the elements that two tasks or more change are pulled both "
-        f"ways "
-        f"(coin flips: {chance:.1%})."
+        f"ways ({kinds[training]}: {expected[training, layer].mean:.1%})."
         for (training, layer), band in aggregate(records, ["training", "layer"], "share").items()
-        if layer == WHOLE_MODEL
+        if layer == WHOLE_MODEL and band.n
     ]
     return Study(
         "conflicts", "Where the tasks disagree in sign", definition, records, _input_digests(statistics), findings

@@ -27,7 +27,7 @@ from .folder import (
 )
 from .lora.adapted_model import LoraModel, split_base_and_adapter
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter, refuse_lora_file
-from .memory import StateDict, open_state_dict_file, unwrapped
+from .memory import StateDict, module_state, open_state_dict_file, unwrapped
 from .quantized import refuse_quantized
 from .remote.hub import locate_model, looks_like_hub_id
 from .remote.urls import display_url, is_url
@@ -69,7 +69,9 @@ def open_checkpoint(
     if isinstance(source, Mapping):
         opened = StateDict(cast("Mapping[str, Any]", source), label or "the state dict")
     elif hasattr(source, "state_dict"):
-        opened = StateDict(unwrapped(source).state_dict(), label or type(source).__name__)
+        opened = StateDict(
+            module_state(unwrapped(source), label or type(source).__name__), label or type(source).__name__
+        )
     else:
         kind = type(source).__name__
         raise MagMaxError(f"cannot read a checkpoint from {kind}; give a path, a state dict or a module")

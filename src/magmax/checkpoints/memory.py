@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import zipfile
 from collections import Counter
@@ -196,3 +197,19 @@ def to_tensor(raw: NDArray[Any], spec: TensorSpec, like: Any) -> Any:
         return torch.empty(spec.shape, dtype=getattr(torch, wanted), device=like.device)
     flat: torch.Tensor = torch.from_numpy(raw)  # pyright: ignore[reportUnknownMemberType]
     return flat.view(getattr(torch, wanted)).reshape(spec.shape).to(like.device)
+
+
+def module_state(module: Any, label: str) -> Mapping[str, Any]:
+    """The state dict of a module; of a PeftModel, that of a copy with the adapter merged into the weights."""
+    if not hasattr(module, "peft_config") or not hasattr(module, "get_base_model"):
+        state: Mapping[str, Any] = module.state_dict()
+        if any(".lora_A." in key for key in state) and any(".base_layer." in key for key in state):
+            raise MagMaxError(
+                f"{label}: holds LoRA layers that PEFT has put into it; take them out with its unload(), or "
+                "load the model again"
+            )
+        return state
+    try:
+        return copy.deepcopy(module).merge_and_unload().state_dict()
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise MagMaxError(f"{label}: PEFT cannot merge this adapter into its model: {error}") from error

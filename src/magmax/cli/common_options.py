@@ -27,6 +27,7 @@ Strip = Annotated[
         "DataParallel saved, bert. for the encoder of a classifier."
     ),
 ]
+BatchNorm = Literal["average", "base", "clip"]
 Models = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Out = Annotated[str, Parameter(name=["--out", "-o"])]
 OptionalOut = Annotated[str | None, Parameter(name=["--out", "-o"])]

@@ -77,7 +77,14 @@ def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(words, total=total)
-        yield lambda count: bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            done = bar.tasks[0].completed
+            if done > total:  # a rule may read its inputs once more than it usually does
+                bar.update(task, total=done)
+
+        yield advance
 
 
 def run_or_preview(
@@ -124,7 +131,7 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
                 f"workers       {count}, {threads} shares at once, peak memory about {format_bytes(held)} each{whole}"
             )
     print(f"time          {_format_times(job, threads)}")
-    for note in job.all_notes:
+    for note in job.all_notes():
         print(note)
     print_unmerged(job)
     print("no problem found; nothing was written")

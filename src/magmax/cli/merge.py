@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import (
+    BatchNorm,
     Device,
     DryRun,
     Dtype,
@@ -47,6 +48,7 @@ def merge(
     strip: Strip = "",
     adapter_rank: int | None = None,
     allow_nonfinite: Nonfinite = False,
+    batch_norm: BatchNorm | None = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
@@ -78,6 +80,9 @@ def merge(
         Where a model's tensors are not the base's: refuse (strict); keep the base's (base); merge the leading rows
         that all have and keep the base's elsewhere, as for vocabularies of several sizes (intersect); or keep every row
         and tensor of the base and of all models, as for heads that grow (union).
+    batch_norm
+        What is made of the running means and variances of batch normalisation: their average over the models, which is
+        the default; the base's; or the rule's result, with variances clipped at zero.
     adapter_rank
         Merge LoRA adapters into one adapter of at most this rank, a folder; there is no base then.
     """
@@ -91,6 +96,7 @@ def merge(
         "mismatch": mismatch,
         "rename": parse_renames(rename) or None,
         "strip": strip or None,
+        "batch_norm": batch_norm,
         "adapter_rank": adapter_rank,
         "allow_nonfinite": allow_nonfinite or None,
     }

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import (
+    BatchNorm,
     DryRun,
     Dtype,
     Json,
@@ -48,6 +49,7 @@ def tune(
     rename: Rename = (),
     strip: Strip = "",
     allow_nonfinite: Nonfinite = False,
+    batch_norm: BatchNorm | None = None,
     dry_run: DryRun = False,
     restart: Restart = False,
     threads: Threads = 0,
@@ -94,6 +96,8 @@ def tune(
         The output's floating type. The base's by default.
     mismatch
         Where a model's tensors are not the base's, as in merge. An archive was made of what is in all of them.
+    batch_norm
+        As in merge.
     """
     from pathlib import Path
 
@@ -134,6 +138,7 @@ def tune(
         "dtype": dtype,
         "mismatch": mismatch or "strict",
         "allow_nonfinite": allow_nonfinite,
+        "batch_norm": batch_norm or "average",
     }
     plan = build_request(content, "the command line", {}, "")
     total = 5 * (opened.nbytes + sum(model.nbytes for model in inputs))

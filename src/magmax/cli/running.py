@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import (
+    BatchNorm,
     DryRun,
     Dtype,
     Json,
@@ -40,6 +41,7 @@ def absorb(
     mismatch: Mismatch | None = None,
     rename: Rename = (),
     strip: Strip = "",
+    batch_norm: BatchNorm | None = None,
     restart: Restart = False,
     threads: Threads = 0,
     scheduler: Scheduler = None,
@@ -64,11 +66,14 @@ def absorb(
         From the start, also map which task supplied each element.
     mismatch
         From the start, what to do where a model's tensors are not the base's: as in merge, but for union.
+    batch_norm
+        From the start, what is made of the statistics of batch normalisation: as in merge.
     """
     renames = parse_renames(rename)
-    size = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=None).opened(model).nbytes
+    options: dict[str, Any] = {"winners": winners, "mismatch": mismatch, "batch_norm": batch_norm}
+    size = _open_running(state, base, rule, execution=None, **options).opened(model).nbytes
     with progress_options(3 * size, f"absorbing {model}", threads, restart, scheduler) as settings:
-        running = _open_running(state, base, rule, winners=winners, mismatch=mismatch, execution=settings)
+        running = _open_running(state, base, rule, execution=settings, **options)
         merge_result = running.absorb(model, name, label, rename=renames, strip=strip)
     print_result(f"absorbed {running.tasks[-1].name} as task {len(running.tasks)} of {state}", merge_result)
 

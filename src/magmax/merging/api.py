@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoints import open_checkpoint
 from ..checkpoints.remote.urls import is_url
 from ..checkpoints.renamed import Renaming
 from ..errors import MagMaxError
-from ..rules import Number, Rule, as_rule
+from ..rules import Number, RuleLike, as_rule
 from .execution.execution_options import ExecutionOptions
 from .in_memory import InMemoryMerges, restore_kind
 from .matching import Mismatch
 from .merge_job import merge_job
+from .normalization_statistics import BatchNorm
 from .output_options import OutputOptions
 
 
 def merge(
-    rule: Rule | str,
+    rule: RuleLike,
     base: Any,
-    models: Sequence[Any],
+    models: Iterable[Any],
     scaling_factor: Number | None = None,
     out: str | PathLike[str] | None = None,
     *,
@@ -33,22 +34,26 @@ def merge(
     rename: Mapping[str, str] | None = None,
     strip: str = "",
     allow_nonfinite: bool = False,
+    batch_norm: BatchNorm = "average",
     execution: ExecutionOptions | None = None,
     executor: Executor | None = None,
 ) -> Any:
     """base + scaling_factor * rule(task vectors of `models`).
 
     Args:
-        rule: a rule or its name.
+        rule: a rule, its name, {name: {option: value}}, or a list of these, a chain.
         base: a path, a state dict or a module.
-        models: the same, in any mixture; a model may be a LoRA adapter of the base.
+        models: the same, in any mixture; a model may be a LoRA adapter of the base, or a PeftModel, which is merged as
+            its `merge_and_unload` would.
         scaling_factor: by default the rule's own; `Layers` or `Filters` where it depends on the tensor.
         out: where to write, a `.safetensors` file or a folder, or the URL of one; needed where `base` is a path.
         dtype: of the output; the base's, if None.
         mismatch: what to do where models do not fit the base; see `OutputOptions`.
         rename: regular expression -> replacement, for the tensor names of those models that have them.
         strip: a prefix; of the models whose tensor names begin with it, only these tensors are used, without it.
-        allow_nonfinite: merge NaN and infinity too.
+        allow_nonfinite: merge NaN and infinity too; see `OutputOptions`.
+        batch_norm: what is made of running means and variances: their average over the models ("average"), the base's
+            ("base"), or the rule's result with variances of at least zero ("clip").
         execution: threads, progress, restart; see `ExecutionOptions`.
         executor: any `concurrent.futures.Executor`, whose workers do the work instead of threads of this process; its
             processes need the inputs, and the folder of `out`, at the same paths. See `ExecutionOptions`.
@@ -62,10 +67,14 @@ def merge(
     """
     if isinstance(models, str | PathLike | Mapping) or hasattr(models, "state_dict"):
         raise MagMaxError("models must be a list of paths, state dicts or modules")
-    rule = as_rule(rule)
+    if not isinstance(cast("object", models), Iterable):
+        raise MagMaxError(f"models must be a list of paths, state dicts or modules, not {type(models).__name__}")
+    if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+        raise MagMaxError("base is a PeftModel; give the model that its adapter was trained on, loaded anew")
+    rule, models = as_rule(rule), list(models)
     execution = execution or ExecutionOptions()
     execution = replace(execution, executor=executor or execution.executor)
-    options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite)
+    options = OutputOptions(scaling_factor, dtype, mismatch, allow_nonfinite, batch_norm=batch_norm)
     opened = open_checkpoint(base, None if isinstance(base, str | PathLike) else "base")
     labels = [None if isinstance(m, str | PathLike) else f"model {n}" for n, m in enumerate(models, start=1)]
     others = Renaming(strip, rename or {}).apply_to_some(

@@ -59,7 +59,11 @@ class MovementKernel(Kernel):
     def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
         if block.key not in self.apart:
             start = self.reader.read_numbers(block, 0).astype("f8")
-            vector = self.reader.read_numbers(block, 1) - start
+            stored = block.read(1)
+            vector = self.reader.widen(block, 1, stored) - start
+            if block.fixed is not None:
+                same = block.fixed.equal(stored, block.spec(1).dtype)
+                vector[block.fixed.places] = np.where(same, 0, np.nan)
             parts = (float(vector @ vector), float(start @ start), int(np.count_nonzero(vector)))
             self.sums.setdefault(block.key, []).append(parts)
         return []

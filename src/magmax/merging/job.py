@@ -117,11 +117,6 @@ class Job:
     notes: Sequence[str] = ()
 
     @property
-    def all_notes(self) -> list[str]:
-        """Return what a user should know of the inputs and of the job, once each."""
-        return list(dict.fromkeys([*(note for c in self.inputs for note in c.notes), *self.notes]))
-
-    @property
     def read_bytes(self) -> int:
         """Bytes that all passes read, at the usual most."""
         return (1 + self.extra_passes) * sum(checkpoint.nbytes for checkpoint in self.inputs)
@@ -145,6 +140,10 @@ class Job:
             self.stem,
             self.modules,
         )
+
+    def all_notes(self) -> list[str]:
+        """Return what a user should know of the work and of its inputs."""
+        return list(dict.fromkeys([*self.notes, *(note for checkpoint in self.inputs for note in checkpoint.notes)]))
 
     def problems(self) -> list[str]:
         """Return everything that would stop the job, as far as can be checked without doing it."""
@@ -203,7 +202,7 @@ class Job:
         began = time.perf_counter()
         folder = self._companion_folder()
         links = find_outside_links(folder) if folder else []
-        for words in [*self.all_notes, *(f"{folder}: {x} leads out of it, so it is not copied" for x in links)]:
+        for words in [*self.all_notes(), *(f"{folder}: {x} leads out of it, so it is not copied" for x in links)]:
             execution.note(words)
         companions = self._companion_stamps()
         parts = self._finished_chunks(draft, journal, execution)

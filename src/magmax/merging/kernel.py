@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from ..checkpoints import TensorSpec
 from ..checkpoints.dtypes import compute_dtype, narrow, widen
 from ..errors import MagMaxError
-from ..rules import Address, Block, Number, Rule, StreamingRule, tensor_positions
+from ..rules import Address, Average, Block, Number, Rule, StreamingRule, tensor_positions
 from ..rules.compose import CachedRule
 from ..rules.schedules import resolve
 from ..rules.statistics import Statistics
 from .execution.pool import WorkerPool
+from .normalization_statistics import NO_STATISTICS, BatchNormStatistics
 from .pipeline import InputBlock, Kernel, Progress
 from .reader import BlockReader, is_finite
 from .statistics_pass import collect_statistics
@@ -34,6 +35,7 @@ class MergeKernel(Kernel):
         unmerged: tensors copied from the base as they are, and why.
         extents: of tensors that are merged in part, how many leading elements are; the rest is the base's as it is.
         statistics: what the rule asked, by tensor; under None what it asked of the whole model.
+        batch_norm: the statistics of batch normalisation, and what is made of them.
     """
 
     reader: BlockReader
@@ -44,11 +46,12 @@ class MergeKernel(Kernel):
     unmerged: Mapping[str, str]
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
     statistics: Mapping[str | None, Statistics] = field(default_factory=dict[str | None, Any])
+    batch_norm: BatchNormStatistics = NO_STATISTICS
 
     @cached_property
     def rules(self) -> Mapping[str, Rule]:
         """The rule as it is for each tensor."""
-        rules = rules_by_tensor(self.rule, self.reader.inputs[0].specs)
+        rules = rules_by_tensor(self.rule, self.reader.inputs[0].specs, self.batch_norm.averaged)
         if not self.rule.needs_scaling_factor:
             return rules
         return {key: rule.for_scaling_factor(self.factors[key]) for key, rule in rules.items()}
@@ -57,7 +60,7 @@ class MergeKernel(Kernel):
     def factors(self) -> Mapping[str, float]:
         """The scaling factor of each tensor."""
         return {
-            key: resolve(self.scaling_factor, place)
+            key: 1.0 if key in self.batch_norm.averaged else resolve(self.scaling_factor, place)
             for key, place in tensor_positions(self.reader.inputs[0].specs).items()
         }
 
@@ -99,7 +102,10 @@ class MergeKernel(Kernel):
         if head.start == head.stop:
             return self.base_units(block, tail)
         base = self.reader.widen(head, 0, stored)
-        merged = self.scale(head, base, vector(head, base))
+        with np.errstate(invalid="ignore"):  # where NaN and infinity are allowed in, nobody needs a warning
+            merged = self.scale(head, base, vector(head, base))
+        if head.fixed is not None:
+            head.fixed.restore(merged, self.out[block.key].dtype)
         return np.concatenate([merged, self.base_units(block, tail)]) if len(tail) else merged
 
     def split(self, block: InputBlock) -> tuple[InputBlock, NDArray[Any], NDArray[Any]]:
@@ -131,7 +137,11 @@ class MergeKernel(Kernel):
         with np.errstate(over="ignore", invalid="ignore"):
             merged *= merged.dtype.type(self.factors[block.key])
             merged += base
-        return self._narrow(block, merged)
+        return self._narrow(block, self.clip_variance(block, merged))
+
+    def clip_variance(self, block: InputBlock, merged: Any) -> Any:
+        """Merged numbers, of at least zero where they are variances."""
+        return merged.clip(0) if block.key in self.batch_norm.variances else merged
 
     def copy_unmerged(self, block: InputBlock) -> NDArray[Any]:
         """Copy a block of the base; read the models' blocks where they exist, for their digests."""
@@ -141,9 +151,9 @@ class MergeKernel(Kernel):
         return self.base_units(block, base)
 
     def _merged_elements(self) -> dict[str, int]:
-        """Return how many elements of each tensor are merged."""
-        specs = self.reader.inputs[0].specs
-        return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in self.unmerged}
+        """Return how many elements of each tensor the rule merges."""
+        apart, specs = {*self.unmerged, *self.batch_norm.averaged}, self.reader.inputs[0].specs
+        return {key: self.extents.get(key, s.numel) for key, s in specs.items() if key not in apart}
 
     def base_units(self, block: InputBlock, base: NDArray[Any]) -> NDArray[Any]:
         """Return the base's units in the output's type."""
@@ -160,6 +170,8 @@ class MergeKernel(Kernel):
     def _narrow(self, block: InputBlock, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers in the output's type; refuses what is no longer finite, unless that is allowed."""
         dtype = self.out[block.key].dtype
+        if self.reader.allow_nonfinite:  # the sign of a NaN that arithmetic makes depends on the processor
+            values[np.isnan(values)] = np.nan
         stored = narrow(values, dtype)
         if not self.reader.allow_nonfinite and not is_finite(stored, dtype):
             if np.isfinite(values).all():
@@ -170,12 +182,12 @@ class MergeKernel(Kernel):
         return stored
 
 
-def rules_by_tensor(rule: AnyRule, names: Iterable[str]) -> dict[str, AnyRule]:
-    """The rule as it is for each of a model's tensors, its numbers resolved."""
-    rules: dict[str, AnyRule] = {}
+def rules_by_tensor(rule: AnyRule, names: Iterable[str], averaged: Container[str] = ()) -> dict[str, AnyRule | Average]:
+    """The rule as it is for each of a model's tensors, its numbers resolved; `Average` of those in `averaged`."""
+    rules: dict[str, AnyRule | Average] = {}
     for name, place in tensor_positions(names).items():
         try:
-            rules[name] = rule.for_tensor(place)
+            rules[name] = Average() if name in averaged else rule.for_tensor(place)
         except MagMaxError as error:
             raise MagMaxError(f"{name}: {error}") from error
     return rules

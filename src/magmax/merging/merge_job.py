@@ -21,6 +21,7 @@ from .kernel import MergeKernel
 from .matching import Match, match_to_base, refuse_equal_models, refuse_same_path
 from .model_files import copy_notes, find_library, model_files
 from .model_names import default_names
+from .normalization_statistics import BatchNormStatistics
 from .output_options import OutputOptions
 from .provenance import METADATA_KEY, Provenance, model_card
 from .reader import BlockReader
@@ -45,12 +46,13 @@ def merge_job(
     base, models = match.base, match.models
     apart = rule.statistics_span is Span.TENSOR
     target = OutputPath.parse(out)
+    statistics = kernel.batch_norm
 
     return Job(
         target=target,
         inputs=[base, *models],
         names=["zeros" if isinstance(base, ZeroBase) else "base", *names],
-        recipe={**provenance_recipe(rule, options), **match.describe()},
+        recipe={**provenance_recipe(rule, options), **match.describe(), **statistics.describe()},
         specs=kernel.out,
         kernel=kernel,
         unmerged=match.unmerged,
@@ -65,7 +67,7 @@ def merge_job(
         memory=0 if apart else rule.memory,
         memory_per_thread=rule.memory if apart else 0,
         shard_bytes=options.shard_bytes,
-        notes=options.dtype_notes(base),
+        notes=[*options.dtype_notes(base), *statistics.notes()],
     )
 
 
@@ -123,6 +125,8 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     refuse_same_path([base, *models])
     note_differences(base, models)
     return match_to_base(base, models, options.mismatch)
+    match = match_to_base(base, models, options.mismatch)
+    return BatchNormStatistics.find(match.base.specs, options.batch_norm).narrow(match)
 
 
 def merge_kernel(rule: Rule, options: OutputOptions, match: Match) -> MergeKernel:
@@ -136,6 +140,7 @@ def merge_kernel(rule: Rule, options: OutputOptions, match: Match) -> MergeKerne
         out=options.out_specs(match.base),
         unmerged=match.unmerged,
         extents=match.extents,
+        batch_norm=BatchNormStatistics.find(match.base.specs, options.batch_norm),
     )
     kernel.check_rules()
     return kernel

@@ -13,6 +13,7 @@ from ..errors import MagMaxError
 from ..rules import Filters, Layers, Number, Rule, nearest_hint
 from ..rules.schedules import Schedule, validate_range
 from .matching import Mismatch
+from .normalization_statistics import BatchNorm
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,14 @@ class OutputOptions:
             "intersect" merges the leading rows that all have, where tensors differ in the number of rows alone, and
             keeps the base's rows and tensors elsewhere; "union" keeps every row and tensor of the base and of all
             models, as `growing.grow` defines them.
-        allow_nonfinite: let NaN and infinity through instead of refusing them.
+        allow_nonfinite: let NaN and infinity through instead of refusing them. An element that is not finite in the
+            base stays as it is there, and needs no permission where all models have the same bits. One that is not
+            finite in a model alone counts as IEEE 754 arithmetic and the rule have it (`magmax` takes NaN for the
+            largest magnitude; `elect`, `ties` and `sce` give NaN for opposite infinities); NaN is written with one
+            pattern of bits. Rules that need angles or singular values refuse those.
+        batch_norm: what is made of the running means and variances of batch normalisation: "average" is their mean over
+            the models, whatever the rule and the scaling factor; "base" keeps the base's; "clip" merges them like any
+            tensor and raises negative variances to zero.
         shard_bytes: the most a shard of a folder output may hold.
     """
 
@@ -38,6 +46,7 @@ class OutputOptions:
     allow_nonfinite: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     keep_dtype: str = ""
+    batch_norm: BatchNorm = "average"
 
     def out_specs(self, base: Checkpoint) -> dict[str, TensorSpec]:
         """The output's tensors. Raises MagMaxError for a dtype that is none."""

@@ -41,7 +41,8 @@ Progress = Callable[[int], None]
 class InputBlock:
     """One block of one tensor, several neighbouring ones, or the beginning of these, as a kernel sees it.
 
-    `cuts` are the blocks themselves.
+    `cuts` are the blocks themselves; `fixed` is what of it a merge leaves as it is in the base, for it is not finite
+    there (`BlockReader` finds it).
     """
 
     def __init__(self, inputs: Sequence[Checkpoint], key: str, cuts: Sequence[tuple[int, int]], digest: bool) -> None:
@@ -49,6 +50,7 @@ class InputBlock:
         self.cuts = cuts
         self._inputs, self._digest = inputs, digest
         self.digests: dict[int, bytes] = {}
+        self.fixed: Any = None
 
     def spec(self, number: int) -> TensorSpec:
         return self._inputs[number].spec(self.key)

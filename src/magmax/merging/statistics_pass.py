@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from ..checkpoints.blocks import Chunk, iter_chunks
 from ..rules import Address, Block, Rule
 from ..rules.statistics import Counts, Reduction, Scope, Span, Statistics, StatisticsRequest, run_request
@@ -145,12 +147,14 @@ class ReductionTask(ShareTask):
 
     def add_chunk(self, chunk: Chunk, into: Counts) -> None:
         for block in self._blocks(chunk):
-            self.reduction.update(block, into)
+            with np.errstate(invalid="ignore"):
+                self.reduction.update(block, into)
 
     def count_blocks(self, chunk: Chunk) -> Iterator[tuple[Address, Counts]]:
         for block in self._blocks(chunk):
             counts = self.reduction.initial()
-            self.reduction.update(block, counts)
+            with np.errstate(invalid="ignore"):
+                self.reduction.update(block, counts)
             yield block.address, counts
 
     def cost(self, chunk: Chunk) -> int:

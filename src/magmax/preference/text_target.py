@@ -164,8 +164,12 @@ def estimate_text_preference(
 
 
 def load_merged_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str, Any]) -> None:
-    """Copy merged tensors into a module. Raises MagMaxError where the module is not of the base's kind."""
-    state = model.state_dict()
+    """Copy merged tensors into a module. Raises MagMaxError where the module is not of the base's kind.
+
+    A pooler that the checkpoints do not have stays as it is: features are made of the last hidden states.
+    """
+    whole = model.state_dict()
+    state = {k: v for k, v in whole.items() if base.resolve_alias(k) in tensors or not k.startswith("pooler.")}
     missing = [key for key in state if base.resolve_alias(key) not in tensors]
     extra = [key for key in tensors if key not in state]
     if missing or extra:
@@ -177,4 +181,4 @@ def load_merged_weights(model: nn.Module, base: Checkpoint, tensors: Mapping[str
     tensors_out = {
         key: to_tensor(tensors[base.resolve_alias(key)], base.spec(key), value) for key, value in state.items()
     }
-    model.load_state_dict(tensors_out)
+    model.load_state_dict(whole | tensors_out)

@@ -21,7 +21,7 @@ from ..rules import Number, Rule, make_rule, nearest_hint, parse, rule_from
 from ..rules.schedules import ACCEPTED_FORMS
 from ..yaml_documents import YamlDocument, parse_yaml, read_document, read_text, validate
 from . import mergekit
-from .request import InputRenamings, MergeRequest, TargetSamples
+from .request import InputRenamings, MergeRequest, TargetSamples, expand_home
 
 FUSION_BENCH_CLASS = "MagMaxAlgorithm"
 
@@ -55,6 +55,7 @@ class MergeRecipe(BaseModel):
         rename: {regular expression: replacement}, for tensor names of the models that have them and that name none.
         strip: a prefix; of the models whose tensor names begin with it, only these tensors are used, without it.
         allow_nonfinite: let NaN and infinity through.
+        batch_norm: "average", "base" or "clip", for running means and variances; see `OutputOptions`.
         adapter_rank: merge LoRA adapters, without a base, into one adapter of at most this rank.
         target: for the rule tunable, where its preference comes from, if it is not written out.
         calibrate: how the merged model gets its magnitudes back; see `CalibrationOptions`.
@@ -72,6 +73,7 @@ class MergeRecipe(BaseModel):
     rename: dict[str, str] = {}
     strip: str = ""
     allow_nonfinite: bool = False
+    batch_norm: Literal["average", "base", "clip"] = "average"
     adapter_rank: int | None = None
     target: TargetSamples | None = None
     calibrate: CalibrationOptions | None = None
@@ -127,13 +129,13 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     if recipe.adapter_rank is None and recipe.base is None:
         raise MagMaxError(f"{file}: base is missing")
     if recipe.adapter_rank is not None:
-        for key in ("base", "mismatch", "rename", "strip", "allow_nonfinite", "calibrate"):
+        for key in ("base", "mismatch", "rename", "strip", "allow_nonfinite", "batch_norm", "calibrate"):
             if key in recipe.model_fields_set:
                 raise MagMaxError(
                     f"{file}: a merge of adapters into an adapter has no {key}; leave it out, or leave out adapter_rank"
                 )
     rule, factor = parse_rule(recipe.rule, folder)
-    paths = [resolve_path(folder, m.path if isinstance(m, RecipeModel) else m) for m in recipe.models]
+    paths = [resolve_path(folder, expand_home(m.path if isinstance(m, RecipeModel) else m)) for m in recipe.models]
     adapter_paths = [(split_base_and_adapter(path) or (path,))[-1] for path in paths]
     chosen_names = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
     names = [name or default for name, default in zip(chosen_names, default_names(adapter_paths), strict=True)]
@@ -142,13 +144,14 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = OutputOptions(
-        scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite, keep_dtype=recipe.keep_dtype
-    )
-    out = recipe.out if recipe.out is None or is_url(recipe.out) else os_path.join(folder, recipe.out)
+        scaling_factor, recipe.dtype, recipe.mismatch, recipe.allow_nonfinite,
+        keep_dtype=recipe.keep_dtype, batch_norm=recipe.batch_norm,
+    )  # fmt: skip
+    out = recipe.out if recipe.out is None or is_url(recipe.out) else _path(folder, recipe.out)
     if isinstance(recipe.base, RecipeModel) and recipe.base.name is not None:
         raise MagMaxError(f"{file}: the base is called base; take its name out")
     base_given = recipe.base.path if isinstance(recipe.base, RecipeModel) else recipe.base
-    base = resolve_path(folder, base_given) if base_given is not None else None
+    base = resolve_path(folder, expand_home(base_given)) if base_given is not None else None
     renamings = InputRenamings(
         Renaming(recipe.strip, recipe.rename),
         Renaming(recipe.base.strip, recipe.base.rename) if isinstance(recipe.base, RecipeModel) else Renaming(),
@@ -156,19 +159,22 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     )
     target = recipe.target
     if target is not None:
-        moved = {key: os_path.join(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
+        moved = {key: _path(folder, v) for key in ("data", "samples", "encoder") if (v := getattr(target, key))}
         target = target.model_copy(update=moved)
     calibrate = recipe.calibrate
     if calibrate is not None:
-        moved = {
-            key: os_path.join(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))
-        }
+        moved = {key: _path(folder, v) for key in ("samples", "model", "sensitive") if (v := getattr(calibrate, key))}
         calibrate = calibrate.model_copy(update=moved)
     rank = recipe.adapter_rank
     return MergeRequest(
         rule, base, paths, names, options, out,
         renamings=renamings, adapter_rank=rank, target=target, calibrate=calibrate,
     )  # fmt: skip
+
+
+def _path(folder: str, path: str) -> str:
+    """A path as seen from here, which a recipe in `folder` wrote."""
+    return os_path.join(folder, expand_home(path))
 
 
 def _valid_keys(parts: Sequence[str]) -> list[str]:
@@ -183,7 +189,7 @@ def _valid_keys(parts: Sequence[str]) -> list[str]:
 def parse_rule(content: Any, folder: str = "") -> tuple[Rule, float | None]:
     """A rule as recipes and the command line write it, and the scaling factor that came with it, if one did."""
     if isinstance(content, str) and content.endswith((".yaml", ".yml")):
-        return parse_rule(_read_method_file(os_path.join(folder, content)), folder)
+        return parse_rule(_read_method_file(_path(folder, content)), folder)
     if isinstance(content, str) and content.lstrip().startswith(("{", "[")):
         return parse_rule(parse_yaml(content, f"the rule {content!r}"), folder)
     if isinstance(content, dict) and "_target_" in content:
@@ -199,7 +205,7 @@ def _with_resolved_paths(rule: Any, folder: str) -> Any:
         return rule
     options = {name: _with_resolved_paths(option, folder) for name, option in cast("dict[str, Any]", rule).items()}
     path = options.get("sensitive")
-    return {**options, "sensitive": os_path.join(folder, path)} if isinstance(path, str) else options
+    return {**options, "sensitive": _path(folder, path)} if isinstance(path, str) else options
 
 
 def _parse_fusion_bench(method: Mapping[str, Any]) -> tuple[Rule, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from os import path
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,11 @@ from ..merging.matching import match_to_base
 from ..merging.merge_job import merge_job
 from ..merging.output_options import OutputOptions
 from ..rules import Rule, Tunable
+
+
+def expand_home(text: str) -> str:
+    """A path, or BASE+ADAPTER, with the home folder for a leading ~, as in a shell."""
+    return "+".join(path.expanduser(part) for part in text.split("+"))  # noqa: PTH111 - pathlib refuses an unknown ~user
 
 
 class TargetSamples(BaseModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from ..errors import MagMaxError, nearest_hint
 from ..legacy import OLD_OPTIONS, complement
-from .average import Average
+from .average import Average, AverageOrSum
 from .compose import chain
 from .consensus import Consensus
 from .contract import MergedTransform, Rule, State, StreamingRule, TaskVectorTransform
@@ -40,6 +41,7 @@ __all__ = [
     "Address",
     "Array",
     "Average",
+    "AverageOrSum",
     "Block",
     "Breadcrumbs",
     "CalibrateWeights",
@@ -94,6 +96,8 @@ TRANSFORMS: tuple[type[TaskVectorTransform | MergedTransform], ...] = (
 BUILT_IN: dict[str, type[Rule | TaskVectorTransform | MergedTransform]] = {
     part.name: part for part in (*RULES, *TRANSFORMS)
 }
+MERGEKIT_RULES: dict[str, type[Rule]] = {AverageOrSum.name: AverageOrSum}
+"""What recipes of mergekit become, and no command offers by itself."""
 ENTRY_POINT_GROUP = "magmax.rules"
 
 
@@ -104,12 +108,17 @@ def all_components() -> dict[str, type[Rule | TaskVectorTransform | MergedTransf
 
 def find_component(name: str) -> type[Rule | TaskVectorTransform | MergedTransform]:
     """The rule or transform of that name, built in or of an installed package; an error names the nearest."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in BUILT_IN or name in MERGEKIT_RULES:
+        return {**BUILT_IN, **MERGEKIT_RULES}[name]
     others = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in others:
         return others[name].load()
-    raise MagMaxError(f"there is no rule {name!r}; {nearest_hint(name, sorted([*BUILT_IN, *others]))}")
+    hint = nearest_hint(name, sorted([*BUILT_IN, *others]))
+    if hint.startswith("choose"):
+        transforms = [kind.name for kind in TRANSFORMS]
+        hint = f"choose from: {', '.join(sorted({*BUILT_IN, *others} - {*transforms}))}; before or after one of these: "
+        hint += ", ".join(transforms)
+    raise MagMaxError(f"there is no rule {name!r}; {hint}")
 
 
 def make_component(name: str, options: dict[str, Any] | None = None) -> Rule | TaskVectorTransform | MergedTransform:
@@ -143,17 +152,22 @@ def make_rule(name: str, options: dict[str, Any] | None = None) -> Rule:
 
 
 def rule_from(content: Any) -> Rule:
-    """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain."""
+    """A rule as `describe` and recipes write it: a name, {name: {option: value}}, or a list of these, a chain.
+
+    Rules and transforms themselves may be among them.
+    """
     return chain(*_parse_components(content))
 
 
 def _parse_components(content: Any) -> list[Rule | TaskVectorTransform | MergedTransform]:
+    if isinstance(content, Rule | TaskVectorTransform | MergedTransform):
+        return [content]
     if isinstance(content, str):
         return [make_component(content)]
-    if isinstance(content, list):
-        return [part for item in cast("list[Any]", content) for part in _parse_components(item)]
-    if isinstance(content, dict) and len(cast("dict[Any, Any]", content)) == 1:
-        ((name, options),) = cast("dict[Any, Any]", content).items()
+    if isinstance(content, list | tuple):
+        return [part for item in cast("Sequence[Any]", content) for part in _parse_components(item)]
+    if isinstance(content, Mapping) and len(cast("Mapping[Any, Any]", content)) == 1:
+        ((name, options),) = cast("Mapping[Any, Any]", content).items()
         if name == "chain":
             return _parse_components(options)
         if options is None or isinstance(options, dict):
@@ -161,9 +175,13 @@ def _parse_components(content: Any) -> list[Rule | TaskVectorTransform | MergedT
     raise MagMaxError(f"a rule is a name or {{name: {{option: value}}}}, not {content!r}")
 
 
-def as_rule(rule: Rule | str) -> Rule:
-    """Return a rule from an object or a name."""
-    return make_rule(rule) if isinstance(rule, str) else rule
+RuleLike = Rule | str | Mapping[str, Any] | Sequence[Any]
+"""A rule, its name, {name: {option: value}} as recipes write it, or a list of these and of transforms, a chain."""
+
+
+def as_rule(rule: RuleLike) -> Rule:
+    """Return a rule from an object, a name, or what a recipe writes."""
+    return rule if isinstance(rule, Rule) else rule_from(rule)
 
 
 def _check_option(value: Any, hint: Any) -> Any:

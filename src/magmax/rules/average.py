@@ -10,6 +10,8 @@ from .contract import State, StreamingRule, divide_in_place
 from .schedules import Numbers, for_all_models, for_model, validate_range
 from .statistics import Address, Array
 
+MIN_WEIGHT_SUM = 1e-8
+
 
 @dataclass(frozen=True)
 class Average(StreamingRule):
@@ -47,6 +49,31 @@ class Average(StreamingRule):
     def finish(self, state: State, tasks: int) -> Array:
         (total,) = state
         divide_in_place(total, sum(for_all_models(self.weights, tasks)))
+        return total
+
+
+@dataclass(frozen=True)
+class AverageOrSum(Average):
+    """The weighted mean of the task vectors; their weighted sum in tensors whose weights sum to less than 1e-8.
+
+    mergekit's `normalize: true` where no sign is elected. With weights of (1, -1) the mean does not exist:
+
+    >>> import numpy as np
+    >>> from magmax.rules import PerModel
+    >>> AverageOrSum(weights=PerModel((1, -1)))([np.float32([1, 2]), np.float32([3, -2])])
+    array([-2.,  4.], dtype=float32)
+    """
+
+    name: ClassVar[str] = "average_or_sum"
+
+    def check(self, tasks: int) -> None:
+        StreamingRule.check(self, tasks)
+
+    def finish(self, state: State, tasks: int) -> Array:
+        (total,) = state
+        weight = sum(for_all_models(self.weights, tasks))
+        if abs(weight) >= MIN_WEIGHT_SUM:
+            divide_in_place(total, weight)
         return total
 
 

@@ -18,7 +18,8 @@ class Consensus(Rule):
 
     With tasks = 2 both what no task selects (catastrophic) and what one alone does (selfish) is removed; with 0 this
     is task arithmetic. The authors' code compares with > and chooses a threshold for each task on its validation
-    data, among 0.2, 0.3, ..., 0.6; here one serves all, by default the middle of these.
+    data, among 0.2, 0.3, ..., 0.6; here one serves all, by default the middle of these. Sums that are not finite are
+    kept.
 
     >>> import numpy as np
     >>> Consensus()([np.float32([1, 5, 2]), np.float32([1, 0, -1])])
@@ -51,4 +52,5 @@ class Consensus(Rule):
         votes = xp.zeros_like(total)
         for delta in block.task_vectors:
             votes += xp.astype(abs(delta) >= self.threshold * abs(total - delta), total.dtype)
-        return xp.where(votes >= self.tasks, total, xp.zeros_like(total))
+        kept = (votes >= self.tasks) | ~xp.isfinite(total)  # no distance from infinity or NaN can be compared
+        return xp.where(kept, total, xp.zeros_like(total))

@@ -85,15 +85,18 @@ def fold_sum(task_vectors: Sequence[Array]) -> Array:
 
 
 def keep_agreeing(task_vectors: Sequence[Array], zero_is_negative: bool = False) -> Iterator[Array]:
-    """Of each task vector the entries that have the sign of their sum, zeros elsewhere."""
-    elected = as_signed_bits(fold_sum(task_vectors))
+    """Of each task vector the entries that have the sign of their sum, zeros elsewhere; NaN where that sum is NaN."""
+    total = fold_sum(task_vectors)
+    xp = namespace(total)
     # A sum is never -0, so that 1 less turns zero, and nothing else, from positive to negative.
-    opposite = ~(elected - int(zero_is_negative))
-    for delta in task_vectors:
+    opposite = ~(as_signed_bits(total) - int(zero_is_negative))
+    for number, delta in enumerate(task_vectors):
         masked = as_signed_bits(delta) ^ opposite
         masked >>= 8 * delta.dtype.itemsize - 1
         masked &= as_signed_bits(delta)
-        yield masked.view(delta.dtype)
+        agreeing = masked.view(delta.dtype)
+        # NaN has a sign, which depends on the processor where it is of inf - inf; one NaN makes the result NaN.
+        yield agreeing if number else xp.where(xp.isnan(total), total, agreeing)
 
 
 def disjoint_mean(agreeing: Iterable[Array], weights: Sequence[float], like: Array) -> Array:

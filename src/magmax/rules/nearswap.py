@@ -10,6 +10,8 @@ from .linear_combination import check_single_model
 from .schedules import Number, for_model, validate_range
 from .statistics import Array, Block, Statistics, namespace
 
+MIN_DISTANCE = 1e-6
+
 
 @dataclass(frozen=True)
 class NearSwap(Rule):
@@ -17,9 +19,9 @@ class NearSwap(Rule):
 
         m = min(max(tau, -t), t)
 
-    The released code interpolates with the weight min(1, t / |tau|), which is this clip but for rounding; mergekit's
-    divides by 1e-6 where |tau| is less, so that with a t below 1e-6 such elements move less there. Theirs has no
-    default t; 0.0001 is that of the model it was published with.
+    The released code interpolates with the weight min(1, t / |tau|), which is this clip but for rounding. mergekit's
+    divides by 1e-6 where |tau| is less; so with a t below 1e-6 tau is multiplied by t / 1e-6 first, here too. Theirs
+    has no default t; 0.0001 is that of the model it was published with.
 
     >>> import numpy as np
     >>> NearSwap(t=0.5)([np.float32([0.25, -3, 0.5])])
@@ -42,4 +44,6 @@ class NearSwap(Rule):
     def merge(self, block: Block, statistics: Statistics) -> Array:
         (delta,) = block.task_vectors
         t = for_model(self.t, 1)
+        if t < MIN_DISTANCE:
+            delta *= t / MIN_DISTANCE
         return namespace(delta).clip(delta, -t, t)

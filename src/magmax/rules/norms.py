@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,13 @@ class NormStatistics(NamedTuple):
         cut_parts: by their beginnings, those of the parts that lie in several blocks, and of the merged vector with
         them,
             shape (T + 1, T + 2).
+        left: other tensors, and why they are not measured.
     """
 
     parts: Mapping[str, int]
     vectors: Mapping[str, Sums]
     cut_parts: Mapping[Address, Sums]
+    left: Mapping[str, str] = MappingProxyType({})
 
     def of(self, block: Block, merge: MergeFunction, angles: bool) -> tuple[Array, Sums]:
         """The merge of a block, and the measures of each of its parts, shape (parts, T + 1, T + 2)."""

@@ -122,13 +122,13 @@ class SquareSums(Reduction):
             squares = np.asarray(delta).astype(np.float64)
             squares *= squares
             codes = squares.view(np.int64)
-            exponents = codes >> 52
+            exponents = (codes >> 52) & 0x7FF  # without the sign, which NaN may have
             mantissas = (codes & ((1 << 52) - 1)) | ((exponents > 0).astype(np.int64) << 52)
             upper += np.bincount(exponents, mantissas >> 26, 2048).astype(np.int64)
             lower += np.bincount(exponents, mantissas & ((1 << 26) - 1), 2048).astype(np.int64)
 
 
 def _exact_sum(counts: Counts) -> int:
-    """A sum of squares in units of the least positive float64."""
-    upper, lower = counts.tolist()
+    """A sum of squares in units of the least positive float64; those that are not finite count as nothing."""
+    upper, lower = counts[:, :-1].tolist()
     return sum(((u << 26) + v) << max(0, e - 1) for e, (u, v) in enumerate(zip(upper, lower, strict=True)))

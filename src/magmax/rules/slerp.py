@@ -12,6 +12,7 @@ from .schedules import Number, for_model, validate_range
 from .statistics import Sums
 
 COLLINEAR_COSINE = 0.9995
+MIN_NORM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Slerp(LinearCombinationRule):
 
         theta = sin((1 - t) w) / sin(w) * theta_0 + sin(t w) / sin(w) * theta_1,   cos(w) = <theta_0, theta_1> / norms
 
-    Linear where |cos(w)| > 0.9995, as after most fine-tunings, or where either is zero. The merged task vector is
-    theta - theta_0. As mergekit's, but that takes the angle to a zero tensor to be a right one, and has no span model.
+    Linear where |cos(w)| > 0.9995, as after most fine-tunings. The angle to a tensor of norm below 1e-8 is a right one,
+    as in mergekit, which has no span model. The merged task vector is theta - theta_0.
 
     >>> import numpy as np
     >>> Slerp(t=0.5)([np.float32([-1, 1])], base=np.float32([1, 0])).round(4)
@@ -48,8 +49,8 @@ class Slerp(LinearCombinationRule):
 
     def coefficients(self, gram: Sums) -> Sequence[float]:
         t = for_model(self.t, 1)
-        norms = math.sqrt(gram[0, 0]) * math.sqrt(max(0.0, gram.sum()))
-        cosine = gram[0].sum() / norms if norms else 1.0
+        norms = [math.sqrt(gram[0, 0]), math.sqrt(max(0.0, gram.sum()))]
+        cosine = gram[0].sum() / math.prod(norms) if min(norms) > MIN_NORM else 0.0
         if abs(cosine) > COLLINEAR_COSINE:
             return [0.0, t]
         angle = math.acos(cosine)

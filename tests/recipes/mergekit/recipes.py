@@ -57,6 +57,25 @@ models:
       weight: [1, 0]
 dtype: float32
 """,
+    "task_arithmetic, a mean of weights that sum to zero in the first layer": """\
+base_model: base
+models:
+  - model: poet
+    parameters: {weight: [1, 0.5]}
+  - model: coder
+    parameters: {weight: [-1, 1]}
+merge_method: task_arithmetic
+parameters: {normalize: true}
+dtype: float32
+""",
+    "ties, a density above one and a filter that fits everything": """\
+base_model: base
+models:
+  - {model: poet, parameters: {weight: 1, density: 1.5}}
+  - {model: coder, parameters: {weight: [{filter: mlp, value: 0.5}, {filter: "", value: true}], density: 0.5}}
+merge_method: ties
+dtype: float32
+""",
     "task_arithmetic, filters and a mean": """\
 merge_method: task_arithmetic
 base_model: base

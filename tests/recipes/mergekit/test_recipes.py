@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tests.recipes.mergekit.naive import ReferenceMerge
 from tests.recipes.mergekit.recipes import RECIPES
 
-from magmax import cli
+from magmax import MagMaxError, cli
+from magmax.recipes.recipe import load_recipe
 
 RANDOM = ("dare_linear", "dare_ties", "della")
 
@@ -124,3 +125,41 @@ def test_random_methods_give_the_same_bytes_again(models, tmp_path, monkeypatch)
         words = ("merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / name), "--threads", threads)
         assert run(monkeypatch, *words) == 0
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("false", ['"false"', "no", "0", '"off"'])
+def test_truth_values_are_what_mergekit_takes_for_them(false, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    recipe = RECIPES["ties, a density above one and a filter that fits everything"]
+    for number, value in enumerate(["false", false]):
+        (tmp_path / f"{number}.yaml").write_text(recipe + f"parameters: {{normalize: {value}}}\n")
+    plans = [load_recipe(str(tmp_path / f"{number}.yaml")) for number in range(2)]
+    assert plans[0].rule == plans[1].rule
+
+
+def test_a_slice_has_the_base_among_its_sources(models, tmp_path, monkeypatch):
+    text = """\
+merge_method: task_arithmetic
+base_model: base
+slices:
+  - sources:
+      - {model: poet, layer_range: [0, 4], parameters: {weight: 1}}
+      - {model: coder, layer_range: [0, 4], parameters: {weight: 1}}
+dtype: float32
+"""
+    monkeypatch.chdir(models)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(MagMaxError, match="line 4: the base model base is not among the sources"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text(text.replace("dtype", "      - {model: base, layer_range: [0, 4]}\ndtype"))
+    assert len(load_recipe(str(tmp_path / "recipe.yaml")).models) == 2
+
+
+def test_the_home_folder_is_where_a_shell_has_it(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(models))
+    text = (
+        "{merge_method: ties, base_model: ~/base, models: [{model: ~/poet, parameters: {weight: 1}}], dtype: float32}"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    plan = load_recipe(str(tmp_path / "recipe.yaml"), ["out=~/merged"])
+    assert [plan.base, *plan.models, plan.out] == [str(models / name) for name in ("base", "poet", "merged")]

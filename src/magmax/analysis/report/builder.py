@@ -145,10 +145,13 @@ def weight_tiles(studies: Sequence[Study]) -> list[SummaryTile]:
             for (c, layer), b in aggregate(records, ["training", "layer"], "share").items()
             if layer == WHOLE_MODEL
         ]
+        expected = aggregate(records, ["training", "layer"], "expected")
         for training, band in shares[:2]:
             if band.n:
                 label = "sign conflicts" + ("" if training == "given" else f", {training}")
-                tiles.append(SummaryTile(f"{band.mean:.1%}", label, f"coin flips: {records[0]['expected']:.1%}"))
+                tiles.append(
+                    SummaryTile(f"{band.mean:.1%}", label, f"chance: {expected[training, WHOLE_MODEL].mean:.1%}")
+                )
     if "cosine" in by_kind:
         pairs = [r for r in by_kind["cosine"].records if r["layer"] == WHOLE_MODEL and r["task"] != r["other"]]
         for (training,), band in list(aggregate(pairs, ["training"], "cosine").items())[:2]:

@@ -27,8 +27,13 @@ def conflicts_figures(study: Study) -> list[ReportFigure]:
         )
         for n, training in enumerate(trainings)
     ]
-    expected = study.records[0]["expected"]
-    axis = ChartAxis("share of elements pulled both ways", format_percent, True, [(expected, "coin flips")])
+    expected = aggregate(study.records, ["training", "layer"], "expected")
+    marks = [
+        (expected[training, WHOLE_MODEL].mean, f"chance{'' if training == 'given' else f', {training}'}")
+        for training in trainings
+        if expected[training, WHOLE_MODEL].n
+    ]
+    axis = ChartAxis("share of elements pulled both ways", format_percent, True, marks)
     header = ["layer", *(f"{_training_label(training)} conflicts, %" for training in trainings), "elements"]
     sizes = {r["layer"]: r["elements"] for r in study.records}
     rows = [

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...checkpoints.dtypes import STORAGE_DTYPES, compute_dtype
+from ...checkpoints.dtypes import FLOAT_DTYPES, STORAGE_DTYPES, compute_dtype
 from ...errors import MagMaxError
 from ..kernel import MergeKernel
 from ..pipeline import InputBlock
@@ -85,8 +85,9 @@ class DeviceReader(BlockReader):
     def widen(self, block: InputBlock, number: int, stored: NDArray[Any]) -> Any:
         """Units of input `number` as numbers, on the device."""
         values = to_device(stored, block.spec(number).dtype, self.device)
-        if not self.allow_nonfinite and not self.finiteness_checked and not bool(torch.isfinite(values).all()):
-            raise self._error(number, block.key)
+        if block.fixed is not None or not (self._is_unchecked(number) or bool(torch.isfinite(values).all())):
+            numbers = super().widen(block, number, stored)
+            return to_device(numbers, FLOAT_DTYPES[numbers.dtype.name], self.device)
         return values.to(COMPUTE_DTYPES[compute_dtype(block.spec(0).dtype)])
 
 
@@ -111,6 +112,7 @@ class DeviceKernel(MergeKernel):
         """base + scaling_factor * merged, rounded as on the processor, in stored units."""
         merged *= torch.tensor(self.factors[block.key], dtype=merged.dtype, device=merged.device)
         merged += base
+        merged = self.clip_variance(block, merged)
         dtype = self.out[block.key].dtype
         wide = {torch.float32: "F32", torch.float64: "F64"}[merged.dtype]
         if wide == "F64" or self.reader.allow_nonfinite:  # rounded once, and NaN as numpy writes it

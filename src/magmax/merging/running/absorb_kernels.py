@@ -15,6 +15,7 @@ from ...checkpoints.dtypes import FLOAT_DTYPES, compute_dtype, narrow
 from ...rules import Address, StreamingRule
 from ...rules.contract import as_signed_bits
 from ..kernel import MergeKernel, rules_by_tensor
+from ..normalization_statistics import NO_STATISTICS, BatchNormStatistics
 from ..pipeline import InputBlock, Kernel
 from ..reader import BlockReader
 
@@ -41,6 +42,7 @@ class AbsorbKernel(Kernel):
     Attributes:
         extents: of tensors that are merged in part, how many leading elements are; slots hold zeros beyond.
         held: the tensors that the old slots hold.
+        batch_norm: the statistics of batch normalisation: those to be averaged are summed up in the first slot.
     """
 
     reader: BlockReader
@@ -52,11 +54,12 @@ class AbsorbKernel(Kernel):
     winners: bool = False
     extents: Mapping[str, int] = field(default_factory=dict[str, int])
     held: Container[str] = frozenset[str]()
+    batch_norm: BatchNormStatistics = NO_STATISTICS
 
     @cached_property
     def rules(self) -> Mapping[str, StreamingRule]:
         """The rule as it is for each tensor."""
-        return rules_by_tensor(self.rule, self.reader.inputs[0].specs)
+        return rules_by_tensor(self.rule, self.reader.inputs[0].specs, self.batch_norm.averaged)
 
     def __call__(self, block: InputBlock) -> list[NDArray[Any] | None]:
         if block.key in self.unmerged:
@@ -75,17 +78,21 @@ class AbsorbKernel(Kernel):
     def _merge_slots(self, block: InputBlock, old: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """The new slots, and the map of winners if there is one, from the base and the old slots."""
         rule = self.rules[block.key]
-        dtype = self.specs[block.key].dtype
+        dtype, address = self.specs[block.key].dtype, Address(block.key, block.start)
         base, *candidates = (self.reader.widen(block, number, units) for number, units in enumerate(old))
-        candidates.append(self.reader.read_numbers(block, self.slots + 1))
-        if not self.rule.selects_entries:
+        candidates.append(self.reader.read_model(block, self.slots + 1))
+        if not rule.selects_entries:
             *held, vector = candidates
             vector -= base
-            state = rule.step(tuple(held), vector, self.task, Address(block.key, block.start))
-            return [narrow(s, dtype) for s in state]
+            state = rule.step(tuple(held[: rule.slots(self.task - 1)]), vector, self.task, address)
+            slots = [narrow(s, dtype) for s in state]
+            slots += [np.zeros_like(slots[0])] * (self.rule.slots(self.task) - len(slots))
+            if self.winners:  # an average is no task's own: a map of zeros
+                slots.append(block.read(self.slots + 2) if self.task > 1 else np.zeros(len(vector), np.uint8))
+            return slots
         vectors = [value - base for value in candidates]
         *held, vector = (v.copy() for v in vectors)
-        state = rule.step(tuple(held), vector, self.task, Address(block.key, block.start))
+        state = rule.step(tuple(held), vector, self.task, address)
         slots = [narrow(_recover_values(s, candidates, vectors), dtype) for s in state]
         if self.winners:
             slots.append(self._update_winner_map(block, state[0], vectors[-1]))
@@ -126,7 +133,7 @@ class ResultKernel(Kernel):
             if rule.selects_entries:
                 for values in state:
                     values -= base
-            return rule.finish(tuple(state), self.merge.tasks)
+            return rule.finish(tuple(state[: rule.slots(self.merge.tasks)]), self.merge.tasks)
 
         return [self.merge.join(block, vector)]
 

@@ -13,6 +13,7 @@ from ...errors import MagMaxError
 from ...legacy import modern_rule
 from ...rules import Rule, StreamingRule, rule_from
 from ..matching import Mismatch
+from ..normalization_statistics import BatchNorm
 
 MANIFEST_FORMAT = 1
 PARTIAL_FORMAT = 2
@@ -53,6 +54,7 @@ class Manifest:
     base_digest: str | None = None
     current: int | None = None
     versions: dict[int, Version] = field(default_factory=dict[int, Version])
+    batch_norm: BatchNorm = "average"
 
     @property
     def current_version(self) -> Version | None:
@@ -76,6 +78,7 @@ class Manifest:
             "rule": self.rule.describe(),
             "winners": self.winners,
             **({} if strict else {"mismatch": self.mismatch}),
+            **({} if self.batch_norm == "clip" else {"batch_norm": self.batch_norm}),
             "base": {"path": self.base_path, "digest": self.base_digest},
             "current": self.current,
             "generations": [_to_json(version, strict) for version in self.versions.values()],
@@ -111,6 +114,7 @@ def read_manifest(file: Path) -> Manifest:
             base_digest=content["base"]["digest"],
             current=content["current"],
             versions={version.number: version for version in versions},
+            batch_norm=content.get("batch_norm", "clip"),  # states of earlier versions merged them by the rule
         )
         if not _is_valid(state):
             raise ValueError("its entries do not fit together")
@@ -144,7 +148,7 @@ def require_streaming(rule: Rule) -> StreamingRule:
 def _is_valid(state: Manifest) -> bool:
     """Return whether what was read has the types and numbers that a state has."""
     whole = type(state.winners) is bool and type(state.base_path) in (str, type(None))
-    whole = whole and state.mismatch in get_args(Mismatch)
+    whole = whole and state.mismatch in get_args(Mismatch) and state.batch_norm in get_args(BatchNorm)
     return whole and state.current in (None, *state.versions) and all(
         type(version.number) is int
         and isinstance(version.extents, dict)

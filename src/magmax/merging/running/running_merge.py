@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ...checkpoints.renamed import PrefixedSink, Renaming
 from ...checkpoints.torch.dcp import find_dcp
 from ...checkpoints.writer import OutputDraft
 from ...errors import MagMaxError
-from ...rules import Number, Rule, StreamingRule, as_rule
+from ...rules import Average, Number, Rule, StreamingRule, as_rule
 from ..config_differences import note_differences
 from ..execution.execution_options import ExecutionOptions
 from ..in_memory import MemorySink, restore_kind
@@ -26,6 +26,7 @@ from ..kernel import MergeKernel
 from ..matching import Match, Mismatch, extents_of, match_to_base, narrow_match, refuse_same_path
 from ..merge_job import base_metadata, provenance_recipe, small_files
 from ..model_names import default_names
+from ..normalization_statistics import BatchNorm, BatchNormStatistics
 from ..output_options import OutputOptions
 from ..pipeline import BlockPipeline, TensorSink
 from ..reader import BlockReader
@@ -63,6 +64,7 @@ class Running:
         winners: also map which task supplied each element (a byte an element; at most 255 tasks).
         mismatch: "strict", "base" or "intersect", as in `OutputOptions`, for all models to come; what one model
             lacks is the base's from then on. An existing state has its own, which must be equal if one is given.
+        batch_norm: what is made of the statistics of batch normalisation, as in `OutputOptions`; likewise.
 
     Raises:
         MagMaxError: a folder that is no state, another rule, another base than the state was begun with.
@@ -76,6 +78,7 @@ class Running:
         *,
         winners: bool = False,
         mismatch: Mismatch | None = None,
+        batch_norm: BatchNorm | None = None,
         execution: ExecutionOptions | None = None,
     ) -> None:
         self.path = Path(fspath(path))
@@ -89,7 +92,10 @@ class Running:
                     "has all rows, which magmax merge --mismatch union of the first model makes"
                 )
             begun = Manifest(
-                require_streaming(as_rule("magmax" if rule is None else rule)), winners, mismatch or "strict"
+                require_streaming(as_rule("magmax" if rule is None else rule)),
+                winners,
+                mismatch or "strict",
+                batch_norm=batch_norm or "average",
             )
             if winners and not (begun.rule.selects_entries and begun.rule.slots(2) == 1):
                 raise MagMaxError(
@@ -102,6 +108,8 @@ class Running:
             raise MagMaxError(f"{self.path}: was begun without a map of winners; begin a new state to have one")
         if mismatch is not None and mismatch != self._manifest.mismatch:
             raise MagMaxError(f"{self.path}: was begun with mismatch {self._manifest.mismatch}, not {mismatch}")
+        if batch_norm is not None and batch_norm != self._manifest.batch_norm:
+            raise MagMaxError(f"{self.path}: was begun with batch_norm {self._manifest.batch_norm}, not {batch_norm}")
         if rule is not None and as_rule(rule) != self.rule:
             raise MagMaxError(
                 f"{self.path}: was begun with the rule {self.rule.describe()}, not {as_rule(rule).describe()}"
@@ -154,6 +162,7 @@ class Running:
         note_differences(base, [opened])
         match = self._narrow_match(base, match_to_base(base, [opened], self._manifest.mismatch))
         base, (opened,) = match.base, match.models
+        match = self._batch_norm(base).narrow(match)
         name = name or (default_names([opened.source])[0] if opened.is_on_disk else f"task {len(self.tasks) + 1}")
         self._disk.check_label(label)
         number = max(self._manifest.versions, default=0) + 1
@@ -191,8 +200,9 @@ class Running:
         """The work of writing the result. Raises MagMaxError where nothing, or too little, was absorbed."""
         base = self._open_base()
         kernel = self._result_kernel(base, options)
-        match = self._narrow_match(base, match_to_base(base, []))
         target = OutputPath.parse(out)
+        statistics = kernel.merge.batch_norm
+        match = statistics.narrow(self._narrow_match(base, match_to_base(base, [])))
         return Job(
             target=target,
             inputs=kernel.merge.reader.inputs,
@@ -200,6 +210,7 @@ class Running:
             recipe={
                 **provenance_recipe(self.rule, options),
                 **match.describe(),
+                **statistics.describe(),
                 "absorbed": [asdict(task) for task in self.tasks],
             },
             specs=kernel.merge.out,
@@ -213,6 +224,7 @@ class Running:
             companions=base,
             check=self._disk.verifier(),
             shard_bytes=options.shard_bytes,
+            notes=statistics.notes(),
         )
 
     def status(self) -> RunningStatus:
@@ -264,9 +276,15 @@ class Running:
         self._refuse_other_base(base, slots)
         if self.winners and task > MAX_MAPPED_MODELS:
             raise MagMaxError(f"{self.path}: a map of winners holds at most {MAX_MAPPED_MODELS} tasks")
+        statistics = self._batch_norm(base)
         specs = {
             key: TensorSpec(
-                slot_dtype(self.rule, spec, [s.dtype for s in _existing_specs(key, *slots, model)]), spec.shape
+                slot_dtype(
+                    Average() if key in statistics.averaged else self.rule,
+                    spec,
+                    [s.dtype for s in _existing_specs(key, *slots, model)],
+                ),
+                spec.shape,
             )
             for key, spec in base.specs.items()
             if spec.is_mergeable
@@ -285,10 +303,11 @@ class Running:
             if not inputs[-1].specs.keys() >= specs.keys():
                 raise MagMaxError(f"{self.path}: its map of winners is missing; the state is damaged")
             names.append("winners")
-        held = {key for key in specs if self._manifest.extents.get(key, 1)}
+        held = {key for key in specs if self._manifest.extents.get(key, 1)} - statistics.kept
         kernel = AbsorbKernel(
-            BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held
-        )
+            BlockReader(inputs), self.rule, task, len(slots), specs, match.unmerged, self.winners, match.extents, held,
+            statistics,
+        )  # fmt: skip
 
         def sinks(draft: OutputDraft) -> Sequence[TensorSink]:
             return [PrefixedSink(draft, prefix) for prefix in prefixes]
@@ -307,17 +326,19 @@ class Running:
             kernel=kernel,
             unmerged=match.unmerged,
             partly_merged={key: part.reason for key, part in match.partly_merged.items()},
-            sinks=sinks, small_files=provenance_file, check=check,
+            sinks=sinks, small_files=provenance_file, check=check, notes=statistics.notes(),
         )  # fmt: skip
 
     def _result_kernel(self, base: Checkpoint, options: OutputOptions) -> ResultKernel:
         self.rule.check(len(self.tasks))
         slots = self._disk.slots()
         self._refuse_other_base(base, slots)
-        match = self._narrow_match(base, match_to_base(base, []))
+        statistics = self._batch_norm(base)
+        match = statistics.narrow(self._narrow_match(base, match_to_base(base, [])))
         reader = BlockReader([base, *slots], options.allow_nonfinite)
         factor, out = options.resolve_scaling_factor(self.rule), options.out_specs(base)
         merge = MergeKernel(reader, self.rule, len(self.tasks), factor, out, match.unmerged, match.extents)
+        merge = replace(merge, batch_norm=statistics)
         merge.check_rules()
         return ResultKernel(merge, len(slots))
 
@@ -325,6 +346,9 @@ class Running:
         """The match of one more model, without what a model absorbed before has not."""
         before = self._manifest.extents
         return narrow_match(base, match, before) if before else match
+
+    def _batch_norm(self, base: Checkpoint) -> BatchNormStatistics:
+        return BatchNormStatistics.find(base.specs, self._manifest.batch_norm)
 
     def _refuse_other_base(self, base: Checkpoint, slots: Sequence[Checkpoint]) -> None:
         """Refuse, by its headers, a base that cannot be the one that the slots were made from."""

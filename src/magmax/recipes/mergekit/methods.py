@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ...rules import (
     Average,
+    AverageOrSum,
     Breadcrumbs,
     Dare,
     Della,
@@ -15,6 +16,8 @@ from ...rules import (
     Karcher,
     ModelStock,
     NearSwap,
+    Numbers,
+    PerModel,
     Prune,
     Rule,
     Sce,
@@ -23,6 +26,8 @@ from ...rules import (
     TaskVectorTransform,
     chain,
 )
+from ...rules.average import MIN_WEIGHT_SUM
+from ...rules.schedules import all_numbers
 from .parameters import ParameterLookup
 
 Default = bool | int | float | None
@@ -62,30 +67,35 @@ def _linear_rule(parameters: ParameterLookup) -> Rule:
     return Average(weights) if parameters.constant("normalize", True) else TaskArithmetic(weights)
 
 
+def _densities(parameters: ParameterLookup) -> Numbers:
+    """A density for each model; in mergekit, too, one above 1 keeps everything."""
+    return parameters.per_model("density", 1.0, lambda density: min(density, 1.0))
+
+
 def _no_sparsifier(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     return []
 
 
 def _keep_largest(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _reject_rescale(parameters, rescale)
-    return [Prune(density=parameters.per_model("density", 1.0), span="tensor")]
+    return [Prune(density=_densities(parameters), span="tensor")]
 
 
 def _keep_at_random(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
-        return [Prune(density=parameters.per_model("density", 1.0), which="random")]
-    return [Dare(density=parameters.per_model("density", 1.0))]
+        return [Prune(density=_densities(parameters), which="random")]
+    return [Dare(density=_densities(parameters))]
 
 
 def _breadcrumbs(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     _reject_rescale(parameters, rescale)
-    return [Breadcrumbs(density=parameters.per_model("density", 1.0), gamma=parameters.per_model("gamma", 0.01))]
+    return [Breadcrumbs(density=_densities(parameters), gamma=parameters.per_model("gamma", 0.01))]
 
 
 def _della(parameters: ParameterLookup, rescale: bool) -> list[TaskVectorTransform]:
     if not rescale:
         raise parameters.unsupported("rescale", "della without rescaling; leave rescale out")
-    return [Della(density=parameters.per_model("density", 1.0), epsilon=parameters.per_model("epsilon", 0.15))]
+    return [Della(density=_densities(parameters), epsilon=parameters.per_model("epsilon", 0.15))]
 
 
 def _reject_rescale(parameters: ParameterLookup, rescale: bool) -> None:
@@ -100,14 +110,23 @@ MAGNITUDE_OUTLIERS = Sparsifier(_breadcrumbs, own={"gamma": 0.01})
 DELLA_MAGPRUNE = Sparsifier(_della, rescale=True, own={"epsilon": 0.15})
 
 
+def _mean_rule(weights: Numbers) -> Rule:
+    """The weighted mean, or, as in mergekit, the sum where weights sum to zero."""
+    if not isinstance(weights, PerModel):
+        return AverageOrSum(weights) if any(abs(w) < MIN_WEIGHT_SUM for w in all_numbers(weights)) else Average(weights)
+    may_cancel = weights.varies_by_tensor or abs(sum(all_numbers(weights))) < MIN_WEIGHT_SUM
+    return AverageOrSum(weights) if may_cancel else Average(weights)
+
+
 def _generalized_task_arithmetic(thinning: Sparsifier, elect: bool, normalize: bool) -> MergekitMethod:
     """Thin out the task vectors, perhaps elect a sign, and add up what is left or take its mean."""
 
     def rule(given: ParameterLookup) -> Rule:
         weights, mean = given.per_model("weight", None), given.constant("normalize", normalize)
-        sums = (Elect, ElectSum) if elect else (Average, TaskArithmetic)
         parts = thinning.parts(given, given.constant("rescale", thinning.rescale))
-        return chain(*parts, sums[0](weights) if mean else sums[1](weights))
+        if elect:
+            return chain(*parts, Elect(weights) if mean else ElectSum(weights))
+        return chain(*parts, _mean_rule(weights) if mean else TaskArithmetic(weights))
 
     shared = {"normalize": normalize, "rescale": thinning.rescale, "lambda": 1.0, "int8_mask": False}
     return MergekitMethod(rule, shared, {"weight": None, "density": 1.0, **thinning.own})
@@ -130,7 +149,8 @@ MERGE_METHODS: dict[str, MergekitMethod] = {
     "breadcrumbs": _generalized_task_arithmetic(MAGNITUDE_OUTLIERS, elect=False, normalize=False),
     "breadcrumbs_ties": _generalized_task_arithmetic(MAGNITUDE_OUTLIERS, elect=True, normalize=False),
     "sce": MergekitMethod(
-        lambda given: Sce(given.number("select_topk", 1.0)), {"select_topk": 1.0, "int8_mask": False}
+        lambda given: Sce(given.number("select_topk", 1.0, lambda part: min(part, 1.0))),
+        {"select_topk": 1.0, "int8_mask": False},
     ),
     "slerp": MergekitMethod(lambda given: Slerp(t=given.number("t")), {"t": None}, most=1),
     "nearswap": MergekitMethod(lambda given: NearSwap(t=given.number("t")), {"t": None}, most=1),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from ...errors import MagMaxError
 from ...rules import Filters, Layers, Number, Numbers, PerModel
 from ...yaml_documents import YamlDocument
@@ -12,6 +14,8 @@ from .schema import Settings
 
 Turn = Callable[[float], float]
 Entry = tuple[str | None, float | Layers]
+NUMBER, TRUTH = TypeAdapter(float), TypeAdapter(bool)
+"""What mergekit reads parameters with: "0.5" is a number, "false", "no" and 0 are false."""
 Kind = TypeVar("Kind", bool, int, float)
 
 
@@ -40,9 +44,9 @@ class ParameterLookup:
         alike = len(set(values)) == 1 and not isinstance(values[0], Layers | Filters)
         return values[0] if alike else PerModel(tuple(values))
 
-    def number(self, name: str, default: float | None = None) -> Number:
-        """A number that all models share."""
-        return self._number(name, default, self._shared, float)
+    def number(self, name: str, default: float | None = None, turn: Turn = float) -> Number:
+        """A number that all models share, put through `turn`."""
+        return self._number(name, default, self._shared, turn)
 
     def constant(self, name: str, default: Kind) -> Kind:
         """A number or truth value that must be the same for all tensors."""
@@ -94,7 +98,7 @@ def _parse_filtered_values(setting: Any, where: str, name: str, turn: Turn) -> l
         part = condition.get("filter")
         if not isinstance(part, str | None):
             raise MagMaxError(f"{where}: a filter of {name} is a part of tensor names, not {part!r}")
-        entries.append((None if part == "*" else part, _parse_value(condition["value"], where, name, turn)))
+        entries.append((None if part in ("*", "") else part, _parse_value(condition["value"], where, name, turn)))
     return entries
 
 
@@ -103,17 +107,18 @@ def _parse_value(value: Any, where: str, name: str, turn: Turn) -> float | Layer
         return turn(_parse_number(value, where, name))
     if not value:
         raise MagMaxError(f"{where}: {name} is an empty list; give it a number")
-    numbers = tuple(turn(_parse_number(item, where, name)) for item in value)
-    return numbers[0] if len(numbers) == 1 else Layers(numbers, outside="first")
+    numbers = tuple(_parse_number(item, where, name) for item in value)
+    turned = tuple(map(turn, numbers))
+    if len(numbers) > 1 and turned != numbers:  # mergekit goes from one to the next first, and turns what it gets there
+        raise MagMaxError(f"{where}: not supported here: {name} over the layers that goes beyond 1; end it at 1")
+    return turned[0] if len(numbers) == 1 else Layers(numbers, outside="first")
 
 
 def _parse_number(value: Any, where: str, name: str) -> float:
-    """A number; text such as 1e-5, which YAML takes for a word, is one too."""
+    """A number as mergekit takes it: text that spells one is one too, and true is 1."""
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return value if isinstance(value, int) else float(value)
-    except (TypeError, ValueError) as error:
+        return value if type(value) is int else NUMBER.validate_python(value)
+    except ValidationError as error:
         raise MagMaxError(f"{where}: {name} needs a number, not {value!r}") from error
 
 
@@ -121,9 +126,10 @@ def _parse_constant(value: Any, default: Kind, where: str, name: str) -> Kind:
     if isinstance(value, list | dict):
         raise MagMaxError(f"{where}: not supported here: {name} by layer or tensor; give one value for all")
     if isinstance(default, bool):
-        if value in (True, False):
-            return bool(value)  # pyright: ignore[reportReturnType]
-        raise MagMaxError(f"{where}: {name} is true or false, not {value!r}")
+        try:
+            return TRUTH.validate_python(value)  # pyright: ignore[reportReturnType]
+        except ValidationError as error:
+            raise MagMaxError(f"{where}: {name} is true or false, not {value!r}") from error
     number = _parse_number(value, where, name)
     if isinstance(default, int):
         if number != int(number):

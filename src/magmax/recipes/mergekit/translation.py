@@ -15,13 +15,13 @@ from ...merging.model_names import default_names
 from ...merging.output_options import OutputOptions
 from ...rules import nearest_hint
 from ...yaml_documents import YamlDocument, parse_yaml, validate
-from ..request import InputRenamings, MergeRequest
+from ..request import InputRenamings, MergeRequest, expand_home
 from .architecture_checks import ArchitectureCheck
 from .methods import ALL_PARAMETERS, MERGE_METHODS, UNSUPPORTED_METHODS, MergekitMethod
 from .parameters import ParameterLevel, ParameterLookup
 from .schema import MergekitModel, MergekitRecipe, valid_keys
 
-MAGMAX_KEYS = ("out", "mismatch", "keep_dtype", "rename", "strip", "allow_nonfinite")
+MAGMAX_KEYS = ("out", "mismatch", "keep_dtype", "rename", "strip", "allow_nonfinite", "batch_norm")
 """What assignments and flags may say beyond mergekit's own keys."""
 
 
@@ -37,7 +37,7 @@ def build_request(
 
     Args:
         document: the recipe.
-        overrides: assignments to its keys, to `parameters.NAME`, or to our out, mismatch and allow_nonfinite.
+        overrides: assignments to its keys, to `parameters.NAME`, or to one of `MAGMAX_KEYS`.
         flags: what the command line sets.
         folder: where the recipe lies; models are looked for in the current folder and then there.
 
@@ -98,6 +98,9 @@ class _Translation:
             merged["base_model",] = base
             levels["base_model",] = ParameterLevel(("base_model",), {})
         self._count(method, base, merged)
+        if self.recipe.slices and base and not method.counted and base not in [each.model for each in inputs.values()]:
+            where = self.document.locate("slices", 0, "sources")
+            self.problems.append(f"{where}: the base model {base} is not among the sources; mergekit needs it there")
         for place, level in levels.items():
             is_merged = place in merged
             self._parameters(
@@ -226,7 +229,8 @@ class _Translation:
             where, name = self.document.locate("merge_method"), self.recipe.merge_method
             raise MagMaxError(f"{where}: mismatch: base needs a base that the models start from; {name} has none")
         dtype, keep_dtype = self.recipe.out_dtype or self.recipe.dtype, str(ours.get("keep_dtype", ""))
-        return OutputOptions(factor, dtype, mismatch, bool(allowed), keep_dtype=keep_dtype)
+        statistics = ours.get("batch_norm", "average")
+        return OutputOptions(factor, dtype, mismatch, bool(allowed), keep_dtype=keep_dtype, batch_norm=statistics)
 
     def _names(self, paths: Sequence[str]) -> list[str]:
         names = default_names([(split_base_and_adapter(path) or (path,))[-1] for path in paths])
@@ -244,12 +248,15 @@ class _Translation:
         )
 
     def _out(self, out: object) -> str | None:
-        return None if out is None else str(out) if is_url(str(out)) else os.path.join(self.folder, str(out))
+        if out is None or is_url(str(out)):
+            return out if out is None else str(out)
+        return os.path.join(self.folder, expand_home(str(out)))
 
     def _located(self, model: str, place: tuple[str | int, ...]) -> str:
         """Return where a model lies: as given, which is from the current folder, as mergekit has it; or from the
         recipe's.
         """
+        model = expand_home(model)
         halves = split_base_and_adapter(model) or (model,)
         if all(map(os.path.lexists, halves)):
             return model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..statistics import Array, namespace
-from .svd import SpectralRule, leading_singular_vectors, sum_in_float64
+from .svd import Noise, SpectralRule, leading_singular_vectors, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class IsoC(SpectralRule):
         M = mean(s) * U V^T,   U diag(s) V^T = tau_1 + ... + tau_T
 
     Tensors that are no matrices are averaged, not summed, and embeddings are matrices, as in the released code; that
-    leaves out, by name, CLIP's text projection. Directions whose singular value is zero, but for the rounding of the
-    type that is merged in, are left out here, where the released code takes whatever directions LAPACK completes U and
-    V with, at full length; so a sum of low rank, as of LoRA adapters, keeps its rank here. Accuracy: see
+    leaves out, by name, CLIP's text projection. Directions whose singular value is zero, but for rounding, are left out
+    here, where the released code takes whatever directions LAPACK completes U and V with, at full length; so a sum of
+    low rank, as of LoRA adapters, keeps its rank here, and any other has all its directions. Accuracy: see
     `SpectralRule`. The authors choose the scaling factor on validation data; 1 is FusionBench's.
 
     >>> import numpy as np
@@ -32,8 +32,8 @@ class IsoC(SpectralRule):
     scaling_factor: ClassVar[float] = 1.0
     paper: ClassVar[str] = "Marczak et al., No Task Left Behind, ICML 2025, arXiv 2502.04959"
 
-    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[Noise]) -> Array:
         summed = sum_in_float64(matrices)
         rank = min(summed.shape)
-        u, s, vh = leading_singular_vectors(summed, rank, sum(noises))
+        u, s, vh = leading_singular_vectors(summed, rank, Noise.total(noises))
         return u * (namespace(s).sum(s) / rank) @ vh

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ...errors import MagMaxError
 from ..statistics import Array, namespace
-from .svd import SpectralRule, as_float64, leading_singular_vectors, nearest_isometry, sum_in_float64
+from .svd import Noise, SpectralRule, as_float64, leading_singular_vectors, nearest_isometry, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class IsoCTS(SpectralRule):
         if not 0 <= self.common <= 1:
             raise MagMaxError(f"iso_cts needs common, a fraction, from 0 to 1, not {self.common}")
 
-    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[Noise]) -> Array:
         tasks, rank = len(matrices), min(matrices[0].shape)
         each = min(round((rank - int(self.common * rank)) / tasks), rank // tasks)
-        common = leading_singular_vectors(sum_in_float64(matrices), rank - each * tasks, sum(noises))
+        common = leading_singular_vectors(sum_in_float64(matrices), rank - each * tasks, Noise.total(noises))
         xp = namespace(matrices[0])
         parts: list[tuple[Array, Array, Array]] = []
         for matrix, noise in zip(matrices, noises, strict=True):

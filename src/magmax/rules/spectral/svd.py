@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,10 +35,10 @@ class SpectralRule(Rule):
         return True
 
     @abstractmethod
-    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[Noise]) -> Array:
         """Merge the task vectors' matrices; return float64 or the matrices' type.
 
-        Singular values up to `noises`, one for each matrix, are what rounding may have made of zero.
+        `noises`, one for each matrix, say which singular values are what rounding may have made of zero.
         """
 
     def merge(self, block: Block, statistics: Statistics) -> Array:
@@ -51,9 +52,7 @@ class SpectralRule(Rule):
                 f"{LARGEST_MAGNITUDE:g}"
             )
         size = 0.0 if block.base is None else norm(block.base)
-        noises = [
-            _rounding_norm(size + norm(delta), shape, float(xp.finfo(delta.dtype).eps)) for delta in block.task_vectors
-        ]
+        noises = [Noise.of(norm(delta), size, shape, float(xp.finfo(delta.dtype).eps)) for delta in block.task_vectors]
         merged = self.merge_matrices([xp.reshape(delta, shape) for delta in block.task_vectors], noises)
         return xp.reshape(xp.astype(merged, first.dtype, copy=False), (-1,))
 
@@ -81,21 +80,61 @@ def as_float64(matrix: Array) -> Array:
     return xp.astype(matrix, xp.float64)
 
 
-def _rounding_norm(size: float, shape: tuple[int, ...], eps: float) -> float:
-    """The largest singular value of the rounding errors in a matrix of numbers of that Frobenius norm, with a margin.
+class Noise(NamedTuple):
+    """What rounding adds to a matrix.
 
-    Errors that are independent, eps / 4 of each element in the root mean square, have the norm
-    size * eps / 4 * (1 / sqrt(rows) + 1 / sqrt(columns)); the margin is sixteenfold. The decomposition adds its own.
+    Attributes:
+        norm: singular values up to it are zeros to the rounding of the matrix itself.
+        element: the root mean square of the error that each element has because theta_0 + tau was rounded to be stored.
     """
-    rows, columns = shape
-    float64_rounding = max(shape) * float(np.finfo(np.float64).eps)
-    return size * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), float64_rounding)
+
+    norm: float = 0.0
+    element: float = 0.0
+
+    @classmethod
+    def of(cls, norm: float, base_norm: float, shape: tuple[int, ...], eps: float) -> Noise:
+        """The noise of a task vector of that Frobenius norm, of a base of another.
+
+        Independent errors, eps / 4 of each element in the root mean square, have a largest singular value of
+        norm * eps / 4 * (1 / sqrt(rows) + 1 / sqrt(columns)); the margin is sixteenfold. The decomposition has its own.
+        """
+        rows, columns = shape
+        float64_rounding = max(shape) * float(np.finfo(np.float64).eps)
+        own = norm * max(4 * eps * (1 / math.sqrt(rows) + 1 / math.sqrt(columns)), float64_rounding)
+        return cls(own, base_norm * eps / 4 / math.sqrt(rows * columns))
+
+    @classmethod
+    def total(cls, noises: Sequence[Noise]) -> Noise:
+        """The noise of a sum of matrices."""
+        return cls(sum(noise.norm for noise in noises), math.hypot(*(noise.element for noise in noises)))
+
+    def rank(self, s: Array, shape: tuple[int, ...]) -> int:
+        """How many of a matrix's leading singular values are no noise.
+
+        Where errors of `element` are all that a matrix of rank r has beyond r directions, its other singular values are
+        at most element * (sqrt(rows - r) + sqrt(columns - r)), and stand apart from the first r. So they are left out
+        up to four times that, after a gap of a factor of three, where they are an eighth of all at least: those of a
+        matrix of full rank shrink by degrees, but perhaps for the last few. So a sum of LoRA adapters keeps its rank,
+        and a fine-tuning of full rank every direction, however small it is.
+        """
+        values: list[float] = s.tolist()
+        least = max(self.norm, max(shape) * float(np.finfo(np.float64).eps) * values[0])
+        count = sum(value > least for value in values)
+        rows, columns = shape
+        for rank in range(1, min(count, 1 + 7 * min(shape) // 8)):
+            largest = self.element * (math.sqrt(rows - rank) + math.sqrt(columns - rank))
+            if values[rank] <= min(4 * largest, values[rank - 1] / 3):
+                return rank
+        return count
 
 
-def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> tuple[Array, Array, Array]:
+NO_NOISE = Noise()
+
+
+def leading_singular_vectors(matrix: Array, count: int, noise: Noise = NO_NOISE) -> tuple[Array, Array, Array]:
     """The `count` largest singular values s of a float64 matrix, largest first, with their vectors: u * s @ vh.
 
-    Fewer, where others are zero: those that rounding alone makes, up to `noise` or to max(rows, columns) * 2^-52 times
+    Fewer, where others are zero: those that rounding alone makes, by `noise`, or up to max(rows, columns) * 2^-52 times
     the largest, have no direction of their own.
     """
     xp = namespace(matrix)
@@ -106,8 +145,7 @@ def leading_singular_vectors(matrix: Array, count: int, noise: float = 0.0) -> t
     if count == 0 or rows == 0:
         return matrix[:, :0], matrix[:0, 0], matrix[:0, :]
     u, s, vh = _svd_from_gram(matrix, count) or xp.linalg.svd(matrix, full_matrices=False)
-    least = max(noise, columns * float(np.finfo(np.float64).eps) * float(s[0]))
-    rank = min(count, int(xp.sum(xp.astype(s > least, xp.int64))))
+    rank = noise.rank(s[:count], matrix.shape)
     u, s, vh = (xp.asarray(part, copy=True) for part in (u[:, :rank], s[:rank], vh[:rank, :]))  # not views of all
     return u, s, vh
 
@@ -130,7 +168,7 @@ def nearest_isometry(matrix: Array, like: Array) -> Array:
 
     Its columns or rows are singular vectors of matrices of the type of `like`, known to its precision.
     """
-    precision = 64 * float(namespace(like).finfo(like.dtype).eps)
+    precision = Noise(64 * float(namespace(like).finfo(like.dtype).eps))
     u, _, vh = leading_singular_vectors(matrix, min(matrix.shape), precision)
     return u @ vh
 

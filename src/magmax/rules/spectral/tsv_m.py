@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..statistics import Array, namespace
-from .svd import SpectralRule, as_float64, leading_singular_vectors, mean, nearest_isometry
+from .svd import Noise, SpectralRule, as_float64, leading_singular_vectors, mean, nearest_isometry
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TsvM(SpectralRule):
     scaling_factor: ClassVar[float] = 1.0
     paper: ClassVar[str] = "Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081"
 
-    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[float]) -> Array:
+    def merge_matrices(self, matrices: Sequence[Array], noises: Sequence[Noise]) -> Array:
         each = min(matrices[0].shape) // len(matrices)
         if each == 0:
             return mean(matrices)

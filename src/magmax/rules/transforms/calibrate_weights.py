@@ -20,12 +20,16 @@ from .sensitive_tensors import read_sensitivity
 
 EPSILON = 1e-8
 MAX_COEFFICIENT = 1e38
+MAX_NAMES = 3
 MAX_MEAN_COSINE = 0.1
 """The mean cosine of task vectors above which the ellipsoid's supposition does not hold: it is then a third off."""
-UNCALIBRATED_PATTERN = re.compile(
-    r"(?<!un)emb(?!ed_out)|wte|wpe|shared\.|position|relative_attention_bias|token|norm|\bln_"
-)
-"""What names embeddings and norms have."""
+LAYER_WEIGHT = re.compile(r"((.*_)?weight(_(ih|hh)_l\d+(_reverse)?)?|w|kernel)?")
+"""What layers call their weights: in torch also in_proj_weight and weight_ih_l0, in Flax kernel; or bare arrays, by no
+name at all."""
+EMBEDDING = re.compile(r".*(?<!un)embed(?!_out).*|(.*_)?emb|wte|wpe|shared|(.*_)?tokens?|relative_attention_bias")
+HEAD = re.compile(r"(.*_)?(head|heads|classifier|embed_out|unembed|unembedding|score)")
+NORM = re.compile(r"(.*_)?((layer|group|batch|rms)?_?norm\d*|(ln|bn)(_.*|\d*))")
+"""What models call the modules that own the weights of embeddings, heads and norms."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class CalibrateWeights(MergedTransform):
 
     m is scaling_factor times what the rule merged, so that the magnitude of scaling_factor no longer matters; xi = 1
     where m = 0 or xi is no number. `per` each tensor (the norm's default) or each of its rows (the ellipsoid's).
-    Matrices and convolutions, as (outputs, rest), are calibrated; embeddings, norms and vectors stay as merged. So does
-    a tensor where the mean of the task vectors' cosine matrix, its diagonal included, exceeds `guard`; 1 guards none.
+    The weights of linear layers and convolutions, as (outputs, rest), are calibrated; embeddings, heads, norms, vectors
+    and parameters that belong to no layer (CLIP's visual.proj) stay as merged, and are named in a note. So does a
+    tensor where the mean of the task vectors' cosine matrix, its diagonal included, exceeds `guard`; 1 guards none.
     `sensitive` names tensors that may only shrink, xi <= 1, or the JSON file of a `Sensitivity`; the others may then
     only grow, xi >= 1.
 
@@ -100,7 +105,11 @@ class CalibrateWeights(MergedTransform):
             for key, shape in scope.shapes.items()
             if is_calibrated(key, shape)
         }
-        return (yield from request_norms(parts, merge, scope.tasks, self.needs_angles))
+        found = yield from request_norms(parts, merge, scope.tasks, self.needs_angles)
+        left = {
+            key: reason_to_leave(key, shape) for key, shape in scope.shapes.items() if len(shape) > 1 and 0 not in shape
+        }
+        return found._replace(left={key: why for key, why in left.items() if why})
 
     def apply(self, block: Block, merge: MergeFunction, statistics: Statistics, factor: float) -> Array:
         lengths: NormStatistics = statistics
@@ -140,6 +149,13 @@ class CalibrateWeights(MergedTransform):
     def summarize(self, all_statistics: Collection[Statistics]) -> str:
         vectors = {key: measures for answer in all_statistics for key, measures in answer.vectors.items()}
         sentences: list[str] = []
+        if left := {key: why for answer in all_statistics for key, why in answer.left.items()}:
+            kinds = [
+                f"{why}: {_shorten([key for key in left if left[key] == why])}" for why in sorted({*left.values()})
+            ]
+            sentences.append(
+                f"{self.name}: {len(left)} tensors of two or more dimensions are left ({'; '.join(kinds)})"
+            )
         if guarded := [key for key in vectors if self.is_guarded(vectors[key])]:
             sentences.append(f"{self.name}: the guard leaves {len(guarded)} of {len(vectors)} tensors as they were")
         means = (
@@ -157,10 +173,35 @@ class CalibrateWeights(MergedTransform):
         return "; ".join(sentences)
 
 
+def _shorten(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:MAX_NAMES]) + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
+
+
 def is_calibrated(key: str, shape: Sequence[int]) -> bool:
-    """Return whether a tensor is a matrix that is no embedding and no norm, or a convolution; told from name and
-    shape.
+    """Return whether a tensor is the weight of a linear layer or of a convolution."""
+    return not reason_to_leave(key, shape)
+
+
+def reason_to_leave(key: str, shape: Sequence[int]) -> str:
+    """Say why a tensor is not calibrated, or nothing.
+
+    A file has no module types. So a weight's kind is told from its shape and from the name of the module that owns it,
+    whatever the modules around that are called: token_mixing.fc1.weight is of the linear layer fc1.
+
+    >>> reason_to_leave("time_embedding.linear_1.weight", (8, 4)), reason_to_leave("wte.weight", (90, 4))
+    ('', 'embedding')
     """
-    if 0 in shape:
-        return False
-    return len(shape) > 3 or (len(shape) > 1 and UNCALIBRATED_PATTERN.search(key.lower()) is None)
+    if len(shape) < 2 or 0 in shape:
+        return "no matrix"
+    *modules, name = re.split(r"[./]", key.lower())
+    owner = next((module for module in reversed(modules) if module != "default"), "")
+    if not LAYER_WEIGHT.fullmatch(name) and owner != "experts":  # fused experts: experts.down_proj, of each a matrix
+        return "a parameter of its own"
+    if len(shape) > 3:
+        return ""
+    if HEAD.fullmatch(owner):
+        return "head"
+    if EMBEDDING.fullmatch(owner):
+        return "embedding"
+    return "norm" if NORM.fullmatch(owner) else ""

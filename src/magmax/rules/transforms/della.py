@@ -32,6 +32,8 @@ class MagnitudeRanks(NamedTuple):
 
     def of(self, task_vector: Array, task: int, address: Address) -> NDArray[np.float64]:
         codes = np.asarray(magnitude_codes(task_vector, self.float64)).reshape(-1)
+        if not len(codes):
+            return np.zeros(0)
         if not self.row:
             there, ranks = self.tables[task - 1]
             table: NDArray[np.float64] = np.zeros(BINS)
