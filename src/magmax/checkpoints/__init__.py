@@ -27,12 +27,13 @@ from .folder import (
 )
 from .lora.adapted_model import LoraModel, split_base_and_adapter
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter
-from .memory import StateDict, open_state_dict_file, unwrapped
+from .memory import StateDict, unwrapped
 from .quantized import refuse_quantized
 from .remote.hub import locate_model, looks_like_hub_id
 from .remote.urls import display_url, is_url
 from .safetensors import SafetensorsFile
 from .torch.dcp import DistributedCheckpoint, find_dcp
+from .torch.pickled_models import TorchStateDict
 
 __all__ = ["Checkpoint", "TensorSpec", "open_adapter", "open_checkpoint"]
 
@@ -159,7 +160,7 @@ def _is_value_head(file: Path) -> bool:
     if file.name != "pytorch_model.bin":
         return False
     try:
-        return all(key.startswith("v_head.") for key in open_state_dict_file(file, file.name).specs)
+        return all(key.startswith("v_head.") for key in TorchStateDict(file, file.name).specs)
     except MagMaxError:
         return False
 
@@ -184,7 +185,7 @@ def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
     if path.suffix == ".safetensors":
         opened: Checkpoint = SafetensorsFile(path, label)
     elif path.suffix in PICKLE_SUFFIXES:
-        opened = open_state_dict_file(path, label)
+        opened = TorchStateDict(path, label)
     else:
         kind = path.suffix or repr(path.name)
         raise MagMaxError(f"{label}: expected a folder, or a .safetensors, .pt, .pth or .bin file, not {kind}")

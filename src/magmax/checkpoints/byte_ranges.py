@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import MagMaxError
 
@@ -49,3 +49,23 @@ class RangeFile:
         content = bytearray(length)
         self.read_into(memoryview(content), offset)
         return bytes(content)
+
+
+class BoundedStream:
+    """A stream that gives at most so many bytes, and allocates nothing for a promise of more."""
+
+    def __init__(self, stream: IO[bytes], max_bytes: int) -> None:
+        self._stream, self._left = stream, max_bytes
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise ValueError(f"it promises {size:,} bytes")
+        self._left -= size
+        return self._stream.read(size)
+
+    def readline(self) -> bytes:
+        line = self._stream.readline(self._left + 1)
+        if len(line) > self._left:
+            raise ValueError(f"it has a line of more than {self._left:,} bytes")
+        self._left -= len(line)
+        return line
