@@ -239,7 +239,7 @@ class PickledModel(TorchCheckpoint):
             held = [*value.attributes.items(), *((pair[0], pair[1]) for pair in pairs if len(pair) == 2)]
         else:
             held = []
-        self._budget.spend(len(held) + 1)  # many objects may share one large mapping
+        self._budget.spend(3 * len(held) + 1)  # many objects may share one large mapping
         return {_key_name(name): part for name, part in held}
 
     def _holds_tensors(self, value: Any, visited: dict[tuple[int, int], bool], depth: int = 0) -> bool:
