@@ -34,7 +34,7 @@ class _Descriptor:
 
     def open(self) -> None:
         """Open the file; the second time it must be the same as the first."""
-        kind = stat.S_IFMT(os.stat(self.path).st_mode)
+        kind = stat.S_IFMT(self.path.stat().st_mode)
         if kind != stat.S_IFREG:
             raise MagMaxError(f"{self.label}: is {FILE_KINDS.get(kind, 'no file')}; give a regular file")
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits, whatever it is by now
