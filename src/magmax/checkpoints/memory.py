@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint
+from .base import Checkpoint, find_name_problem
 from .dtypes import STORAGE_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class StateDict(Checkpoint):
                 spec = spec_of(tensor)
                 if type(key) is not str:
                     raise TypeError("is not a string, as a tensor's name must be")
+                if problem := find_name_problem(key):
+                    raise TypeError(problem)
             except TypeError as error:
                 problems.append(f"{label}: {key} {error}")
                 continue

@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from .._version import __version__
-from ..errors import MagMaxError
+from ..errors import MagMaxError, escape_controls
 from . import analysis, calibrate, continual, environments, inspect, merge, preference, recipes, running, search, ui
 from .common_options import Quiet
 from .console import quiet_output
@@ -127,5 +127,5 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
     except OSError as error:
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print(escape_controls(f"error: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)

@@ -41,7 +41,7 @@ class AdapterMapping:
             try:
                 self._add_update(module, names[f"{module}.weight"], embedding)
             except MagMaxError as error:
-                problems.append(str(error))
+                problems += error.problems
         if self._contradicting_key:
             problems += [
                 f"{folder.label}: {key} is square, and whether it is stored transposed cannot be known: fan_in_fan_out "

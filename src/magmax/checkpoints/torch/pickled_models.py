@@ -11,7 +11,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError, list_problems
-from ..base import Checkpoint
+from ..base import Checkpoint, find_name_problem
 from ..byte_ranges import RangeFile
 from .safe_unpickler import OpaqueObject, describe
 from .stored_tensors import StoredTensor, UnreadableTensor
@@ -100,15 +100,6 @@ class TorchStateDict(TorchCheckpoint):
             f"{self.label}: is not a state dict of named tensors ({content}). To take the model out of it, which runs "
             f"nothing of it: {command}"
         )
-
-
-def find_name_problem(name: str) -> str | None:
-    """Return why a tensor cannot have this name, if so."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "has a name with half a character (a lone surrogate), which no file can store; rename it"
-    return None
 
 
 class PickledModel(TorchCheckpoint):
