@@ -137,6 +137,36 @@ def test_names_that_the_terminal_cannot_show_change_nothing(encoding: str, tmp_p
     assert provenance["inputs"][1]["name"] == "\\udcff\\udcc3-model"
 
 
+CONFIGS: dict[str, bytes] = {
+    "deep": b'{"dtype": "float32", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep without dtype": b"[" * 100_000 + b"]" * 100_000,
+    "a list": b'["dtype"]',
+    "text": b'"dtype"',
+    "not UTF-8": b'{"dtype": "\xff"}',
+    "not JSON": b"{",
+    "half a character": b'{"dtype": "float32", "a\\ud800": 1}',
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("of", ["base", "model"])
+def test_any_config_is_copied_or_refused_before_any_work(kind: str, of: str, run: Command, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "model")):
+        write_safetensors(tmp_path / name / "model.safetensors", small_model(seed))
+        (tmp_path / name / "config.json").write_bytes(CONFIGS[kind] if name == of else b'{"dtype": "float32"}')
+    merge = ("merge", "--base", tmp_path / "base", tmp_path / "model", "--out", tmp_path / "out")
+    code, printed = run(*merge, "--dtype", "bfloat16")
+    if of == "base" and kind != "half a character":
+        assert code == 2
+        assert f"{tmp_path / 'base' / 'config.json'}: cannot be given the dtype" in printed
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
+    else:
+        assert code == 0, printed
+    code, printed = run(*merge)
+    assert code == 0, printed
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+
+
 HALF = "w\ud800"
 
 

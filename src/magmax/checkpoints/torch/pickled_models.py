@@ -94,12 +94,16 @@ class TorchStateDict(TorchCheckpoint):
         self._add_tensors(source, tensors)
 
     def _not_a_state_dict(self, content: str) -> MagMaxError:
-        path = self.path or Path()
-        command = shlex.join(["magmax", "checkpoint", "convert", str(path), "--out", f"{path.stem}.safetensors"])
         return MagMaxError(
             f"{self.label}: is not a state dict of named tensors ({content}). To take the model out of it, which runs "
-            f"nothing of it: {command}"
+            f"nothing of it: {convert_command(self.path or Path(self.label))}"
         )
+
+
+def convert_command(path: Path) -> str:
+    """Return the command that writes the model in a torch file as safetensors."""
+    stem = path.name.partition(".")[0]
+    return shlex.join(["magmax", "checkpoint", "convert", str(path), "--out", f"{stem}.safetensors"])
 
 
 class PickledModel(TorchCheckpoint):

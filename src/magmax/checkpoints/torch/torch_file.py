@@ -10,11 +10,13 @@ import io
 import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from ...errors import MagMaxError
 from ..byte_ranges import RangeFile
 from ..dtypes import BITS_PER_ELEMENT
+from ..foreign_formats import HEAD_BYTES, recognize_bytes
 from .safe_unpickler import MAX_PICKLE_BYTES, GlobalName, OpaqueObject, SafeUnpickler, WorkBudget, describe
 from .stored_tensors import MAX_FLAGS, TENSOR_CALLS, StorageRef, StoredTensor
 
@@ -29,6 +31,13 @@ TORCH_STORAGE_DTYPES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_ARCHIVE_BYTES = 1 << 28
 """Bytes of an archive's list of records that are read at once."""
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether a file begins as those that torch.save writes: a zip archive, or a pickle of protocol 2 to 5."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 class TorchFile:
@@ -52,6 +61,10 @@ class TorchFile:
         self.budget, self.is_torchscript = WorkBudget(label), False
         self.storage_ranges: dict[str, tuple[int, int]] = {}
         """Storage key -> the byte where it begins and its length in bytes."""
+        if begin == 0 and not is_torch_file(file.path):
+            words = recognize_bytes(file.read_bytes(0, min(HEAD_BYTES, file.size)))
+            if words:
+                raise MagMaxError(f"{label}: {words}")
         stream = FileSection(file, begin, length)
         if file.read_bytes(begin, min(2, length)) == b"PK":
             self.root = self._read_zip(stream, begin)
