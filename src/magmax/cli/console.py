@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -27,10 +28,15 @@ def quiet_output(quiet: bool) -> Generator[None]:
     """Print no progress and no notes until the block is left."""
     global _is_quiet  # of the process, since notes come from any of its threads
     before, _is_quiet = _is_quiet, quiet
+    logger = logging.getLogger("magmax")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         _is_quiet = before
+        logger.setLevel(level)
 
 
 def print_line(text: object) -> None:
