@@ -145,7 +145,7 @@ def test_what_is_no_regular_file_is_refused_at_once(kind: str, suffix: str, insi
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with pytest.raises(MagMaxError, match=kind if inside else f"{kind}|holds no weights|cannot be opened"):
+    with pytest.raises(MagMaxError, match=f"{kind}|holds no weights"):
         open_checkpoint(model if inside else path)
 
 
