@@ -15,6 +15,11 @@ from pydantic import BaseModel, ValidationError
 from .errors import MagMaxError, list_problems, nearest_hint
 from .legacy import OLD_KEYS
 
+MAX_CHARACTERS = 1_000_000
+MAX_NODES = 100_000
+"""Keys, values and lists of a document once each alias is replaced by what it stands for."""
+MAX_DEPTH = 50
+
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
@@ -64,7 +69,8 @@ def read_document(file: str) -> YamlDocument:
     """Read a file as a document.
 
     Raises:
-        MagMaxError: no such file, no YAML, an alias, a key given twice, something else than a map.
+        MagMaxError: no such file, no YAML, more of it than `parse_yaml` takes, a key given twice, something else than
+            a map.
     """
     text = read_text(file)
     content, tree = parse_yaml(text, file), yaml.compose(text, Loader=Yaml12Loader)
@@ -74,13 +80,14 @@ def read_document(file: str) -> YamlDocument:
             f"fit, a search "
             "merge and space"
         )
-    return YamlDocument(file, content, _key_lines(tree))
+    return YamlDocument(file, content, _key_lines(tree, file))
 
 
 def read_text(file: str) -> str:
     """A file's text, or an error that says why there is none."""
     try:
-        return Path(file).read_text("utf-8")
+        with Path(file).open(encoding="utf-8") as stream:
+            return stream.read(MAX_CHARACTERS + 1)
     except FileNotFoundError as error:
         raise MagMaxError(f"{file}: there is no such file") from error
     except (OSError, ValueError) as error:
@@ -88,15 +95,63 @@ def read_text(file: str) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """YAML as Python objects. Aliases, by which a few lines can stand for billions, are refused."""
+    """YAML as Python objects. An alias counts as what it stands for, since a few lines of them can stand for billions.
+
+    Raises:
+        MagMaxError: no YAML; more than `MAX_CHARACTERS`, `MAX_NODES` or `MAX_DEPTH`; an alias of what it is in.
+    """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Yaml12Loader)):
-            raise MagMaxError(f"{source}: has an alias (*name); write its value out")
+        _check_bounds(text, source)
         return yaml.load(text, Loader=Yaml12Loader)
     except MagMaxError:
         raise
     except Exception as error:  # PyYAML raises KeyError, IndexError and others for scalars that are not what they claim
-        raise MagMaxError(f"{source}: cannot be read as YAML: {error}") from error
+        raise MagMaxError(f"{source}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+class _Extent(NamedTuple):
+    """The nodes of a value with its aliases replaced, and how many collections lie in one another in it."""
+
+    nodes: int
+    height: int
+
+
+def _check_bounds(text: str, source: str) -> None:
+    """Raise MagMaxError for YAML that is too long, too deep, or too large once its aliases are replaced."""
+    if len(text) > MAX_CHARACTERS:
+        raise MagMaxError(f"{source}: has more than {MAX_CHARACTERS:,} characters, too many for a recipe")
+    anchors: dict[str, _Extent] = {}
+    nodes = 0
+    heights = [0]  # of the document and each collection that is open
+    opened: list[tuple[str | None, int]] = []  # the anchor of each such collection, and the nodes before it
+    for event in yaml.parse(text, Loader=Yaml12Loader):
+        extent = _Extent(0, 0)
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchors:
+                line = event.start_mark.line + 1
+                raise MagMaxError(f"{source}, line {line}: *{event.anchor} stands for nothing, or for what it is in")
+            extent = anchors[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, nodes))
+            heights.append(0)
+            extent = _Extent(1, 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            extent = _Extent(1, 0)
+            if event.anchor:
+                anchors[event.anchor] = extent
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            extent = _Extent(0, heights.pop() + 1)
+            if anchor:
+                anchors[anchor] = _Extent(nodes - before, extent.height)
+        nodes += extent.nodes
+        heights[-1] = max(heights[-1], extent.height)
+        if nodes > MAX_NODES or len(opened) + extent.height > MAX_DEPTH:
+            line = event.start_mark.line + 1
+            raise MagMaxError(
+                f"{source}, line {line}: has more than {MAX_NODES:,} values, or more than {MAX_DEPTH} lists and maps "
+                "in one another"
+            )
 
 
 def validate(
@@ -110,20 +165,20 @@ def validate(
         raise list_problems(f"{document.file} is not {kind}", problems) from error
 
 
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
+def _key_lines(node: yaml.Node | None, file: str, prefix: str = "") -> dict[str, int]:
     """The line of every key of a YAML tree, by its dotted name."""
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             if name in lines:
-                raise MagMaxError(f"line {key.start_mark.line + 1}: {name} is given twice; keep one")
+                raise MagMaxError(f"{file}, line {key.start_mark.line + 1}: {name} is given twice; keep one")
             lines[name] = key.start_mark.line + 1
-            lines |= _key_lines(value, f"{name}.")
+            lines |= _key_lines(value, file, f"{name}.")
     if isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
             lines[f"{prefix}{place}"] = item.start_mark.line + 1
-            lines |= _key_lines(item, f"{prefix}{place}.")
+            lines |= _key_lines(item, file, f"{prefix}{place}.")
     return lines
 
 

@@ -24,10 +24,11 @@ import magmax as package
 from magmax import MagMaxError
 from magmax.checkpoints.renamed import Renaming
 from magmax.checkpoints.torch import pickled_models
-from magmax.checkpoints.torch.pickled_models import PickledModel
+from magmax.checkpoints.torch.pickled_models import PickledModel, TorchStateDict
 from magmax.checkpoints.torch.torch_file import LEGACY_MAGIC
 from magmax.merging.convert import convert_job
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SOURCE = """
 import argparse
 import enum
@@ -244,11 +245,42 @@ def test_a_setting_of_an_unknown_kind_is_refused_by_name_or_kept_as_a_note(
     assert opened.specs.keys() == {"w"}
 
 
-def test_kinds_of_tensors_that_cannot_be_stored_are_named(tmp_path: Path) -> None:
-    for tensor in (torch.ones(4).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.ones(2, device="meta")):
-        torch.save({"w": tensor}, tmp_path / "c.pt")
-        with pytest.raises(MagMaxError, match=r"^c: .*(_rebuild_sparse_tensor|ComplexDouble|_rebuild_meta_tensor)"):
-            PickledModel(tmp_path / "c.pt", "c")
+@pytest.mark.filterwarnings("ignore")
+def test_all_tensors_of_kinds_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    kinds = {
+        "sparse": (torch.ones(4).to_sparse(), "to_dense"),
+        "rows": (torch.ones(4, 4).to_sparse_csr(), "to_dense"),
+        "codes": (quantised, "dequantize"),
+        "ragged": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+        "empty": (torch.ones(2, device="meta"), "meta device"),
+        "wide": (torch.ones(2, dtype=torch.complex128), "ComplexDoubleStorage"),
+        "bits": (torch.ones(2).to(torch.uint8).view(torch.bits8), "bits8"),
+    }
+    torch.save({"fine": torch.ones(2), **{name: tensor for name, (tensor, _) in kinds.items()}}, tmp_path / "c.pt")
+    for opened in (PickledModel, TorchStateDict):
+        with pytest.raises(MagMaxError, match="7 problems") as caught:
+            opened(tmp_path / "c.pt", "c")
+        lines = str(caught.value).splitlines()[1:]
+        for line, (name, (_, words)) in zip(lines, kinds.items(), strict=True):
+            assert line.startswith(f"  - c: {name}")
+            assert words in line
+
+
+def test_a_dtensor_is_named_with_what_to_save_instead(tmp_path: Path) -> None:
+    script = """if True:
+        import os, sys, torch
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+        store = torch.distributed.FileStore(sys.argv[1] + ".store", 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        part = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        torch.save({"plain": torch.ones(2), "w": part}, sys.argv[1])
+    """
+    path = tmp_path / "c.pt"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True)
+    for opened in (PickledModel, TorchStateDict):
+        with pytest.raises(MagMaxError, match=r"^c: w is a DTensor, .*full_tensor\(\)"):
+            opened(path, "c")
 
 
 class Call:
@@ -360,15 +392,22 @@ def test_pickles_no_pickler_would_write(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_conjugated_and_negated_views_are_refused(zipped: bool, tmp_path: Path) -> None:
-    z = torch.tensor([1 + 2j])
-    for lazy in (torch._neg_view(torch.tensor([1.0, 2.0])), z.conj(), torch._neg_view(z.conj())):
-        torch.save({"w": lazy}, tmp_path / "lazy.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(MagMaxError, match=r"^lazy: .*resolve_conj\(\)\.resolve_neg\(\)"):
-            PickledModel(tmp_path / "lazy.pt", "lazy")
-    mended = {"w": z.conj().resolve_conj()}
-    torch.save(mended, tmp_path / "fine.pt", _use_new_zipfile_serialization=zipped)
-    assert same_bytes(mended, convert(tmp_path / "fine.pt", tmp_path / "fine.safetensors"))
+def test_conjugated_and_negated_views_are_read_as_the_values_that_torch_gives(zipped: bool, tmp_path: Path) -> None:
+    z = torch.tensor([[1 + 2j, -0.0 - 3j], [torch.inf + 0j, 5 - 6j]])
+    lazy = {
+        "conj": z.conj(),
+        "neg": torch._neg_view(z),
+        "both": torch._neg_view(z.conj()),
+        "transposed": z.conj().t(),
+        **{str(k)[6:]: torch._neg_view(torch.tensor([1.0, -2.0, 0.0, -torch.inf]).to(k)) for k in FLOATS},
+        "imag": z.clone().conj().imag,
+    }
+    torch.save(lazy, tmp_path / "lazy.pt", _use_new_zipfile_serialization=zipped)
+    expected = {name: tensor.resolve_conj().resolve_neg().contiguous() for name, tensor in lazy.items()}
+    assert same_bytes(expected, convert(tmp_path / "lazy.pt", tmp_path / "lazy.safetensors"))
+    torch.save({"w": torch._neg_view(torch.arange(3))}, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(MagMaxError, match=r"^whole: w, I64 \[3\], is a negated view of whole numbers"):
+        PickledModel(tmp_path / "whole.pt", "whole")
 
 
 def zipped(path: Path, **records: bytes) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.robustness.files import (
 from magmax import merge_adapters
 from magmax.checkpoints import open_checkpoint
 from magmax.checkpoints.lora.adapted_model import resolve_path
+from magmax.checkpoints.torch.pickled_models import PickledModel
 from magmax.errors import MagMaxError
 from magmax.merging.api import merge
 from magmax.merging.running.running_merge import Running
@@ -414,6 +415,46 @@ def check_state_dict(rng: random.Random, folder: Path) -> None:
     assert not sprung.exists()
 
 
+TENSOR_PROGRAM = (
+    b"(X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\n"
+    b"X\1\0\0\x000X\3\0\0\0cpuK\x06tQK\0K\2K\3\x86K\3K\1\x86\x89ccollections\nOrderedDict\n)RtR"
+)
+OPCODE_PIECES = [
+    *(bytes([opcode]) for opcode in b"N\x88}])\x8f(tldaesu\x85\x86\x87\x90\x91R\x81\x92bo012\x94\x93Q"),
+    *(b"K\1", b"K\xff", b"J\xff\xff\xff\xff", b"G" + bytes(8), b"\x8a\x08" + bytes([1] * 8)),
+    *(b"\x8a\x10" + bytes([7] * 16), b"X\1\0\0\0a", b"X\3\0\0\0\xed\xa0\x80", b"C\2ab", b"q\0", b"q\1", b"h\0", b"h\1"),
+    *(b"p7\n", b"g7\n", b"p99999999999999999999\n", b"cx\nY\n", b"c__builtin__\nlist\n", b"c__builtin__\nset\n"),
+    *(b"ccollections\nOrderedDict\n", b"c_codecs\nencode\n", b"ctorch\nSize\n"),
+    *(b"ctorch._utils\n_rebuild_parameter\n", b"ctorch._tensor\n_rebuild_from_type_v2\n"),
+    *(b"(N" + b"\x85" * 2000, b"]" + b"a" * 50, b"2" * 300, b"\x8d" + b"\xff" * 8),
+]  # fmt: skip
+
+
+def check_opcodes(rng: random.Random, folder: Path) -> None:
+    """A pickle of opcodes drawn at random is refused, or its tensor is the one that torch reads; no code runs."""
+    pieces = [rng.choice(OPCODE_PIECES) for _ in range(rng.choice([1, 3, 10, 40]))]
+    whole = b"}" + TENSOR_PROGRAM + b"u" if rng.random() < 0.5 else b"}(" + TENSOR_PROGRAM[1:]
+    pieces.insert(rng.randrange(len(pieces) + 1) if rng.random() < 0.5 else 0, whole)
+    content = np.arange(6, dtype=np.float32).tobytes()
+    path = folder / "mutated.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        records = {"data.pkl": b"\x80\2" + b"".join(pieces) + b".", "version": b"3\n", "data/0": content}
+        for name, record in records.items():
+            archive.writestr(f"c/{name}", record)
+    with allow_refusal(path):
+        opened = open_checkpoint(path)
+        theirs: Any = {}
+        with suppress(Exception):  # torch refuses some of what is harmless, such as unknown classes
+            theirs = torch.load(path, weights_only=True)
+        for key, spec in opened.specs.items():
+            ours = opened.read(key, 0, spec.num_units)
+            if isinstance(theirs, dict) and key in theirs:
+                assert ours.tobytes() == theirs[key].contiguous().numpy().tobytes()
+    with allow_refusal(path):
+        taken = PickledModel(path, str(path))
+        assert all(len(taken.read(key, 0, spec.num_units)) == spec.num_units for key, spec in taken.specs.items())
+
+
 def _mutate_zip(rng: random.Random, path: Path) -> None:
     """The archive with its pickle mutated, and its checksums right."""
     with zipfile.ZipFile(path) as archive:
@@ -431,6 +472,7 @@ CHECKS: dict[str, Callable[[random.Random, Path], None]] = {
     "state": check_state,
     "adapter": check_adapter,
     "pickle": check_state_dict,
+    "opcodes": check_opcodes,
 }
 
 

@@ -1,7 +1,7 @@
 """Try many mutated inputs.
 
     python -m tests.fuzz.run 10000            that many cases of every kind
-    python -m tests.fuzz.run 10000 header     of one kind: header, index, recipe, state, adapter or pickle
+    python -m tests.fuzz.run 10000 header     of one kind: header, index, recipe, state, adapter, pickle or opcodes
     python -m tests.fuzz.run 1 header 4711    that one case again, with its traceback
 
 The law: a MagMaxError or a right answer; never another exception, a hang, or a crash. Each new way to break it is

@@ -10,6 +10,7 @@ from tests.models import save_tensors, small_model
 from magmax import MagMaxError
 from magmax.recipes.recipe import load_recipe, parse_rule
 from magmax.rules import Average, KthMagnitude, MagMax
+from magmax.yaml_documents import parse_yaml
 
 WHOLE = """\
 base: models/base
@@ -159,3 +160,45 @@ def test_the_home_folder_is_where_a_shell_has_it(tmp_path, monkeypatch):
     plan = load_recipe(str(tmp_path / "r.yaml"))
     assert (plan.base, plan.models[0], plan.out) == ("/home/me/b", "/home/me/m", "/home/me/out")
     assert plan.models[1] == f"{tmp_path}/x~y"
+
+
+def test_an_anchor_stands_for_its_value_wherever_it_is_named(tmp_path):
+    text = "base: b\nmodels: &all [{path: m, name: &n one}, {path: o, name: two}]\nout: o\nrule: {magmax: &none {}}\n"
+    plain = "base: b\nmodels: [{path: m, name: one}, {path: o, name: two}]\nout: o\nrule: {magmax: {}}\n"
+    (tmp_path / "anchors.yaml").write_text(text)
+    (tmp_path / "plain.yaml").write_text(plain)
+    with_anchors, without = (load_recipe(str(tmp_path / f"{name}.yaml")) for name in ("anchors", "plain"))
+    assert (with_anchors.names, with_anchors.rule) == (without.names, without.rule)
+    assert parse_yaml("a: &a {x: [1, 2]}\nb: [*a, *a]\nc: {<<: *a, y: 3}", "f") == {
+        "a": {"x": [1, 2]},
+        "b": [{"x": [1, 2]}, {"x": [1, 2]}],
+        "c": {"x": [1, 2], "y": 3},
+    }
+
+
+BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 40))
+CHAIN = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} {'[' * 40}*a{n - 1}{']' * 40}\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BILLION, "more than 100,000 values"),
+        (MERGES, "more than 100,000 values"),
+        (CHAIN, "50 lists and maps in one another"),
+        ("[" * 100_000, "50 lists and maps in one another"),
+        ("{a: " * 100_000, "50 lists and maps in one another"),
+        ("- " * 100_000, "50 lists and maps in one another"),
+        ("? " * 100_000, "50 lists and maps in one another"),
+        ("a: &a [*a]", r"line 1: \*a stands for nothing, or for what it is in"),
+        ("a: *b", r"line 1: \*b stands for nothing"),
+        ("x: " + "y" * 2_000_000, "more than 1,000,000 characters"),
+    ],
+)
+def test_yaml_beyond_its_bounds_is_refused_at_once(text, words, tmp_path):
+    (tmp_path / "merge.yaml").write_text(text)
+    with pytest.raises(MagMaxError, match=rf"merge\.yaml.*{words}"):
+        load_recipe(str(tmp_path / "merge.yaml"))
+    with pytest.raises(MagMaxError, match=words):
+        parse_yaml(text, "rule.k")

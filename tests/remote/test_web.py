@@ -13,7 +13,7 @@ from tests.remote.web import WebServer, serve_files
 
 import magmax
 from magmax.checkpoints import open_checkpoint
-from magmax.checkpoints.remote import remote_file, urls
+from magmax.checkpoints.remote import filesystems, remote_file, urls
 from magmax.errors import MagMaxError, UnfinishedError
 from magmax.merging import pipeline
 from magmax.merging.execution import pool as pool_module
@@ -121,6 +121,24 @@ def test_a_server_that_fails_for_good_is_an_error_that_names_file_tensor_and_byt
     web.broken_answers, said = 0, []
     assert merged(web, out, said=said) == at_home(files, tmp_path / "home.safetensors")
     assert any("resuming" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_byte", "words"),
+    [(0.02, r"sent \d+ bytes in 0\.2 s"), (5.0, r"failed 5 times \(nothing came for 0\.2 s\)")],
+)
+def test_a_server_that_sends_next_to_nothing_is_given_up_and_said(
+    web, tmp_path, monkeypatch, caplog, seconds_per_byte, words
+):
+    monkeypatch.setattr(filesystems, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(urls, "PATIENCE", 0.1)
+    web.seconds_per_byte = seconds_per_byte
+    with pytest.raises(UnfinishedError, match=words):
+        open_checkpoint(f"{web.url}/base.safetensors")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("magmax")]
+    assert len(said) == 4
+    assert all(f"{web.url}/base.safetensors" in line for line in said)
+    assert said[0].endswith("try 2 of 5")
 
 
 def test_a_server_without_ranges_is_refused(web, tmp_path):

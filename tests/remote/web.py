@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class WebServer:
         answers_before_break: how many requests are answered well before that.
         busy_answers: how many requests get status 503.
         range_error: "more", "fewer" or "elsewhere": what it sends instead of what was asked.
+        seconds_per_byte: how long it waits before each byte of an answer; for a silent one, before any.
         on_request: called before each answer with the number of requests so far.
     """
 
@@ -35,6 +37,7 @@ class WebServer:
     answers_before_break: int = 0
     busy_answers: int = 0
     range_error: str = ""
+    seconds_per_byte: float = 0.0
     on_request: Any = None
     bytes_sent: int = 0
     url: str = ""
@@ -90,7 +93,12 @@ class WebHandler(BaseHTTPRequestHandler):
         with self.web.lock:
             self.web.bytes_sent += len(sent)
         try:
-            self.wfile.write(sent)
+            if self.web.seconds_per_byte:
+                for byte in sent:
+                    time.sleep(self.web.seconds_per_byte)
+                    self.wfile.write(bytes([byte]))
+            else:
+                self.wfile.write(sent)
         except ConnectionError:
             self.close_connection = True
         self.close_connection = self.close_connection or broken

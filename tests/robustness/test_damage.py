@@ -195,3 +195,54 @@ def test_two_indexes_of_which_none_comes_first_are_refused(tmp_path: Path, merge
     assert f"several indexes (one.safetensors.index.json, two.safetensors.index.json); name one: {index}" in (
         merge_refused(folder)
     )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1234567\n"
+OTHER_FORMATS: dict[str, tuple[str, bytes, str]] = {
+    "a pointer": ("model.safetensors", POINTER, "git lfs pull"),
+    "a pointer in a pickle's place": ("pytorch_model.bin", POINTER, "git lfs pull"),
+    "gguf": ("model.gguf", b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
+    "gguf under another name": ("model.safetensors", b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
+    "a login page": ("model.safetensors", b"<!doctype html><html>" + b" " * 50, "web page"),
+    "a pickle": ("model.safetensors", b"\x80\x02}q\0." + bytes(50), "name it .pt"),
+    "an archive": ("model.safetensors", b"PK\x03\x04" + bytes(50), "name it .pt"),
+    "hdf5": ("tf_model.h5", b"\x89HDF\r\n\x1a\n" + bytes(50), "from_tf=True"),
+    "flax": ("flax_model.msgpack", b"\x81\xa1" + bytes(50), "from_flax=True"),
+    "onnx": ("model.onnx", bytes(50), "ONNX"),
+    "json": ("model.safetensors", b'{"weight_map": {}}' + b" " * 50, "JSON"),
+    "gzip": ("model.bin", b"\x1f\x8b\x08" + bytes(50), "gzip"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_another_format_is_named_with_what_to_do(kind: str, tmp_path: Path, merge_refused: Refusal) -> None:
+    name, content, words = OTHER_FORMATS[kind]
+    path = tmp_path / "model" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for given in (path, path.parent):
+        said = merge_refused(given)
+        assert said.startswith(str(given))
+        assert words in said
+
+
+FOLDERS: dict[str, tuple[list[str], str]] = {
+    "zero": (["zero_to_fp32.py", "latest", "global_step5/x_optim_states.pt"], "zero_to_fp32.py {0} OUT"),
+    "zero, its inner folder": (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO"),
+    "a pipeline": (["model_index.json", "unet/a.safetensors", "vae/b.safetensors"], "{0}/unet, {0}/vae"),
+    "a training": (["checkpoint-5/model.safetensors", "checkpoint-9/model.safetensors"], "such as {0}/checkpoint-9"),
+    "flax and tensorflow": (["flax_model.msgpack", "tf_model.h5", "config.json"], "from_flax=True"),
+    "gguf": (["a-Q4.gguf", "a-Q5.gguf", "README.md"], "a-Q4.gguf, a-Q5.gguf, which are GGUF"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_of_another_kind_is_named_with_what_to_give(kind: str, tmp_path: Path, merge_refused: Refusal) -> None:
+    files, words = FOLDERS[kind]
+    model = tmp_path / "model"
+    for name in files:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(b"")
+    said = merge_refused(model)
+    assert said.startswith(f"{model}: ")
+    assert words.format(model) in said

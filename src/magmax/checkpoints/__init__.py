@@ -25,14 +25,17 @@ from .folder import (
     open_remote,
     shorten,
 )
+from .foreign_formats import recognize_file, recognize_folder
 from .lora.adapted_model import LoraModel, split_base_and_adapter
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES, PeftAdapter, refuse_lora_file
-from .memory import StateDict, module_state, open_state_dict_file, unwrapped
+from .memory import StateDict, module_state, unwrapped
 from .quantized import refuse_quantized
 from .remote.hub import locate_model, looks_like_hub_id
 from .remote.urls import display_url, is_url
 from .safetensors import SafetensorsFile
 from .torch.dcp import DistributedCheckpoint, find_dcp
+from .torch.pickled_models import TorchStateDict, convert_command
+from .torch.torch_file import is_torch_file
 
 __all__ = ["Checkpoint", "TensorSpec", "open_adapter", "open_checkpoint"]
 
@@ -168,7 +171,7 @@ def _is_value_head(file: Path) -> bool:
     if file.name != "pytorch_model.bin":
         return False
     try:
-        return all(key.startswith("v_head.") for key in open_state_dict_file(file, file.name).specs)
+        return all(key.startswith("v_head.") for key in TorchStateDict(file, file.name).specs)
     except MagMaxError:
         return False
 
@@ -184,7 +187,12 @@ def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
     if dcp := find_dcp(path):
         return DistributedCheckpoint(dcp[0], label, dcp[1])
     if path.is_dir():
-        return open_folder(path, label)
+        try:
+            return open_folder(path, label)
+        except MagMaxError as error:
+            if words := recognize_folder(path):
+                raise MagMaxError(f"{label}: {words}") from error
+            raise
     if not path.exists():
         hint = f"; for the model of the hub: {HUB_PREFIX}{label}" if looks_like_hub_id(label) else ""
         raise MagMaxError(f"{label}: there is no such file or folder{hint}")
@@ -193,9 +201,19 @@ def _open_path(path: Path, label: str, base: Checkpoint | None) -> Checkpoint:
     if path.suffix == ".safetensors":
         opened: Checkpoint = SafetensorsFile(path, label)
     elif path.suffix in PICKLE_SUFFIXES:
-        opened = open_state_dict_file(path, label)
+        opened = TorchStateDict(path, label)
+    elif words := recognize_file(path):
+        raise MagMaxError(f"{label}: {_explain_torch_file(path) or words}")
     else:
         kind = path.suffix or repr(path.name)
         raise MagMaxError(f"{label}: expected a folder, or a .safetensors, .pt, .pth or .bin file, not {kind}")
     opened.layout = WeightLayout.of_file(path.name)
     return opened
+
+
+def _explain_torch_file(path: Path) -> str | None:
+    """Return how to read what torch.save wrote under another name, as .ckpt, .pth.tar or .pkl."""
+    if not is_torch_file(path):
+        return None
+    command = convert_command(path)
+    return f"was written by torch.save under a name that is not read as it is; convert it once: {command}"

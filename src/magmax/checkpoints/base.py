@@ -38,6 +38,15 @@ class WeightLayout(NamedTuple):
         return cls(next((stem for start, stem in stems.items() if name.startswith(start)), "model"))
 
 
+def find_name_problem(name: str) -> str | None:
+    """Return why a tensor cannot have this name, if so."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "has a name with half a character (a lone surrogate), which no file can store; rename it"
+    return None
+
+
 class Checkpoint(ABC):
     """Named tensors, read in flat ranges; nothing is held in memory beyond their names and shapes.
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from ..errors import MagMaxError, list_problems
 from .base import Checkpoint, WeightLayout, parse_json_object
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
-from .memory import open_state_dict_file
 from .remote.remote_file import RemoteFile, map_parallel
 from .remote.remote_folder import RemoteFolder, RemoteModelFile
 from .safetensors import SafetensorsFile, check_index_names, read_weight_map, refuse_wrong_index
+from .torch.pickled_models import TorchStateDict
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 SMALL_FILE_ENDINGS = (
@@ -334,7 +334,7 @@ def _open_part(folder: Path, chosen: str, prefix: str = "") -> WeightPart:
 
 def _open_weight_file(file: Path) -> Checkpoint:
     label = str(file)
-    return open_state_dict_file(file, label) if file.suffix in PICKLE_SUFFIXES else SafetensorsFile(file, label)
+    return TorchStateDict(file, label) if file.suffix in PICKLE_SUFFIXES else SafetensorsFile(file, label)
 
 
 def open_remote(url: str, label: str) -> Checkpoint:

@@ -1,11 +1,8 @@
-"""State dicts and modules, in memory or mapped from a `.pt` or `.bin` file."""
+"""State dicts and modules in memory."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint
+from .base import Checkpoint, find_name_problem
 from .dtypes import STORAGE_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -32,9 +29,8 @@ TORCH_DTYPES = {
 class StateDict(Checkpoint):
     """A mapping of names to numpy arrays or torch tensors; tensors that share storage are read once."""
 
-    def __init__(self, tensors: Mapping[str, Any], label: str, path: Path | None = None) -> None:
+    def __init__(self, tensors: Mapping[str, Any], label: str) -> None:
         super().__init__(label, {})
-        self.path = path
         self._tensors: dict[str, Any] = {}
         seen: dict[tuple[Any, ...], str] = {}
         problems: list[str] = []
@@ -43,6 +39,8 @@ class StateDict(Checkpoint):
                 spec = spec_of(tensor)
                 if type(key) is not str:
                     raise TypeError("is not a string, as a tensor's name must be")
+                if problem := find_name_problem(key):
+                    raise TypeError(problem)
             except TypeError as error:
                 problems.append(f"{label}: {key} {error}")
                 continue
@@ -65,16 +63,13 @@ class StateDict(Checkpoint):
         return _read_torch(tensor, spec, start, stop)
 
     def files(self) -> list[Path]:
-        return [] if self.path is None else [self.path]
+        return []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process the file is opened again."""
-        if self.path is None:
-            raise MagMaxError(
-                f"{self.label}: is in memory, where other processes cannot read it; save it to a file, or take a "
-                "ThreadPoolExecutor"
-            )
-        return open_state_dict_file, (self.path.absolute(), self.label)
+        raise MagMaxError(
+            f"{self.label}: is in memory, where other processes cannot read it; save it to a file, or take a "
+            "ThreadPoolExecutor"
+        )
 
 
 def unwrapped(module: Any) -> Any:
@@ -120,67 +115,6 @@ def _read_torch(tensor: torch.Tensor, spec: TensorSpec, start: int, stop: int) -
     if spec.is_mergeable:
         return flat[start:stop].cpu().numpy().copy()
     return flat.cpu().contiguous().view(torch.uint8).numpy()[start:stop].copy()
-
-
-def open_state_dict_file(path: Path, label: str) -> StateDict:
-    """A `.pt`, `.pth` or `.bin` state dict, mapped from disk; never runs code stored in the file."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise MagMaxError(f"{label}: reading {path.suffix} files needs torch: pip install 'magmax[torch]'") from error
-    try:
-        loaded: Any = _torch_load(torch, path)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-        raise MagMaxError(
-            f"{label}: this pickle needs code to be run, which is refused ({reason.strip()[:200] or 'weights_only'}). "
-            f"Convert it once, which runs nothing of it: magmax checkpoint convert {path} --out "
-            f"{path.with_suffix('.safetensors').name}"
-        ) from error
-    except Exception as error:
-        raise MagMaxError(
-            f"{label}: cannot be read as a torch file ({_first_line(error)}); is it truncated?"
-        ) from error
-    nested = cast("Mapping[str, Any]", loaded).get("state_dict") if isinstance(loaded, Mapping) else None
-    if isinstance(nested, Mapping):
-        loaded = cast("Mapping[str, Any]", nested)
-    if not isinstance(loaded, Mapping):
-        raise MagMaxError(f"{label}: holds a {type(loaded).__name__}, not a state dict of named tensors")
-    tensors = cast("Mapping[str, Any]", loaded)
-    if not _has_all_tensors(path, tensors):
-        raise MagMaxError(f"{label}: holds no tensors of the lengths that it promises; it is corrupt: copy it again")
-    return StateDict(tensors, label, path)
-
-
-def _has_all_tensors(path: Path, tensors: Mapping[str, Any]) -> bool:
-    """Return whether every storage has the length of a record of the archive: torch does not look where it maps a
-    file.
-    """
-    if not zipfile.is_zipfile(path):
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = Counter(record.file_size for record in archive.infolist() if "/data/" in record.filename)
-            for record in archive.infolist():
-                archive.open(record).close()  # looks at the record's own header, not at its content
-    except Exception:  # whatever zipfile makes of a damaged list of records, which torch did not look at
-        return False
-    storages = [tensor.untyped_storage() for tensor in tensors.values() if hasattr(tensor, "untyped_storage")]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-    return not Counter(sizes.values()) - records
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-
-
-def _torch_load(torch: Any, path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def to_tensor(raw: NDArray[Any], spec: TensorSpec, like: Any) -> Any:

@@ -17,6 +17,7 @@ from ..errors import MagMaxError, list_problems
 from .base import Checkpoint
 from .byte_ranges import RangeFile
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
+from .foreign_formats import HEAD_BYTES, recognize_bytes
 from .remote.remote_file import RemoteFile
 
 HEADER_LIMIT = 100_000_000
@@ -83,6 +84,10 @@ class SafetensorsFile(Checkpoint):
         self._file.read_into(memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
         if 8 + length > self._size:
+            head = bytearray(min(HEAD_BYTES, self._size))
+            self._file.read_into(memoryview(head), 0)
+            if words := recognize_bytes(bytes(head)):
+                raise MagMaxError(f"{self.label}: {words}")
             raise self._error(
                 f"promises a header of {length:,} bytes, but the file has {self._size:,}; "
                 "it is truncated or not a safetensors file"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from .._version import __version__
-from ..errors import MagMaxError
+from ..errors import MagMaxError, escape_controls
 from . import analysis, calibrate, continual, environments, inspect, merge, preference, recipes, running, search, ui
 from .common_options import Quiet
 from .console import quiet_output
@@ -26,6 +29,10 @@ MERGE, CHECKPOINTS, RUNNING, TUNABLE, CONTINUAL, ANALYSIS, REFERENCE = (
         ("Merge", "Checkpoints", "Running merge", "Tunable", "Continual learning", "Analysis", "Reference")
     )
 )
+
+
+MAX_OPEN_FILES = 1 << 16
+"""Most shells allow 1,024, which six large models exceed."""
 
 
 def group_of_commands(name: str, summary: str, group: Group) -> App:
@@ -86,8 +93,27 @@ def run(words: Sequence[str]) -> None:
     app.meta(words, exit_on_error=False, print_error=True)
 
 
+def prepare_process() -> None:
+    """Make the process fit for any terminal and any number of files."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller: without this the next file opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Run `magmax`: exit code 0, 2 for input that cannot be used, 130 for an interruption."""
+    prepare_process()
     try:
         run(sys.argv[1:])
     except CycloptsError:
@@ -101,5 +127,5 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
     except OSError as error:
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print(escape_controls(f"error: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError, nearest_hint
 from .common_options import Json, Models, OptionalOut, Out, Threads
-from .console import print_table, progress_options
+from .console import print_line, print_table, progress_options
 
 if TYPE_CHECKING:
     from ..analysis.method_comparison import Records
@@ -71,7 +71,7 @@ def study(
     else:
         _print_study(result)
     if files:
-        print(", ".join(map(str, files)))
+        print_line(", ".join(map(str, files)))
 
 
 def report(
@@ -108,8 +108,9 @@ def report(
         page = _build_page(sources, base, calibration, threads)
         page.write(path)
     for each in page.recommendations:
-        print(f"{each.kind}: {each.headline}\n  {each.evidence}")
-    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+        print_line(f"{each.kind}: {each.headline}")
+        print_line(f"  {each.evidence}")
+    print_line(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
 
 
 def _build_page(sources: Sequence[str], base: str | None, calibration: str | None, threads: int) -> ReportPage:
@@ -203,7 +204,7 @@ def _total_bytes(trainings: Any) -> int:
 def _print_study(result: Study) -> None:
     """Return what was found in words, and the records; of many only the first."""
     for sentence in result.findings:
-        print(sentence)
+        print_line(sentence)
     from ..analysis.records import json_safe
 
     def told(value: Any) -> str:
@@ -213,7 +214,7 @@ def _print_study(result: Study) -> None:
     if rows:
         print_table(list(result.records[0]), rows)
     if len(result.records) > MAX_TABLE_ROWS:
-        print(f"... {len(result.records) - MAX_TABLE_ROWS} more records; all of them: --json, or --out FOLDER")
+        print_line(f"... {len(result.records) - MAX_TABLE_ROWS} more records; all of them: --json, or --out FOLDER")
 
 
 def _write_study(result: Study, cells: Records, folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import DryRun, Out, Restart, Threads
-from .console import print_preview, print_result, progress_options
+from .console import print_line, print_preview, print_result, progress_options
 
 
 def calibrate(
@@ -125,5 +125,5 @@ def calibrate(
     if plot:
         draw(calibrated.report, Path(plot))
     for line in calibrated.report.lines():
-        print(line)
+        print_line(line)
     print_result(f"calibrated {len(calibrated.coefficients)} tensors in {space} space", result)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, escape_controls
 
 if TYPE_CHECKING:
     from ..continual.progress import BarFactory
@@ -27,16 +28,26 @@ def quiet_output(quiet: bool) -> Generator[None]:
     """Print no progress and no notes until the block is left."""
     global _is_quiet  # of the process, since notes come from any of its threads
     before, _is_quiet = _is_quiet, quiet
+    logger = logging.getLogger("magmax")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         _is_quiet = before
+        logger.setLevel(level)
+
+
+def print_line(text: object) -> None:
+    """Print a line to stdout; names in it come from files that anyone may have written."""
+    print(escape_controls(str(text)))
 
 
 def print_note(text: str) -> None:
     """Print a note to stderr."""
     if not _is_quiet:
-        print(text, file=sys.stderr)
+        print(escape_controls(text), file=sys.stderr)
 
 
 def progress_bars() -> AbstractContextManager[BarFactory]:
@@ -66,6 +77,7 @@ def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
         yield lambda _: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
@@ -76,7 +88,7 @@ def _progress_bar(total: int, words: str) -> Generator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(words, total=total)
+        task = bar.add_task(escape(escape_controls(words)), total=total)
 
         def advance(count: int) -> None:
             bar.advance(task, count)
@@ -114,27 +126,27 @@ def print_preview(job: Job, threads: int, scheduler: str | None = None) -> None:
 
         raise list_problems("this would stop the merge", problems)
     cost = preview(job, threads)
-    print(f"passes        {cost['passes']}")
-    print(f"bytes to read {cost['read_bytes']:,}")
-    print(f"bytes written {cost['write_bytes']:,}")
+    print_line(f"passes        {cost['passes']}")
+    print_line(f"bytes to read {cost['read_bytes']:,}")
+    print_line(f"bytes written {cost['write_bytes']:,}")
     if cost["read_remotely"] or cost["write_remotely"]:
-        print(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
-    print(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
+        print_line(f"over networks {cost['read_remotely']:,} of these to read, {cost['write_remotely']:,} to write")
+    print_line(f"disk needed   {cost['disk_needed']:,} of {cost['disk_free']:,} free")
     whole = ", a tensor of every model" * job.kernel.whole_tensor
     if scheduler is None:
-        print(f"peak memory   about {format_bytes(cost['peak_memory'])}{whole}")
+        print_line(f"peak memory   about {format_bytes(cost['peak_memory'])}{whole}")
     else:
         with scheduler_executor(scheduler) as executor:
             workers = preview_of_workers(job, executor)
         for (threads, held), count in sorted(Counter(workers).items()):
-            print(
+            print_line(
                 f"workers       {count}, {threads} shares at once, peak memory about {format_bytes(held)} each{whole}"
             )
-    print(f"time          {_format_times(job, threads)}")
+    print_line(f"time          {_format_times(job, threads)}")
     for note in job.all_notes():
-        print(note)
+        print_line(note)
     print_unmerged(job)
-    print("no problem found; nothing was written")
+    print_line("no problem found; nothing was written")
 
 
 def _format_times(job: Job, threads: int) -> str:
@@ -154,7 +166,7 @@ def print_result(words: str, result: MergeResult) -> None:
     """Return what was written, and what it took."""
     print_unmerged(result)
     read, written = format_bytes(result.read_bytes - result.reused_bytes), format_bytes(result.written_bytes)
-    print(f"{words}: {result.path} ({result.seconds:.2f} s, {read} read, {written} written)")
+    print_line(f"{words}: {result.path} ({result.seconds:.2f} s, {read} read, {written} written)")
 
 
 def print_notes(plan: MergeRequest) -> None:
@@ -167,15 +179,16 @@ def print_unmerged(work: Job | MergeResult) -> None:
     """The tensors that were not merged, or not as a whole, and why."""
     for tensors, done in ((work.partly_merged, "merged in part"), (work.unmerged, "not merged")):
         if tensors:
-            print(f"{len(tensors)} tensors were {done}:")
+            print_line(f"{len(tensors)} tensors were {done}:")
             for key, why in tensors.items():
-                print(f"  {key}: {why}")
+                print_line(f"  {key}: {why}")
 
 
 def print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:
     """Plain columns, so that other programs can read them."""
-    widths = [max(len(row[n]) for row in [tuple(header), *rows]) for n in range(len(header))]
-    for row in [tuple(header), *rows]:
+    lines = [tuple(map(escape_controls, row)) for row in [tuple(header), *rows]]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
+    for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from ..errors import MagMaxError
 from .common_options import DryRun, Jobs, Json, Models, Out, Restart, Scheduler, Threads
-from .console import check_counts, progress_bars
+from .console import check_counts, print_line, progress_bars
 
 
 def train(
@@ -67,9 +67,11 @@ def train(
     for what, rows in metrics.items():
         last = rows[max(rows, key=int)]
         shares = " ".join(f"{100 * share:.1f}" for share in last["tasks"])
-        print(f"{what:<7} accuracy on each task after the last, in %: {shares}; mean {_format_mean(last['tasks'])}")
+        print_line(
+            f"{what:<7} accuracy on each task after the last, in %: {shares}; mean {_format_mean(last['tasks'])}"
+        )
     if metrics:
-        print(f"{Path(out) / 'metrics.json'} and the checkpoints are in {out}")
+        print_line(f"{Path(out) / 'metrics.json'} and the checkpoints are in {out}")
 
 
 def evaluate(
@@ -113,7 +115,7 @@ def evaluate(
         return
     for path, row in accuracies.items():
         shares = " ".join(f"{100 * share:.1f}" for share in row.tasks)
-        print(
+        print_line(
             f"{path}: {shares}; mean {_format_mean(row.tasks)}, "
             f"macro {100 * row.macro:.1f}, micro {100 * row.micro:.1f}"
         )
@@ -162,7 +164,7 @@ def bench(
         records = finished_records(experiment, folder)
         files = write_results(experiment, records, Path(out)) if records else []
     print_results(experiment, records)
-    print(", ".join(map(str, files)))
+    print_line(", ".join(map(str, files)))
 
 
 def _make_accelerator() -> Any:

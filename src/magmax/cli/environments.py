@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
 from .common_options import Jobs, Out, Scheduler, Threads
-from .console import check_counts, progress_bars
+from .console import check_counts, print_line, progress_bars
 
 if TYPE_CHECKING:
     from ..continual.experiment import Experiment
@@ -57,7 +57,7 @@ def environments(
             raise
     files = write_report(study, experiment, records, Path(out))
     print(files[-1].read_text("utf-8"), end="")
-    print(", ".join(map(str, files)))
+    print_line(", ".join(map(str, files)))
 
 
 def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[EnvironmentsConfig, Experiment]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .common_options import DryRun, Json, Out, Rename, Restart, Strip, Threads, parse_renames
-from .console import compact, format_bytes, print_json, print_result, print_table, progress_options, run_or_preview
+from .console import (
+    compact,
+    format_bytes,
+    print_json,
+    print_line,
+    print_result,
+    print_table,
+    progress_options,
+    run_or_preview,
+)
 
 
 def inspect(checkpoint: str, *, as_json: Json = False) -> None:
@@ -37,14 +46,16 @@ def inspect(checkpoint: str, *, as_json: Json = False) -> None:
     ]
     print_table(["tensor", "dtype", "shape", "size"], rows)
     for key, stored_key in opened.aliases.items():
-        print(f"{key} is tied to {stored_key}")
+        print_line(f"{key} is tied to {stored_key}")
     for note in opened.notes:
-        print(note)
+        print_line(note)
     elements = sum(s.numel for s in opened.specs.values())
-    print(f"{len(opened.specs)} tensors, {elements:,} elements, {format_bytes(opened.nbytes)}")
-    print("provenance: none" if origin is None else f"provenance: {origin['package']}, {compact(origin['recipe'])}")
+    print_line(f"{len(opened.specs)} tensors, {elements:,} elements, {format_bytes(opened.nbytes)}")
+    print_line(
+        "provenance: none" if origin is None else f"provenance: {origin['package']}, {compact(origin['recipe'])}"
+    )
     for source in (origin or {}).get("inputs", []):
-        print(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
+        print_line(f"  {source['name']}  {source['xxh3_128']}  {source.get('origin', '')}".rstrip())
 
 
 def convert(
@@ -125,5 +136,5 @@ def diff(
     rows = [(m.key, f"{m.norm:.6g}", f"{m.relative:.3g}", f"{m.changed:.1%}") for m in movers]
     print_table(["tensor", "norm", "of the base's", "changed"], rows)
     for reason in difference.incomparable.values():
-        print(f"not compared: {reason}")
-    print(f"task vector: L2 norm {difference.norm:.6g} over {len(difference.movements)} tensors")
+        print_line(f"not compared: {reason}")
+    print_line(f"task vector: L2 norm {difference.norm:.6g} over {len(difference.movements)} tensors")

@@ -26,7 +26,7 @@ from .common_options import (
     Threads,
     parse_renames,
 )
-from .console import print_note, print_notes, print_result, print_table, progress_options, run_or_preview
+from .console import print_line, print_note, print_notes, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,7 +111,7 @@ def merge(
     if result is None:
         return
     for line in job.report():
-        print(line)
+        print_line(line)
     what = "models" if plan.adapter_rank is None else "adapters"
     print_result(f"merged {len(plan.models)} {what} with {plan.rule.name}", result)
 

@@ -24,7 +24,7 @@ from .common_options import (
     Threads,
     parse_renames,
 )
-from .console import format_bytes, print_json, print_preview, print_result, print_table, progress_options
+from .console import format_bytes, print_json, print_line, print_preview, print_result, print_table, progress_options
 
 
 def tune(
@@ -156,7 +156,7 @@ def tune(
         result = job.run(settings)
     if opened_archive and save:
         opened_archive.save_preset(save, weights_by_name)
-    print("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    print_line("from each: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     print_result(f"tuned {len(inputs)} models", result)
 
 
@@ -210,7 +210,7 @@ def create(
             execution=settings,
         )
     size = written.tensors.nbytes
-    print(
+    print_line(
         f"archived {', '.join(written.tasks)}: {out} ({format_bytes(size)}, {size / opened.nbytes:.2f} times the base)"
     )
 

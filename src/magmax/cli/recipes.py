@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import MagMaxError
 from .common_options import Json, OptionalOut
-from .console import print_json, print_notes, print_preview, print_table
+from .console import print_json, print_line, print_notes, print_preview, print_table
 
 
 def list_recipes(*, as_json: Json = False) -> None:
@@ -44,7 +44,7 @@ def copy_recipe(name: str, *, out: OptionalOut = None) -> None:
         raise MagMaxError(f"{target}: exists already; name another file") from error
     except OSError as error:
         raise MagMaxError(f"{target}: cannot be written: {error.strerror}") from error
-    print(f"copied {name} to {target}; put in your paths, then: magmax merge {target}")
+    print_line(f"copied {name} to {target}; put in your paths, then: magmax merge {target}")
 
 
 def check(recipe: str, *assignments: str) -> None:
@@ -86,5 +86,7 @@ def rules(*, as_json: Json = False) -> None:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
         return
     print_table(header, rows)
-    print(f"Options that are fractions or weights, and scaling_factor, can be {ACCEPTED_FORMS}")
-    print("Those of transforms, and weights, also a list of these, one for each model, or a map from model to number.")
+    print_line(f"Options that are fractions or weights, and scaling_factor, can be {ACCEPTED_FORMS}")
+    print_line(
+        "Those of transforms, and weights, also a list of these, one for each model, or a map from model to number."
+    )

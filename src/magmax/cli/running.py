@@ -23,7 +23,7 @@ from .common_options import (
     Threads,
     parse_renames,
 )
-from .console import print_json, print_result, print_table, progress_options, run_or_preview
+from .console import print_json, print_line, print_result, print_table, progress_options, run_or_preview
 
 if TYPE_CHECKING:
     from ..merging.running.running_merge import Running
@@ -128,8 +128,8 @@ def status(state: str, *, as_json: Json = False) -> None:
         print_json(asdict(state_now))
         return
     ((name, options),) = state_now.rule.items()
-    print(f"rule   {name} {options or ''}".rstrip())
-    print(f"base   {state_now.base or 'in memory'}  {state_now.base_digest or ''}")
+    print_line(f"rule   {name} {options or ''}".rstrip())
+    print_line(f"base   {state_now.base or 'in memory'}  {state_now.base_digest or ''}")
     tasks = state_now.current.tasks if state_now.current else []
     shares = [f"{share:.1%}" for share in state_now.shares] or [""] * len(tasks)
     header = ["task", "name", "digest", *(["supplies"] if state_now.shares else [])]
@@ -157,7 +157,7 @@ def label(state: str, label: str) -> None:
     """
     running = _open_running(state, None, None)
     running.label(label)
-    print(f"labelled the state after {len(running.tasks)} tasks {label!r}")
+    print_line(f"labelled the state after {len(running.tasks)} tasks {label!r}")
 
 
 def restore(state: str, which: str) -> None:
@@ -174,8 +174,8 @@ def restore(state: str, which: str) -> None:
     """
     running = _open_running(state, None, None)
     if left := running.restore(which):
-        print(f"kept version {left.number} ({', '.join(t.name for t in left.tasks)}), labelled {left.label!r}")
-    print(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
+        print_line(f"kept version {left.number} ({', '.join(t.name for t in left.tasks)}), labelled {left.label!r}")
+    print_line(f"restored {which}: {', '.join(t.name for t in running.tasks)}")
 
 
 def _open_running(state: str, base: str | None, rule: str | None, **options: Any) -> Running:

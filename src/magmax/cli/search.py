@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .common_options import Out, Scheduler, Threads
-from .console import check_counts, print_note, print_table
+from .console import check_counts, print_line, print_note, print_table
 
 if TYPE_CHECKING:
     from ..search.runner import TrialRecord
@@ -57,11 +57,11 @@ def search(
         for t in shown
     ]
     if len(tasks) > 1:
-        print(
+        print_line(
             f"the Pareto front: {len(shown)} of {len(tried)} trials, each with what no other has on all tasks at once"
         )
     print_table(["trial", *shown[0].settings, *tasks], rows)
-    print(f"best: trial {best_of(config, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
+    print_line(f"best: trial {best_of(config, tried).number}; magmax merge {files[0]}; all trials: {files[1]}")
 
 
 def _print_trial(trial: TrialRecord) -> None:

@@ -154,6 +154,11 @@ class Job:
             problems += Upload(self.target.url).find_problems(
                 self.target.is_folder, [c.url for c in self.inputs if c.url]
             )
+        if self.target.is_folder and not problems:
+            try:  # made once before the work, for what is wrong with the files that they are made from
+                self.small_files(self._make_provenance().with_blank_digests(), {})
+            except MagMaxError as error:
+                problems += error.problems
         if not problems:
             needed, free = self.disk_needed, self.disk_free
             if needed > free:

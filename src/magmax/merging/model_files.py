@@ -174,12 +174,16 @@ def _without_weights_name(content: bytes | Path) -> bytes | Path:
 def _with_dtype(path: Path, dtype: str) -> bytes | Path:
     """The config with its dtype replaced, under either name, also in the configs inside of it (text_config, ...)."""
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
         config = json.loads(text)
-    except ValueError:
-        return path
-    named = any(f'"{name}"' in text for name in DTYPE_SETTINGS)
-    return json.dumps(_replace_dtype(config, dtype), indent=2).encode() + b"\n" if named else path
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+        replaced = json.dumps(_replace_dtype(config, dtype), indent=2)
+    except (ValueError, RecursionError) as error:
+        raise MagMaxError(
+            f"{path}: cannot be given the dtype of the output ({error}); repair it, or merge without another dtype"
+        ) from error
+    return replaced.encode() + b"\n" if any(f'"{name}"' in text for name in DTYPE_SETTINGS) else path
 
 
 def _replace_dtype(config: Any, dtype: str) -> Any:

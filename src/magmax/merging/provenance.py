@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .._version import __version__
+from ..errors import escape_controls
 
 METADATA_KEY = "magmax"
 DIGEST_CHARACTERS = 32
 HUB_ID = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)@")
 """The id in the origin of an input, before its commit."""
+MAX_DEPTH = 20
+"""Lists and maps in one another in a recipe."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Provenance:
     origins: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        inputs = [{"name": n, "xxh3_128": d} for n, d in zip(self.names, self.digests, strict=True)]
+        inputs = [
+            {"name": escape_controls(n), "xxh3_128": d} for n, d in zip(self.names, self.digests, strict=True)
+        ]  # a path's bytes need not be text, but a header must be
         for entry, origin in zip(inputs, self.origins, strict=False):
             if origin:
                 entry["origin"] = origin
@@ -49,38 +54,69 @@ class Provenance:
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The provenance in a header's metadata, or None where there is none."""
+    """The provenance in a header's metadata, or None where there is none that `Provenance` may have written."""
     try:
         content: Any = json.loads(metadata[METADATA_KEY])
-    except (KeyError, ValueError):
+        inputs = [(entry["name"], entry["xxh3_128"], entry.get("origin", "")) for entry in content["inputs"]]
+        texts = [content["package"], *(text for entry in inputs for text in entry)]
+        whole = isinstance(content["recipe"], dict) and all(isinstance(text, str) for text in texts)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else None
+    return cast("dict[str, Any]", content) if whole and _is_shallow(content, MAX_DEPTH) else None
+
+
+def _is_shallow(content: Any, depth: int) -> bool:
+    """Return whether JSON has at most so many lists and maps in one another."""
+    if not isinstance(content, dict | list):
+        return True
+    values = cast("dict[str, Any]", content).values() if isinstance(content, dict) else cast("list[Any]", content)
+    return depth > 0 and all(_is_shallow(value, depth - 1) for value in values)
+
+
+def _as_text(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line, with no HTML in it."""
+    return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", escape_controls(text))
+
+
+def _as_code(text: str) -> str:
+    """Return text as code within a line of Markdown; backticks in it do not end it."""
+    text = escape_controls(text)
+    fence = "`" * _fence_length(text, 1)
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def _as_block(text: str, language: str) -> str:
+    """Return lines as a block of code in Markdown; backticks in it do not end it."""
+    text = "\n".join(map(escape_controls, text.split("\n")))
+    fence = "`" * _fence_length(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _fence_length(text: str, least: int) -> int:
+    return max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def adapter_card(provenance: Provenance, dtype: str, report: Sequence[str]) -> str:
     """A README for the folder of a merged adapter."""
-    table = "\n".join(report)
     return f"""{_front_matter(provenance, "peft", ["lora", "merge", "magmax"])}
 # A merged LoRA adapter
 
 Made by magmax {__version__} ({dtype}): `B A ~ scaling_factor * rule(s_t B_t A_t)`, the nearest product of the rank.
 
-```json
-{json.dumps(provenance.recipe, indent=2)}
-```
+{_as_block(json.dumps(provenance.recipe, indent=2), "json")}
 
 {_inputs_table(provenance)}
 
 ## What the rank loses
 
-```text
-{table}
-```
+{_as_block(chr(10).join(report), "text")}
 """
 
 
 def _inputs_table(provenance: Provenance) -> str:
-    rows = "\n".join(f"| {name} | `{d}` |" for name, d in zip(provenance.names, provenance.digests, strict=True))
+    rows = "\n".join(
+        f"| {_as_text(name)} | {_as_code(d)} |" for name, d in zip(provenance.names, provenance.digests, strict=True)
+    )
     return f"| input | xxh3-128 of its tensors |\n|---|---|\n{rows}"
 
 
@@ -99,18 +135,15 @@ def model_card(
     provenance: Provenance, dtypes: Sequence[str], carried: Iterable[str], partly: Mapping[str, str], library: str = ""
 ) -> str:
     """A README for a merged model's folder; `partly` says of which tensors what part was merged."""
-    unmerged_list = "\n".join(f"* `{key}`" for key in sorted(carried)) or "None: every tensor was merged."
-    parts = "\n".join(f"* `{key}`: {part}" for key, part in sorted(partly.items()))
+    unmerged_list = "\n".join(f"* {_as_code(key)}" for key in sorted(carried)) or "None: every tensor was merged."
+    parts = "\n".join(f"* {_as_code(key)}: {_as_text(part)}" for key, part in sorted(partly.items()))
     heading = f"\n## Tensors that were merged in part\n\n{parts}\n" if parts else ""
-    recipe = json.dumps(provenance.recipe, indent=2)
     return f"""{_front_matter(provenance, library, ["merge", "magmax"])}
 # A merged model
 
 Made by magmax {__version__} ({", ".join(dtypes)}): `base + scaling_factor * rule(task vectors)`.
 
-```json
-{recipe}
-```
+{_as_block(json.dumps(provenance.recipe, indent=2), "json")}
 
 {_inputs_table(provenance)}
 

@@ -159,7 +159,8 @@ def estimate_text_preference(
         shares = " ".join(f"{weight:.3f}" for weight in trial.weights)
         origin = f"{trial.source}, temperature {trial.temperature:g}"
         lines.append(f"{trial.score:.4f}  {trial.objective:.4f}  {shares}  {origin}")
-    execution.note("\n".join([*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]))
+    for line in [*lines, f"chosen: {choice.best.source}, temperature {choice.best.temperature:g}"]:
+        execution.note(line)
     return list(choice.best.weights)
 
 

@@ -52,7 +52,7 @@ class AdapterMapping:
             try:
                 self._add_update(module, names[f"{module}.weight"], embedding)
             except MagMaxError as error:
-                problems.append(str(error))
+                problems += error.problems
         if self._square_keys and (other := self._contradicting_key or self._transposed_key_of_base()):
             problems += [
                 f"{folder.label}: {key} is square, and whether it is stored transposed cannot be known: fan_in_fan_out "

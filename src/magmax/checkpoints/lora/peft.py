@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ...errors import MagMaxError, list_problems
 from ..base import Checkpoint
 from ..dtypes import TensorSpec
-from ..memory import open_state_dict_file
 from ..safetensors import SafetensorsFile
+from ..torch.pickled_models import TorchStateDict
 from .bounded_regex import BoundedRegexError, compile_regex
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -228,7 +228,7 @@ def _open_weights(folder: Path, label: str) -> Checkpoint:
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise MagMaxError(f"{label}: has {ADAPTER_CONFIG}, but no {WEIGHT_FILES[0]}; copy the whole folder again")
-    return SafetensorsFile(file) if file.suffix == ".safetensors" else open_state_dict_file(file, str(file))
+    return SafetensorsFile(file) if file.suffix == ".safetensors" else TorchStateDict(file, str(file))
 
 
 def _is_finite(number: float) -> bool:

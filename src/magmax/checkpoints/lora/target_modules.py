@@ -73,7 +73,7 @@ def adapted_layers(adapter: PeftAdapter) -> dict[AdaptedLayer, LowRankUpdate]:
             layer, update = _read_update(adapter, module, embedding)
             updates[layer] = update
         except MagMaxError as error:
-            problems.append(str(error))
+            problems += error.problems
     if problems:
         raise list_problems(f"{adapter.label} cannot be merged into an adapter", problems)
     return updates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from ...errors import MagMaxError
 from ..base import changed_file_error
 from .urls import HTTP_SCHEMES, RemoteFileNotFoundError, display_url, open_filesystem
 
-READ_TIMEOUT = 60.0
+READ_TIMEOUT = 30.0
 """Seconds without a single byte after which a connection counts as broken."""
+LEAST_BYTES = 1 << 14
+"""Bytes that must come in each such time: a server that sends one a second would otherwise be waited for for ever."""
 STAMP_FIELDS = (
     "ETag",
     "etag",
@@ -82,7 +85,10 @@ class HttpSource(RemoteSource):
         self._first_stamp: list[object] = []
 
     def read_range(self, begin: int, end: int) -> RangeResponse:
-        return self._sync(self._filesystem.loop, self._read_range, begin, end)
+        try:
+            return self._sync(self._filesystem.loop, self._read_range, begin, end)
+        except TimeoutError as error:
+            raise ConnectionError(f"nothing came for {READ_TIMEOUT:g} s") from error
 
     def read_stamp(self) -> list[object]:
         return self.read_range(0, 1).stamp
@@ -100,8 +106,14 @@ class HttpSource(RemoteSource):
                 raise changed_file_error(self._label)
             wanted = max(0, min(end, size) - begin)
             content = bytearray()
+            window_began, window_bytes = time.monotonic(), 0
             async for part in response.content.iter_any():
                 content += part
+                if time.monotonic() - window_began > READ_TIMEOUT:
+                    came = len(content) - window_bytes
+                    if came < min(LEAST_BYTES, wanted):
+                        raise ConnectionError(f"the server sent {came:,} bytes in {READ_TIMEOUT:g} s")
+                    window_began, window_bytes = time.monotonic(), len(content)
                 if len(content) > wanted:
                     raise MagMaxError(
                         f"{self._label}: the server sends more than the bytes {begin:,} to {begin + wanted:,} that "

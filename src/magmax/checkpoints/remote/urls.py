@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
@@ -11,12 +12,15 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ...errors import MagMaxError, UnfinishedError
+from ...errors import MagMaxError, UnfinishedError, escape_controls
 from ..base import HUB_PREFIX
 
 MAX_TRIES = 5
 RETRY_WAIT = 0.2
 """Seconds before the second try; twice as many before each later one."""
+PATIENCE = 5.0
+"""Seconds that a try may take before it is said that it failed."""
+logger = logging.getLogger(__name__)
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HTTP_SCHEMES = ("http://", "https://")
 
@@ -64,6 +68,7 @@ def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES)
         UnfinishedError: it failed in every try.
     """
     for number in range(tries):
+        began = time.monotonic()
         try:
             return work()
         except UnfinishedError:
@@ -75,11 +80,13 @@ def with_retries(label: str, work: Callable[[], Result], tries: int = MAX_TRIES)
         except PermissionError as error:
             raise MagMaxError(f"{label}: access is refused ({error}); log in, or mind the name") from error
         except Exception as error:  # every library of a network has errors of its own
+            message = (str(error).strip() or type(error).__name__)[:300]
             if number == tries - 1:
-                message = (str(error).strip() or type(error).__name__)[:300]
                 raise UnfinishedError(
                     f"{label}: failed {tries} times ({message}); run the same command again"
                 ) from error
+            if time.monotonic() - began > PATIENCE:
+                logger.warning(escape_controls(f"{label}: {message}; try {number + 2} of {tries}"))
             time.sleep(RETRY_WAIT * 2**number)
     raise AssertionError("the last try returns or raises")
 

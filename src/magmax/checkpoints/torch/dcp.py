@@ -22,11 +22,15 @@ from ..byte_ranges import RangeFile
 from ..dtypes import BITS_PER_ELEMENT, TensorSpec
 from ..safetensors import LENGTH_LIMIT
 from .pickled_models import MODEL_KEYS
-from .safe_unpickler import OpaqueObject, SafeUnpickler
-from .torch_file import UNSIGNED_DTYPES, StoredTensor, TorchFile, dtype_of
+from .safe_unpickler import OpaqueObject, SafeUnpickler, WorkBudget
+from .stored_tensors import UNSIGNED_DTYPES, StoredTensor, dtype_of
+from .torch_file import TorchFile
 
 METADATA_FILE = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
+MAX_METADATA_STEPS = 200_000_000
+"""Steps of a `.metadata`, which describes each part of each tensor on each of thousands of processes."""
+MAX_CHUNKS = 1 << 16
 Shape = tuple[int, ...]
 
 
@@ -112,7 +116,7 @@ class DistributedCheckpoint(Checkpoint):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: another process opens it again."""
-        return {**self.__dict__, "_metadata": self._metadata.absolute(), "_open": {}, "_items": {}}
+        return {**self.__dict__, "_metadata": self._metadata.absolute(), "_open_files": {}, "_chunk_tensors": {}}
 
     def _read_elements(self, key: str, start: int, stop: int) -> NDArray[Any]:
         spec = self.specs[key]
@@ -234,7 +238,8 @@ class DcpMetadata(NamedTuple):
 
 def _read_metadata(content: bytes, label: str) -> DcpMetadata:
     """Parse a `.metadata`. Raises MagMaxError for any pickle that is not one."""
-    root = SafeUnpickler(io.BytesIO(content), label, {}).load()
+    budget = WorkBudget(label, MAX_METADATA_STEPS)
+    root = SafeUnpickler(io.BytesIO(content), label, {}, budget=budget, max_bytes=MAX_METADATA_BYTES).load()
     metadata = DcpMetadata({}, [], {}, {})
     try:
         if not isinstance(root, OpaqueObject) or not root.name.endswith(".Metadata"):
@@ -325,6 +330,8 @@ def _locate_chunks(name: str, metadata: DcpMetadata, label: str) -> tuple[list[S
         if place is None:
             return [], [f"{label}: does not say where the part of {name} from {list(offsets)} on is"]
         chunks.append(StoredBox(offsets, sizes, *place))
+    if len(chunks) > MAX_CHUNKS:
+        return [], [f"{label}: cuts {name} into {len(chunks):,} parts, where {MAX_CHUNKS:,} are the most"]
     if spec.numel >= LENGTH_LIMIT:
         return [], [f"{label}: describes {name} with more elements than any file can hold"]
     if any(len(c.offsets) != len(spec.shape) or len(c.sizes) != len(spec.shape) for c in chunks):

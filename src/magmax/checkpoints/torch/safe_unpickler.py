@@ -8,11 +8,24 @@ only if it is in a table of pure functions of ours; any other is refused, with i
 from __future__ import annotations
 
 import pickletools
+import shlex
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, cast
 
 from ...errors import MagMaxError
+from ..byte_ranges import BoundedStream
+
+MAX_PICKLE_BYTES = 1 << 28
+MAX_STEPS = 10_000_000
+"""Steps for one file, an opcode or a copied item each. A tensor takes about 40: this is enough for 250,000."""
+SECONDS_PER_STEP = 1e-5
+"""Five times what a step takes; only a pickle made to be slow, such as one whose keys collide, needs more."""
+MAX_KEY_NUMBER = 1 << 24
+"""Numbers from here on are not hashed: a pickle could choose them so that looking one up compares it with all."""
+CHARACTERS_PER_STEP = 64
+STEPS_AT_ONCE = 1000
 
 LITERAL_OPCODES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUE_OPCODES = {
@@ -38,17 +51,32 @@ class OpaqueObject:
     items: list[Any] = field(default_factory=list[Any])
 
     @property
+    def state_parts(self) -> list[dict[str, Any]]:
+        """The object's `__dict__` and, in a second dict, its slots; as many of them as the pickle has."""
+        parts = cast("tuple[Any, ...]", self.state)[:2] if isinstance(self.state, tuple) else (self.state,)
+        return [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
+
+    @property
     def attributes(self) -> dict[str, Any]:
-        """The object's `__dict__` and slots."""
-        parts = cast("tuple[Any, ...]", self.state) if isinstance(self.state, tuple) else (self.state,)
-        attributes: dict[str, Any] = {}
-        for part in parts:
-            if isinstance(part, dict):
-                attributes |= cast("dict[str, Any]", part)
-        return attributes
+        """The object's `__dict__` and slots, copied."""
+        return {name: value for part in self.state_parts for name, value in part.items()}
 
 
 CallTable = Mapping[str, Callable[..., Any]]
+
+
+class WorkBudget:
+    """A bound on the steps that reading one file takes, and so on its memory; and on the time of these steps."""
+
+    def __init__(self, label: str, steps: int = MAX_STEPS) -> None:
+        self._label, self._left = label, steps
+        self._deadline = time.monotonic() + steps * SECONDS_PER_STEP
+
+    def spend(self, steps: int) -> None:
+        """Take steps off. Raises MagMaxError where none are left."""
+        self._left -= steps
+        if self._left < 0 or time.monotonic() > self._deadline:
+            raise MagMaxError(f"{self._label}: this pickle takes more work than any checkpoint, which is refused")
 
 
 def _constructor(kind: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,21 +86,26 @@ def _constructor(kind: Callable[..., Any]) -> Callable[..., Any]:
     return copied
 
 
-def _check_key(key: Any) -> Any:
-    """A key, if it is one that can be hashed: to hash what is nested deep enough would overflow the stack."""
-    parts = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else ()
-    if any(isinstance(part, tuple | frozenset) and not isinstance(part, GlobalName) for part in parts):
-        raise ValueError("a key within a key")
-    return cast("object", key)
+def _hashable(key: Any) -> Any:
+    """Return a key that is safe to hash: text and small numbers as they are, anything else by its identity.
+
+    To hash nested tuples overflows the stack, and the hashes of tuples and of large numbers can be made to collide.
+    """
+    if isinstance(key, list | dict | set | bytearray):
+        raise TypeError("a key that cannot be hashed")
+    if key is None or isinstance(key, str | bytes | bool | GlobalName | OpaqueObject):
+        return key
+    small = type(key) is int and 0 <= key < MAX_KEY_NUMBER
+    return cast("object", key) if small else OpaqueObject(f"builtins.{type(cast('object', key)).__name__}", (key,))
 
 
-def _check_keys(keys: Iterable[Any]) -> list[Any]:
-    return [_check_key(key) for key in keys]
+def _hashable_items(keys: Iterable[Any]) -> list[Any]:
+    return [_hashable(key) for key in keys]
 
 
 def _make_dict(items: Any = ()) -> dict[Any, Any]:
     pairs: Any = cast("dict[Any, Any]", items).items() if isinstance(items, dict) else items
-    return {_check_key(key): value for key, value in pairs}
+    return {_hashable(key): value for key, value in pairs}
 
 
 def _make_default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
@@ -80,11 +113,11 @@ def _make_default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
 
 
 def _make_set(items: Any = ()) -> set[Any]:
-    return set(_check_keys(items))
+    return set(_hashable_items(items))
 
 
 def _make_frozenset(items: Any = ()) -> frozenset[Any]:
-    return frozenset(_check_keys(items))
+    return frozenset(_hashable_items(items))
 
 
 def _make_bytes(content: Any = b"") -> bytes:
@@ -146,9 +179,12 @@ class SafeUnpickler:
         calls: functions to be called, by the name that the pickle gives them, beyond `PLAIN_CALLS`.
         inert: calls to be kept as records, beyond `INERT_CALLS`.
         persistent_load: returns what a persistent id stands for.
+        budget: the work that the pickle may take; by default that of a file of its own.
+        max_bytes: the bytes that it may have.
 
     Raises:
-        MagMaxError: a call that is not in the tables; a pickle that is cut or corrupt.
+        MagMaxError: a call that is not in the tables; a pickle that is cut, corrupt, or made to take all memory or
+            time.
     """
 
     def __init__(
@@ -158,8 +194,12 @@ class SafeUnpickler:
         calls: CallTable,
         inert: Iterable[str] = (),
         persistent_load: Callable[[Any], Any] | None = None,
+        budget: WorkBudget | None = None,
+        max_bytes: int = MAX_PICKLE_BYTES,
     ) -> None:
-        self._stream, self._label, self._persistent_load = stream, label, persistent_load
+        self._stream: Any = BoundedStream(stream, max_bytes)
+        self._label, self._persistent_load = label, persistent_load
+        self._budget = budget or WorkBudget(label)
         self._calls, self._inert = {**PLAIN_CALLS, **calls}, INERT_CALLS | set(inert)
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -207,7 +247,9 @@ class SafeUnpickler:
     def load(self) -> Any:
         """The object that the pickle describes."""
         try:
-            for opcode, arg, _ in pickletools.genops(self._stream):
+            for number, (opcode, arg, _) in enumerate(pickletools.genops(self._stream)):
+                if number % STEPS_AT_ONCE == 0:
+                    self._budget.spend(STEPS_AT_ONCE)
                 handler = self._handlers.get(opcode.name)
                 if handler is None:
                     raise MagMaxError(f"{self._label}: this pickle uses {opcode.name}, which is refused")
@@ -239,6 +281,8 @@ class SafeUnpickler:
         return lambda _: self._push(value)
 
     def _memoize(self, number: int) -> None:
+        if not 0 <= number < 1 << 32:
+            raise ValueError("a memo of a number that no pickler gives")
         self._memo[number] = self._stack[-1]
 
     def _push_mark(self) -> None:
@@ -277,12 +321,20 @@ class SafeUnpickler:
             raise ValueError("arguments that are no tuple")
         arguments = cast("tuple[Any, ...]", args)
         if isinstance(function, GlobalName) and function.name in self._calls:
+            self._budget.spend(len(arguments) + sum(_copied_items(argument) for argument in arguments))
             self._push(self._calls[function.name](*arguments))
         elif isinstance(function, GlobalName) and function.name in self._inert:
             self._push(OpaqueObject(function.name, arguments))
         else:
+            name = describe(function)
+            remedy = (
+                "save it with torch.save, not with pickle"
+                if name == "torch.storage._load_from_bytes"
+                else "if that only makes a setting, and no weights, take the model out of the file: "
+                f"magmax checkpoint convert {shlex.quote(self._label)} --out NEW.safetensors --inert {name}"
+            )
             raise MagMaxError(
-                f"{self._label}: this pickle would call {describe(function)}, which is refused; it did not run"
+                f"{self._label}: this pickle would call {name}, which is refused; it did not run; {remedy}"
             )
 
     def _new_object(self, kind: Any, args: Any) -> None:
@@ -307,12 +359,14 @@ class SafeUnpickler:
         if isinstance(into, OpaqueObject):
             into.items += items
         else:
-            cast("dict[Any, Any]", into).update(_make_dict(items))
+            for start in range(0, len(items), STEPS_AT_ONCE):  # in pieces, to look at the clock in between
+                cast("dict[Any, Any]", into).update(_make_dict(items[start : start + STEPS_AT_ONCE]))
+                self._budget.spend(1)
 
     def _extend(self, items: list[Any]) -> None:
         into = self._stack[-1]
         if isinstance(into, set):
-            cast("set[Any]", into).update(_check_keys(items))
+            cast("set[Any]", into).update(_hashable_items(items))
         else:
             cast("list[Any]", into.items if isinstance(into, OpaqueObject) else into).extend(items)
 
@@ -324,6 +378,13 @@ class SafeUnpickler:
         if self._persistent_load is None:
             raise MagMaxError(f"{self._label}: this pickle speaks of things outside of it, which is refused")
         self._push(self._persistent_load(identity))
+
+
+def _copied_items(argument: Any) -> int:
+    """Return the steps for a call that copies an argument."""
+    if isinstance(argument, list | tuple | dict | set | frozenset):
+        return len(cast("list[Any]", argument))
+    return len(argument) // CHARACTERS_PER_STEP if isinstance(argument, str | bytes | bytearray) else 0
 
 
 def describe(value: Any, depth: int = 9) -> str:

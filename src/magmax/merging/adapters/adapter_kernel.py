@@ -165,7 +165,7 @@ class AdapterMerge:
         norm, error = (
             math.sqrt(math.fsum(n**2 for n in ns)) for ns in ([f.norm for f in fits], [f.error for f in fits])
         )
-        return LayerFit(max(f.rank for f in fits), norm, error)
+        return LayerFit(max((f.rank for f in fits), default=0), norm, error)
 
     def report(self) -> list[str]:
         """The layers that the rank serves worst, and the whole, in words."""

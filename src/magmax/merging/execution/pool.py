@@ -87,7 +87,7 @@ class WorkerPool:
             raise UnfinishedError(f"{cluster.address}: the scheduler has no workers; start some: dask worker ADDRESS")
         problems = cluster.ask(self.shared_files.problem)
         if problems:
-            raise UnfinishedError("\n".join(["not every worker can do its share", *(f"  - {p}" for p in problems)]))
+            raise UnfinishedError("not every worker can do its share", *(f"  - {p}" for p in problems))
 
     def map_shares(
         self, task: ShareTask, items: Iterable[Item], cost: Callable[[Item], int], least: int = 0
