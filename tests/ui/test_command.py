@@ -28,7 +28,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "nicegui", None)
     for name in ("magmax.ui.server", "magmax.ui.page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert "pip install 'magmax[ui]'" in refused(monkeypatch, capsys, str(tmp_path))
+    assert "pip install '.[ui]'" in refused(monkeypatch, capsys, str(tmp_path))
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

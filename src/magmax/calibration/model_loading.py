@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import to_tensor
 from ..checkpoints.renamed import RenamedCheckpoint
-from ..errors import MagMaxError
+from ..errors import MagMaxError, missing_extra
 from .rescale import Coefficients, read_widened
 
 
@@ -70,7 +70,7 @@ def _candidate_modules(folder: Path) -> Iterator[nn.Module]:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise MagMaxError("calibrating in feature space runs the model: pip install 'magmax[train]'") from error
+        raise missing_extra(f"calibrating in feature space runs the model: it needs {error.name}", "train") from error
     backbone = transformers.AutoModel.from_config
     try:
         config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError, list_problems
+from ..errors import MagMaxError, list_problems, missing_extra
 from .base import Checkpoint
 from .dtypes import STORAGE_DTYPES, TensorSpec
 
@@ -126,7 +126,7 @@ def open_state_dict_file(path: Path, label: str) -> StateDict:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise MagMaxError(f"{label}: reading {path.suffix} files needs torch: pip install 'magmax[torch]'") from error
+        raise missing_extra(f"{label}: reading {path.suffix} files needs torch", "torch") from error
     try:
         loaded: Any = _torch_load(torch, path)
     except pickle.UnpicklingError as error:

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ...errors import MagMaxError, UnfinishedError
+from ...errors import MagMaxError, UnfinishedError, missing_extra
 from ..base import HUB_PREFIX
 
 MAX_TRIES = 5
@@ -45,14 +45,13 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         core: Any = import_module("fsspec.core")
     except ModuleNotFoundError as error:
-        raise MagMaxError(
-            f"{display_url(url)}: is on another machine; to read it: pip install 'magmax[remote]'"
-        ) from error
+        raise missing_extra(f"{display_url(url)}: is on another machine; to read it needs fsspec", "remote") from error
     try:
         filesystem, path = core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        hint = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
-        raise MagMaxError(f"{display_url(url)}: cannot be opened: {hint}") from error
+    except ImportError as error:
+        raise missing_extra(f"{display_url(url)}: {error}; opening it needs another package", "remote") from error
+    except ValueError as error:
+        raise MagMaxError(f"{display_url(url)}: cannot be opened: {error}") from error
     return filesystem, path
 
 

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ...errors import MagMaxError
+from ...errors import MagMaxError, missing_extra
 from ...rules import nearest_hint
 from .combine import join_datasets
 from .datasets import Dataset, LabelledExamples, hold_out_groups
@@ -166,7 +166,7 @@ def _load_splits(form: HubFormat) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise MagMaxError(f"{form.path}: {error}; pip install 'magmax[data]'") from error
+        raise missing_extra(f"{form.path}: reading this needs {error.name}", "data") from error
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     folder = Path(form.path)

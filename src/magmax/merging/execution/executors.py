@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
+from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError, missing_extra
 
 CONNECT_TIMEOUT_SECONDS = 20
 
@@ -44,7 +44,7 @@ def connect(address: str) -> tuple[Executor, Callable[[], object]]:
     try:
         from distributed import Client
     except ImportError as error:
-        raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
+        raise missing_extra("a scheduler needs Dask", "cluster") from error
     try:
         client: Any = Client(address, timeout=CONNECT_TIMEOUT_SECONDS)
     except (OSError, ValueError) as error:
