@@ -25,6 +25,7 @@ peak = tests.search.scores:peak
 two_tasks = tests.search.scores:two_tasks
 slow_peak = tests.search.scores:slow_peak
 nan_score = tests.search.scores:nan_score
+moody = tests.search.scores:moody
 """
 """What an installed package would register, so that recipes of tests may name it, in worker processes too."""
 

@@ -20,7 +20,7 @@ from tests.continual import toys
 from tests.search.scores import read_number
 
 import magmax
-from magmax import MagMaxError
+from magmax import MagMaxError, cli
 from magmax.continual.context import build_context
 from magmax.continual.experiment import Experiment
 from magmax.continual.training.weight_files import load_weights
@@ -172,6 +172,28 @@ def test_a_preference_is_searched_for(toy):
     assert content["rule"] == {
         "tunable": {"preference": {m: best.settings[f"rule.preference[{m}]"] for m in ("one", "half")}}
     }
+
+
+def test_a_score_that_fails_fails_its_trial_alone(toy, capsys):
+    """Of every kind of failure, in one line each; a search that goes on reads the same of the trials before."""
+    space = {"scaling_factor": {"low": 0.01, "high": 0.96, "step": 0.05}}
+    file = written(toy, space=space, score="moody", sampler="random", trials=40, objectives=["one"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["search", "run", str(file), "--out", str(toy / "out")])
+    assert not ended.value.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 40
+    tried = searched(file, toy / "out")
+    kinds = {0.0: "returned nan; every", 0.2: "raised ValueError (scores.py, line", 0.4: "raised SystemExit"}
+    kinds |= {0.6: "returned {}; every", 0.7: "returned 'not a number', not a number"}
+    for trial, line in zip(tried, lines, strict=True):
+        x = trial.settings["scaling_factor"]
+        words = next((words for at, words in reversed(kinds.items()) if at <= x < 0.8), "")
+        assert (words in trial.refused, bool(trial.scores)) == (True, x >= 0.8)
+        assert (trial.refused or f"one {trial.scores.get('one', 0):.6g}") in line
+    assert {words for words in kinds.values() if any(words in trial.refused for trial in tried)} == set(kinds.values())
+    rows = table(toy / "out")
+    assert [row["refused"] for row in rows] == [trial.refused for trial in tried]
 
 
 @pytest.mark.parametrize(

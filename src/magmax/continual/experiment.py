@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from ..errors import MagMaxError
 from ..rules import nearest_hint, rule_from
 from . import registry
-from .training.parallel import Parallel
 
 Choice = str | dict[str, Any]
+Parallel = Literal["ddp", "fsdp"]
+"""ddp: each process has all weights, gradients and moments of AdamW. fsdp: each has a part of them, cut along the first
+dimension, and layer after layer is put together where it is computed with."""
 RECORD_FORMAT = 1
 """Of the records of a benchmark; a new one makes old records be computed again."""
 

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from ..checkpoints.writer import remove
 from ..continual import registry
-from ..continual.context import build_context, context_lock
 from ..continual.experiment import Experiment
-from ..continual.training.weight_files import load_weights
 from ..errors import MagMaxError
 from ..merging.execution.execution_options import ExecutionOptions
 from ..recipes.recipe import build_request, with_value
@@ -132,6 +130,9 @@ def accuracies(experiment: Experiment, seed: int, on: str, model: Path) -> dict[
     Raises:
         MagMaxError: a task without examples.
     """
+    from ..continual.context import build_context, context_lock  # need torch, which other scores may not
+    from ..continual.training.weight_files import load_weights
+
     with context_lock:
         context = build_context(experiment, seed)
         load_weights(context.encoder.model, model)

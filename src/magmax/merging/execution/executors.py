@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
@@ -29,7 +30,11 @@ def process_pool(workers: int) -> Executor:
 
 
 def _end_with_parent() -> None:
-    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves."""
+    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves.
+
+    An interruption reaches parent and workers at once; it is the parent that ends them, without their tracebacks.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         if parent := multiprocessing.parent_process():
@@ -75,8 +80,11 @@ def job_executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
     with process_pool(jobs) as executor:
         try:
             yield executor
-        except BaseException:
+        except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # who interrupts does not wait for what has begun
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             raise
 
 
