@@ -123,7 +123,14 @@ def write_inputs(folder: Path) -> None:
     for number, name in enumerate(("base", "a", "b")):
         write_checkpoint(folder / f"{name}.safetensors", number)
         write_checkpoint(folder / "trained" / f"theta_{number}.safetensors", number)
-    parts = {"data": "d", "model": "m", "head": "h", "scenario": "s", "fit": {"steps": 1, "learning_rate": 0.1}, "among": "all"}
+    parts = {
+        "data": "d",
+        "model": "m",
+        "head": "h",
+        "scenario": "s",
+        "fit": {"steps": 1, "learning_rate": 0.1},
+        "among": "all",
+    }
     recipe = {**parts, "seed": 0, "training": {"sequential": {}}, "rule": "magmax", "scaling_factor": None}
     rows = {str(t): {"tasks": [0.5, 0.25 * t], "micro": 0.5, "macro": 0.5} for t in (1, 2)}
     (folder / "trained" / "recipe.json").write_text(json.dumps(recipe))

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from tests.continual import toys  # noqa: E402
 
+import magmax  # noqa: E402
 from magmax import cli  # noqa: E402
 from magmax.continual import registry  # noqa: E402
 from magmax.continual.experiment import Experiment  # noqa: E402
@@ -221,3 +222,29 @@ def test_installed_packages_register_names() -> None:
     assert registry.build("data", {"toy_blobs": {"per_class": 2}}).classes == toys.blobs().classes
     with pytest.raises(MagMaxError, match="did you mean 'toy_blobs'"):
         registry.find("data", "toy_blob")
+
+
+def test_workers_import_nothing_of_the_working_directory(folder: Path) -> None:
+    """Python puts the working directory first for a worker; a user's own processes are as they were."""
+    (folder / "multiprocessing.py").write_text(MARKING)
+    script = folder / "elsewhere" / "run.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import os\nfrom magmax.merging.execution.executors import job_executor\n"
+        "if __name__ == '__main__':\n    with job_executor(1, None) as workers:\n"
+        "        print(workers.submit(os.getenv, 'PYTHONSAFEPATH', 'none').result())\n"
+        "    print(os.environ.get('PYTHONSAFEPATH', 'none'))\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True)
+    assert (done.stdout, (folder / "ran").exists()) == ("none\nnone\n", False), done.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["reference://w.safetensors::http://host/refs.json", "dask://host/w.safetensors", "s3://b/k::http://host/x.zip",
+     "jupyter://host/w.safetensors", "generic://w.safetensors", "simplecache://x::s3://b/w.safetensors"],
+)  # fmt: skip
+def test_urls_only_fetch_bytes(url: str) -> None:
+    pytest.importorskip("fsspec")
+    with pytest.raises(MagMaxError, match="is no URL of a store that magmax reads"):
+        magmax.merge("magmax", url, ["a.safetensors"])

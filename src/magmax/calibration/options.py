@@ -207,10 +207,10 @@ def _find_images(place: Path) -> list[Path]:
 
 
 def _tokenize(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, place: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
+    from .pretrained import load_tokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MagMaxError(

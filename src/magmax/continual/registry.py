@@ -97,6 +97,11 @@ def code_from(folder: Path | None) -> Generator[None]:
         _code_folder.reset(token)
 
 
+def allows_code() -> bool:
+    """Return whether this is inside `code_from` with a folder: the user trusts the recipe to run code."""
+    return _code_folder.get() is not None
+
+
 def build(kind: str, choice: Choice, *given: Any) -> Any:
     """Call the builder that the choice names with what is given and the choice's options.
 

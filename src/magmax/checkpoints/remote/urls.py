@@ -19,6 +19,11 @@ RETRY_WAIT = 0.2
 """Seconds before the second try; twice as many before each later one."""
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HTTP_SCHEMES = ("http://", "https://")
+STORE_SCHEMES = frozenset(
+    {"abfs", "abfss", "adl", "az", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "lakefs", "memory", "oci", "oss"}
+    | {"s3", "s3a", "sftp", "smb", "ssh", "tos", "webdav", "webhdfs"}
+)
+"""Schemes that only fetch bytes. fsspec has others that interpret what they fetch, such as templates of `reference`."""
 
 Result = TypeVar("Result")
 
@@ -46,6 +51,12 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         core: Any = import_module("fsspec.core")
     except ModuleNotFoundError as error:
         raise missing_extra(f"{display_url(url)}: is on another machine; to read it needs fsspec", "remote") from error
+    scheme = urlsplit(url).scheme.lower()
+    if scheme not in STORE_SCHEMES or "::" in url:
+        raise MagMaxError(
+            f"{display_url(url)}: is no URL of a store that magmax reads; the schemes are "
+            f"{', '.join(sorted(STORE_SCHEMES))}, one in a URL; download the file"
+        )
     try:
         filesystem, path = core.url_to_fs(url)
     except ImportError as error:
