@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("nicegui", reason="nicegui is not installed: pip install 'magmax[ui]'")
+pytest.importorskip("nicegui", reason="nicegui is not installed: pip install '.[ui]'")
 
 from tests.browser.window import DESK, PHONE, BrowserWindow  # noqa: E402
 from tests.continual import toys  # noqa: E402
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive, with the training that it was made of beside it."""
     folder = tmp_path_factory.mktemp("served")
-    ContinualTraining(Experiment(**toys.RECIPE), folder / "run").run()
+    ContinualTraining(Experiment(**toys.RECIPE, validation=10), folder / "run").run()
     base = open_checkpoint(str(folder / "run" / "theta_0.safetensors"))
     models = [open_checkpoint(str(folder / "run" / f"theta_{t}.safetensors"), base=base) for t in (1, 2, 3)]
     names = ["theta_1", "theta_2", "theta_3"]

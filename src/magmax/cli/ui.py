@@ -38,10 +38,10 @@ def ui(
     seed
         Of an archive or a training: what drew the tasks; the recipe's first by default.
     samples
-        Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. Test
-        examples of the recipe by default.
+        Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. By default
+        validation examples of the recipe, which nothing was trained on.
     examples
-        How many test examples, dealt evenly to the tasks.
+        How many validation examples, dealt evenly to the tasks.
     port
         Where the page is served, on 127.0.0.1 alone; 0 for any free port.
     no_browser
