@@ -90,8 +90,9 @@ NEEDY: dict[str, tuple[str, ...]] = {
 IMPLIED = {
     "cluster": ("report",),  # jinja2
     "data": ("hub", "remote"),
-    "train": ("torch", "hub"),
-    "preference": ("torch", "train", "hub"),
+    "torch": ("report",),
+    "train": ("torch", "hub", "report"),
+    "preference": ("torch", "train", "hub", "report"),
     "ui": ("torch", "train", "hub", "remote", "report"),
 }
 """Extras of which at least a part comes along."""

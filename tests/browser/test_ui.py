@@ -28,8 +28,6 @@ from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.ui.sources import open_source  # noqa: E402
 from magmax.ui.view_model import TunerModel  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +47,7 @@ def address(browser: Any, archived: Path) -> Iterator[str]:
     recipe = archived.parent / "run" / "recipe.json"
     words = ["ui", str(archived), "--recipe", str(recipe), "--port", "0", "--no-browser", "--examples", "60"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    env["OMP_NUM_THREADS"] = "1"
     with subprocess.Popen(
         [sys.executable, "-m", "magmax.cli", *words], env=env, text=True, stdout=subprocess.PIPE, cwd=archived.parent
     ) as server:

@@ -21,6 +21,7 @@ def read_experiment(file: str, assignments: Sequence[str] = (), allow_code: bool
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
     """
     try:
+        import safetensors  # noqa: F401
         import torch  # noqa: F401
 
         from .experiment import Experiment, FitOptions
