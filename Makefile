@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench docs tutorial clean
+.PHONY: demo test test-extras lint bench docs tutorial clean
 
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python examples/newsgroups.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+test-extras: $(READY) # an environment for each extra: some minutes, and as much disk as torch takes
+	$(BIN)/python tools/try_extras.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Your own module and your own loss: tasks learned one after another, each absorbed into a running merge."""
 
 import copy
+import tempfile
 
 import numpy as np
 import torch
@@ -21,11 +22,14 @@ def loss(items: list[np.ndarray], targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model(torch.from_numpy(np.stack(items))), targets)
 
 
-running = magmax.Running("own-model", "magmax", base=copy.deepcopy(model))
-for number, task in enumerate(class_incremental(range(10), 5)):
-    losses = fit(model, data.pick(task.rows(labels)), loss, FitSettings(steps=30, learning_rate=1e-2), seed=[0, number])
-    running.absorb(model)
-    print(f"{task.name}, classes {task.classes}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-for name, found in {"last": model, "merged": running.result(scaling_factor=0.5)}.items():
+settings = FitSettings(steps=30, learning_rate=1e-2)
+with tempfile.TemporaryDirectory() as folder:  # name a folder of your own to go on another day
+    running = magmax.Running(f"{folder}/state", "magmax", base=copy.deepcopy(model))
+    for number, task in enumerate(class_incremental(range(10), 5)):
+        losses = fit(model, data.pick(task.rows(labels)), loss, settings, seed=[0, number])
+        running.absorb(model)
+        print(f"{task.name}, classes {task.classes}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    merged = running.result(scaling_factor=0.5)
+for name, found in {"last": model, "merged": merged}.items():
     right = found(torch.from_numpy(np.stack(data.items))).argmax(1).numpy() == labels
     print(f"{name}: {right.mean():.1%} of all tasks right, {right[labels < 2].mean():.1%} of the first")

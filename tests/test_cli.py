@@ -347,6 +347,30 @@ def test_merging_safetensors_needs_no_torch(files, tmp_path):
     )
 
 
+@pytest.mark.parametrize("extras", [(), ("report", "sweep"), ("cluster", "data", "hub", "remote")], ids=" ".join)
+def test_commands_work_with_the_extras_that_they_need_alone(extras, tmp_path):
+    """With the packages of all other extras blocked; and what needs one of these names it. The list is the tool's."""
+    tool = str(Path(__file__).parents[1] / "tools" / "try_extras.py")
+    done = subprocess.run(
+        [sys.executable, tool, "--block", "--inside", str(tmp_path), *extras], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("words", ["merge --base base a --out o", "recipes check base", "report base --out o.html"])
+def test_an_interruption_says_what_is_left_of_the_work(words, run, tmp_path, monkeypatch):
+    def interrupt(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for place in ("recipes.recipe.build_request", "recipes.recipe.load_recipe", "analysis.run_folders.load_results"):
+        monkeypatch.setattr(f"magmax.{place}", interrupt)
+    code, out, err = run(*words.split())
+    assert (code, out) == (130, "")
+    resumes = "interrupted; what is finished is kept, and the same command goes on from there\n"
+    assert err == (resumes if words.startswith("merge") else "interrupted\n")
+
+
 COMMANDS = [
     *("merge", "search", "search sweep", "search run", "calibrate"),
     *("checkpoint", "checkpoint inspect", "checkpoint diff", "checkpoint convert"),

@@ -150,8 +150,8 @@ def test_a_training_of_an_earlier_version_goes_on_and_is_known_by_the_page(tmp_p
     old = {key: value for key, value in recipe.items() if key != "training"} | {"chain": recipe["training"]}
     (tmp_path / "run" / trainer.RECIPE_FILE).write_text(json.dumps(old).replace('"density": 0.5', '"drop": 0.5'))
     assert trainer.ContinualTraining(experiment, tmp_path / "run", "sequential", rule, 0).run(no_bars) == first
-    found, seed = read_training_recipe(tmp_path / "run" / trainer.RECIPE_FILE)
-    assert (list(found.training_choices), seed) == (["sequential"], 0)
+    found = read_training_recipe(tmp_path / "run" / trainer.RECIPE_FILE)
+    assert (list(found.training_choices), found.seeds[0]) == (["sequential"], 0)
 
 
 def test_an_old_key_of_an_experiment_is_refused_with_its_line_and_the_new_one(tmp_path: Path) -> None:

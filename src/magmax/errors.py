@@ -57,6 +57,14 @@ class UnfinishedError(MagMaxError):
     same command goes on from there."""
 
 
+def missing_extra(need: str, extra: str) -> MagMaxError:
+    """Return the error for a package that is not installed: what needs it, and how to install the extra that has it.
+
+    magmax is on no package index, where anybody could register its name; a clone installs its own extras.
+    """
+    return MagMaxError(f"{need}, which is not installed; in the clone of magmax: pip install '.[{extra}]'")
+
+
 def list_problems(heading: str, problems: Sequence[str], remedies: Sequence[str] = ()) -> MagMaxError:
     """One error for many problems, so that all of them are seen at once; of a long list, the first and the count."""
     if len(problems) == 1 and not remedies:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("nicegui", reason="nicegui is not installed: pip install 'magmax[ui]'")
+pytest.importorskip("nicegui", reason="nicegui is not installed: pip install '.[ui]'")
 
 from tests.browser.window import DESK, PHONE, BrowserWindow  # noqa: E402
 from tests.continual import toys  # noqa: E402
@@ -28,14 +28,12 @@ from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.ui.sources import open_source  # noqa: E402
 from magmax.ui.view_model import TunerModel  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def archived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive, with the training that it was made of beside it."""
     folder = tmp_path_factory.mktemp("served")
-    ContinualTraining(Experiment(**toys.RECIPE), folder / "run").run()
+    ContinualTraining(Experiment(**toys.RECIPE, validation=10), folder / "run").run()
     base = open_checkpoint(str(folder / "run" / "theta_0.safetensors"))
     models = [open_checkpoint(str(folder / "run" / f"theta_{t}.safetensors"), base=base) for t in (1, 2, 3)]
     names = ["theta_1", "theta_2", "theta_3"]
@@ -49,7 +47,7 @@ def address(browser: Any, archived: Path) -> Iterator[str]:
     recipe = archived.parent / "run" / "recipe.json"
     words = ["ui", str(archived), "--recipe", str(recipe), "--port", "0", "--no-browser", "--examples", "60"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    env["OMP_NUM_THREADS"] = "1"
     with subprocess.Popen(
         [sys.executable, "-m", "magmax.cli", *words], env=env, text=True, stdout=subprocess.PIPE, cwd=archived.parent
     ) as server:

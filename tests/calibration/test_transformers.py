@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,6 +14,11 @@ from tests.calibration.nets import average_states, build_model, make_task_states
 from tests.calibration.test_features import tokens  # noqa: E402
 
 from magmax.calibration import calibrate_features, run_items  # noqa: E402
+from magmax.calibration.model_loading import load_module  # noqa: E402
+from magmax.calibration.pretrained import load_tokenizer  # noqa: E402
+from magmax.checkpoints import open_checkpoint  # noqa: E402
+from magmax.continual.models.text_encoder import TextEncoder  # noqa: E402
+from magmax.errors import MagMaxError  # noqa: E402
 
 SMALL = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 
@@ -81,3 +88,55 @@ def in_order(model, item, layers):
     for handle in handles:
         handle.remove()
     return list(dict.fromkeys(called))
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """The folder of a model with a Python file, and a user who says yes to all that transformers asks."""
+    bert().save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+    def change(file="config.json", **changes):
+        path = tmp_path / file
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | changes))
+        return tmp_path
+
+    yield change
+    assert not (tmp_path / "ran").exists()
+
+
+MINE = {"AutoConfig": "mine.Config", "AutoModel": "mine.Model", "AutoTokenizer": ["mine.Tokenizer", None]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": MINE, "model_type": "mine"},
+        {"auto_map": MINE, "model_type": "mine", "architectures": ["Model"]},
+        {"attn_implementation": "somebody/kernel:run"},
+        {"_attn_implementation_internal": "somebody/kernel:run"},
+        {"text_config": {"attn_implementation": {"": "somebody/kernel"}}},
+    ],
+    ids=str,
+)
+def test_no_code_of_a_folder_runs(changes, hostile):
+    folder = hostile(**changes)
+    with pytest.raises(MagMaxError, match=r"config\.json"):
+        load_module(folder, open_checkpoint(str(folder / "model.safetensors")))
+    with pytest.raises(ValueError, match=r"config\.json|trust_remote_code|custom code|model type"):
+        TextEncoder.load(folder, 8)
+
+
+def test_no_code_of_a_tokenizer_runs(hostile):
+    folder = hostile("tokenizer_config.json", auto_map=MINE, tokenizer_class="Mine")
+    with pytest.raises(Exception, match=r"trust_remote_code|custom code|okenizer"):
+        load_tokenizer(folder, local_files_only=True)
+
+
+def test_architectures_are_models_and_code_beside_a_known_one_is_left_alone(hostile):
+    """A config may name whatever transformers has, such as functions; only models are made."""
+    folder = hostile(auto_map=MINE, architectures=["pipeline", "set_seed", "AutoConfig", "BertModel"])
+    loaded = load_module(folder, open_checkpoint(str(folder / "model.safetensors")))
+    assert type(loaded.module) is transformers.BertModel

@@ -472,4 +472,4 @@ def test_the_command_over_the_network(online: HubState, cache: Path) -> None:
     lean = "import sys; sys.modules['huggingface_hub'] = None; import magmax; magmax.open_checkpoint(sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", lean, "out.safetensors"]).returncode == 0
     without = subprocess.run([sys.executable, "-c", lean, "org/base"], capture_output=True, text=True)
-    assert "pip install 'magmax[hub]'" in without.stderr
+    assert "pip install '.[hub]'" in without.stderr

@@ -35,11 +35,10 @@ from magmax.continual.training.snapshot import FitSnapshot
 from magmax.continual.training.trainer import ContinualTraining
 from magmax.errors import MagMaxError
 
-MODULE = "tests.continual.fsdp_ranks"
 RECIPE: dict[str, Any] = {
-    "data": f"{MODULE}:texts",
-    "model": f"{MODULE}:encoder",
-    "head": f"{MODULE}:head",
+    "data": "team_texts",
+    "model": "team_encoder",
+    "head": "team_head",
     "scenario": {"class_incremental": {"tasks": 2}},
     "fit": {"steps": 8, "batch": 7, "learning_rate": 0.003, "clip": 0.5},
     "training": ["sequential", {"lwf": {}}, {"ewc": {"samples": 6, "weight": 1000.0}}],

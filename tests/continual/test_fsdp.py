@@ -30,13 +30,12 @@ from magmax.continual.training.parallel import check_team, layer_blocks, shard  
 from magmax.continual.training.weight_files import read_metadata, write_tensors  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)  # two launches, which a busy machine slows down
 
 
 def two_processes(*command: str) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *command]
-    there = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    there = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(start, env=there, capture_output=True, text=True, timeout=500)
 
 

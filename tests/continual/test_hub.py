@@ -154,8 +154,11 @@ def test_what_a_table_lacks(tmp_path: Path, options: dict[str, Any], why: str) -
 def test_names_and_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(MagMaxError, match=r"no data set 'cifar10'.*cifar100"):
         hub("cifar10")
-    with pytest.raises(MagMaxError, match=r"no folder here, and the hub does not give it"):
+    with pytest.raises(MagMaxError, match=r"no folder here, and no OWNER/NAME of the hub"):
         images(str(tmp_path / "none"))
+    for path in ("pandas", "./data.py", "owner/data.py", "../data"):  # a builder of pickles, scripts, a folder
+        with pytest.raises(MagMaxError, match=r"no folder here, and no OWNER/NAME of the hub"):
+            images(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MagMaxError, match=r"empty: this folder cannot be read"):
         images(str(tmp_path / "empty"))

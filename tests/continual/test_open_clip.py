@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from magmax.continual.models.open_clip import open_clip  # noqa: E402
+from magmax.continual.registry import code_from  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -68,10 +70,14 @@ def test_the_image_tower_is_trained_and_the_text_side_makes_the_head(monkeypatch
     assert encoder.temperature == pytest.approx(np.exp(3))
 
 
-def test_a_folder_has_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_has_its_own_weights_and_is_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
     monkeypatch.setitem(sys.modules, "open_clip", library(Whole(), asked))
-    open_clip("local-dir:models/mine")
+    with pytest.raises(MagMaxError, match=r"may name code.*--allow-code"):
+        open_clip("local-dir:models/mine")
+    assert not asked
+    with code_from(tmp_path):
+        open_clip("local-dir:models/mine")
     assert asked == [("local-dir:models/mine", None)]
 
 

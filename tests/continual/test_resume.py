@@ -30,8 +30,6 @@ from magmax.continual.training.snapshot import FitSnapshot  # noqa: E402
 from magmax.continual.training.trainer import MERGED_FILE, ContinualTraining  # noqa: E402
 from magmax.errors import MagMaxError  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-
 
 def experiment(**changes: Any) -> Experiment:
     return Experiment.model_validate({**toys.RECIPE, **changes}).check()
@@ -85,7 +83,7 @@ def test_a_training_killed_by_sigkill_ends_in_the_same_bytes(tmp_path: Path) -> 
     recipe = toys.write_recipe(tmp_path / "toy.yaml", **changes)
     ContinualTraining(experiment(**changes), tmp_path / "whole").run()
     command = [sys.executable, "-m", "magmax.cli", "train", str(recipe), "--out", str(tmp_path / "killed")]
-    there = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    there = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--threads", "1"], env=there, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "step_2.safetensors").exists():

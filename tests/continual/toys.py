@@ -62,11 +62,10 @@ def head(encoder: ToyEncoder, dataset: Dataset, temperature: float = 8.0) -> Ten
     return temperature * nn.functional.normalize(rows, dim=-1)
 
 
-MODULE = "tests.continual.toys"
 RECIPE: dict[str, Any] = {
-    "data": f"{MODULE}:blobs",
-    "model": f"{MODULE}:encoder",
-    "head": f"{MODULE}:head",
+    "data": "toy_blobs",
+    "model": "toy_encoder",
+    "head": "toy_head",
     "scenario": {"class_incremental": {"tasks": 3}},
     "fit": {"steps": 12, "batch": 8, "learning_rate": 0.02},
     "seeds": [0, 1],

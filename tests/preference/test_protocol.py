@@ -287,7 +287,7 @@ def test_a_study_that_fails_has_its_tables_too(
 
     monkeypatch.setattr(EnvironmentRuns, "run", stopped)
     monkeypatch.setattr(EnvironmentRuns, "read_finished", lambda self: list(records.values())[:3])
-    monkeypatch.setattr(environments, "read_study", lambda recipe, words: (study(), EXPERIMENT))
+    monkeypatch.setattr(environments, "read_study", lambda *_: (study(), EXPERIMENT))
     with pytest.raises(MagMaxError, match="a part failed"):
         environments.environments("any.yaml", out=str(tmp_path))
     assert "3 of" in (tmp_path / "environments" / "results.md").read_text()

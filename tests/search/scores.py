@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -32,3 +33,15 @@ def slow_peak(path: Path) -> float:
 
 def nan_score(path: Path) -> float:
     return float("nan")
+
+
+def moody(path: Path) -> object:
+    """Fail in another way in each fifth of the range from 0 to 1; from 0.8 on, score."""
+    x = read_number(path)
+    if x < 0.2:
+        return float("nan")
+    if x < 0.4:
+        raise ValueError("no such\nbatch")
+    if x < 0.6:
+        sys.exit(3)
+    return ["not a number", {}][x < 0.7] if x < 0.8 else {"one": x}

@@ -20,7 +20,7 @@ from tests.continual import toys
 from tests.search.scores import read_number
 
 import magmax
-from magmax import MagMaxError
+from magmax import MagMaxError, cli
 from magmax.continual.context import build_context
 from magmax.continual.experiment import Experiment
 from magmax.continual.training.weight_files import load_weights
@@ -30,8 +30,6 @@ from magmax.search.runner import STORE_FILE, Search, TrialRecord
 from magmax.search.trial_results import BEST_FILE, TABLE_FILE, best_of, pareto_front, write_search
 
 pytest.importorskip("optuna")
-
-HERE = "tests.search.scores"
 
 
 @pytest.fixture
@@ -48,7 +46,7 @@ def written(folder: Path, **changes: Any) -> Path:
     content = {
         "merge": "merge.yaml",
         "space": {"scaling_factor": {"low": -1, "high": 2}},
-        "score": f"{HERE}:peak",
+        "score": "peak",
         "trials": 12,
         **changes,
     }
@@ -88,7 +86,7 @@ def test_the_best_is_found_written_and_merged(toy):
 def test_the_pareto_front_is_the_known_one(objectives, toy):
     """From 0 to 1 what is better for one task is worse for the other; all else is worse for both than 0 or than 1."""
     space = {"scaling_factor": {"low": -1, "high": 2, "step": 0.25}}
-    changes = {"score": f"{HERE}:two_tasks", "objectives": objectives, "sampler": "random"}
+    changes = {"score": "two_tasks", "objectives": objectives, "sampler": "random"}
     tried = searched(written(toy, space=space, trials=40, **changes), toy / "out", jobs=3)
     first: dict[float, int] = {}
     for trial in tried:
@@ -101,7 +99,7 @@ def test_the_pareto_front_is_the_known_one(objectives, toy):
 
 
 def test_losses_are_minimised(toy):
-    tried = searched(written(toy, score=f"{HERE}:two_tasks", direction="minimize", trials=30), toy / "out")
+    tried = searched(written(toy, score="two_tasks", direction="minimize", trials=30), toy / "out")
     assert yaml.safe_load((toy / "out" / BEST_FILE).read_text())["scaling_factor"] < -0.8
     assert len(tried) == 30
 
@@ -121,7 +119,7 @@ def test_the_same_trials_whatever_is_faster_or_interrupted(toy):
 
 def test_a_killed_search_ends_with_the_same_trials(toy):
     """Killed outright, its workers in processes of their own; told from one that was not."""
-    file = written(toy, score=f"{HERE}:slow_peak")
+    file = written(toy, score="slow_peak")
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(root)]), "SCORE_SECONDS": "0.2"}
     command = [sys.executable, "-m", "magmax.cli", "search", "run", str(file), "--out", str(toy / "out"), "--jobs", "2"]
@@ -176,12 +174,34 @@ def test_a_preference_is_searched_for(toy):
     }
 
 
+def test_a_score_that_fails_fails_its_trial_alone(toy, capsys):
+    """Of every kind of failure, in one line each; a search that goes on reads the same of the trials before."""
+    space = {"scaling_factor": {"low": 0.01, "high": 0.96, "step": 0.05}}
+    file = written(toy, space=space, score="moody", sampler="random", trials=40, objectives=["one"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["search", "run", str(file), "--out", str(toy / "out")])
+    assert not ended.value.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 40
+    tried = searched(file, toy / "out")
+    kinds = {0.0: "returned nan; every", 0.2: "raised ValueError (scores.py, line", 0.4: "raised SystemExit"}
+    kinds |= {0.6: "returned {}; every", 0.7: "returned 'not a number', not a number"}
+    for trial, line in zip(tried, lines, strict=True):
+        x = trial.settings["scaling_factor"]
+        words = next((words for at, words in reversed(kinds.items()) if at <= x < 0.8), "")
+        assert (words in trial.refused, bool(trial.scores)) == (True, x >= 0.8)
+        assert (trial.refused or f"one {trial.scores.get('one', 0):.6g}") in line
+    assert {words for words in kinds.values() if any(words in trial.refused for trial in tried)} == set(kinds.values())
+    rows = table(toy / "out")
+    assert [row["refused"] for row in rows] == [trial.refused for trial in tried]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"score": f"{HERE}:nan_score"}, "every score must be a finite number"),
-        ({"score": f"{HERE}:nowhere"}, "cannot be imported"),
-        ({"score": "nowhere"}, "package.module:function"),
+        ({"score": "nan_score"}, "every score must be a finite number"),
+        ({"score": "pek"}, "did you mean 'peak'"),
+        ({"score": "scores:peak"}, "--allow-code"),
         ({"objectives": ["else"]}, "there is no score of else; there are score"),
         ({"space": {"scaling_factor": {"low": 2, "high": 1}}}, "low is at most high"),
         ({"space": {"scaling_factor": {"lo": 2, "high": 1}}}, "did you mean 'low'"),

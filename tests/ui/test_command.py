@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.continual import toys
+
 from magmax import cli
+from magmax.continual.experiment import Experiment
+from magmax.continual.training.trainer import ContinualTraining
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -28,7 +35,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "nicegui", None)
     for name in ("magmax.ui.server", "magmax.ui.page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert "pip install 'magmax[ui]'" in refused(monkeypatch, capsys, str(tmp_path))
+    assert "pip install '.[ui]'" in refused(monkeypatch, capsys, str(tmp_path))
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -41,3 +48,21 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"port {port} is in use" in refused(monkeypatch, capsys, str(tmp_path), "--port", port)
+
+
+def test_sigterm_removes_the_folder_of_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("nicegui")
+    ContinualTraining(Experiment(**toys.RECIPE, validation=5), tmp_path / "run").run()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = ["ui", str(tmp_path / "run"), "--port", "0", "--no-browser"]
+    environment = {**os.environ, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "magmax.cli", *words]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as page:
+        assert page.stdout is not None
+        assert page.stdout.readline().startswith("http://127.0.0.1:")
+        assert list(scratch.glob("magmax-ui-*"))
+        page.terminate()
+        page.communicate(timeout=60)
+    assert not list(scratch.glob("magmax-ui-*"))
+    assert page.returncode == 128 + signal.SIGTERM

@@ -33,9 +33,9 @@ from magmax.preference.archive_writer import write_archive  # noqa: E402
 from magmax.rules import Tunable  # noqa: E402
 from magmax.ui.preview import PreviewMerges  # noqa: E402
 from magmax.ui.sources import open_source  # noqa: E402
-from magmax.ui.view_model import DEFAULT_FACTOR, MAGMAX_PRESET, TunerModel, user_samples  # noqa: E402
+from magmax.ui.view_model import DEFAULT_FACTOR, MAGMAX_PRESET, Preview, TunerModel, user_samples  # noqa: E402
 
-EXPERIMENT = Experiment(**toys.RECIPE)
+EXPERIMENT = Experiment(**toys.RECIPE, validation=10)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,37 @@ def test_the_sample_is_balanced(tuner: TunerModel) -> None:
     assert tuner.preview([1, 1, 1], 0.5).example_counts == [10, 10, 10]
     again = TunerModel.open(tuner.source, 30)
     assert all((a == b).all() for a, b in zip(again.examples.items, tuner.examples.items, strict=True))
+
+
+def test_previews_are_scored_on_validation_examples_alone(tuner: TunerModel, trained: Path, tmp_path: Path) -> None:
+    def contents(data: Any) -> set[bytes]:
+        return {item.tobytes() for item in data.items}
+
+    seen = contents(tuner.examples)
+    assert len(seen) == 30
+    assert seen <= contents(tuner.context.validation)
+    assert not seen & (contents(tuner.context.test) | contents(tuner.context.train))
+    assert "validation" in tuner.examples_source
+    without = json.loads((trained / "recipe.json").read_text()) | {"validation": 0}
+    (tmp_path / "recipe.json").write_text(json.dumps(without))
+    for theta in trained.glob("theta_*"):
+        shutil.copy(theta, tmp_path)
+    with pytest.raises(MagMaxError, match=r"holds out no validation examples.*--samples.*validation=10"):
+        TunerModel.open(open_source(tmp_path), 30)
+
+
+def test_the_intervals_are_wilsons_and_those_of_means_narrower() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    found = Preview([1.0, 0.25, 0.0, 0.5], [7, 24, 1, 400], 0.1)
+    for share, count, interval in zip(found.task_accuracies, found.example_counts, found.intervals, strict=True):
+        expected = stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
+        assert interval == pytest.approx((expected.low, expected.high), abs=1e-12)
+    alone = [0.0, 1.0, 0.0, 0.0]
+    assert found.mean_interval(alone) == pytest.approx(found.intervals[1])
+    equal = Preview([0.5] * 4, [24] * 4, 0.1)
+    low, high = equal.mean_interval([1.0] * 4)
+    assert (high - low) * 2 == pytest.approx(equal.intervals[0][1] - equal.intervals[0][0])
+    assert low < equal.mean < high
 
 
 def test_what_is_written_is_what_the_commands_write(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..continual.evaluation.measures import matrix
 from ..continual.evaluation.tables import MAIN_MEASURE, PairedComparison, SeedMean, compare_paired, summary, tidy
 from ..continual.experiment import LAST_CHECKPOINT, REFERENCES, ZERO_SHOT
-from ..errors import MagMaxError
+from ..errors import missing_extra
 from .records import Record, SeedBand, Study
 
 Records = Sequence[Mapping[str, Any]]
@@ -91,7 +91,7 @@ def summarise_methods(records: Records) -> list[MethodResult]:
     try:
         means = summary(tidy(records))
     except ImportError as error:
-        raise MagMaxError(f"statistics need {error.name}: pip install 'magmax[report]'") from error
+        raise missing_extra(f"statistics need {error.name}", "report") from error
     summaries = [
         MethodResult(*key, *about[key], sorted(factors[key]), matrices[key], means[key])
         for key in matrices

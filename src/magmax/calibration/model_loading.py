@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint
 from ..checkpoints.memory import to_tensor
 from ..checkpoints.renamed import RenamedCheckpoint
-from ..errors import MagMaxError
+from ..errors import MagMaxError, missing_extra
+from .pretrained import load_config
 from .rescale import Coefficients, read_widened
 
 
@@ -70,18 +71,21 @@ def _candidate_modules(folder: Path) -> Iterator[nn.Module]:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise MagMaxError("calibrating in feature space runs the model: pip install 'magmax[train]'") from error
-    backbone = transformers.AutoModel.from_config
+        raise missing_extra(f"calibrating in feature space runs the model: it needs {error.name}", "train") from error
+    backbone = partial(transformers.AutoModel.from_config, trust_remote_code=False)
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = load_config(folder, local_files_only=True)
         config.dtype = torch.float32
-        named = [getattr(transformers, name, None) for name in config.architectures or []]
-        for make in [*filter(None, named), backbone, partial(backbone, add_pooling_layer=False)]:
+        named = [getattr(transformers, str(name), None) for name in config.architectures or []]
+        models = [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+        for make in [*models, backbone, partial(backbone, add_pooling_layer=False)]:
             module: nn.Module | None = None
             with suppress(TypeError), torch.random.fork_rng(devices=[]):  # not every model has a pooler to leave out
                 module = make(config)
             if module is not None:
                 yield module
+    except MagMaxError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError) as error:
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MagMaxError(f"{folder}: has no config.json of a model that transformers knows: {message}") from error

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoints import Checkpoint
-from ..errors import MagMaxError, nearest_hint
+from ..errors import MagMaxError, missing_extra, nearest_hint
 from ..merging.execution.execution_options import ExecutionOptions
 from ..merging.matching import refuse_same_path
 from ..rules import CalibrateWeights
@@ -208,10 +208,10 @@ def _find_images(place: Path) -> list[Path]:
 
 
 def _tokenize(folder: Path, texts: Sequence[str], chosen: CalibrationOptions, place: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
+    from .pretrained import load_tokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         message = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MagMaxError(
@@ -232,7 +232,7 @@ def _load_images(folder: Path, pictures: Sequence[Path], place: Path) -> list[An
 
         from .image_transforms import ImageTransform
     except ModuleNotFoundError as error:
-        raise MagMaxError(f"{place}: reading pictures needs Pillow: pip install 'magmax[data]'") from error
+        raise missing_extra(f"{place}: reading pictures needs Pillow", "data") from error
     view = ImageTransform.of_file(folder / "preprocessor_config.json")
     tensors: list[Any] = []
     for path in pictures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, missing_extra
 from .calibration_report import CalibrationReport
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -18,7 +18,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MagMaxError(f"{path}: drawing needs matplotlib: pip install 'magmax[report]'") from error
+        raise missing_extra(f"{path}: drawing needs {error.name}", "report") from error
 
 
 def draw(report: CalibrationReport, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from .._version import __version__
-from ..errors import MagMaxError, escape_controls
+from ..errors import SAME_COMMAND, MagMaxError, escape_controls, missing_extra
 from . import analysis, calibrate, continual, environments, inspect, merge, preference, recipes, running, search, ui
 from .common_options import Quiet
 from .console import quiet_output
@@ -21,6 +21,7 @@ from .old_names import refuse_old_names
 app = App(
     name="magmax",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # `main` says what is left
     help="Merge fine-tuned models by magnitude: continual learning by model merging.",
 )
 MERGE, CHECKPOINTS, RUNNING, TUNABLE, CONTINUAL, ANALYSIS, REFERENCE = (
@@ -78,6 +79,21 @@ reference.command(recipes.check)
 reference.command(recipes.rules)
 
 
+app.meta.suppress_keyboard_interrupt = False
+RESUMABLE = {
+    *(("merge",), ("calibrate",), ("tune",), ("train",), ("bench",), ("search", "sweep"), ("search", "run")),
+    *(("running", "absorb"), ("running", "result"), ("checkpoint", "convert"), ("study", "environments")),
+}
+"""Commands that keep what is finished when they are stopped, and go on from there."""
+
+EXTRA_OF_PACKAGE = {
+    **dict.fromkeys(("accelerate", "safetensors", "tokenizers", "torch", "transformers"), "train"),
+    **dict.fromkeys(("jinja2", "markupsafe", "matplotlib", "scipy"), "report"),
+    **dict.fromkeys(("datasets", "PIL"), "data"),
+}
+"""The extra that has a package, for commands that find it missing where nothing else says so."""
+
+
 @app.meta.default
 def launch(
     *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], quiet: Annotated[bool, Quiet] = False
@@ -122,10 +138,22 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        print(_interruption(sys.argv[1:]), file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF_PACKAGE:
+            raise
+        print(f"error: {missing_extra(f'this needs {package}', EXTRA_OF_PACKAGE[package])}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
     except OSError as error:
         print(escape_controls(f"error: {error.filename or 'the system'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
+
+
+def _interruption(words: Sequence[str]) -> str:
+    """Return what to say of a command that was interrupted."""
+    command, _, _ = app.parse_commands([word for word in words if word not in ("--quiet", "-q")])
+    return f"interrupted; {SAME_COMMAND}" if command in RESUMABLE else "interrupted"

@@ -54,6 +54,14 @@ Device = Annotated[
 ]
 Restart = Annotated[bool, Parameter(negative="", help="Forget an interrupted run and begin again.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Check everything and print the cost, but do nothing.")]
+AllowCode = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Let the recipe name functions in Python files beside it (my_file:my_function), and run them. Only for "
+        "recipes and files that you trust.",
+    ),
+]
 Nonfinite = Annotated[bool, Parameter(negative="", help="Let NaN and infinity through instead of refusing them.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import MagMaxError
-from .common_options import DryRun, Jobs, Json, Models, Out, Restart, Scheduler, Threads
+from .common_options import AllowCode, DryRun, Jobs, Json, Models, Out, Restart, Scheduler, Threads
 from .console import check_counts, print_line, progress_bars
 
 
@@ -24,6 +24,7 @@ def train(
     scaling_factor: float | None = None,
     threads: Threads = 0,
     restart: Restart = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Learn the tasks of a recipe one after another; merge and evaluate after each.
 
@@ -49,7 +50,7 @@ def train(
     """
     from ..continual.experiment_file import read_experiment
 
-    experiment = read_experiment(recipe, assignments)
+    experiment = read_experiment(recipe, assignments, allow_code)
     from ..continual.training.trainer import ContinualTraining
     from ..recipes.recipe import parse_rule
 
@@ -81,6 +82,7 @@ def evaluate(
     seed: int | None = None,
     threads: Threads = 0,
     as_json: Json = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Evaluate models on the test examples of a recipe, among the classes of all its tasks.
 
@@ -102,7 +104,7 @@ def evaluate(
         raise MagMaxError(f"{missing[0]}: there is no such file")
     from ..continual.experiment_file import read_experiment
 
-    experiment = read_experiment(recipe, [word for word in models if word not in paths])
+    experiment = read_experiment(recipe, [word for word in models if word not in paths], allow_code)
     from dataclasses import asdict
 
     from ..continual.training.trainer import evaluate as measure
@@ -130,6 +132,7 @@ def bench(
     scheduler: Scheduler = None,
     discard: Annotated[bool, Parameter(negative="", help="Delete checkpoints once every rule is measured.")] = False,
     dry_run: DryRun = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Measure every method of a recipe over its seeds; write a table, CSV and JSON.
 
@@ -147,7 +150,7 @@ def bench(
     """
     from ..continual.experiment_file import read_experiment
 
-    experiment = read_experiment(recipe, assignments)
+    experiment = read_experiment(recipe, assignments, allow_code)
     from ..continual.benchmark import Benchmark, finished_records
     from ..continual.evaluation.result_files import print_results, write_results
     from ..merging.execution.executors import job_executor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MagMaxError
-from .common_options import Jobs, Out, Scheduler, Threads
+from .common_options import AllowCode, Jobs, Out, Scheduler, Threads
 from .console import check_counts, print_line, progress_bars
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def environments(
     jobs: Jobs = 1,
     threads: Threads = 0,
     scheduler: Scheduler = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Measure what each preference is worth where tasks occur in other mixtures: the benchmark of the rule tunable.
 
@@ -42,7 +43,7 @@ def environments(
     """
 
     check_counts(jobs, threads)
-    study, experiment = read_study(recipe, assignments)
+    study, experiment = read_study(recipe, assignments, allow_code)
     from ..merging.execution.executors import job_executor
     from ..preference.environments.environment_runs import EnvironmentRuns
     from ..preference.environments.environment_tables import write_report
@@ -60,7 +61,9 @@ def environments(
     print_line(", ".join(map(str, files)))
 
 
-def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[EnvironmentsConfig, Experiment]:
+def read_study(
+    recipe: str, assignments: Sequence[str] = (), allow_code: bool = False
+) -> tuple[EnvironmentsConfig, Experiment]:
     """A study and the experiment that it names, with assignments such as draws=2 put in.
 
     Raises MagMaxError for YAML that cannot be read, unknown keys (with line and nearest key) and unfit values.
@@ -76,7 +79,7 @@ def read_study(recipe: str, assignments: Sequence[str] = ()) -> tuple[Environmen
         raise MagMaxError(
             f"{recipe}: experiment is the recipe of magmax bench whose trainings are merged, not {named!r}"
         )
-    experiment = read_experiment(str(Path(recipe).parent / named))
+    experiment = read_experiment(str(Path(recipe).parent / named), allow_code=allow_code)
     from ..preference.environments.environments_config import SECTION_CONFIGS, EnvironmentsConfig
 
     study = validate(

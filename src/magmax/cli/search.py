@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .common_options import Out, Scheduler, Threads
+from .common_options import AllowCode, Out, Scheduler, Threads
 from .console import check_counts, print_line, print_note, print_table
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def search(
     jobs: int | None = None,
     threads: Threads = 0,
     scheduler: Scheduler = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Search for the scaling factor, the options of a rule or the preference whose merge scores best.
 
@@ -42,7 +43,7 @@ def search(
     from ..search.trial_results import best_of, pareto_front, tasks_of, write_search
 
     check_counts(1 if jobs is None else jobs, threads)
-    config, trials = load_search(recipe, assignments)
+    config, trials = load_search(recipe, assignments, allow_code)
     if not isinstance(trials.score, str) and trials.score[2] == "test":
         print_note("note: scores are those on the test examples; what is chosen by them must not be reported on them")
     with job_executor(jobs or 1, scheduler) as executor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from ..errors import MagMaxError
+from ..errors import MagMaxError, missing_extra
+from .common_options import AllowCode
 from .console import progress_bars
+
+if TYPE_CHECKING:
+    from ..continual.experiment import Experiment
 
 
 def ui(
@@ -21,6 +25,7 @@ def ui(
     examples: int = 120,
     port: int = 7860,
     no_browser: Annotated[bool, Parameter(negative="")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Try preferences on a page of this machine, and take the merge from there.
 
@@ -33,10 +38,10 @@ def ui(
     seed
         Of an archive or a training: what drew the tasks; the recipe's first by default.
     samples
-        Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. Test
-        examples of the recipe by default.
+        Your own texts to see accuracies on: a CSV with the columns text and label, a class's name or number. By default
+        validation examples of the recipe, which nothing was trained on.
     examples
-        How many test examples, dealt evenly to the tasks.
+        How many validation examples, dealt evenly to the tasks.
     port
         Where the page is served, on 127.0.0.1 alone; 0 for any free port.
     no_browser
@@ -47,17 +52,18 @@ def ui(
         from ..ui.sources import open_source
         from ..ui.view_model import TunerModel
     except ImportError as error:
-        raise MagMaxError(f"the page needs {error.name}, which is missing: pip install 'magmax[ui]'") from error
+        raise missing_extra(f"the page needs {error.name}", "ui") from error
 
     if examples < 1:
         raise MagMaxError(f"--examples is a whole number from 1 on, not {examples}")
     with bind_socket(port) as at:
         from ..continual.experiment_file import read_experiment
 
-        experiment = (
-            Path(recipe) if recipe and recipe.endswith(".json") else read_experiment(recipe) if recipe else None
-        )
-        source = open_source(Path(run), experiment, seed)
+        experiment: Experiment | Path | None = None
+        if recipe:
+            is_json = recipe.endswith(".json")
+            experiment = Path(recipe) if is_json else read_experiment(recipe, allow_code=allow_code)
+        source = open_source(Path(run), experiment, seed, allow_code)
         with progress_bars() as new_bar:
             tuner = TunerModel.open(source, examples, Path(samples) if samples else None, new_bar)
         serve(tuner, at, not no_browser, partial(print, flush=True))

@@ -70,16 +70,15 @@ class Benchmark:
 
     def submit_trainings(self, missing: Sequence[BenchmarkCell]) -> None:
         """Submit all trainings, and the cells that need none."""
-        recipe, out = self.experiment.model_dump_json(), str(self.out)
         for seed, training in self.trainings_of(missing):
-            future = self.executor.submit(run_training, recipe, out, seed, training, self.threads)
+            future = self.executor.submit(run_training, self.experiment, str(self.out), seed, training, self.threads)
             self._pending_jobs[future] = (seed, training)
         self.submit([cell for cell in missing if cell.training == ZERO_SHOT])
 
     def submit(self, cells: Sequence[BenchmarkCell]) -> None:
-        recipe, out = self.experiment.model_dump_json(), str(self.out)
         for cell in cells:
-            self._pending_jobs[self.executor.submit(run_cell, recipe, out, cell, self.threads)] = cell
+            future = self.executor.submit(run_cell, self.experiment, str(self.out), cell, self.threads)
+            self._pending_jobs[future] = cell
 
     def handle_finished(self, job: Any, missing: Sequence[BenchmarkCell]) -> None:
         """A finished training's cells can be measured; a measured training's checkpoints may go."""

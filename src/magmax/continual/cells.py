@@ -46,10 +46,10 @@ MEMORY_FILE = "memory.json"
 """Beside a training's checkpoints: the peak memory of its training."""
 
 
-def run_training(recipe: str, out: str, seed: int, training: str, threads: int = 1) -> str:
-    """Train all checkpoints of a training, or find them there; `recipe` is the experiment as JSON. Returns its name."""
+def run_training(experiment: Experiment, out: str, seed: int, training: str, threads: int = 1) -> str:
+    """Train all checkpoints of a training, or find them there. Returns its name."""
     with context_lock:
-        return _run_training(Experiment.model_validate_json(recipe), Path(out), seed, training, threads)
+        return _run_training(experiment, Path(out), seed, training, threads)
 
 
 def _run_training(experiment: Experiment, out: Path, seed: int, training: str, threads: int) -> str:
@@ -75,10 +75,10 @@ def _run_training(experiment: Experiment, out: Path, seed: int, training: str, t
     return f"{training}, seed {seed}"
 
 
-def run_cell(recipe: str, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
+def run_cell(experiment: Experiment, out: str, cell: BenchmarkCell, threads: int = 1) -> str:
     """Measure a cell whose training is trained, and append its record. Returns its name."""
     with context_lock:
-        return _run_cell(Experiment.model_validate_json(recipe), Path(out), cell, threads)
+        return _run_cell(experiment, Path(out), cell, threads)
 
 
 def _run_cell(experiment: Experiment, out: Path, cell: BenchmarkCell, threads: int) -> str:

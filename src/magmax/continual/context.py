@@ -83,8 +83,13 @@ def build_context(experiment: Experiment, seed: int, new_bar: BarFactory = no_ba
 
     The head is made without the validation examples.
     """
+    with registry.code_from(experiment.code_folder):
+        return _build_context(experiment, seed, new_bar)
+
+
+def _build_context(experiment: Experiment, seed: int, new_bar: BarFactory) -> ExperimentContext:
     raw, dataset, encoder, base, heads = _build_parts(
-        json.dumps([experiment.data, experiment.model], sort_keys=True), new_bar
+        json.dumps([experiment.data, experiment.model, str(experiment.code_folder)], sort_keys=True), new_bar
     )
     encoder.model.load_state_dict(base)
     of_head = json.dumps([experiment.head, experiment.validation, seed], sort_keys=True)
@@ -125,7 +130,7 @@ def _build_parts(
 ) -> tuple[Dataset, Dataset, Encoder, dict[str, Tensor], dict[str, Tensor]]:
     """The data as they come, as the encoder takes them, the encoder, theta_0, and the heads made so far."""
     if parts not in _cache:
-        data, model = json.loads(parts)
+        data, model, _ = json.loads(parts)
         dataset: Dataset = registry.build("data", data)
         encoder: Encoder = registry.build("model", model)
         encoder.model.to(device())

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from ..errors import MagMaxError
 from ..rules import nearest_hint, rule_from
 from . import registry
-from .training.parallel import Parallel
 
 Choice = str | dict[str, Any]
+Parallel = Literal["ddp", "fsdp"]
+"""ddp: each process has all weights, gradients and moments of AdamW. fsdp: each has a part of them, cut along the first
+dimension, and layer after layer is put together where it is computed with."""
 RECORD_FORMAT = 1
 """Of the records of a benchmark; a new one makes old records be computed again."""
 
@@ -72,7 +75,7 @@ class FitOptions(BaseModel):
 
 
 class Experiment(BaseModel):
-    """An experiment of `magmax train` or `magmax bench`. Names come from the registry, or are package.module:function.
+    """An experiment of `magmax train` or `magmax bench`. Names come from the registry; see `allow_code` for others.
 
     Attributes:
         data, model, head, scenario: each a name, or {name: {option: value}}.
@@ -117,6 +120,21 @@ class Experiment(BaseModel):
     parallel: Parallel = "ddp"
     precision: Literal["float32", "bfloat16"] = "float32"
     batch_norm: Literal["frozen", "recalibrated"] = "frozen"
+    _code_folder: Path | None = PrivateAttr(None)  # private, so that no recipe can set it; it travels to workers
+
+    def allow_code(self, folder: str | Path) -> Experiment:
+        """Return the experiment, whose names may also be "module:function" in Python files of this folder.
+
+        The functions are imported and called: allow it for recipes and files that you trust.
+        """
+        allowed = self.model_copy()
+        allowed._code_folder = Path(folder).absolute()
+        return allowed
+
+    @property
+    def code_folder(self) -> Path | None:
+        """The folder whose Python files the names may mean; None for registered names alone."""
+        return self._code_folder
 
     @field_validator("seeds")
     @classmethod
@@ -127,8 +145,9 @@ class Experiment(BaseModel):
 
     def check(self) -> Experiment:
         """Itself. Raises MagMaxError for names and options that are none, and factors without validation examples."""
-        for kind, table in registry.REGISTRIES.items():
-            registry.find(kind, table, registry.split(kind, getattr(self, kind))[0])
+        with registry.code_from(self.code_folder):
+            for kind in registry.PARTS:
+                registry.find(kind, registry.split(kind, getattr(self, kind))[0])
         for training in self.training:
             training_options(training)
         for rule in self.rules:

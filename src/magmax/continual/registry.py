@@ -1,10 +1,21 @@
-"""What a recipe can name: data sets, models, heads and scenarios, each a name and a function that builds it."""
+"""What a recipe can name: data sets, models, heads, scenarios and scores, each a name and a function.
+
+This is the one place that turns a name of a recipe into a function. A recipe may come from anybody, so a name means
+what is registered here or what an installed package registers as an entry point, and nothing else. Only inside
+`code_from`, which stands for the user's --allow-code, may it also be a function in a Python file of one folder.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module, invalidate_caches
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import MagMaxError
@@ -58,11 +69,37 @@ SCENARIOS: dict[str, str | Callable[..., Sequence[Task]]] = {
 }
 """name -> (dataset, seed, **options) -> the tasks, in order."""
 
-REGISTRIES: dict[str, Mapping[str, Any]] = {"data": DATASETS, "model": MODELS, "head": HEADS, "scenario": SCENARIOS}
-"""The registries by the keys of a recipe."""
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "data": DATASETS,
+    "model": MODELS,
+    "head": HEADS,
+    "scenario": SCENARIOS,
+    "score": {},
+}
+"""The registries by the keys of a recipe. A score has none: (path of a model) -> number or {task: number}."""
+PARTS = ("data", "model", "head", "scenario")
+"""The keys of an experiment that name a builder."""
+ENTRY_POINT_GROUPS = {kind: f"magmax.{kind}" for kind in REGISTRIES}
 
 Choice = str | Mapping[str, Any]
-"""As a recipe writes it: a name, or {name: {option: value}}; "package.module:function" is a name too."""
+"""As a recipe writes it: a name, or {name: {option: value}}."""
+
+_code_folder: ContextVar[Path | None] = ContextVar("_code_folder", default=None)
+
+
+@contextmanager
+def code_from(folder: Path | None) -> Generator[None]:
+    """Let "module:function" name a function in a Python file of this folder until the block is left; None: nowhere."""
+    token = _code_folder.set(folder)
+    try:
+        yield
+    finally:
+        _code_folder.reset(token)
+
+
+def allows_code() -> bool:
+    """Return whether this is inside `code_from` with a folder: the user trusts the recipe to run code."""
+    return _code_folder.get() is not None
 
 
 def build(kind: str, choice: Choice, *given: Any) -> Any:
@@ -72,7 +109,7 @@ def build(kind: str, choice: Choice, *given: Any) -> Any:
     Raises MagMaxError for a name that is none and for options that the builder does not have, with the nearest.
     """
     name, options = split(kind, choice)
-    builder = find(kind, REGISTRIES[kind], name)
+    builder = find(kind, name)
     parameters = list(inspect.signature(builder).parameters)[len(given) :]
     for option in options:
         if option not in parameters:
@@ -96,17 +133,71 @@ def split(kind: str, choice: Choice) -> tuple[str, dict[str, Any]]:
     raise MagMaxError(f"{kind}: expected a name or {{name: {{option: value}}}}, not {choice!r}")
 
 
-def find(kind: str, table: Mapping[str, Any], name: str) -> Callable[..., Any]:
-    """The builder of that name, or the function that "package.module:function" names."""
-    target = table.get(name, name if ":" in name else None)
-    if target is None:
-        raise MagMaxError(
-            f"{kind}: there is no {name!r}; {nearest_hint(name, list(table))}, or name a package.module:function"
-        )
-    if not isinstance(target, str):
+def find(kind: str, name: str) -> Callable[..., Any]:
+    """The function that a name means: registered, of an installed package, or in the folder of `code_from`.
+
+    Raises MagMaxError for any other name; nothing is imported for it.
+    """
+    target = REGISTRIES[kind].get(name)
+    if callable(target):
         return target
-    module, _, function = target.partition(":")
+    if target is not None:
+        module, _, function = str(target).partition(":")
+        return _load(kind, name, lambda: getattr(import_module(module), function))
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUPS[kind])}
+    if name in installed:
+        return _load(kind, name, installed[name].load)
+    if ":" in name:
+        return _find_in_folder(kind, name)
+    names = sorted({*REGISTRIES[kind], *installed})
+    hint = nearest_hint(name, names) if names else "write module:function"
+    raise MagMaxError(f"{kind}: there is no {name!r}; {hint}")
+
+
+def _find_in_folder(kind: str, name: str) -> Callable[..., Any]:
+    """The function of a name such as my_parts:blobs, in a file of the folder whose code the user allowed."""
+    folder = _code_folder.get()
+    instead = f"or have an installed package register it as an entry point of {ENTRY_POINT_GROUPS[kind]!r}"
+    if folder is None:
+        raise MagMaxError(
+            f"{kind}: {name!r} names Python code, and no recipe may run code that you did not ask for; if you trust "
+            f"its author, put the file beside the recipe and add --allow-code, {instead}"
+        )
+    module, _, function = name.partition(":")
+    parts = module.split(".")
+    stem = folder.joinpath(*parts)
+    files = [stem.with_name(f"{stem.name}.py"), stem / "__init__.py"]
+    if not all(part.isidentifier() for part in (*parts, function)) or not any(map(Path.is_file, files)):
+        raise MagMaxError(
+            f"{kind}: {name!r} is no function in a Python file of {folder}; with --allow-code, my_file:my_function "
+            f"means my_function in my_file.py beside the recipe; put it there, {instead}"
+        )
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # at the end, so that no file there stands in for an installed module
+    invalidate_caches()
+    if not _lies_in(parts[0], folder):
+        raise MagMaxError(f"{kind}: {name}: another module is called {parts[0]!r}; rename the one in {folder}")
+    found = _load(kind, name, lambda: getattr(import_module(module), function))
+    if not callable(found):
+        raise MagMaxError(f"{kind}: {name}: is no function, but {type(found).__name__}")
+    return found
+
+
+def _lies_in(module: str, folder: Path) -> bool:
+    """Return whether importing a top-level module takes it from this folder."""
     try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise MagMaxError(f"{kind}: {name}: cannot be imported: {error}") from error
+        spec = find_spec(module)
+    except ValueError:  # of a module without a spec, such as __main__
+        return False
+    places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return any(Path(place).resolve().is_relative_to(folder.resolve()) for place in places if place)
+
+
+def _load(kind: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except MagMaxError:
+        raise
+    except Exception as error:  # of a user's file, or of an installed package, anything
+        message = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise MagMaxError(f"{kind}: {name}: cannot be imported: {message}") from error

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MagMaxError, nearest_hint
+from ..errors import MagMaxError, missing_extra, nearest_hint
 
 Features = NDArray[np.floating[Any]]
 FeaturePairs = Iterable[tuple[Features, Features]]
@@ -118,7 +118,7 @@ def transport_distance(task_features: Features, target_features: Features) -> fl
     try:
         import ot
     except ModuleNotFoundError as error:
-        raise MagMaxError("the method ot needs POT: pip install 'magmax[preference]', or choose cos or mmd") from error
+        raise missing_extra("the method ot, unlike cos and mmd, needs POT", "preference") from error
     cost = squared_distances(task_features, target_features)
     cost /= cost.max() or 1.0
     plan: Any = ot.sinkhorn(

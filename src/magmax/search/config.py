@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..continual import registry
+from ..continual.experiment import Experiment
 from ..continual.experiment_file import read_experiment
 from ..errors import MagMaxError
 from ..recipes.recipe import apply_overrides, build_request, with_value
@@ -65,8 +67,8 @@ class SearchConfig(BaseModel):
         space: by its name (scaling_factor, rule, rule.k, rule.dare.density of a training, dtype), what may vary: a
         `SearchRange`,
             or a list of choices.
-        score: package.module:function, called with a result's path, that returns a number or {task: number}; or
-            {experiment: RECIPE}.
+        score: the name of a function, called with a result's path, that returns a number or {task: number}: of an
+            installed package, or my_file:my_function beside the recipe where code is allowed; or {experiment: RECIPE}.
         objectives: tasks, each to be made best by itself; none for the mean of all scores.
         trials: how many choices are tried, in all.
         sampler: tpe (Optuna's tree-structured Parzen estimator) or random.
@@ -84,8 +86,10 @@ class SearchConfig(BaseModel):
     seed: int = Field(0, ge=0)
 
 
-def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, TrialSettings]:
+def load_search(file: str, assignments: Sequence[str], allow_code: bool = False) -> tuple[SearchConfig, TrialSettings]:
     """A search from its file, with assignments such as trials=50 put in, and all that a trial needs.
+
+    With `allow_code`, the score may be a function in a Python file beside it; likewise the parts of an experiment.
 
     Raises:
         MagMaxError: a recipe that is none; a merge that is none; what the merge has not; tasks without validation
@@ -107,7 +111,14 @@ def load_search(file: str, assignments: Sequence[str]) -> tuple[SearchConfig, Tr
     space = {name: _expand_range(span, plan.names) for name, span in recipe.space.items()}
     for name, span in recipe.space.items():
         with_value(content, name, _example_value(span, plan.names))
-    return recipe, TrialSettings(content, folder, space, _resolve_score(recipe.score, folder_of_file))
+    score = recipe.score
+    if isinstance(score, str):
+        code_folder = Path(folder_of_file) if allow_code else None
+        with registry.code_from(code_folder):
+            registry.find("score", score)
+        return recipe, TrialSettings(content, folder, space, score, code_folder)
+    experiment = read_experiment(os.path.join(folder_of_file, score.experiment), allow_code=allow_code)
+    return recipe, TrialSettings(content, folder, space, _experiment_score(score, experiment), experiment.code_folder)
 
 
 def _expand_range(span: SearchRange | list[Any], names: Sequence[str]) -> dict[str, Any]:
@@ -125,12 +136,7 @@ def _example_value(span: SearchRange | list[Any], names: Sequence[str]) -> Any:
     return dict.fromkeys(names, span.high) if span.each else span.high
 
 
-def _resolve_score(score: str | ExperimentScore, folder: str) -> str | tuple[str, int, str]:
-    if isinstance(score, str):
-        if ":" not in score:
-            raise MagMaxError(f"score: {score!r} is no function; write package.module:function, or experiment: RECIPE")
-        return score
-    experiment = read_experiment(os.path.join(folder, score.experiment))
+def _experiment_score(score: ExperimentScore, experiment: Experiment) -> tuple[str, int, str]:
     if score.measure_on == "validation" and not experiment.validation:
         raise MagMaxError(
             f"{score.experiment}: holds out no validation examples to score on; say how many of each class it does, "

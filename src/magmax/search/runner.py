@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoints.journal import WorkingFolder, hold_folder
 from ..checkpoints.output_paths import is_working_name
-from ..errors import MagMaxError
+from ..errors import MagMaxError, missing_extra
 from ..merging.execution.pool import submit, wait_for_result
 from .config import SearchConfig
 from .trials import TrialResult, TrialSettings, to_optuna
@@ -25,7 +25,7 @@ NAME = "magmax"
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial that is done: its number, what was chosen, and the scores by task, or why it was refused."""
+    """A trial that is done: its number, what was chosen, and the scores by task, or why it has none."""
 
     number: int
     settings: Mapping[str, Any]
@@ -96,7 +96,7 @@ class TrialStore:
         try:
             import optuna
         except ImportError as error:
-            raise MagMaxError("a search needs Optuna: pip install 'magmax[sweep]'") from error
+            raise missing_extra("a search needs Optuna", "sweep") from error
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna: Any = optuna
         self._recipe = recipe
@@ -130,8 +130,12 @@ class TrialStore:
         return {name: params[name] for name in self._space}
 
     def add(self, number: int, chosen: Mapping[str, Any], result: TrialResult) -> TrialRecord:
-        """Keep a finished trial. Raises MagMaxError where an objective has no score."""
+        """Keep a finished trial. Raises MagMaxError where an objective has no score in the first that is scored."""
         optuna, states = self._optuna, self._optuna.trial.TrialState
+        if not result.refused and (problem := self._missing_objective(result.scores)):
+            if not any(trial.scores for trial in self.tried):
+                raise MagMaxError(problem)  # the recipe names a task that there is not
+            result = TrialResult({}, problem)
         notes = {REFUSED_ATTRIBUTE: result.refused} if result.refused else {SCORES_ATTRIBUTE: result.scores}
         values = None if result.refused else self._values(result.scores)
         state = states.FAIL if result.refused else states.COMPLETE
@@ -147,10 +151,13 @@ class TrialStore:
         chosen, notes = {name: trial.params[name] for name in self._space}, trial.user_attrs
         return TrialRecord(trial.number, chosen, notes.get(SCORES_ATTRIBUTE, {}), notes.get(REFUSED_ATTRIBUTE, ""))
 
+    def _missing_objective(self, scores: Mapping[str, float]) -> str:
+        missing = [task for task in self._recipe.objectives if task not in scores]
+        there = ", ".join(scores)
+        return f"objectives: there is no score of {', '.join(missing)}; there are {there}" if missing else ""
+
     def _values(self, scores: Mapping[str, float]) -> list[float]:
         wanted = self._recipe.objectives
-        if missing := [task for task in wanted if task not in scores]:
-            raise MagMaxError(f"objectives: there is no score of {', '.join(missing)}; there are {', '.join(scores)}")
         return [scores[task] for task in wanted] or [sum(scores.values()) / len(scores)]
 
     def _study_of(self, **options: Any) -> Any:

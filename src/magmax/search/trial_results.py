@@ -51,12 +51,12 @@ def pareto_front(tried: Sequence[TrialRecord], tasks: Sequence[str], direction: 
 def best_of(recipe: SearchConfig, tried: Sequence[TrialRecord]) -> TrialRecord:
     """The trial whose mean over the objectives, or over all tasks, is best; of equal ones the first.
 
-    Raises MagMaxError where every trial was refused.
+    Raises MagMaxError where no trial has a score.
     """
     tasks = tasks_of(recipe, tried)
     scored = [trial for trial in tried if not trial.refused]
     if not scored:
-        raise MagMaxError(f"no trial could be merged; the first: {tried[0].refused}")
+        raise MagMaxError(f"no trial could be merged and scored; the first: {tried[0].refused}")
     sign = 1 if recipe.direction == "maximize" else -1
     return max(scored, key=lambda trial: sign * sum(trial.scores[task] for task in tasks))
 

@@ -33,6 +33,12 @@ def format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def format_interval(interval: tuple[float, float]) -> str:
+    """A 95 % interval as it is shown."""
+    low, high = interval
+    return f"95 %: {100 * low:.0f} to {100 * high:.0f} %"
+
+
 @dataclass(frozen=True)
 class SliderRow:
     """The elements of a task's row that change."""
@@ -42,6 +48,7 @@ class SliderRow:
     bar: ui.element
     value: TextElement
     difference: TextElement
+    certainty: TextElement
 
 
 class TunerPage:
@@ -76,7 +83,8 @@ class TunerPage:
                 "p",
                 f"{self.tuner.source.folder}, {kind} of {len(context.tasks)} tasks. Move the sliders: how much of the "
                 "merge each task supplies, and how far it goes from the base. The accuracies follow, on a sample of "
-                f"{len(self.tuner.examples)} examples ({self.tuner.examples_source}).",
+                f"{len(self.tuner.examples)} examples ({self.tuner.examples_source}); beside each stands how many "
+                "these are, and the interval in which it would be in 95 of 100 such samples.",
                 "about",
             )
             text_element("p", f"The task vectors take {merges.nbytes / 1e6:,.1f} MB of memory.", "about small")
@@ -132,7 +140,8 @@ class TunerPage:
                         drawn = container("i", f"mark k{place}").style(f"--v:{mark.task_accuracies[number]:.4f}")
                         drawn.props["title"] = f"{name} {format_percent(mark.task_accuracies[number])}"
                 value, change = text_element("span", "…", "value"), text_element("span", "", "change")
-        return SliderRow(slider, share, bar, value, change)
+                certainty = text_element("span", "", "certainty")
+        return SliderRow(slider, share, bar, value, change, certainty)
 
     def build_factor(self) -> None:
         """The scaling factor."""
@@ -244,24 +253,25 @@ class TunerPage:
     def show_preview(self, preview: Preview, weights: Sequence[float]) -> None:
         """The accuracies of a preview, beside those of MagMax."""
         magmax = self.tuner.reference_previews[MAGMAX_PRESET]
+        intervals = preview.intervals
         for number, (row, (title, _)) in enumerate(zip(self.task_rows, self.tuner.task_titles, strict=True)):
             share, count = preview.task_accuracies[number], preview.example_counts[number]
+            certainty = f"{count} examples, {format_interval(intervals[number])}"
             text = ", ".join(
                 f"{name} {format_percent(mark.task_accuracies[number])}"
                 for name, mark in self.tuner.reference_previews.items()
             )
             row.bar.style(f"--v:{share:.4f}")
-            row.bar.props["aria-label"] = f"{title}: {format_percent(share)} of {count} examples; {text}"
-            row.value.text = format_percent(share)
+            row.bar.props["aria-label"] = f"{title}: {format_percent(share)} of {certainty}; {text}"
+            row.value.text, row.certainty.text = format_percent(share), certainty
             _show_difference(row.difference, share - magmax.task_accuracies[number])
         self.mean_text.text, self.weighted_mean_text.text = (
             format_percent(preview.mean),
             format_percent(preview.weighted_mean(weights)),
         )
-        self.mean_note.text = f"{100 * (preview.mean - magmax.mean):+.1f} to MagMax's own"
-        self.weighted_mean_note.text = (
-            f"{100 * (preview.weighted_mean(weights) - magmax.weighted_mean(weights)):+.1f} to MagMax's own"
-        )
+        for note, of in ((self.mean_note, [1.0] * len(weights)), (self.weighted_mean_note, weights)):
+            change = 100 * (preview.weighted_mean(of) - magmax.weighted_mean(of))
+            note.text = f"{format_interval(preview.mean_interval(of))}; {change:+.1f} to MagMax's own"
         self.status_text.text = f"{preview.seconds:.1f} s"
         self.status_note.text = f"on {sum(preview.example_counts)} examples"
         self.screen_reader_text.text = f"Preview: mean accuracy {format_percent(preview.mean)}"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import shutil
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
 import webbrowser
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -40,10 +44,30 @@ def bind_socket(port: int) -> socket.socket:
     return listener
 
 
+@contextmanager
+def _end_on_signals() -> Generator[None]:
+    """Leave the block, as on an error, where the process is asked to end; by default it would end at once."""
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    def end(_number: int, _frame: object) -> None:
+        signal.raise_signal(signal.SIGTERM)  # which the server itself knows, and hands on when it has ended
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, leave), signal.SIGHUP: signal.signal(signal.SIGHUP, end)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def serve(tuner: TunerModel, listener: socket.socket, open_browser: bool, announce: Callable[[str], None]) -> None:
-    """Serve the page until an interruption."""
+    """Serve the page until an interruption or SIGTERM; the folder of its checkpoints is removed with it."""
     address = f"http://{HOST}:{listener.getsockname()[1]}"
-    with tempfile.TemporaryDirectory(prefix="magmax-ui-") as folder:
+    with _end_on_signals(), tempfile.TemporaryDirectory(prefix="magmax-ui-", ignore_cleanup_errors=True) as folder:
+        # Once more when all threads have ended: a merge that is under way may write until then.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         site = FastAPI(openapi_url=None)
         site.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         ui.run_with(

@@ -85,9 +85,12 @@ class RunSource:
         return ["magmax", "tune", *arguments, *prefer, *rest]
 
 
-def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None) -> RunSource:
+def open_source(
+    folder: Path, recipe: Experiment | Path | None = None, seed: int | None = None, allow_code: bool = False
+) -> RunSource:
     """A training's folder; or a training of a benchmark or an archive, with its experiment: a recipe, or a recipe.json.
 
+    With `allow_code`, the names of a recipe.json may mean functions in Python files beside it.
     Raises MagMaxError for a folder that is none of these, and where checkpoints lack.
     """
     archived, is_training = (folder / ARCHIVE_FILE).exists(), (folder / RECIPE_FILE).exists()
@@ -107,8 +110,8 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
             f"{folder}: knows nothing of data and classes; name the experiment with --recipe RECIPE.yaml, or with "
             f"--recipe RUN/{RECIPE_FILE} of a training"
         )
-    experiment, chosen = read_training_recipe(recipe) if isinstance(recipe, Path) else (recipe, recipe.seeds[0])
-    chosen = chosen if seed is None else seed
+    experiment = read_training_recipe(recipe, allow_code) if isinstance(recipe, Path) else recipe
+    chosen = experiment.seeds[0] if seed is None else seed
     if archived:
         archive = Archive(folder)
         return RunSource(folder, experiment, chosen, archive.base(), [], archive.tasks, archive)
@@ -116,15 +119,17 @@ def open_source(folder: Path, recipe: Experiment | Path | None = None, seed: int
     return RunSource(folder, experiment, chosen, open_checkpoint(base), models, default_names(models))
 
 
-def read_training_recipe(file: Path) -> tuple[Experiment, int]:
-    """The experiment and the seed of a training, from its recipe.json."""
+def read_training_recipe(file: Path, allow_code: bool = False) -> Experiment:
+    """The experiment of a training, with its own seed alone, from its recipe.json."""
     try:
         recipe = modern_experiment(json.loads(file.read_text("utf-8")))
         fields = {key: recipe[key] for key in EXPERIMENT_KEYS if key in recipe}
         experiment = Experiment(**fields, seeds=[recipe["seed"]], training=[recipe["training"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MagMaxError(f"{file}: is not the {RECIPE_FILE} of a training: {error!r}") from error
-    return experiment.check(), experiment.seeds[0]
+    if allow_code:
+        experiment = experiment.allow_code(file.parent)
+    return experiment.check()
 
 
 def simplify_number(value: float) -> float | int:

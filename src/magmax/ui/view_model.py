@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from .sources import RunSource
 MAGMAX_PRESET = "MagMax"
 DEFAULT_FACTOR = Tunable.scaling_factor
 """The scaling factor to begin with."""
+Z_95 = 1.959963984540054
+"""The normal quantile of 95 % intervals."""
 Weights = Sequence[float]
 """One for each task, in their order."""
 
@@ -47,11 +50,28 @@ class Preview:
 
     @property
     def mean(self) -> float:
-        return sum(self.task_accuracies) / len(self.task_accuracies)
+        return self.weighted_mean([1.0] * len(self.task_accuracies))
 
     def weighted_mean(self, weights: Weights) -> float:
         """The mean over tasks, each as much as it is preferred."""
         return sum(share * weight for share, weight in zip(self.task_accuracies, weights, strict=True)) / sum(weights)
+
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The 95 % interval of each task's accuracy, for other examples of the same kind."""
+        return [wilson_interval(*pair) for pair in zip(self.task_accuracies, self.example_counts, strict=True)]
+
+    def mean_interval(self, weights: Weights) -> tuple[float, float]:
+        """The 95 % interval of the weighted mean: the distances of the tasks' limits, added as those of sums are.
+
+        From Zou and Donner, "Construction of confidence limits about effect measures" (2008).
+        """
+        mean, total = self.weighted_mean(weights), sum(weights)
+        below = above = 0.0
+        for share, weight, (low, high) in zip(self.task_accuracies, weights, self.intervals, strict=True):
+            below += (weight * (share - low)) ** 2
+            above += (weight * (high - share)) ** 2
+        return mean - math.sqrt(below) / total, mean + math.sqrt(above) / total
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,16 @@ class TunerModel:
     def open(
         cls, source: RunSource, num_examples: int = 120, samples: Path | None = None, new_bar: BarFactory = no_bars
     ) -> TunerModel:
-        """Read everything, once. `samples` is a CSV with the columns text and label, instead of test examples."""
+        """Read everything, once. `samples` is a CSV with the columns text and label, instead of validation examples.
+
+        Raises MagMaxError where there is nothing to choose a preference on: test examples are for reporting, and what
+        is chosen on them looks better than it is.
+        """
+        if samples is None and not source.experiment.validation:
+            raise MagMaxError(
+                f"{source.folder}: its recipe holds out no validation examples, and a preference is not chosen on test "
+                "examples; give texts of your own with --samples FILE.csv, or train with validation=10"
+            )
         context = build_context(source.experiment, source.seed, new_bar)
         if len(context.tasks) != len(source.task_names):
             raise MagMaxError(
@@ -85,7 +114,7 @@ class TunerModel:
             )
         examples = user_samples(context, samples) if samples else balanced_examples(context, num_examples)
         merges = PreviewMerges.read(source.base, source.open_models(), progress=new_bar("Reading task vectors"))
-        origin = str(samples) if samples else "the recipe's test examples"
+        origin = str(samples) if samples else "validation examples, which nothing was trained on"
         tuner, tell, marks = cls(source, context, merges, examples, origin, {}, Lock()), new_bar("Evaluating"), {}
         last = [0.0] * (len(context.tasks) - 1) + [1.0]
         asked = {
@@ -187,12 +216,29 @@ class TunerModel:
         return name
 
 
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion that was `share` in `count` examples, after Wilson.
+
+    >>> [round(limit, 3) for limit in wilson_interval(0.5, 24)]
+    [0.314, 0.686]
+    """
+    square = Z_95**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def balanced_examples(context: ExperimentContext, num_examples: int) -> LabelledExamples:
-    """Test examples, as many of each task as of every other where there are enough; the same each time."""
-    random = np.random.default_rng(0)
+    """Validation examples, as many of each task as of every other where there are enough; the same each time.
+
+    Raises MagMaxError for a task that has none.
+    """
+    random, held = np.random.default_rng(0), context.validation
     share = max(1, num_examples // len(context.tasks))
-    rows = [random.permutation(task.rows(context.test.labels, context.test.domains))[:share] for task in context.tasks]
-    return context.test.pick(np.unique(np.concatenate(rows)))
+    rows = [random.permutation(task.rows(held.labels, held.domains))[:share] for task in context.tasks]
+    if lacking := [task.name for task, chosen in zip(context.tasks, rows, strict=True) if not len(chosen)]:
+        raise MagMaxError(f"no validation example of {', '.join(lacking)}; train with a larger validation")
+    return held.pick(np.unique(np.concatenate(rows)))
 
 
 def user_samples(context: ExperimentContext, path: Path) -> LabelledExamples:

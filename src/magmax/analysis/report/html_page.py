@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.output_paths import replace_file
-from ...errors import MagMaxError
+from ...errors import missing_extra
 from ..recommendations import Recommendation
 from ..records import Study
 from .charts import ChartAxis, dot_chart, format_number
@@ -136,7 +136,7 @@ def load_template(name: str) -> Any:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise MagMaxError(f"reports need {error.name}: pip install 'magmax[report]'") from error
+        raise missing_extra(f"reports need {error.name}", "report") from error
     environment = Environment(
         loader=PackageLoader("magmax.analysis.report"),
         autoescape=True,

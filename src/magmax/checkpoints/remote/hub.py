@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from ...errors import MagMaxError
+from ...errors import MagMaxError, missing_extra
 from ..base import HUB_PREFIX
 from ..folder import (
     DEFAULT_ADAPTER,
@@ -114,10 +114,8 @@ def fetch_model(hub_id: HubId) -> HubFiles:
     try:
         from huggingface_hub import constants
     except ModuleNotFoundError as error:
-        raise MagMaxError(
-            f"{hub_id}: there is no such file or folder; if it is a model of the Hugging Face hub: "
-            "pip install 'magmax[hub]'"
-        ) from error
+        need = f"{hub_id}: there is no such file or folder; a model of the Hugging Face hub needs {error.name}"
+        raise missing_extra(need, "hub") from error
     return _fetch_or_explain(hub_id, str(constants.HF_HUB_CACHE), constants.ENDPOINT)
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ...errors import MagMaxError, UnfinishedError, escape_controls
+from ...errors import MagMaxError, UnfinishedError, escape_controls, missing_extra
 from ..base import HUB_PREFIX
 
 MAX_TRIES = 5
@@ -23,6 +23,11 @@ PATIENCE = 5.0
 logger = logging.getLogger(__name__)
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HTTP_SCHEMES = ("http://", "https://")
+STORE_SCHEMES = frozenset(
+    {"abfs", "abfss", "adl", "az", "ftp", "gcs", "gs", "hdfs", "hf", "http", "https", "lakefs", "memory", "oci", "oss"}
+    | {"s3", "s3a", "sftp", "smb", "ssh", "tos", "webdav", "webhdfs"}
+)
+"""Schemes that only fetch bytes. fsspec has others that interpret what they fetch, such as templates of `reference`."""
 
 Result = TypeVar("Result")
 
@@ -49,14 +54,19 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         core: Any = import_module("fsspec.core")
     except ModuleNotFoundError as error:
+        raise missing_extra(f"{display_url(url)}: is on another machine; to read it needs fsspec", "remote") from error
+    scheme = urlsplit(url).scheme.lower()
+    if scheme not in STORE_SCHEMES or "::" in url:
         raise MagMaxError(
-            f"{display_url(url)}: is on another machine; to read it: pip install 'magmax[remote]'"
-        ) from error
+            f"{display_url(url)}: is no URL of a store that magmax reads; the schemes are "
+            f"{', '.join(sorted(STORE_SCHEMES))}, one in a URL; download the file"
+        )
     try:
         filesystem, path = core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        hint = f"{error} (pip install 'magmax[remote]' has what s3 and http need)"
-        raise MagMaxError(f"{display_url(url)}: cannot be opened: {hint}") from error
+    except ImportError as error:
+        raise missing_extra(f"{display_url(url)}: {error}; opening it needs another package", "remote") from error
+    except ValueError as error:
+        raise MagMaxError(f"{display_url(url)}: cannot be opened: {error}") from error
     return filesystem, path
 
 

@@ -14,12 +14,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from ...errors import MagMaxError
+from ...errors import MagMaxError, missing_extra
 from ...rules import nearest_hint
 from .combine import join_datasets
 from .datasets import Dataset, LabelledExamples, hold_out_groups
 from .downloads import cache_folder
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.py)")
 FILE_NAME_DOMAIN = "file name"
 """As a domain: what stands before the first underscore of a picture's file name, as in art_0.jpg of ImageNet-R."""
 
@@ -166,10 +167,12 @@ def _load_splits(form: HubFormat) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise MagMaxError(f"{form.path}: {error}; pip install 'magmax[data]'") from error
+        raise missing_extra(f"{form.path}: reading this needs {error.name}", "data") from error
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     folder = Path(form.path)
+    if not folder.is_dir() and not HUB_ID.fullmatch(form.path):  # scripts, and builders such as `pandas`, can run code
+        raise MagMaxError(f"{form.path}: no folder here, and no OWNER/NAME of the hub")
     try:
         if Path(folder, "dataset_dict.json").is_file():
             loaded: Any = datasets.load_from_disk(form.path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...calibration.image_transforms import ImageTransform
 from ...errors import MagMaxError
+from ..registry import allows_code
 from .vision import ImageEncoder
 
 
@@ -36,8 +37,15 @@ def open_clip(
     `name` is one of the library's models, or `local-dir:FOLDER`, or `hf-hub:ORG/REPO`; `pretrained` names its weights
     or a file of them. The weights are called as in the library's image tower (`transformer.resblocks...`, `proj`).
 
+    A configuration of the last two may make the library load code of a repository, so they need --allow-code.
+
     Raises MagMaxError where the library cannot be imported (it needs torchvision) or does not give the model.
     """
+    if ":" in name and not allows_code():
+        raise MagMaxError(
+            f"open_clip: the configuration of {name} may name code, which open_clip would run; if you trust its "
+            "author, add --allow-code"
+        )
     try:
         library: Any = import_module("open_clip")
     except (ImportError, RuntimeError) as error:

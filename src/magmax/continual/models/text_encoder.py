@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...calibration.pretrained import load_model, load_tokenizer
 from ..data.datasets import MINILM
 from ..data.downloads import fetch
 from ..progress import ProgressCallback, no_progress
@@ -80,11 +81,11 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> TextEncoder:
         """The encoder in a folder in the Hugging Face layout; the network is never asked."""
-        from transformers import AutoModel, AutoTokenizer  # slow to import, and other encoders have no use for it
+        from transformers import AutoModel  # slow to import, and other encoders have no use for it
 
         with quiet_loading():
-            model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), max_tokens)
+            model = load_model(AutoModel, folder, local_files_only=True, dtype=torch.float32)
+        return cls(model, load_tokenizer(folder, local_files_only=True), max_tokens)
 
     def prepare(self, items: Sequence[str], progress: ProgressCallback = no_progress) -> list[list[int]]:
         """The token ids of each text."""

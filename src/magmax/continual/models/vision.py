@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from ...calibration.image_transforms import ImageTransform
+from ...calibration.pretrained import load_model, load_tokenizer
 from ...errors import MagMaxError
 from ..data.downloads import PackageFile, PackageSource, cache_folder, fetch, publish_folder
 from ..data.pixels import load_images
@@ -122,7 +123,7 @@ def clip(
     projection too; FusionBench's checkpoints leave it as it is (`train_projection: false`).
     From Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021).
     """
-    from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
     whole = _load_pretrained(CLIPModel, path)
     for part in (whole.config.vision_config, whole.config.text_config):
@@ -134,7 +135,7 @@ def clip(
     side = whole.config.vision_config.image_size
     if view.size != side:
         raise MagMaxError(f"{path}: the model takes pictures of {side} pixels, its preprocessor makes {view.size}")
-    words = ClipTextTower(texts, AutoTokenizer.from_pretrained(path), whole.config.text_config.max_position_embeddings)
+    words = ClipTextTower(texts, load_tokenizer(path), whole.config.text_config.max_position_embeddings)
     return ImageEncoder(images, _image_embeddings, view, varied, words, float(whole.logit_scale.detach().exp()))
 
 
@@ -209,7 +210,9 @@ def _load_pretrained(kind: Any, path: str | Path) -> Any:
     """A model of the hub or of a local folder. Raises MagMaxError where it cannot be had, or lacks weights."""
     try:
         with quiet_loading():
-            model, loading_info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            model, loading_info = load_model(kind, path, dtype=torch.float32, output_loading_info=True)
+    except MagMaxError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise MagMaxError(_load_error(path, kind.__name__, error)) from error
     missing = sorted(loading_info["missing_keys"])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ...errors import MagMaxError
 from ..data.datasets import LabelledExamples
+from ..experiment import Parallel
 from ..models.text_encoder import training_mode
 from ..progress import ProgressCallback, no_progress
-from .parallel import Parallel, distribute, gather
+from .parallel import distribute, gather
 from .snapshot import FitSnapshot
 
 if TYPE_CHECKING:

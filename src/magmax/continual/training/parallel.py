@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import MagMaxError, list_problems
+from ..experiment import Parallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
-
-Parallel = Literal["ddp", "fsdp"]
-"""ddp: each process has all weights, gradients and moments of AdamW. fsdp: each has a part of them, cut along the first
-dimension, and layer after layer is put together where it is computed with."""
 
 
 def check_team(team: Accelerator | None, parallel: Parallel) -> None:

@@ -17,11 +17,12 @@ from torch import Tensor
 from ...errors import MagMaxError, list_problems
 from ..data.datasets import LabelledExamples
 from ..data.scenarios import Task
+from ..experiment import Parallel
 from ..models.text_encoder import Encoder
 from ..progress import BarFactory, no_bars
 from .fit import FitSettings, fit
 from .losses import Classifier, ForgettingPenalty, TaskLoss
-from .parallel import Parallel, check_team
+from .parallel import check_team
 from .snapshot import FitSnapshot
 from .weight_files import MADE_FROM, load_weights, read_metadata, save_weights, write_bytes, write_tensors
 

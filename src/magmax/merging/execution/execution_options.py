@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ...errors import MagMaxError
+from ...errors import MagMaxError, missing_extra
 from ..pipeline import Progress
 from .pool import WorkerPool
 from .shared_files import SharedFiles
@@ -45,7 +45,7 @@ class ExecutionOptions:
             try:
                 from .cuda import device_named
             except ImportError as error:
-                raise MagMaxError(f"device={self.device} needs torch: pip install 'magmax[torch]'") from error
+                raise missing_extra(f"device={self.device} needs {error.name}", "torch") from error
             device_named(self.device)
 
     @property

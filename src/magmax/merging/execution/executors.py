@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
@@ -11,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError
+from ...errors import SAME_COMMAND, MagMaxError, UnfinishedError, missing_extra
 
 CONNECT_TIMEOUT_SECONDS = 20
+SAFE_PATH, UNSET_IN_WORKERS = "PYTHONSAFEPATH", "MAGMAX_UNSET_IN_WORKERS"
 
 
 def available_cores() -> int:
@@ -25,11 +27,37 @@ def process_pool(workers: int) -> Executor:
     """Processes that begin from nothing, so that no thread of this one is copied into them; and that end with it."""
     from concurrent.futures import ProcessPoolExecutor
 
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
 
 
-def _end_with_parent() -> None:
-    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves."""
+@contextmanager
+def _safe_path() -> Generator[None]:
+    """Keep Python processes that start meanwhile from importing what lies in the working directory.
+
+    A worker starts as `python -c`, for which a multiprocessing.py of a downloaded folder comes before Python's own.
+    """
+    if SAFE_PATH in os.environ:
+        yield
+        return
+    os.environ |= {SAFE_PATH: "1", UNSET_IN_WORKERS: SAFE_PATH}
+    try:
+        yield
+    finally:
+        _unset_safe_path()
+
+
+def _unset_safe_path() -> None:
+    """Take the variable away again, for the processes that a user's own code starts."""
+    os.environ.pop(os.environ.pop(UNSET_IN_WORKERS, ""), None)
+
+
+def _begin_worker() -> None:
+    """In a worker of a pool: end once its parent is gone, which a pool's workers do not notice by themselves.
+
+    An interruption reaches parent and workers at once; it is the parent that ends them, without their tracebacks.
+    """
+    _unset_safe_path()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         if parent := multiprocessing.parent_process():
@@ -44,7 +72,7 @@ def connect(address: str) -> tuple[Executor, Callable[[], object]]:
     try:
         from distributed import Client
     except ImportError as error:
-        raise MagMaxError("--scheduler needs Dask: pip install 'magmax[cluster]'") from error
+        raise missing_extra("a scheduler needs Dask", "cluster") from error
     try:
         client: Any = Client(address, timeout=CONNECT_TIMEOUT_SECONDS)
     except (OSError, ValueError) as error:
@@ -72,11 +100,14 @@ def job_executor(jobs: int, scheduler: str | None) -> Generator[Executor]:
         if executor is not None:
             yield executor
             return
-    with process_pool(jobs) as executor:
+    with _safe_path(), process_pool(jobs) as executor:
         try:
             yield executor
-        except BaseException:
+        except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # who interrupts does not wait for what has begun
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             raise
 
 

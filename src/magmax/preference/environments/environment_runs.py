@@ -52,9 +52,9 @@ class EnvironmentRuns:
     def _run(self) -> list[Record]:
         parts = self.cells
         pairs = list(dict.fromkeys((part.seed, part.training) for part in parts))
-        words = self.config.model_dump_json(), self.experiment.model_dump_json(), str(self.out)
+        common = self.config, self.experiment, str(self.out)
         missing = {cell[:2] for cell, record in self.read_cells() if record is None}
-        jobs = [self.executor.submit(run_cells, *words, *pair, self.threads) for pair in pairs if pair in missing]
+        jobs = [self.executor.submit(run_cells, *common, *pair, self.threads) for pair in pairs if pair in missing]
         waiting = set(jobs)
         try:
             while waiting:
@@ -84,15 +84,13 @@ class EnvironmentRuns:
         return [(cell, records.get(self.config.cell_digest(self.experiment, cell))) for cell in self.cells]
 
 
-def run_cells(config_json: str, experiment_json: str, out: str, seed: int, training: str, threads: int = 1) -> str:
-    """Measure what is missing of one training, trained or found; study and experiment are JSON. Returns its name."""
-    study, experiment = (
-        EnvironmentsConfig.model_validate_json(config_json),
-        Experiment.model_validate_json(experiment_json),
-    )
-    run_training(experiment_json, out, seed, training, threads)
+def run_cells(
+    config: EnvironmentsConfig, experiment: Experiment, out: str, seed: int, training: str, threads: int = 1
+) -> str:
+    """Measure what is missing of one training, trained or found. Returns its name."""
+    run_training(experiment, out, seed, training, threads)
     with _encoder_lock:
-        _SequenceRunner(study, experiment, Path(out), seed, training, threads).run()
+        _SequenceRunner(config, experiment, Path(out), seed, training, threads).run()
     return f"{training}, seed {seed}"
 
 
