@@ -103,13 +103,10 @@ def _hashable_items(keys: Iterable[Any]) -> list[Any]:
     return [_hashable(key) for key in keys]
 
 
-def _make_dict(items: Any = ()) -> dict[Any, Any]:
+def _make_dict(*args: Any) -> dict[Any, Any]:
+    items: Any = args[-1] if args and not isinstance(args[-1], GlobalName | None) else ()  # a defaultdict's factory
     pairs: Any = cast("dict[Any, Any]", items).items() if isinstance(items, dict) else items
     return {_hashable(key): value for key, value in pairs}
-
-
-def _make_default_dict(_: Any = None, items: Any = ()) -> dict[Any, Any]:
-    return _make_dict(items)
 
 
 def _make_set(items: Any = ()) -> set[Any]:
@@ -148,7 +145,7 @@ def _new_object(kind: GlobalName, *args: Any) -> OpaqueObject:
 
 _PLAIN_CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _make_dict,
-    "collections.defaultdict": _make_default_dict,
+    "collections.defaultdict": _make_dict,
     "dict": _make_dict, "list": _constructor(list), "tuple": _constructor(tuple), "set": _make_set,
     "frozenset": _make_frozenset, "bytearray": _make_bytes, "complex": complex,
     "_codecs.encode": _encode,
