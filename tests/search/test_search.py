@@ -112,7 +112,8 @@ def test_the_same_trials_whatever_is_faster_or_interrupted(toy):
     store.write_bytes(store.read_bytes() + b'{"op_code": 4, "torn')
     (toy / "parts" / "trial-notes.txt").write_bytes(b"mine")
     assert searched(written(toy), toy / "parts", jobs=3) == whole
-    assert {path.name for path in (toy / "parts").iterdir()} == {STORE_FILE, "trial-notes.txt"}
+    names = {path.name for path in (toy / "parts").iterdir()}
+    assert names == {STORE_FILE, TABLE_FILE, BEST_FILE, "trial-notes.txt"}
     assert searched(written(toy, seed=1), toy / "other", jobs=3) != whole
     assert len({t.settings["scaling_factor"] for t in whole}) == len(whole)
 

@@ -90,7 +90,7 @@ def calibrate(
     from ..calibration.options import CalibrationOptions, prepare_calibration
     from ..calibration.plot import check_plot, draw
     from ..checkpoints import open_checkpoint
-    from ..checkpoints.output_paths import replace_file
+    from ..checkpoints.output_paths import delete_output, kind_of, replace_file
     from ..merging.matching import match_to_base
     from ..merging.model_names import default_names
 
@@ -99,6 +99,8 @@ def calibrate(
     for place in filter(None, (report, plot)):
         if not Path(place).absolute().parent.is_dir():
             raise MagMaxError(f"{place}: there is no folder {Path(place).parent}; make it first")
+        if kind_of(Path(place)) not in (None, "file"):
+            raise MagMaxError(f"{place}: is a {kind_of(Path(place))}, which is not replaced by a file; move it")
     if n < 1 or max_tokens < 1 or seed < 0:
         raise MagMaxError(f"n and max_tokens are 1 or more, and seed 0 or more; not {n}, {max_tokens} and {seed}")
     chosen = CalibrationOptions(
@@ -123,6 +125,7 @@ def calibrate(
     if report:
         replace_file(Path(report), calibrated.report.as_json().encode())
     if plot:
+        delete_output(Path(plot))  # its other names, if it has any, keep their content
         draw(calibrated.report, Path(plot))
     for line in calibrated.report.lines():
         print_line(line)
