@@ -640,7 +640,7 @@ def test_a_file_of_kohya_or_diffusers_is_named(base, tmp_path, monkeypatch, name
     for source in ("style.safetensors", "base.safetensors+style.safetensors"):
         with pytest.raises(MagMaxError, match=r"style\.safetensors: is a LoRA file without PEFT's"):
             open_checkpoint(source, base=open_checkpoint(base))
-    open_checkpoint("style.safetensors", to_inspect=True)
+    open_checkpoint("style.safetensors", mergeable=False)
 
 
 def test_the_weight_file_of_an_adapter_names_its_folder(base, tmp_path):

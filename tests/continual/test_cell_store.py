@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     store.file.mkdir()
     with pytest.raises(MagMaxError, match=r"cells\.jsonl: cannot be read: Is a directory"):
         store.records()
-    with pytest.raises(MagMaxError, match=r"cells\.jsonl: cannot be written: Is a directory"):
+    with pytest.raises(MagMaxError, match=r"cells\.jsonl: is a folder, which is not written to"):
         store.append(record("a"))
 
 

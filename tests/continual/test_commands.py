@@ -148,5 +148,5 @@ def test_the_benchmarks_that_come_with_magmax_are_experiments(path: Path) -> Non
 
 
 def test_a_missing_recipe() -> None:
-    with pytest.raises(MagMaxError, match=r"none.yaml: cannot be read"):
+    with pytest.raises(MagMaxError, match=r"none.yaml: there is no such file"):
         read_experiment("none.yaml")

@@ -224,7 +224,7 @@ def test_folders_are_read_as_on_disk(store, files):
         open_checkpoint(f"{store}/cut/model-00001-of-00002.safetensors")
     put(f"{store}/fp8/model.safetensors", content[0])
     put(f"{store}/fp8/config.json", b'{"quantization_config": {"quant_method": "fp8"}}')
-    with pytest.raises(MagMaxError, match=r"fp8: is quantised \(quantization_config"):
+    with pytest.raises(MagMaxError, match=r"fp8: is quantised with fp8 \(quantization_config"):
         open_checkpoint(f"{store}/fp8")
     put(f"{store}/dense/model.safetensors", content[0])
     put(f"{store}/dense/2_Dense/model.safetensors", content[1])

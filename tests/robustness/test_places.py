@@ -186,7 +186,7 @@ def family(tmp_path: Path) -> Path:
         factors = {"lora_A": draw.normal(size=(2, 8)), "lora_B": draw.normal(size=(20, 2))}
         names = {f"base_model.model.layer.{name}.weight": value.astype("f4") for name, value in factors.items()}
         write_safetensors(tmp_path / f"adapter{number}" / "adapter_model.safetensors", names)
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "note": "        "}
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "revision": "        "}
         (tmp_path / f"adapter{number}" / "adapter_config.json").write_text(json.dumps(config))
     opened = open_checkpoint(tmp_path / "base")
     models = [open_checkpoint(tmp_path / f"{number}.safetensors") for number in (1, 2)]
