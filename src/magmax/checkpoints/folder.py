@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint, WeightLayout, parse_json_object
+from .base import Checkpoint, WeightLayout, parse_json_object, read_small
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .remote.remote_file import RemoteFile, map_parallel
 from .remote.remote_folder import RemoteFolder, RemoteModelFile
@@ -258,7 +258,7 @@ def open_folder(path: Path, label: str) -> WeightsFolder:
     """Open the weights in a folder. Raises MagMaxError where none, or no single reading of them, is found."""
 
     def read(name: str) -> bytes | None:
-        return (path / name).read_bytes() if (path / name).is_file() else None
+        return read_small(path / name) if (path / name).is_file() else None
 
     names = list_files(path)
     modules = [name for name in find_modules(read("modules.json")) if (path / name).is_dir()]

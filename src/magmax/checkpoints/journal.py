@@ -55,7 +55,7 @@ class Journal:
         for line in lines:
             try:
                 parsed.append(json.loads(line if line.endswith(b"\n") else b"torn"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
         os.ftruncate(self._fd, sum(map(len, lines[: len(parsed)])))
         return (parsed[0], parsed[1:]) if parsed else (None, [])
