@@ -19,6 +19,7 @@ MAX_CHARACTERS = 1_000_000
 MAX_NODES = 100_000
 """Keys, values and lists of a document once each alias is replaced by what it stands for."""
 MAX_DEPTH = 50
+MAX_DIGITS = 3_000
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -37,6 +38,8 @@ class Yaml12Loader(yaml.SafeLoader):
 
 def _construct_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > MAX_DIGITS:  # Python refuses to print what is much larger
+        raise ValueError(f"a whole number has more than {MAX_DIGITS:,} digits")
     return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
 

@@ -228,6 +228,10 @@ def test_a_folder_that_is_no_archive_is_refused(tmp_path, archived):
     (archive.folder / "archive.json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(MagMaxError, match="it has format 2"):
         Archive(archive.folder)
+    for changed in ({"presets": {"p": {"cars": 10**400}}}, {"base": {"path": ["base"], "digest": ""}}):
+        (archive.folder / "archive.json").write_text(json.dumps(about | changed))
+        with pytest.raises(MagMaxError, match="is not an archive"):
+            Archive(archive.folder)
 
 
 @pytest.mark.parametrize("told", [{"bits": 8}, {"bits": 32}, {"top": 1.0}])

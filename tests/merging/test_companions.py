@@ -245,3 +245,23 @@ def test_a_folder_in_the_hubs_cache_links_to_its_own_blobs_alone(seen_through: s
     assert find_outside_links(folder) == ["other.json", "secret.json"]
     (tmp_path / "x" / "snapshots" / "0123" / "merges.txt").symlink_to("../../blobs/4")  # no cache of the hub
     assert model_files(tmp_path / "x" / "snapshots" / "0123", None).keys() == {"config.json"}
+
+
+@pytest.mark.parametrize("module", ["2\nDense", "2_Dense/", "provenance.json", ".magmax-contents"])
+def test_an_output_is_replaced_whatever_the_files_and_modules_of_its_base_are_called(
+    module: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    (base / module).mkdir(parents=True)
+    save_tensors({"a": torch.ones(2)}, base / "model.safetensors")
+    save_tensors({"b": torch.ones(2)}, base / module / "model.safetensors")
+    (base / "modules.json").write_text(json.dumps([{"path": ""}, {"path": module}]))
+    (base / "vocab\nof all.txt").write_text("a")
+    model = tmp_path / "model.safetensors"
+    save_tensors({"a": torch.zeros(2)}, model)
+    out, options = tmp_path / "out", OutputOptions(mismatch="base")
+    for _ in range(2):
+        merge_job(MagMax(), open_checkpoint(base), [open_checkpoint(model)], out, options).run()
+        assert (tmp_path / "out" / "vocab\nof all.txt").read_text() == "a"
+        assert (tmp_path / "out" / module / "model.safetensors").is_file() == (module in ("2\nDense", "2_Dense/"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model.safetensors", "out"]

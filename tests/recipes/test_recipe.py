@@ -193,6 +193,7 @@ CHAIN = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} {'[' * 40}*a{n - 1}{']' * 40}\n" f
         ("? " * 100_000, "50 lists and maps in one another"),
         ("a: &a [*a]", r"line 1: \*a stands for nothing, or for what it is in"),
         ("a: *b", r"line 1: \*b stands for nothing"),
+        ("x: 0x" + "f" * 5_000, "a whole number has more than 3,000 digits"),
         ("x: " + "y" * 2_000_000, "more than 1,000,000 characters"),
     ],
 )

@@ -167,6 +167,30 @@ def test_any_config_is_copied_or_refused_before_any_work(kind: str, of: str, run
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modules.json", "adapter_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "huge"])
+def test_a_small_file_that_is_a_pipe_or_huge_stops_nothing_for_long(
+    name: str, kind: str, run: Command, tmp_path: Path
+) -> None:
+    for seed, folder in enumerate(("base", "model")):
+        write_safetensors(tmp_path / folder / "model.safetensors", small_model(seed))
+        if kind == "pipe":
+            os.mkfifo(tmp_path / folder / name)
+        else:
+            (tmp_path / folder / name).touch()
+            os.truncate(tmp_path / folder / name, 1 << 40)
+    words = ("merge", "--base", tmp_path / "base", tmp_path / "model", "--out", tmp_path / "out")
+    code, printed = run(*words)
+    assert code == 0 or (code == 2 and f"/{name}: has more than 200,000,000 bytes" in printed), printed
+
+
+def test_a_long_name_does_not_widen_every_line_of_a_table(run: Command, tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "a.safetensors", {"a" * 100_000: np.ones(1), "b": np.ones(1)})
+    code, printed = run("checkpoint", "inspect", path)
+    assert code == 0
+    assert max(map(len, printed.splitlines())) < 1000
+
+
 HALF = "w\ud800"
 
 

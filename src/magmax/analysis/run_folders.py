@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import open_checkpoint
+from ..checkpoints.base import read_small
 from ..continual.cell_store import CELLS_FILE, CellStore, checkpoint_folder
 from ..continual.experiment import LAST_CHECKPOINT, REFERENCES, ZERO_SHOT, rule_name
 from ..errors import MagMaxError
@@ -173,8 +174,8 @@ def _checkpoint_paths(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise MagMaxError(f"{path}: cannot be read: {error}") from error
 
 

@@ -50,7 +50,7 @@ class ImageTransform:
             resize = _side_length(config["size"], "shortest_edge")
             size = _side_length(config["crop_size"], "height") if config.get("do_center_crop", True) else resize
             return cls(size, resize, tuple(config["image_mean"]), tuple(config["image_std"]), config.get("resample", 3))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise MagMaxError(f"{path}: expected size, crop_size, image_mean and image_std: {error!r}") from error
 
     def load(self, picture: Any) -> np.ndarray:

@@ -44,7 +44,7 @@ def refuse_kernels(place: str | Path) -> None:
 
     try:
         content = json.loads(Path(str(cached_file(place, "config.json"))).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # transformers says what is wrong with it
     for key, value in _implementations(content):
         if "/" in value:

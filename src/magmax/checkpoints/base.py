@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,6 +17,8 @@ from .dtypes import TensorSpec
 HUB_PREFIX = "hf://"
 MODEL_CONFIG_KEYS = ("model_type", "architectures", "architecture", "_class_name")
 """What one of transformers, timm and diffusers writes into the config.json of a model."""
+MAX_SMALL_FILE_BYTES = 200_000_000
+"""The most that is read of a file that is taken into memory whole."""
 
 
 class WeightLayout(NamedTuple):
@@ -119,7 +122,7 @@ class Checkpoint(ABC):
     def read_small_file(self, name: str) -> bytes | None:
         """Read a small file of the model, such as config.json, if it has one."""
         folder = self.small_files_folder()
-        return (folder / name).read_bytes() if folder is not None and (folder / name).is_file() else None
+        return read_small(folder / name) if folder is not None and (folder / name).is_file() else None
 
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""
@@ -175,7 +178,18 @@ def describes_model(folder: Path) -> bool:
     if (folder / "open_clip_config.json").is_file():
         return True
     config = folder / "config.json"
-    return any(key in parse_json_object(config.read_bytes() if config.is_file() else None) for key in MODEL_CONFIG_KEYS)
+    return any(key in parse_json_object(read_small(config) if config.is_file() else None) for key in MODEL_CONFIG_KEYS)
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file whole. Raises OSError for none, MagMaxError for a pipe, which has no end, and one far too large."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise MagMaxError(f"{path}: is not a regular file; put the file itself there, or delete it")
+        if status.st_size > MAX_SMALL_FILE_BYTES:
+            raise MagMaxError(f"{path}: has more than {MAX_SMALL_FILE_BYTES:,} bytes; it is damaged: copy it again")
+        return file.read()
 
 
 def parse_json_object(content: bytes | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint, WeightLayout, parse_json_object
+from .base import Checkpoint, WeightLayout, parse_json_object, read_small
 from .lora.peft import ADAPTER_CONFIG, WEIGHT_FILES
 from .remote.remote_file import RemoteFile, map_parallel
 from .remote.remote_folder import RemoteFolder, RemoteModelFile
@@ -47,6 +47,8 @@ INDEX_NAME = re.compile(r"(.+)\.(safetensors|bin)\.index(\.\w+)?\.json")
 SHARD_NAME = re.compile(r"(.*?)[-_.](\d+)-of-(\d+)(?=[-_.]).*")
 LISTED_NAMES = 5
 TRAINING_FOLDER = re.compile(r"\..*|checkpoint-\d+|global_step\d+|onnx|openvino|runs")
+OUTPUT_NAMES = ("README.md", "provenance.json")
+"""What an output has beside weights, so that no module can be called so."""
 DEFAULT_ADAPTER = "default"
 """The name that PEFT gives to an adapter, and some trainers to its folder."""
 
@@ -248,17 +250,18 @@ def find_modules(content: bytes | None) -> list[str]:
     """Return the folders that the modules.json of sentence-transformers names beside the model's own."""
     try:
         modules: Any = json.loads(content or b"[]")
-        paths = [str(module["path"]) for module in modules]
+        paths = [str(PurePosixPath(str(module["path"]))) for module in modules]
     except (ValueError, TypeError, KeyError, RecursionError):
         return []
-    return [path for path in paths if path not in ("", ".", "..") and PurePosixPath(path).name == path]
+    names = [path for path in paths if PurePosixPath(path).name == path]
+    return [name for name in names if name not in OUTPUT_NAMES and not name.startswith(".")]
 
 
 def open_folder(path: Path, label: str) -> WeightsFolder:
     """Open the weights in a folder. Raises MagMaxError where none, or no single reading of them, is found."""
 
     def read(name: str) -> bytes | None:
-        return (path / name).read_bytes() if (path / name).is_file() else None
+        return read_small(path / name) if (path / name).is_file() else None
 
     names = list_files(path)
     modules = [name for name in find_modules(read("modules.json")) if (path / name).is_dir()]

@@ -55,7 +55,7 @@ class Journal:
         for line in lines:
             try:
                 parsed.append(json.loads(line if line.endswith(b"\n") else b"torn"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
         os.ftruncate(self._fd, sum(map(len, lines[: len(parsed)])))
         return (parsed[0], parsed[1:]) if parsed else (None, [])
@@ -156,6 +156,8 @@ def lock_folder(folder: Path) -> Generator[None]:
 @contextmanager
 def hold_folder(folder: Path) -> Generator[None]:
     """Make a folder that grows, such as a training's, and lock it; a new one that stays empty is deleted again."""
+    if folder.exists() and not folder.is_dir():
+        raise MagMaxError(f"{folder}: is not a folder; choose another name")
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ file with two names is not written to, and a folder is deleted file by file, as 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -239,7 +240,7 @@ def delete_output(path: Path) -> None:
 def write_contents(folder: Path, names: list[str]) -> None:
     """List the files of a folder of ours, before they are there."""
     draft = folder / f".{CONTENTS_FILE}.{secrets.token_hex(8)}.magmax-draft"
-    write_new_file(draft, "".join(f"{name}\n" for name in sorted(names)).encode("utf-8", "surrogateescape"))
+    write_new_file(draft, "".join(f"{_quote(name)}\n" for name in sorted(names)).encode("utf-8", "surrogateescape"))
     os.replace(draft, folder / CONTENTS_FILE)
 
 
@@ -297,8 +298,20 @@ def _listed_files(folder: Path) -> set[str]:
     listing = folder / CONTENTS_FILE
     if kind_of(listing) != "file":
         return set()
-    names = map(PurePosixPath, listing.read_bytes().decode("utf-8", "surrogateescape").split("\n"))
+    names = map(PurePosixPath, map(_unquote, listing.read_bytes().decode("utf-8", "surrogateescape").split("\n")))
     return {CONTENTS_FILE, *(str(name) for name in names if name.parts and not {"/", ".."} & {*name.parts})}
+
+
+def _quote(name: str) -> str:
+    """Return a name as a line of a list, as JSON where it has several lines itself."""
+    return json.dumps(name) if "\n" in name or name.startswith('"') else name
+
+
+def _unquote(line: str) -> str:
+    try:
+        return str(json.loads(line)) if line.startswith('"') else line
+    except ValueError:
+        return line
 
 
 def _folders_of(names: set[str]) -> set[str]:

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import MagMaxError, list_problems
-from .base import Checkpoint
+from .base import Checkpoint, read_small
 from .byte_ranges import RangeFile
 from .dtypes import BITS_PER_ELEMENT, TensorSpec
 from .foreign_formats import HEAD_BYTES, recognize_bytes
@@ -215,7 +215,7 @@ def refuse_wrong_index(index: str, weight_map: Mapping[str, str], files: Mapping
 def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as an index says. Raises MagMaxError where it is none."""
     try:
-        return parse_weight_map(index.read_text("utf-8"), str(index))
+        return parse_weight_map(read_small(index).decode(), str(index))
     except (OSError, ValueError) as error:
         if isinstance(error, MagMaxError):
             raise

@@ -138,7 +138,7 @@ def coefficients_of(path: Path) -> dict[str, float]:
     """
     try:
         content: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MagMaxError(f"{path}: cannot be read: {error}") from error
     inner = content.get("coefficients", content) if isinstance(content, dict) else None
     numbers: list[tuple[Any, Any]] = list(inner.items()) if isinstance(inner, dict) else []

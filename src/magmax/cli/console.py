@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MagMaxError, escape_controls
+from ..errors import MAX_WORD_CHARACTERS, MagMaxError, escape_controls, shorten
 
 if TYPE_CHECKING:
     from ..continual.progress import BarFactory
@@ -186,7 +186,9 @@ def print_unmerged(work: Job | MergeResult) -> None:
 
 def print_table(header: list[str], rows: list[tuple[str, ...]]) -> None:
     """Plain columns, so that other programs can read them."""
-    lines = [tuple(map(escape_controls, row)) for row in [tuple(header), *rows]]
+    lines = [
+        tuple(shorten(escape_controls(cell), MAX_WORD_CHARACTERS) for cell in row) for row in [tuple(header), *rows]
+    ]
     widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
     for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

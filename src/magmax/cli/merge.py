@@ -219,7 +219,7 @@ def _score_result(command: str, path: Path, keep: bool) -> str:
         if type(score) not in (int, float):
             raise MagMaxError(f"{command} {path}: exit code {done.returncode}, and no JSON number as its last line")
         return f"{score:g}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, MagMaxError):
             raise
         raise MagMaxError(

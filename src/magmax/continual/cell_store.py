@@ -140,7 +140,7 @@ def _complete_length(content: bytes) -> int:
 def _parse_record(line: bytes) -> Record | None:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return _modernize(content) if isinstance(content, dict) else None
 

@@ -115,7 +115,7 @@ def training_peak_memory(paths: Sequence[Path]) -> int:
     """The peak memory of the training that made these checkpoints; 0 where it is not known."""
     try:
         return json.loads((paths[0].parent / MEMORY_FILE).read_text())["peak_memory"] or 0
-    except (IndexError, OSError, ValueError):
+    except (IndexError, OSError, RecursionError, ValueError):
         return 0
 
 

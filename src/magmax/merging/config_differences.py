@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
+from ..checkpoints.base import read_small
 
 OTHER_SETTINGS = re.compile(
     r"_.*|.*_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|gradient_checkpointing|.*drop(out)?(_.*)?|"
@@ -52,7 +53,7 @@ def _read_differing(base: Checkpoint, model: Checkpoint, name: str) -> tuple[Any
     """The parsed file of this name of the base and of a model; None for both where one is missing or they are equal."""
     folders = [None if c.url else c.small_files_folder() for c in (base, model)]
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        ours, theirs = [(folder / name).read_bytes() for folder in folders if folder]
+        ours, theirs = [read_small(folder / name) for folder in folders if folder]
         if ours != theirs:  # a tokenizer takes far longer to parse than to read
             return json.loads(ours), json.loads(theirs)
     return None, None

@@ -367,7 +367,7 @@ def run_and_upload(
 def _unfinished_upload(ready: Path, output: Path, identity: Any) -> MergeResult | None:
     try:
         content = json.loads(ready.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if content["identity"] != identity or not output.exists():
         return None

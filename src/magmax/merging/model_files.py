@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.base import parse_json_object
+from ..checkpoints.base import parse_json_object, read_small
 from ..checkpoints.folder import TRAINING_STATE, find_modules, is_small_file, is_weight_file
 from ..checkpoints.lora.peft import ADAPTER_CONFIG
 from ..checkpoints.output_paths import OutputPath
@@ -114,7 +114,7 @@ def find_code_files(folder: Path) -> tuple[list[str], list[str]]:
         name = f"{modules.pop()}.py"
         if name not in found and (folder / name).is_file():
             found.append(name)
-            modules += RELATIVE_IMPORT.findall((folder / name).read_text("utf-8", errors="replace"))
+            modules += RELATIVE_IMPORT.findall(read_small(folder / name).decode("utf-8", "replace"))
     generate = folder / CODE_FOLDER
     return sorted([*found, *(f"{CODE_FOLDER}/{path.name}" for path in generate.glob("*.py"))]), missing
 
@@ -156,16 +156,16 @@ def _find_component_folders(folder: Path) -> list[Path]:
 
 def _read_modules(folder: Path) -> list[str]:
     path = folder / "modules.json"
-    return find_modules(path.read_bytes() if path.is_file() else None)
+    return find_modules(read_small(path) if path.is_file() else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json_object(path.read_bytes() if path.is_file() else None)
+    return parse_json_object(read_small(path) if path.is_file() else None)
 
 
 def _without_weights_name(content: bytes | Path) -> bytes | Path:
     """The config without the name of a weight file, which is not that of the output."""
-    config = parse_json_object(content if isinstance(content, bytes) else content.read_bytes())
+    config = parse_json_object(content if isinstance(content, bytes) else read_small(content))
     if config.pop("transformers_weights", None) is None:
         return content
     return json.dumps(config, indent=2).encode() + b"\n"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
+from ..checkpoints.base import read_small
 from ..checkpoints.blocks import iter_chunks
 from ..checkpoints.renamed import RenamedCheckpoint
 
@@ -192,7 +193,7 @@ def _config_ties(checkpoint: Checkpoint) -> bool | None:
     """What config.json says of tie_word_embeddings; None where it, or the file, is not there."""
     folder = checkpoint.small_files_folder()
     try:
-        config: Any = json.loads((folder / "config.json").read_text("utf-8")) if folder else {}
+        config: Any = json.loads(read_small(folder / "config.json")) if folder else {}
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict):

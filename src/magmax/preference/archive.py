@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from ..checkpoints.base import read_small
 from ..checkpoints.dtypes import widen
 from ..checkpoints.journal import lock_folder
 from ..checkpoints.lora.adapted_model import resolve_portable_path
@@ -60,16 +61,18 @@ class ArchiveInfo:
                 for name, weights in content["presets"].items()
             }
             self.base_path, self.base_digest = content["base"]["path"], str(content["base"]["digest"])
+            if not isinstance(self.base_path, str | None):
+                raise ValueError("the path of its base is no text")
             self.models = [str(digest) for digest in content.get("models", [])]
             self.weights = {str(name): str(digest) for name, digest in content.get("weights", {}).items()}
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise MagMaxError(str(error)) from error
         self.told = content
 
     @classmethod
     def of(cls, folder: Path) -> ArchiveInfo:
         try:
-            return cls(json.loads((folder / ARCHIVE_FILE).read_text("utf-8")))
+            return cls(json.loads(read_small(folder / ARCHIVE_FILE)))
         except (OSError, RecursionError, ValueError) as error:
             raise MagMaxError(str(error)) from error
 

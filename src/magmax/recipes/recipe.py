@@ -140,7 +140,10 @@ def build_request(content: Mapping[str, Any], file: str, lines: Mapping[str, int
     chosen_names = [m.name if isinstance(m, RecipeModel) else None for m in recipe.models]
     names = [name or default for name, default in zip(chosen_names, default_names(adapter_paths), strict=True)]
     if len(set(names)) < len(names):
-        raise MagMaxError(f"{file}: two models have one name; the names are {', '.join(names)}")
+        raise MagMaxError(
+            f"{file}: two models have one name; the names are {', '.join(names)}; name each model once, or, in a "
+            "recipe, give them names"
+        )
     rule = rule.for_models(names)
     scaling_factor = factor if recipe.scaling_factor is None else recipe.scaling_factor
     options = OutputOptions(

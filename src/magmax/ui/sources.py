@@ -125,7 +125,7 @@ def read_training_recipe(file: Path, allow_code: bool = False) -> Experiment:
         recipe = modern_experiment(json.loads(file.read_text("utf-8")))
         fields = {key: recipe[key] for key in EXPERIMENT_KEYS if key in recipe}
         experiment = Experiment(**fields, seeds=[recipe["seed"]], training=[recipe["training"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MagMaxError(f"{file}: is not the {RECIPE_FILE} of a training: {error!r}") from error
     if allow_code:
         experiment = experiment.allow_code(file.parent)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from ...errors import MagMaxError, list_problems
-from ..base import Checkpoint
+from ..base import Checkpoint, read_small
 from ..dtypes import TensorSpec
 from .peft import UNSUPPORTED_HINTS, LowRankUpdate, PeftAdapter, StoredFactor
 
@@ -198,7 +198,7 @@ def read_model_config(base: Checkpoint) -> dict[str, Any]:
     """The config.json of the base; nothing where it has none that can be read."""
     folder = base.small_files_folder()
     try:
-        config: Any = json.loads((folder / "config.json").read_bytes()) if folder else None
+        config: Any = json.loads(read_small(folder / "config.json")) if folder else None
     except (OSError, ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", config) if isinstance(config, dict) else {}

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ...errors import MagMaxError, list_problems
-from ..base import Checkpoint
+from ..base import Checkpoint, read_small
 from ..dtypes import TensorSpec
 from ..safetensors import SafetensorsFile
 from ..torch.pickled_models import TorchStateDict
@@ -142,7 +142,7 @@ class PeftAdapter(Checkpoint):
 
     def _read_config(self, label: str) -> dict[str, Any]:
         try:
-            text = self._config_path.read_bytes()
+            text = read_small(self._config_path)
             read: Any = json.loads(text.decode())
         except (OSError, ValueError, RecursionError) as error:
             raise MagMaxError(f"{self._config_path}: cannot be read as an adapter's settings ({error})") from error

@@ -149,7 +149,7 @@ def training_costs(folder: Path) -> dict[str, dict[str, float]]:
     """Return what each task's training took (seconds, last loss), by its number."""
     try:
         return json.loads((folder / "costs.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

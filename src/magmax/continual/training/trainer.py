@@ -101,7 +101,7 @@ class ContinualTraining:
                 "seed",
                 "fit",
             }
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             ours = False
         if not ours:
             raise MagMaxError(
@@ -134,7 +134,7 @@ class ContinualTraining:
             return
         try:
             before = modern_experiment(json.loads(file.read_text()))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise MagMaxError(f"{file}: cannot be read: {error}; begin again with --restart") from error
         if changed := recipe_differences(before, self.recipe()):
             raise MagMaxError(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from ...checkpoints.base import read_small
 from ...checkpoints.output_paths import replace_file
 from ...errors import MagMaxError
 from ...legacy import modern_rule
@@ -89,7 +90,7 @@ class Manifest:
 def read_manifest(file: Path) -> Manifest:
     """Read and check a `state.json`. Raises MagMaxError for anything that this class did not write."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_small(file))
         if content["format"] not in (MANIFEST_FORMAT, PARTIAL_FORMAT):
             raise ValueError(
                 f"it has format {content['format']}; this magmax reads {MANIFEST_FORMAT} and {PARTIAL_FORMAT}"

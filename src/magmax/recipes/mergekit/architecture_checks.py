@@ -118,7 +118,7 @@ def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MagMaxError(f"{file}: cannot be read as JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -88,7 +88,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     """Read a `Sensitivity`'s file. Raises MagMaxError for one that cannot be read, or that is none."""
     try:
         content: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MagMaxError(f"{path}: cannot be read as a JSON file of sensitive tensors: {reason}") from error
     try:
