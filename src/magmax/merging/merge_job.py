@@ -124,7 +124,6 @@ def match_models(rule: Rule, base: Checkpoint, models: Sequence[Checkpoint], opt
     rule.check(len(models))
     refuse_same_path([base, *models])
     note_differences(base, models)
-    return match_to_base(base, models, options.mismatch)
     match = match_to_base(base, models, options.mismatch)
     return BatchNormStatistics.find(match.base.specs, options.batch_norm).narrow(match)
 
