@@ -98,7 +98,10 @@ def _growth_notes(base: Checkpoint, rows: Mapping[str, tuple[int, int]], small_f
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"... and {len(notes) - MAX_NOTES} more tensors that grew"]
     if small_files is base:
-        return [*notes, "no model has a config with all rows: set the sizes (vocab_size, num_labels) in the output's config.json"]
+        words = (
+            "no model has a config with all rows: set the sizes (vocab_size, num_labels) in the output's config.json"
+        )
+        return [*notes, words]
     return [*notes, f"config and tokenizer are those of {small_files.label}, which has all rows"]
 
 
