@@ -17,8 +17,13 @@ import magmax
 from magmax import MagMaxError, Running, merge, open_checkpoint
 from magmax.checkpoints.renamed import Renaming
 from magmax.cli import main
+from magmax.merging.execution.execution_options import ExecutionOptions
+from magmax.merging.job import Job
 from magmax.merging.matching import match_to_base
+from magmax.merging.merge_job import merge_job
+from magmax.merging.output_options import OutputOptions
 from magmax.recipes.recipe import build_request
+from magmax.rules import make_rule
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -343,6 +348,10 @@ def test_a_grown_vocabulary_loads_with_the_config_of_the_model_that_has_it(tmp_p
     assert found.shape == (14, 8)
     torch.testing.assert_close(found[11:], model.state_dict()["model.embed_tokens.weight"][11:])
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 14
+    (tmp_path / "two/model.safetensors").rename(tmp_path / "file.safetensors")  # as an adapter, it has no own config
+    match = match_to_base(open_checkpoint(tmp_path / "one"), [open_checkpoint(tmp_path / "file.safetensors")], "union")
+    assert match.base.small_files_folder() == tmp_path / "one"
+    assert "set the sizes (vocab_size, num_labels) in the output's config.json" in match.base.notes[-1]
 
 
 def test_union_in_memory_and_of_modules() -> None:
@@ -402,3 +411,26 @@ def test_tensors_that_stay_wide_under_a_narrow_dtype(tmp_path: Path) -> None:
     for pattern, message in (("absent", "no tensor's name has"), ("(", "is no regular expression")):
         with pytest.raises(MagMaxError, match=message):
             build_request({**content, "keep_dtype": pattern}, "here", {}, str(tmp_path)).job()
+
+
+def test_an_interrupted_merge_is_not_taken_up_under_other_names(tmp_path: Path) -> None:
+    base, model = [{f"{name}.w": numbers(3, seed=10 * k + n) for n, name in enumerate("abc")} for k in range(2)]
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(model, tmp_path / "model.safetensors")
+    notes: list[str] = []
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    def job(renaming: Renaming) -> Job:
+        opened = open_checkpoint(tmp_path / "base.safetensors"), open_checkpoint(tmp_path / "model.safetensors")
+        return merge_job(
+            make_rule("average"), opened[0], [renaming.apply(opened[1])], tmp_path / "out.safetensors", OutputOptions()
+        )
+
+    swapped = Renaming(rename={r"^a\.": "x.", r"^b\.": "a.", r"^x\.": "b."})
+    with pytest.raises(KeyboardInterrupt):
+        job(swapped).run(ExecutionOptions(threads=1, progress=interrupt))
+    job(Renaming()).run(ExecutionOptions(note=notes.append))
+    assert any("starting afresh" in note for note in notes)
+    assert same_bytes(load_file(tmp_path / "out.safetensors"), merge("average", base, [model]))

@@ -453,6 +453,8 @@ def test_a_sweep_and_a_note_know_the_statistics_of_batch_normalisation(tmp_path)
     job = merge_job(make_rule("magmax"), base, models, tmp_path / "n.safetensors", OutputOptions())
     assert "4 running means and 4 variances of batch normalisation are averaged" in job.all_notes()[0]
     assert job.recipe["batch_norm"] == "average"
+    kept = merge_job(make_rule("magmax"), base, models, tmp_path / "n.safetensors", OutputOptions(batch_norm="base"))
+    assert "kept from the base" in kept.unmerged["bn.running_var"]
 
 
 def test_a_mean_without_a_variance_is_a_tensor_like_any_other():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -50,6 +52,12 @@ class RenamedCheckpoint(CheckpointView):
     def output_specs(self) -> dict[str, TensorSpec]:
         stored = self._checkpoint.output_specs
         return {new: stored[old] for new, old in self._stored_name.items()}
+
+    def fingerprints(self, refresh: bool = False) -> dict[str, list[object]]:
+        """Those of the files, and the digest of the names: what was read under other names is of no use."""
+        fingerprints, key = super().fingerprints(refresh), f"the names of {self.label}"
+        names = hashlib.sha256(json.dumps(sorted(self._stored_name.items())).encode()).hexdigest()
+        return {**fingerprints, key: [*fingerprints.get(key, []), names]}
 
     def read(self, key: str, start: int, stop: int) -> NDArray[Any]:
         return self._checkpoint.read(self._stored_name[key], start, stop)

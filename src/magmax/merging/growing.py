@@ -84,7 +84,9 @@ def grow(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[Checkpoint, Se
             extended = ExtendedCheckpoint(extended, specs, model)
     filled = [_fill(model, specs, extended) for model in models]
     if isinstance(extended, ExtendedCheckpoint) and rows:
-        whole = (m for m in models if all(_rows(m, key) == count for key, (_, count) in rows.items()))
+        # an adapter's config is its base's, which does not know of rows that the adapter adds
+        own = [m for m in models if m.small_files_folder() not in (None, base.small_files_folder())]
+        whole = (m for m in own if all(_rows(m, key) == count for key, (_, count) in rows.items()))
         extended.small_files = next(whole, base)
         extended.notes += _growth_notes(base, rows, extended.small_files)
     return extended, filled
@@ -96,7 +98,10 @@ def _growth_notes(base: Checkpoint, rows: Mapping[str, tuple[int, int]], small_f
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"... and {len(notes) - MAX_NOTES} more tensors that grew"]
     if small_files is base:
-        return [*notes, "no model has all rows: set the sizes (vocab_size, num_labels) in the output's config.json"]
+        words = (
+            "no model has a config with all rows: set the sizes (vocab_size, num_labels) in the output's config.json"
+        )
+        return [*notes, words]
     return [*notes, f"config and tokenizer are those of {small_files.label}, which has all rows"]
 
 
