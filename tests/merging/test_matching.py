@@ -401,9 +401,9 @@ def test_tensors_that_stay_wide_under_a_narrow_dtype(tmp_path: Path) -> None:
         save_file(mixed(n), tmp_path / f"{n}.safetensors")
     content = {"base": "0.safetensors", "models": ["1.safetensors"], "out": "out.safetensors", "dtype": "bfloat16"}
     job = build_request(content, "here", {}, str(tmp_path)).job()
-    assert any("router.bias" in note and "--keep-dtype" in note for note in job.all_notes)
+    assert any("router.bias" in note and "--keep-dtype" in note for note in job.all_notes())
     job = build_request({**content, "keep_dtype": "bias$"}, "here", {}, str(tmp_path)).job()
-    assert not job.all_notes
+    assert not job.all_notes()
     job.run()
     found = load_file(tmp_path / "out.safetensors")
     assert found["router.bias"].dtype == torch.float32
