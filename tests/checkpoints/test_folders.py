@@ -97,6 +97,10 @@ CODES = {
     "HQQ": {"l.W_q": torch.zeros(4, 4, dtype=torch.uint8), "l.scale": torch.ones(4, 1), "l.zero": torch.ones(4, 1)},
     "EETQ": {"l.weight": torch.zeros(4, 4, dtype=torch.int8), "l.weight_scales": torch.ones(4)},
     "MLX": {"l.weight": torch.zeros(4, 1, dtype=torch.uint32), "l.scales": torch.ones(4, 1)},
+    "EXL2": {"l.q_weight": torch.zeros(4, 4, dtype=torch.int32), "l.q_scale": torch.zeros(4, 1, dtype=torch.int32)},
+    "EXL3": {"l.trellis": torch.zeros(4, 4, dtype=torch.int16), "l.suh": torch.ones(4), "l.svh": torch.ones(4)},
+    "QuIP#": {"l.Qidxs": torch.zeros(4, 4, dtype=torch.int16), "l.SU": torch.ones(4), "l.Wscale": torch.ones(())},
+    "int8 with scales": {"l.weight_quant": torch.zeros(4, 4, dtype=torch.int8), "l.weight_scale": torch.ones(4)},
 }  # fmt: skip
 """A quantised linear layer as each format stores it."""
 
@@ -105,7 +109,7 @@ NAMED = {
     "block-scaled FP8": "fp8 .*FineGrainedFP8Config", "bitsandbytes 4 bit": "bitsandbytes .*model.dequantize",
     "bitsandbytes 8 bit": "bitsandbytes .*model.dequantize", "GPTQ": "GPTQ or AWQ", "AWQ": "GPTQ or AWQ", "HQQ": "HQQ",
     "compressed-tensors": "compressed-tensors .*CompressedTensorsConfig", "MXFP4": "mxfp4 .*Mxfp4Config",
-    "quanto": "quanto", "AQLM": "AQLM",
+    "quanto": "quanto", "AQLM": "AQLM", "EXL2": "EXL2 or EXL3", "EXL3": "EXL2 or EXL3", "QuIP#": "QuIP#",
 }  # fmt: skip
 """What is said of the formats that their tensors tell."""
 

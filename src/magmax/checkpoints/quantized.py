@@ -21,9 +21,9 @@ CONFIG_DEPTH = 3
 PLAIN_DTYPES = ("BOOL", "C64")
 INDEX_DTYPES = ("I64", "U64")
 """Types of positions and counts, which are codes only where their own name and a companion's say so."""
-CODE_NAME = re.compile(r"(packed_|quantized_|int_|q_?)?weights?(_q|_int8)?|W_q|codes|B|bitmask")
+CODE_NAME = re.compile(r"(packed_|quantized_|int_|q_?)?weights?(_q|_int8)?|W_q|codes|B|bitmask|trellis|Qidxs")
 """The last part of a tensor's name where it is weights, so that a scale beside it is the scale of these."""
-CODE_ENDING = re.compile(r"(?<=.)[_:](packed|quantized|qdata|q?data|int_data|blocks|codes|compressed|values|q)$")
+CODE_ENDING = re.compile(r"(?<=.)[_:](packed|quantized|quant|qdata|q?data|int_data|blocks|codes|compressed|values|q)$")
 COMPANION = re.compile(
     r"[._:]*(weight_)?((global_|block_|channel_|group_|nested_)?scales?(_inv|_\d+|_and_zeros?)?|scaling_factors?|"
     r"(nested_)?absmax|(nested_)?quant_map|quant_state\..+|q?zeros?(_points?)?|zp|g_idx|shape|SCB|scb|shift|codebooks?)"
@@ -32,11 +32,13 @@ COMPANION = re.compile(
 MODULE_COMPANIONS = (
     "scale", "scales", "scale_weight", "weight_scale", "weight_scales", "wscales", "dequant_scale", "qzeros", "zeros",
     "zero", "zero_point", "zero_points", "g_idx", "SCB", "absmax", "codebook", "codebooks", "compressed", "s",
+    "q_scale", "suh", "SU", "Wscale",
 )  # fmt: skip
 """What the tensors that decode weights are called in the weights' module."""
 METHODS = {
     r"_scale_inv$": "fp8", r"_blocks ": "mxfp4", r"absmax|quant_map|quant_state|SCB": "bitsandbytes",
     r"weight_packed ": "compressed-tensors", r"qweight ": "GPTQ or AWQ", r"W_q ": "HQQ", r"codes ": "AQLM",
+    r"trellis |q_weight ": "EXL2 or EXL3", r"Qidxs ": "QuIP#",
     r"\._data ": "quanto",
 }  # fmt: skip
 """A pattern of the codes' and the companion's names -> the method that writes them."""
