@@ -13,6 +13,7 @@ import magmax
 from magmax import MagMaxError, open_checkpoint
 from magmax.merging.execution.execution_options import ExecutionOptions
 from magmax.merging.in_memory import InMemoryMerges
+from magmax.merging.merge_job import merge_job
 from magmax.merging.output_options import OutputOptions
 from magmax.merging.sweep import FactorSweep, parse_factors
 from magmax.rules import CalibrateWeights, MagMax, Rule, Ties, Tunable, as_rule, chain
@@ -49,7 +50,7 @@ def merge_named(
 ) -> None:
     opened = [open_checkpoint(t) for t in tasks]
     options = OutputOptions(factor, dtype)
-    magmax.merging.api.merge_job(as_rule(rule), open_checkpoint(base), opened, out, options, names).run()
+    merge_job(as_rule(rule), open_checkpoint(base), opened, out, options, names).run()
 
 
 @pytest.mark.parametrize(
