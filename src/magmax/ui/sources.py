@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints.base import read_small
 from ..continual.experiment import Experiment
 from ..continual.training.trainer import RECIPE_FILE
 from ..errors import MagMaxError
@@ -122,7 +123,7 @@ def open_source(
 def read_training_recipe(file: Path, allow_code: bool = False) -> Experiment:
     """The experiment of a training, with its own seed alone, from its recipe.json."""
     try:
-        recipe = modern_experiment(json.loads(file.read_text("utf-8")))
+        recipe = modern_experiment(json.loads(read_small(file)))
         fields = {key: recipe[key] for key in EXPERIMENT_KEYS if key in recipe}
         experiment = Experiment(**fields, seeds=[recipe["seed"]], training=[recipe["training"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
