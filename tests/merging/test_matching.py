@@ -276,6 +276,19 @@ def test_each_model_may_store_another_name_of_a_tied_group(tmp_path: Path) -> No
     assert torch.equal(into.lm_head.weight.detach(), wanted["w"])
 
 
+def test_a_base_that_stores_one_name_of_a_group_matches_models_that_store_another(tmp_path: Path) -> None:
+    """As T5 of save_pretrained, which stores shared.weight alone, and models of save_model."""
+    modules = [Tied(n) for n in range(3)]
+    save_file({"shared.weight": modules[0].shared.weight.detach().clone()}, tmp_path / "base.safetensors")
+    for n in (1, 2):
+        save_model(modules[n], str(tmp_path / f"{n}.safetensors"))
+        assert "shared.weight" not in load_file(tmp_path / f"{n}.safetensors")
+    models = [tmp_path / f"{n}.safetensors" for n in (1, 2)]
+    merge("average", tmp_path / "base.safetensors", models, out=tmp_path / "out.safetensors")
+    wanted = merge("average", *[[{"w": m.shared.weight.detach()} for m in modules][at] for at in (0, slice(1, 3))])
+    assert same_bytes(load_file(tmp_path / "out.safetensors"), {"shared.weight": wanted["w"]})
+
+
 def test_a_tied_group_that_a_model_stores_apart_with_other_values_is_refused(tmp_path: Path) -> None:
     torch.save(Tied(0).state_dict(), tmp_path / "base.bin")
     tuned = {

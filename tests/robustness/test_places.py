@@ -56,14 +56,21 @@ def test_an_input_is_never_overwritten(
     assert f"{out}: is one of the inputs" in refused(merge, base, tuned, out)
 
 
-def test_an_input_is_never_overwritten_through_a_hard_link(base: Path, tuned: Path, tmp_path: Path) -> None:
-    """The output is a new file under the link's name; the input keeps its own."""
-    link = tmp_path / "hard.safetensors"
-    os.link(base, link)
-    before = base.read_bytes()
-    merge(base, tuned, link)
-    assert base.read_bytes() == before
-    assert read_tensor_bytes(link).keys() == read_tensor_bytes(base).keys()
+def test_a_file_that_magmax_did_not_write_is_not_replaced(
+    base: Path, tuned: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    """Another model, a hard link to an input, anything with that name; an empty file and an own output are."""
+    out = tmp_path / "out.safetensors"
+    for make in (lambda: os.link(base, out), lambda: shutil.copy(tuned, out), lambda: out.write_bytes(b"\xff" * 99)):
+        make()
+        before = out.read_bytes()
+        assert "magmax did not write it" in refused(merge, base, tuned, out)
+        assert out.read_bytes() == before
+        out.unlink()
+    out.touch()
+    for _ in range(2):
+        merge(base, tuned, out)
+        assert read_tensor_bytes(out).keys() == read_tensor_bytes(base).keys()
 
 
 def test_a_folder_of_an_input_is_never_overwritten(base: Path, tuned: Path, folder: Path, refused: Refusal) -> None:

@@ -42,6 +42,8 @@ WORK_FOLDERS = ("output", "old")
 STAGED_FOLDERS = re.compile(r"\.[0-9a-f]{16}\.magmax-work")
 DRAFT_NAMES = re.compile(r"\.(.+)\.[0-9a-f]{16}\.magmax-draft", re.DOTALL)
 COPY_BYTES = 1 << 20
+METADATA_KEY = "magmax"
+"""The key of a safetensors file's metadata that holds its provenance."""
 
 PathKind = Literal["file", "folder", "symbolic link", "special file"]
 
@@ -109,6 +111,8 @@ class OutputPath:
             problems += describe_foreign(path, find_foreign(path))
             if os.path.ismount(path):
                 problems.append(f"{path}: is a mount point, which cannot be replaced; name a folder inside of it")
+        if not self.is_folder and kind_of(path) == "file" and not _is_own_weights(path):
+            problems.append(f"{path}: is there, and magmax did not write it; move it, or choose another name")
         above = nearest_existing_folder(path)
         if not os.access(above, os.W_OK | os.X_OK):
             problems.append(f"{above}: cannot be written to; choose another place for the output")
@@ -291,6 +295,17 @@ def sync_folder(path: Path) -> None:
 def nearest_existing_folder(path: Path) -> Path:
     """The deepest folder above `path` that exists."""
     return next(p for p in path.absolute().parents if p.is_dir())
+
+
+def _is_own_weights(path: Path) -> bool:
+    """Return whether a safetensors file has our provenance in its metadata, or is empty."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            return not size or (length < size and METADATA_KEY in json.loads(file.read(length))["__metadata__"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _listed_files(folder: Path) -> set[str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .._version import __version__
+from ..checkpoints.output_paths import METADATA_KEY
 from ..errors import escape_controls
 
-METADATA_KEY = "magmax"
 DIGEST_CHARACTERS = 32
 HUB_ID = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)@")
 """The id in the origin of an input, before its commit."""

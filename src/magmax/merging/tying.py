@@ -56,6 +56,9 @@ def resolve_ties(base: Checkpoint, models: Sequence[Checkpoint], keep_copies: bo
             k: copy for k, copy in copies.items() if k in base.specs and model.resolve_alias(k) not in model.specs
         }
         names |= {key: copy for key, copy in lacking.items() if model.resolve_alias(copy) in model.specs}
+        for group in _groups(model).values():
+            if any(name in base.specs for name in group):  # the base may store another name of the group alone
+                names = {k: name for k, name in names.items() if k not in group or k in base.specs or k in base.aliases}
         notes = _drop_repeated(base, model, names, problems)
         same = len(names) == len(model.specs) + len(model.aliases) and all(new == old for new, old in names.items())
         view = model if same else RenamedCheckpoint(model, names)
