@@ -108,8 +108,15 @@ def test_nothing_in_common_is_refused(mismatch: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_a_base_without_floating_tensors_is_refused(dtype: torch.dtype) -> None:
     base = {"w": numbers(4, 4).to(dtype)}
-    with pytest.raises(MagMaxError, match="nothing would be merged"):
-        merge("magmax", base, [{"w": numbers(4, 4, seed=1).to(dtype)}], mismatch="base")
+    tuned = {"w": numbers(4, 4, seed=1).to(dtype)}
+    with pytest.raises(MagMaxError, match="0 elements are F16, BF16, F32 or F64"):
+        merge("magmax", base, [tuned], mismatch="base")
+    beside = {"norm": numbers(4)}, {"norm": numbers(4, seed=1)}
+    if dtype.is_floating_point:  # most of the model would silently stay the base's
+        with pytest.raises(MagMaxError, match="4 elements are F16, BF16, F32 or F64"):
+            merge("magmax", base | beside[0], [tuned | beside[1]])
+    else:
+        assert torch.equal(merge("magmax", base | beside[0], [tuned | beside[1]])["w"], base["w"])
 
 
 def test_absorb_and_diff_refuse_and_strip_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,9 @@ def test_sigterm_removes_the_folder_of_the_page(tmp_path: Path) -> None:
         assert page.stdout.readline().startswith("http://127.0.0.1:")
         assert list(scratch.glob("magmax-ui-*"))
         page.terminate()
-        page.communicate(timeout=60)
+        try:
+            page.communicate(timeout=60)
+        finally:
+            page.kill()  # a page that does not end would hold up every other test
     assert not list(scratch.glob("magmax-ui-*"))
     assert page.returncode == 128 + signal.SIGTERM

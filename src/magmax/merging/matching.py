@@ -20,6 +20,10 @@ number of rows alone, merge the leading rows that the base and all models have, 
 every row and tensor of the base and of all models."""
 
 
+NARROW_DTYPES = ("F8", "F6", "F4")
+"""How the names of floating types begin that are not merged."""
+
+
 class RowRange(NamedTuple):
     """The leading rows of a tensor that are merged: how many of the base's, how many elements they are, and why."""
 
@@ -111,14 +115,14 @@ def match_to_base(
 
 
 def _refuse_nothing_mergeable(base: Checkpoint) -> None:
-    """Raise MagMaxError for a base without a floating tensor that can be merged."""
-    if any(spec.numel for spec in base.specs.values()) and not any(
-        spec.is_mergeable and spec.numel for spec in base.specs.values()
-    ):
-        dtypes = ", ".join(sorted({spec.dtype for spec in base.specs.values()}))
+    """Raise MagMaxError for a base of which nothing, or the smaller part of the floating elements, can be merged."""
+    mergeable = sum(spec.numel for spec in base.specs.values() if spec.is_mergeable)
+    narrow = sum(spec.numel for spec in base.specs.values() if spec.dtype.startswith(NARROW_DTYPES))
+    if (not mergeable and any(spec.numel for spec in base.specs.values())) or narrow > mergeable:
+        dtypes = ", ".join(sorted({spec.dtype for spec in base.specs.values() if not spec.is_mergeable}))
         raise MagMaxError(
-            f"{base.label}: has no tensor of type F16, BF16, F32 or F64 (it holds {dtypes}), so that nothing would be "
-            "merged; convert it to one of these types first"
+            f"{base.label}: {mergeable:,} elements are F16, BF16, F32 or F64, which can be merged; the others are "
+            f"{dtypes} and would stay as they are. Convert it to one of these four types first, or give the original"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import os
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import webbrowser
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -62,6 +64,28 @@ def _end_on_signals() -> Generator[None]:
             signal.signal(number, handler)
 
 
+class _PageServer(uvicorn.Server):
+    """A server that says where it is once it answers, and that a signal before that ends at once.
+
+    uvicorn itself, asked to end while it starts, skips its shutdown and waits for tasks that go on for ever.
+    """
+
+    def __init__(self, config: uvicorn.Config, folder: str, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._folder, self._announce, self._answers = folder, announce, False
+
+    async def main_loop(self) -> None:
+        self._answers = True
+        self._announce()
+        await super().main_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._answers:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
+
 def serve(tuner: TunerModel, listener: socket.socket, open_browser: bool, announce: Callable[[str], None]) -> None:
     """Serve the page until an interruption or SIGTERM; the folder of its checkpoints is removed with it."""
     address = f"http://{HOST}:{listener.getsockname()[1]}"
@@ -80,10 +104,13 @@ def serve(tuner: TunerModel, listener: socket.socket, open_browser: bool, announ
             tailwind=False,
             show_welcome_message=False,
         )
-        server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1))
-        announce(f"{address}  (Ctrl-C ends it)")
-        if open_browser:
-            threading.Timer(0.5, webbrowser.open, [address]).start()
+
+        def show() -> None:
+            announce(f"{address}  (Ctrl-C ends it)")
+            if open_browser:
+                threading.Timer(0.5, webbrowser.open, [address]).start()
+
+        server = _PageServer(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1), folder, show)
         with suppress(KeyboardInterrupt), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # as NiceGUI looks at every object, torch's too
             server.run(sockets=[listener])
