@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
@@ -17,6 +19,7 @@ from tests.crash.harness import ChildResult, Disturbance, ForeignKind, ForkServe
 from tests.crash.scenarios import SCENARIOS, Scenario, merge, run_cli, write_inputs
 from tests.crash.test_kills import completed, copied
 
+from magmax.checkpoints.journal import WorkingFolder, delete_staged
 from magmax.checkpoints.output_paths import delete_output
 
 REPLACING = [scenario for scenario in SCENARIOS if scenario.name.endswith("again")]
@@ -223,3 +226,27 @@ def test_an_output_of_a_version_that_made_no_list_is_refused_with_a_remedy(child
         in child(merge, tmp_path, "out").error_message
     )
     assert read_contents(tmp_path / "out") == found
+
+
+def test_working_folders_are_made_while_others_clean_up_beside_them(tmp_path: Path) -> None:
+    """A cleaner holds the lock of a folder that is just being made for a moment: that is no other writer."""
+    ended, usual = threading.Event(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def clean() -> None:
+        while not ended.is_set():
+            delete_staged(tmp_path)
+
+    cleaners = [threading.Thread(target=clean) for _ in range(2)]
+    for cleaner in cleaners:
+        cleaner.start()
+    try:
+        for number in range(150):
+            with WorkingFolder(tmp_path / f"out-{number}.safetensors"):
+                pass
+    finally:
+        sys.setswitchinterval(usual)
+        ended.set()
+        for cleaner in cleaners:
+            cleaner.join()
+    assert not list(tmp_path.iterdir())

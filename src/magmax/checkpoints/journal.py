@@ -238,6 +238,8 @@ class WorkingFolder:
         staged.mkdir()
         try:
             lock = FolderLock(staged, self._output)
+        except MagMaxError as error:  # another process looks whether a kill left it, and holds its lock for a moment
+            raise FileNotFoundError from error
         except OSError:
             with suppress(OSError):
                 staged.rmdir()
