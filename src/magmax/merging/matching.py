@@ -20,7 +20,7 @@ number of rows alone, merge the leading rows that the base and all models have, 
 every row and tensor of the base and of all models."""
 
 
-NARROW_DTYPES = ("F8", "F6", "F4")
+NARROW_DTYPES = ("F8_", "F6_", "F4")
 """How the names of floating types begin that are not merged."""
 
 
