@@ -124,6 +124,10 @@ class Checkpoint(ABC):
         folder = self.small_files_folder()
         return read_small(folder / name) if folder is not None and (folder / name).is_file() else None
 
+    def read_config(self) -> dict[str, Any]:
+        """Read the model's config.json; empty where it has none that is a JSON object."""
+        return parse_json_object(self.read_small_file("config.json"))
+
     def header_digests(self) -> list[str]:
         """One digest per file of `files()` of what can be known without reading tensors."""
         return ["" for _ in self.files()]
@@ -160,6 +164,10 @@ class Checkpoint(ABC):
 
     def spec(self, key: str) -> TensorSpec:
         return self.specs[self.resolve_alias(key)]
+
+    def find_spec(self, key: str) -> TensorSpec | None:
+        """Return the type and shape of a possibly tied tensor; None where there is none of this name."""
+        return self.specs.get(self.resolve_alias(key))
 
     def resolve_alias(self, key: str) -> str:
         """The key under which a possibly tied tensor is stored."""

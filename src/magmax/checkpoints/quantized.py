@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from ..errors import MagMaxError
-from .base import Checkpoint, parse_json_object
+from .base import Checkpoint
 from .dtypes import STORAGE_DTYPES
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -68,7 +68,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _find_in_config(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """The method that config.json names, and the words with which it does."""
-    config = parse_json_object(checkpoint.read_small_file("config.json"))
+    config = checkpoint.read_config()
     for key, settings in _find_settings(config, CONFIG_DEPTH):
         method = str(settings.get("quant_method") or settings.get("quant_algo") or settings.get("format") or "")
         is_off = settings.get("load_in_8bit") is False and settings.get("load_in_4bit") is False

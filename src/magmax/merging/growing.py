@@ -109,7 +109,7 @@ def _fill(model: Checkpoint, specs: Mapping[str, TensorSpec], extended: Checkpoi
     """A model with the rows and tensors of the extended base that it lacks: their task vectors are zero."""
     wanted: dict[str, TensorSpec] = {}
     for key, spec in specs.items():
-        theirs = model.specs.get(model.resolve_alias(key))
+        theirs = model.find_spec(key)
         if theirs is None or (differ_in_rows_only(spec, theirs) and theirs.shape[0] < spec.shape[0]):
             wanted[key] = spec if theirs is None else TensorSpec(theirs.dtype, spec.shape)
     own = {key: spec for key, spec in model.specs.items() if key not in wanted}
@@ -130,7 +130,7 @@ def differ_in_rows_only(ours: TensorSpec, theirs: TensorSpec | None) -> bool:
 
 def _rows(checkpoint: Checkpoint, key: str) -> int | None:
     """How many rows a checkpoint has of a tensor."""
-    spec = checkpoint.specs.get(checkpoint.resolve_alias(key))
+    spec = checkpoint.find_spec(key)
     return None if spec is None else spec.shape[0] if spec.shape else 1
 
 

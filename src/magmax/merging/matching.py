@@ -93,7 +93,7 @@ def match_to_base(
         if mismatch == "strict" and differences:
             listed += _summarize(base, model, differences, remedies)
         for key, problem in differences.items():
-            theirs = model.specs.get(model.resolve_alias(key))
+            theirs = model.find_spec(key)
             if mismatch == "intersect" and key in base.specs and differ_in_rows_only(base.specs[key], theirs):
                 row_counts.setdefault(key, {})[model.label] = theirs.shape[0] if theirs else 0
             else:
@@ -130,9 +130,9 @@ def _refuse_unlike_models(base: Checkpoint, models: Sequence[Checkpoint], mismat
     """Raise MagMaxError if nothing of a model would be merged, or less than under other names."""
     problems: list[str] = []
     for model in models if mismatch != "strict" else ():
-        shared = sum(_shared_elements(spec, _spec(model, key), mismatch) for key, spec in base.specs.items())
+        shared = sum(_shared_elements(spec, model.find_spec(key), mismatch) for key, spec in base.specs.items())
         renaming = None
-        if any(_spec(model, key) is None for key in base.specs):
+        if any(model.find_spec(key) is None for key in base.specs):
             renaming = find_renaming(base, model)
         if renaming and renaming.elements > shared:
             problems.append(_renaming_words(base, model, renaming))
@@ -157,11 +157,6 @@ def _refuse_empty(match: Match) -> None:
         )
 
 
-def _spec(checkpoint: Checkpoint, key: str) -> TensorSpec | None:
-    """The spec of a possibly tied tensor, None where there is none."""
-    return checkpoint.specs.get(checkpoint.resolve_alias(key))
-
-
 def _shared_elements(ours: TensorSpec, theirs: TensorSpec | None, mismatch: Mismatch) -> int:
     """How many elements of a tensor can be merged with one model's."""
     if theirs is None or not (ours.is_mergeable and theirs.is_mergeable):
@@ -183,7 +178,7 @@ def _renaming_words(base: Checkpoint, model: Checkpoint, renaming: SuggestedRena
 
 def _summarize(base: Checkpoint, model: Checkpoint, differences: Mapping[str, str], remedies: set[str]) -> list[str]:
     """The problems of one model: names that a renaming explains in one line, and each other; adds the remedies."""
-    lacks = [key for key in differences if key in base.specs and _spec(model, key) is None]
+    lacks = [key for key in differences if key in base.specs and model.find_spec(key) is None]
     renaming = find_renaming(base, model) if lacks else None
     explained = {*renaming.pairs, *renaming.pairs.values()} if renaming else set[str]()
     lines = [_renaming_words(base, model, renaming)] if renaming else []
@@ -191,7 +186,7 @@ def _summarize(base: Checkpoint, model: Checkpoint, differences: Mapping[str, st
         if key in explained:
             continue
         lines.append(problem)
-        theirs = _spec(model, key)
+        theirs = model.find_spec(key)
         if key not in base.specs:
             remedies.add("to leave out what the base lacks: --mismatch base; to keep it: --mismatch union")
             continue
@@ -242,7 +237,7 @@ def _common_rows(ours: TensorSpec, row_counts: Mapping[str, int]) -> RowRange:
 def _differences(base: Checkpoint, model: Checkpoint) -> dict[str, str]:
     differences: dict[str, str] = {}
     for key, ours in base.specs.items():
-        theirs = model.specs.get(model.resolve_alias(key))
+        theirs = model.find_spec(key)
         if theirs is None:
             differences[key] = f"{model.label}: has no tensor {key}, which is {ours} in {base.label}"
         elif theirs.shape != ours.shape:

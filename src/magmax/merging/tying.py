@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from ..checkpoints import Checkpoint
-from ..checkpoints.base import read_small
 from ..checkpoints.blocks import iter_chunks
 from ..checkpoints.renamed import RenamedCheckpoint
 
@@ -168,7 +166,7 @@ def _same_shape(checkpoint: Checkpoint, key: str, among: Iterable[str]) -> list[
     spec = checkpoint.specs[key]
     if not spec.is_mergeable or len(spec.shape) < 2:
         return []
-    return [k for k in among if k != key and checkpoint.specs.get(checkpoint.resolve_alias(k)) == spec]
+    return [k for k in among if k != key and checkpoint.find_spec(k) == spec]
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -194,15 +192,8 @@ def _is_embedding(key: str) -> bool:
 
 def _config_ties(checkpoint: Checkpoint) -> bool | None:
     """What config.json says of tie_word_embeddings; None where it, or the file, is not there."""
-    folder = checkpoint.small_files_folder()
-    try:
-        config: Any = json.loads(read_small(folder / "config.json")) if folder else {}
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(config, dict):
-        return None
-    whole = cast("dict[str, Any]", config)
-    for place in (whole, whole.get("text_config"), whole.get("decoder")):
+    config = checkpoint.read_config()
+    for place in (config, config.get("text_config"), config.get("decoder")):
         if isinstance(place, dict) and "tie_word_embeddings" in place:
             return bool(cast("dict[str, Any]", place)["tie_word_embeddings"])
     return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from functools import cached_property
 from typing import Any, cast
 
 from ...errors import MagMaxError, list_problems
-from ..base import Checkpoint, read_small
+from ..base import Checkpoint
 from ..dtypes import TensorSpec
 from .peft import UNSUPPORTED_HINTS, LowRankUpdate, PeftAdapter, StoredFactor
 
@@ -116,7 +115,7 @@ class AdapterMapping:
     @cached_property
     def _has_conv1d_names(self) -> bool:
         """Return whether the base's config names an architecture whose transposed modules are known by name."""
-        config = read_model_config(self._base)
+        config = self._base.read_config()
         return config.get("model_type") in CONV1D_ARCHITECTURES and not config.get("auto_map")
 
     def _is_square_transposed(self, key: str) -> bool:
@@ -194,19 +193,9 @@ def _match_names(targets: list[str], others: list[str], keys: Set[str]) -> dict[
     return {name: name for name in wanted}
 
 
-def read_model_config(base: Checkpoint) -> dict[str, Any]:
-    """The config.json of the base; nothing where it has none that can be read."""
-    folder = base.small_files_folder()
-    try:
-        config: Any = json.loads(read_small(folder / "config.json")) if folder else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast("dict[str, Any]", config) if isinstance(config, dict) else {}
-
-
 def find_tied_embedding(base: Checkpoint) -> str | None:
     """The token embedding of a base whose config says that the output head is tied to it; None where none is."""
-    config = read_model_config(base)
+    config = base.read_config()
     text = config.get("text_config")
     places = [config, cast("dict[str, Any]", text)] if isinstance(text, dict) else [config]
     if not any(place.get("tie_word_embeddings") is True for place in places):
